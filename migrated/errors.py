@@ -1,0 +1,158 @@
+"""Every error the package raises on purpose.
+
+    MigratedError                 code, message, hint: what the user reads
+    ├── ConfigError               a configuration file or a command line is wrong
+    ├── UsageError                a verb does not fit (unknown guest, wrong state); HTTP 404/409
+    │   ├── NotFoundError
+    │   └── ConflictError         carries the state
+    ├── GuestError                the guest (its process, QMP, its client library) said no or is gone
+    │   └── GuestRefusedError     the guest cannot be moved as it is; named before anything is touched
+    ├── HostError                 this host cannot do it: kernel feature, rights, memory
+    │   └── PoolError             no (huge) pages left
+    ├── NativeError               the C core reported a failure
+    ├── TimeoutExceededError      a wait reached its limit
+    ├── ProtocolError
+    │   ├── LocalProtocolError    we broke the protocol: a bug of ours
+    │   └── RemoteProtocolError   the peer broke it: ends the session, never the daemon
+    ├── PeerError                 the peer told us why it gave up (its code and message inside)
+    ├── ConnectionLostError       a connection to the peer ended
+    └── AbortedError              somebody asked for the end
+
+``code`` is a stable, dotted-less word for programs (``no-huge-pages``); ``message`` says what was wrong and where; ``hint``
+what to do.  The three go into ``status --json`` as ``error{code,message,hint}``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class MigratedError(Exception):
+    """Base: ``code`` for programs, ``message`` for people, ``hint`` for what to do next."""
+
+    default_code = "internal"
+
+    def __init__(self, message: str, *, code: str | None = None, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = code if code is not None else self.default_code
+        self.hint = hint
+
+    def as_dict(self) -> dict[str, str]:
+        """``{code, message, hint}``, as status and HTTP errors carry it."""
+        return {"code": self.code, "message": self.message, "hint": self.hint}
+
+
+class ConfigError(MigratedError):
+    """A configuration file or command line is wrong; raised before anything is touched."""
+
+    default_code = "bad-configuration"
+
+
+class UsageError(MigratedError):
+    """A verb that does not fit."""
+
+    default_code = "usage"
+
+
+class NotFoundError(UsageError):
+    """No such guest or migration."""
+
+    default_code = "not-found"
+
+
+class ConflictError(UsageError):
+    """The verb does not fit the state the migration is in."""
+
+    default_code = "conflict"
+
+    def __init__(self, message: str, *, state: str = "", code: str | None = None, hint: str = "") -> None:
+        super().__init__(message, code=code, hint=hint)
+        self.state = state
+
+    def as_dict(self) -> dict[str, str]:
+        return {**super().as_dict(), "state": self.state}
+
+
+class GuestError(MigratedError):
+    """The guest, its process or its control socket failed."""
+
+    default_code = "guest-failed"
+
+
+class GuestRefusedError(GuestError):
+    """The guest cannot be moved as it is (memory not shared, mapped elsewhere, preallocated, …)."""
+
+    default_code = "guest-refused"
+
+
+class HostError(MigratedError):
+    """This host lacks something: a kernel feature, a right, memory."""
+
+    default_code = "host-unfit"
+
+
+class PoolError(HostError):
+    """No pages of the wanted size are left."""
+
+    default_code = "no-pages"
+
+
+class NativeError(MigratedError):
+    """The C core reported a failure; ``kind`` is one of MGD_ERR_*, ``os_errno`` 0 if unknown."""
+
+    default_code = "native"
+
+    def __init__(self, message: str, *, kind: int, os_errno: int = 0, code: str | None = None, hint: str = "") -> None:
+        super().__init__(message, code=code, hint=hint)
+        self.kind = kind
+        self.os_errno = os_errno
+
+
+class TimeoutExceededError(MigratedError):
+    """A wait reached its limit; the message names what was waited for."""
+
+    default_code = "timeout"
+
+
+class ProtocolError(MigratedError):
+    """The control protocol was broken."""
+
+    default_code = "protocol"
+
+
+class LocalProtocolError(ProtocolError):
+    """We tried to send what the state does not allow; the state is unchanged."""
+
+    default_code = "protocol-local"
+
+
+class RemoteProtocolError(ProtocolError):
+    """The peer sent what is malformed or what the state does not allow."""
+
+    default_code = "protocol-remote"
+
+
+class PeerError(MigratedError):
+    """The peer ended the session and said why."""
+
+    default_code = "peer"
+
+
+class ConnectionLostError(MigratedError):
+    """A connection to the peer was closed, reset or timed out."""
+
+    default_code = "connection-lost"
+
+
+class AbortedError(MigratedError):
+    """The migration was aborted on request."""
+
+    default_code = "aborted"
+
+
+def hinted(error: BaseException) -> dict[str, Any]:
+    """Any exception as ``{code, message, hint}``."""
+    if isinstance(error, MigratedError):
+        return error.as_dict()
+    return {"code": "internal", "message": f"{type(error).__name__}: {error}", "hint": "this is a bug: please report it"}

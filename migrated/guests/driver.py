@@ -1,0 +1,191 @@
+"""The driver contract: what an agent asks of a guest, whatever kind of guest it is.
+
+A *driver* has two classes: one for the side where the guest already runs (`SourceGuest`) and one for the side where it is
+to run (`TargetGuest`).  The agent calls the methods in the order written here, never two at a time (`died` excepted, which
+runs beside everything).  Every method raises `GuestError` (or `GuestRefusedError`, when the guest cannot be moved as it
+is) with a code, a message that names the guest, and a hint.  No method may hang: each has a limit of its own.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import Protocol
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Mapping:
+    """A piece of a region in the guest process: ``[address, address+length)`` shows the region from ``offset`` on."""
+
+    region: int
+    address: int
+    offset: int
+    length_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Region:
+    """One contiguous piece of guest memory, one file.
+
+    ``name`` pairs the regions of the two sides (QEMU: the memory backend's id).
+    ``page_bytes`` is the page size of the memory behind it: 4096, 2 MiB, 1 GiB.
+    """
+
+    name: str
+    size_bytes: int
+    page_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SourceMemory:
+    """Where the running guest's memory is.
+
+    ``memory_fds[i]`` is open for reading on the file of ``regions[i]``, which starts at ``file_offsets[i]``; the driver
+    closes the descriptors in `SourceGuest.close`.
+    """
+
+    pid: int
+    regions: tuple[Region, ...]
+    mappings: tuple[Mapping, ...]
+    memory_fds: tuple[int, ...]
+    file_offsets: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TargetMemory:
+    """One region prepared by the agent for the incoming guest: a memfd of ``region.size_bytes``, reserved, empty."""
+
+    region: Region
+    memory_fd: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FaultSource:
+    """The incoming guest's userfaultfd and where its memory is mapped.
+
+    UFFDIO_API done (faults and tracking), the mappings registered MISSING|MINOR|WP, nothing of them mapped yet (checked:
+    a guest that preallocates is refused).  ``uffd`` belongs to the driver (closed in `TargetGuest.close`); the guest
+    process holds a descriptor of its own, so that our death leaves its threads waiting.
+    """
+
+    pid: int
+    uffd: int
+    mappings: tuple[Mapping, ...]
+
+
+class StateChannel(Protocol):
+    """Byte pipe for the guest state (what is not memory), both ways, to the same driver on the other host."""
+
+    async def read(self) -> bytes:
+        """Next bytes from the peer's driver, at most 1 MiB; ``b""`` at its end of stream.  Raises ConnectionLostError."""
+        ...
+
+    async def write(self, data: bytes) -> None:
+        """Send bytes to the peer's driver.  Raises ConnectionLostError."""
+        ...
+
+    async def close_write(self) -> None:
+        """End of our stream."""
+        ...
+
+
+class SourceGuest(abc.ABC):
+    """A guest running here, to be moved away."""
+
+    @abc.abstractmethod
+    async def open(self) -> SourceMemory:
+        """Connect, inspect, refuse by name what cannot be moved.  Changes nothing in the guest."""
+
+    @property
+    @abc.abstractmethod
+    def needs_quiesced_scans(self) -> bool:
+        """Whether buffers may be pinned (direct I/O): then pre-copy ends with a quiesced scan of its own (design, 5)."""
+
+    @abc.abstractmethod
+    async def tracking_uffd(self) -> int:
+        """A userfaultfd of the guest process, UFFDIO_API done with tracking; owned by the driver.
+
+        QEMU: made by injection; process: handed over by the client.  Until `release_tracking`.
+        """
+
+    @abc.abstractmethod
+    async def release_tracking(self) -> None:
+        """Close the descriptor here and in the guest process.  Idempotent; also works on a dead guest."""
+
+    @abc.abstractmethod
+    async def quiesce(self) -> None:
+        """Stop the guest with none of its I/O in flight, for a moment."""
+
+    @abc.abstractmethod
+    async def unquiesce(self) -> None:
+        """Run on after `quiesce`."""
+
+    @abc.abstractmethod
+    async def pause(self, channel: StateChannel) -> None:
+        """Stop the guest for good, I/O drained: its memory is frozen when this returns.  May start using the channel."""
+
+    @abc.abstractmethod
+    async def send_state(self, channel: StateChannel) -> None:
+        """Send the guest state; returns when the peer's driver has all of it (the target then reports `Loaded`)."""
+
+    @abc.abstractmethod
+    async def resume(self) -> None:
+        """After a failure before COMMIT: run on here, whatever was done before.
+
+        Called only when the target's guest is known dead or was never able to run.
+        """
+
+    @abc.abstractmethod
+    async def release(self) -> None:
+        """After `done`: the guest runs elsewhere and needs nothing of ours; end what is left of it here."""
+
+    @abc.abstractmethod
+    async def close(self) -> None:
+        """Let go of descriptors and connections.  Does not touch the guest.  Idempotent."""
+
+    @abc.abstractmethod
+    async def died(self) -> str:
+        """Wait until the guest process has ended; returns how, for people ("exited with status 1")."""
+
+
+class TargetGuest(abc.ABC):
+    """A guest that is to run here."""
+
+    @abc.abstractmethod
+    async def check(self, regions: tuple[Region, ...]) -> None:
+        """Refuse what cannot work (region names or sizes that differ, missing command) before memory is reserved.
+
+        ``regions`` are the source's; names and sizes must fit ours.
+        """
+
+    @abc.abstractmethod
+    async def start(self, memory: tuple[TargetMemory, ...]) -> FaultSource:
+        """Start (or find) the guest process on this memory, ready to take the guest state, not running."""
+
+    @abc.abstractmethod
+    async def load_state(self, channel: StateChannel) -> None:
+        """Take the guest state from the channel; returns when it is loaded.
+
+        The agent calls it at the start and runs it beside the pre-copy: bytes may arrive early.  Loading may touch guest
+        memory, which waits until the agent has the stale map.
+        """
+
+    @abc.abstractmethod
+    async def resume(self) -> None:
+        """Run.  Called after COMMIT only; again if the agent was restarted in between (idempotent)."""
+
+    @abc.abstractmethod
+    async def release(self) -> None:
+        """Every page is current and the range unregistered: close the descriptor in the guest process too."""
+
+    @abc.abstractmethod
+    async def kill(self) -> None:
+        """End the guest process (before COMMIT only) and wait until it is gone.  Idempotent."""
+
+    @abc.abstractmethod
+    async def close(self) -> None:
+        """Let go of descriptors and connections.  Does not touch the guest process.  Idempotent."""
+
+    @abc.abstractmethod
+    async def died(self) -> str:
+        """Wait until the guest process has ended; returns how, for people."""

@@ -1,0 +1,113 @@
+"""A migration as the outside sees it: the record behind ``status --json``, ``GET /status``, metrics and events."""
+
+from __future__ import annotations
+
+import enum
+import time
+from typing import Any
+
+import msgspec
+
+
+class State(enum.StrEnum):
+    """Where a migration is."""
+
+    SETUP = "setup"
+    PRECOPY = "precopy"
+    SWITCHOVER = "switchover"
+    POSTCOPY = "postcopy"
+    POSTCOPY_PAUSED = "postcopy-paused"
+    RECOVERING = "recovering"
+    COMPLETED = "completed"
+    ABORTED = "aborted"
+    FAILED = "failed"
+
+
+#: The table: which state may follow which.
+NEXT: dict[State, frozenset[State]] = {
+    State.SETUP: frozenset({State.PRECOPY, State.ABORTED, State.FAILED}),
+    State.PRECOPY: frozenset({State.SWITCHOVER, State.ABORTED, State.FAILED}),
+    State.SWITCHOVER: frozenset({State.POSTCOPY, State.POSTCOPY_PAUSED, State.COMPLETED, State.ABORTED, State.FAILED}),
+    State.POSTCOPY: frozenset({State.POSTCOPY_PAUSED, State.RECOVERING, State.COMPLETED, State.FAILED}),
+    State.POSTCOPY_PAUSED: frozenset({State.RECOVERING, State.ABORTED, State.COMPLETED, State.FAILED}),
+    State.RECOVERING: frozenset(
+        {State.POSTCOPY, State.POSTCOPY_PAUSED, State.SWITCHOVER, State.COMPLETED, State.ABORTED, State.FAILED}
+    ),
+    State.COMPLETED: frozenset(),
+    State.ABORTED: frozenset(),
+    State.FAILED: frozenset(),
+}
+
+ENDED = frozenset({State.COMPLETED, State.ABORTED, State.FAILED})
+
+
+class Faults(msgspec.Struct):
+    """Faults served, by kind."""
+
+    current: int = 0
+    stale: int = 0
+    missing: int = 0
+
+
+class FaultSeconds(msgspec.Struct):
+    """Latency of all faults; ``histogram_log2_us[i]`` counts those of [2^i, 2^(i+1)) microseconds."""
+
+    p50: float = 0.0
+    p99: float = 0.0
+    max: float = 0.0
+    histogram_log2_us: list[int] = msgspec.field(default_factory=list)
+
+
+class ErrorInfo(msgspec.Struct):
+    """Why it ended badly."""
+
+    code: str
+    message: str
+    hint: str = ""
+
+
+class StateChange(msgspec.Struct):
+    """One step of the time line; ``at`` is Unix time in seconds."""
+
+    state: State
+    at: float
+
+
+class Record(msgspec.Struct, kw_only=True):
+    """One migration on one agent.  Units are in the names; times are Unix time in seconds."""
+
+    id: str  # hex session id, shortened to 12 digits; the same on both agents
+    guest: str
+    role: str  # "source" | "target"
+    mode: str
+    peer: str = ""  # HOST:PORT of the other agent
+    driver: str = ""
+    state: State = State.SETUP
+    page_size: int = 0  # bytes, of the target's largest host page
+    total_bytes: int = 0
+    transferred_bytes: int = 0
+    remaining_bytes: int = 0
+    round: int = 0
+    dirty_bytes_per_second: float = 0.0
+    throughput_bytes_per_second: float = 0.0
+    max_bandwidth_bytes_per_second: int = 0
+    stale_pages: int = 0
+    downtime_seconds: float | None = None
+    faults: Faults = msgspec.field(default_factory=Faults)
+    fault_seconds: FaultSeconds = msgspec.field(default_factory=FaultSeconds)
+    faults_by_kind_us: dict[str, list[int]] = msgspec.field(default_factory=dict)  # histograms for /metrics
+    bytes_by_kind: dict[str, int] = msgspec.field(default_factory=dict)  # payload, header, zero, unchanged, …
+    started_at: float = msgspec.field(default_factory=time.time)
+    ended_at: float | None = None
+    error: ErrorInfo | None = None
+    timeline: list[StateChange] = msgspec.field(default_factory=list)
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will happen."""
+        return self.state in ENDED
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        result: dict[str, Any] = msgspec.to_builtins(self)
+        return result

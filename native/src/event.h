@@ -1,0 +1,23 @@
+/* SPDX-License-Identifier: MIT */
+/* The queue from the threads to Python: bounded in practice (a handful of kinds), mutex-protected, never on a hot path. */
+#ifndef MGD_EVENT_H
+#define MGD_EVENT_H
+
+#include <pthread.h>
+#include "migrated.h"
+
+struct mgd_event_queue {
+	pthread_mutex_t lock;
+	int fd; /* eventfd, EFD_NONBLOCK | EFD_CLOEXEC: readable while events wait */
+	struct mgd_event *events;
+	size_t count, capacity;
+};
+
+int mgd_event_queue_init(struct mgd_event_queue *queue, struct mgd_error *err);
+void mgd_event_queue_fini(struct mgd_event_queue *queue);
+/* error may be NULL.  Never fails: out of memory is reported by a reserved last slot of kind FAILED. */
+void mgd_event_post(struct mgd_event_queue *queue, uint32_t kind, uint32_t stream, uint64_t value,
+		    const struct mgd_error *error);
+int mgd_event_next(struct mgd_event_queue *queue, struct mgd_event *out); /* drains the eventfd when it empties */
+
+#endif
