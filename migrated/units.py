@@ -1,0 +1,139 @@
+"""Sizes, rates and durations, as people write and read them.
+
+Sizes are bytes.  ``K M G T`` and ``KiB MiB GiB TiB`` are powers of 1024 (as page sizes are written everywhere),
+``KB MB GB TB`` powers of 1000.  Rates are bytes a second and always carry a unit, since ``500M`` could mean bits, bytes
+or mebibytes: ``10Gbit``, ``500MB``, ``200MiB``, each with or without ``/s``; ``0`` is "no limit".
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from migrated.errors import ConfigError
+
+_NUMBER: Final = r"(?P<number>\d{1,19}(?:\.\d{1,9})?)"
+_QUANTITY: Final = re.compile(rf"{_NUMBER}\s*(?P<unit>[A-Za-z]*)", re.ASCII)
+
+_SIZE_UNITS: Final[dict[str, int]] = {
+    "": 1,
+    "b": 1,
+    **{letter: 1 << 10 * power for power, letter in enumerate("kmgt", 1)},
+    **{f"{letter}ib": 1 << 10 * power for power, letter in enumerate("kmgt", 1)},
+    **{f"{letter}b": 1000**power for power, letter in enumerate("kmgt", 1)},
+}
+# bits a second are decimal, as links are sold
+_BIT_UNITS: Final[dict[str, int]] = {
+    "bit": 1,
+    **{f"{letter}bit": 1000**power for power, letter in enumerate("kmgt", 1)},
+}
+_DURATION_UNITS: Final[dict[str, float]] = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+
+_MAX_BYTES: Final = 1 << 62
+
+SIZE_EXAMPLES: Final = "a size such as 4K, 2M, 1G or 1.5GiB"
+RATE_EXAMPLES: Final = "a rate such as 10Gbit, 500MB or 200MiB (a second), or 0 for no limit"
+DURATION_EXAMPLES: Final = "a duration such as 250ms, 30s, 5m or 2h"
+
+
+def parse_size(text: str) -> int:
+    """Bytes of ``"2M"``, ``"1.5GiB"``, ``"4096"``.  Raises ConfigError."""
+    number, unit = _split(text, "size", SIZE_EXAMPLES)
+    factor = _SIZE_UNITS.get(unit.lower())
+    if factor is None:
+        message = f"{text!r} is not a size: unknown unit {unit!r}"
+        raise ConfigError(message, hint=f"give {SIZE_EXAMPLES}")
+    return _bounded(_scaled(number, factor), text, SIZE_EXAMPLES)
+
+
+def parse_rate(text: str) -> int:
+    """Bytes a second of ``"10Gbit"``, ``"500MB"``, ``"200MiB/s"``; 0 is "no limit".  Raises ConfigError."""
+    number, unit = _split(text.removesuffix("/s"), "rate", RATE_EXAMPLES)
+    key = unit.lower().removesuffix("ps") if unit.lower().endswith("bitps") else unit.lower()
+    if float(number) == 0.0:
+        return 0
+    if key in _BIT_UNITS:
+        value = _scaled(number, _BIT_UNITS[key]) // 8
+    elif key.endswith("b") and key in _SIZE_UNITS:
+        value = _scaled(number, _SIZE_UNITS[key])
+    else:
+        problem = f"unknown unit {unit!r}" if unit else "the unit is missing"
+        message = f"{text!r} is not a rate: {problem}"
+        raise ConfigError(message, hint=f"give {RATE_EXAMPLES}")
+    if value == 0:  # would silently become "no limit"
+        message = f"{text!r} is less than one byte a second"
+        raise ConfigError(message, hint=f"give {RATE_EXAMPLES}")
+    return _bounded(value, text, RATE_EXAMPLES)
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of ``"250ms"``, ``"30s"``, ``"5m"``, ``"2h"``; a bare number is seconds.  Raises ConfigError."""
+    number, unit = _split(text, "duration", DURATION_EXAMPLES)
+    factor = _DURATION_UNITS.get(unit.lower() or "s")
+    if factor is None:
+        message = f"{text!r} is not a duration: unknown unit {unit!r}"
+        raise ConfigError(message, hint=f"give {DURATION_EXAMPLES}")
+    return float(number) * factor
+
+
+def format_size(size_bytes: float) -> str:
+    """``"1.5 GiB"``: three figures at most, exact below 1 KiB."""
+    return _format(size_bytes, 1024, ("B", "KiB", "MiB", "GiB", "TiB", "PiB"))
+
+
+def format_rate(bytes_per_second: float) -> str:
+    """``"1.2 GB/s"``, decimal, as links are measured."""
+    return _format(bytes_per_second, 1000, ("B", "KB", "MB", "GB", "TB")) + "/s"
+
+
+def format_duration(seconds: float) -> str:
+    """``"85 µs"``, ``"48 ms"``, ``"3.4 s"``, ``"2 m 05 s"``, ``"1 h 10 m"``."""
+    # each bound is where rounding would reach the next unit: no "1000 ms", no "60.0 s"
+    if seconds < 0.0009995:
+        return f"{_three_figures(seconds * 1e6)} µs" if seconds else "0 s"
+    if seconds < 0.9995:
+        return f"{_three_figures(seconds * 1e3)} ms"
+    if seconds < 59.95:
+        return f"{_three_figures(seconds)} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} m {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} m"
+
+
+def _split(text: str, noun: str, examples: str) -> tuple[str, str]:
+    match = _QUANTITY.fullmatch(text.strip())
+    if match is None:
+        message = f"{text!r} is not a {noun}"
+        raise ConfigError(message, hint=f"give {examples}")
+    return match["number"], match["unit"]
+
+
+def _scaled(number: str, factor: int) -> int:
+    """Exact: a float would lose bytes above 2^53."""
+    whole, _, fraction = number.partition(".")
+    return int(whole) * factor + (int(fraction) * factor // 10 ** len(fraction) if fraction else 0)
+
+
+def _bounded(value: int, text: str, examples: str) -> int:
+    if value > _MAX_BYTES:
+        message = f"{text!r} is too large"
+        raise ConfigError(message, hint=f"give {examples}")
+    return value
+
+
+def _three_figures(value: float) -> str:
+    if value >= 99.95:
+        return f"{value:.0f}"
+    return f"{value:.1f}" if value >= 9.995 else f"{value:.2f}".rstrip("0").rstrip(".")
+
+
+def _format(value: float, base: int, units: tuple[str, ...]) -> str:
+    if value < base:
+        return f"{value:.0f} {units[0]}"
+    scaled = value
+    index = 0
+    while scaled >= base - 0.5 and index < len(units) - 1:
+        scaled /= base
+        index += 1
+    return f"{_three_figures(scaled)} {units[index]}"
