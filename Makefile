@@ -1,0 +1,131 @@
+# Everything is built into .venv/ and build/ of this checkout; only distribution packages go elsewhere (make deps).
+#
+#   make demo [ARGS=--json]   a guest, two agents and a migration on this machine, watched and verified
+#   make test                 linters, C tests (plain, sanitizers), fuzzers for a while, Python tests
+#   make check                linters and type checks only
+#   make venv                 build and install into .venv
+#   make bench | soak         figures against QEMU and iperf3 | random failures for SOAK_SECONDS
+#   make clean                remove what was built
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules
+.DEFAULT_GOAL := venv
+
+ARGS ?=
+PYTEST_ARGS ?=
+FUZZ_SECONDS ?= 20
+SOAK_SECONDS ?= 600
+JOBS ?= $(shell nproc)
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMPS := build/stamps
+# One build at a time in a checkout, whoever asks.
+LOCK := flock build/lock
+
+NATIVE := $(shell find native -name '*.[ch]' -not -path '*/examples/*') native/CMakeLists.txt native/build_ffi.py
+CORE := $(wildcard native/src/*.[ch] native/include/mgd_api.h native/include/migrated.h) \
+	native/CMakeLists.txt native/build_ffi.py
+C_FORMATTED := $(wildcard native/src/*.[ch] native/include/*.h native/tests/*.[ch] native/fuzz/*.[ch] \
+	native/fuzz/*/*.[ch] native/examples/*.[ch])
+
+.PHONY: deps venv demo check test test-native test-asan test-tsan fuzz test-python bench soak clean
+
+# ---------------------------------------------------------------- distribution packages
+
+# package:what shows that it is there (a program, or a file)
+PACKAGES := \
+	gcc:gcc libc6-dev:/usr/include/stdio.h cmake:cmake ninja-build:ninja \
+	libxxhash-dev:/usr/include/xxhash.h libzstd-dev:/usr/include/zstd.h libssl-dev:/usr/include/openssl/ssl.h \
+	python3:python3 python3-venv:/usr/share/doc/python3-venv python3-dev:/usr/share/doc/python3-dev \
+	util-linux:flock iproute2:ip cpio:cpio kmod:modprobe procps:sysctl \
+	qemu-system-x86:qemu-system-x86_64 qemu-utils:qemu-img
+# For `make test` and `make bench` only.
+TEST_PACKAGES := clang:clang clang-format:clang-format iperf3:iperf3 systemd:systemd-analyze openssl:openssl
+
+deps:
+	@.ci/deps $(PACKAGES) $(if $(WITHOUT_TEST_PACKAGES),,$(TEST_PACKAGES))
+
+# `make demo` does without what only tests need.
+$(STAMPS)/deps: Makefile .ci/deps
+	@mkdir -p $(STAMPS)
+	@.ci/deps $(PACKAGES)
+	@touch $@
+
+$(STAMPS)/test-deps: Makefile .ci/deps
+	@mkdir -p $(STAMPS)
+	@.ci/deps $(PACKAGES) $(TEST_PACKAGES)
+	@touch $@
+
+# ---------------------------------------------------------------- .venv
+
+# The interpreter: Debian's, or the first python3 that is new enough and has its headers.
+$(STAMPS)/venv: pyproject.toml .ci/venv | $(STAMPS)/deps
+	@mkdir -p $(STAMPS)
+	@$(LOCK) .ci/venv $(VENV)
+	@touch $@
+
+# Editable: Python sources are used where they lie, the C core is built again when it changed.
+$(STAMPS)/installed: $(STAMPS)/venv $(CORE)
+	@$(LOCK) $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	@touch $@
+
+venv: $(STAMPS)/installed
+
+# ---------------------------------------------------------------- what users run
+
+demo: $(STAMPS)/installed
+	@$(BIN)/migrated demo $(ARGS)
+
+bench: $(STAMPS)/installed $(STAMPS)/test-deps
+	$(BIN)/python -m benchmarks $(ARGS)
+
+soak: $(STAMPS)/installed
+	$(BIN)/python -m tests.soak --seconds $(SOAK_SECONDS) $(ARGS)
+
+# ---------------------------------------------------------------- tests
+
+check: $(STAMPS)/installed $(STAMPS)/test-deps
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	clang-format --dry-run -Werror $(C_FORMATTED)
+
+test: check test-native test-asan test-tsan fuzz test-python
+
+test-native: | $(STAMPS)/test-deps
+	@mkdir -p build
+	cmake -S native -B build/plain -G Ninja -DMGD_TESTS=ON --log-level=WARNING
+	cmake --build build/plain --parallel $(JOBS)
+	ctest --test-dir build/plain --output-on-failure --no-tests=error
+
+test-asan: | $(STAMPS)/test-deps
+	cmake -S native -B build/asan -G Ninja -DMGD_TESTS=ON -DMGD_SANITIZE=address,undefined --log-level=WARNING
+	cmake --build build/asan --parallel $(JOBS)
+	ctest --test-dir build/asan --output-on-failure --no-tests=error
+
+# Threads that share memory without a lock: the ledger, the claims, and the engines around them.
+test-tsan: | $(STAMPS)/test-deps
+	cmake -S native -B build/tsan -G Ninja -DMGD_TESTS=ON -DMGD_SANITIZE=thread --log-level=WARNING
+	cmake --build build/tsan --parallel $(JOBS)
+	setarch --addr-no-randomize ctest --test-dir build/tsan --output-on-failure --tests-regex 'ledger|claims|source|target'
+
+fuzz: | $(STAMPS)/test-deps
+	CC=$$(command -v clang || command -v gcc) cmake -S native -B build/fuzz -G Ninja -DMGD_FUZZ=ON \
+		-DMGD_SANITIZE=address,undefined --log-level=WARNING
+	cmake --build build/fuzz --parallel $(JOBS)
+	@mkdir -p build/fuzz/corpus
+	@for fuzzer in build/fuzz/fuzz_*; do \
+		[[ -x $$fuzzer && -f $$fuzzer ]] || continue; \
+		echo "$$fuzzer: $(FUZZ_SECONDS) s"; \
+		mkdir -p build/fuzz/corpus/$${fuzzer##*/}; \
+		timeout $$(($(FUZZ_SECONDS) + 60)) $$fuzzer -max_total_time=$(FUZZ_SECONDS) -verbosity=0 -print_final_stats=1 \
+			-artifact_prefix=build/fuzz/ build/fuzz/corpus/$${fuzzer##*/}; \
+	done
+
+test-python: $(STAMPS)/installed $(STAMPS)/test-deps
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+clean:
+	rm -rf build $(VENV)
