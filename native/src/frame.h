@@ -21,6 +21,10 @@
  * page wholly covered by the frame is current once the frame is in; a host page larger than a chunk comes as several
  * frames on one connection, the last one marked PAGE_END, sequence counting them from 0.
  *
+ * DEMAND asks for the host page that starts at first_block (block_count is not used: 0).  BARRIER and DEMAND are the
+ * header alone, their check included.  The receiver compares `check` with mgd_frame_check() itself: for PAGES that takes
+ * the hashes of the payload, which the decoder never sees.
+ *
  * The check lets the source reuse the block hashes it has anyway: one pass over the data on either side, no more.
  */
 #ifndef MGD_FRAME_H

@@ -1,0 +1,257 @@
+// SPDX-License-Identifier: MIT
+/*
+ * Encoding and decoding of the page frame (layout: frame.h).  Whatever is decoded comes from the network: a field is
+ * checked before it is used for anything, the order being such that no sum or product can overflow.
+ */
+#include "frame.h"
+
+#include <endian.h>
+#include <inttypes.h>
+#include <string.h>
+
+#define XXH_INLINE_ALL
+#include <xxhash.h>
+
+#include "error.h"
+
+enum offset {
+	OFFSET_MAGIC = 0,
+	OFFSET_VERSION = 4,
+	OFFSET_KIND = 5,
+	OFFSET_FLAGS = 6,
+	OFFSET_REGION = 8,
+	OFFSET_BLOCK_COUNT = 12,
+	OFFSET_FIRST_BLOCK = 16,
+	OFFSET_PAYLOAD_BYTES = 24,
+	OFFSET_SEQUENCE = 28,
+	OFFSET_CHECK = 32,
+};
+
+static void put16(uint8_t *at, uint16_t value)
+{
+	value = htole16(value);
+	memcpy(at, &value, sizeof(value));
+}
+
+static void put32(uint8_t *at, uint32_t value)
+{
+	value = htole32(value);
+	memcpy(at, &value, sizeof(value));
+}
+
+static void put64(uint8_t *at, uint64_t value)
+{
+	value = htole64(value);
+	memcpy(at, &value, sizeof(value));
+}
+
+static uint16_t get16(const uint8_t *at)
+{
+	uint16_t value;
+
+	memcpy(&value, at, sizeof(value));
+	return le16toh(value);
+}
+
+static uint32_t get32(const uint8_t *at)
+{
+	uint32_t value;
+
+	memcpy(&value, at, sizeof(value));
+	return le32toh(value);
+}
+
+static uint64_t get64(const uint8_t *at)
+{
+	uint64_t value;
+
+	memcpy(&value, at, sizeof(value));
+	return le64toh(value);
+}
+
+static size_t bitmap_words(uint32_t block_count)
+{
+	return (block_count + 63) / 64;
+}
+
+size_t mgd_frame_bitmap_bytes(uint32_t block_count)
+{
+	return 2 * 8 * bitmap_words(block_count);
+}
+
+uint32_t mgd_frame_present_count(const struct mgd_frame *frame)
+{
+	uint32_t count = 0;
+
+	for (int word = 0; word < MGD_FRAME_BITMAP_WORDS; word++)
+		count += (uint32_t)__builtin_popcountll(frame->present[word]);
+	return count;
+}
+
+/* Header and, for PAGES, bitmaps; `check` as given. */
+static size_t write_head(const struct mgd_frame *frame, uint64_t check, uint8_t *out)
+{
+	size_t words = frame->kind == MGD_FRAME_PAGES ? bitmap_words(frame->block_count) : 0;
+	uint8_t *at = out + MGD_FRAME_HEADER_BYTES;
+
+	put32(out + OFFSET_MAGIC, MGD_FRAME_MAGIC);
+	out[OFFSET_VERSION] = MGD_FRAME_VERSION;
+	out[OFFSET_KIND] = frame->kind;
+	put16(out + OFFSET_FLAGS, frame->flags);
+	put32(out + OFFSET_REGION, frame->region);
+	put32(out + OFFSET_BLOCK_COUNT, frame->block_count);
+	put64(out + OFFSET_FIRST_BLOCK, frame->first_block);
+	put32(out + OFFSET_PAYLOAD_BYTES, frame->payload_bytes);
+	put32(out + OFFSET_SEQUENCE, frame->sequence);
+	put64(out + OFFSET_CHECK, check);
+	for (size_t word = 0; word < words; word++, at += 8)
+		put64(at, frame->present[word]);
+	for (size_t word = 0; word < words; word++, at += 8)
+		put64(at, frame->zero[word]);
+	return (size_t)(at - out);
+}
+
+uint64_t mgd_frame_check(const struct mgd_frame *frame, const uint64_t *hashes, const uint8_t *secret)
+{
+	uint8_t covered[MGD_FRAME_HEAD_MAX_BYTES + 8 * MGD_CHUNK_BLOCKS];
+	size_t bytes = write_head(frame, 0, covered);
+	uint32_t present = frame->kind == MGD_FRAME_PAGES ? mgd_frame_present_count(frame) : 0;
+
+	for (uint32_t i = 0; i < present; i++, bytes += 8)
+		put64(covered + bytes, hashes[i]);
+	return XXH3_64bits_withSecret(covered, bytes, secret, MGD_SECRET_BYTES);
+}
+
+size_t mgd_frame_encode(struct mgd_frame *frame, const uint64_t *hashes, const uint8_t *secret,
+			uint8_t out[MGD_FRAME_HEAD_MAX_BYTES])
+{
+	frame->check = mgd_frame_check(frame, hashes, secret);
+	return write_head(frame, frame->check, out);
+}
+
+static int check_pages(const struct mgd_frame *frame, const struct mgd_frame_bounds *bounds, struct mgd_error *err)
+{
+	const uint16_t known = MGD_FRAME_FINAL | MGD_FRAME_PAGE_END | MGD_FRAME_COMPRESSED;
+	uint64_t page_blocks = bounds->host_page_blocks;
+	uint64_t page_frames;
+
+	if (frame->flags & ~known)
+		return mgd_fail(err, MGD_ERR_PEER, "page frame: flags %#x: unknown", frame->flags);
+	if (frame->block_count == 0 || frame->block_count > MGD_CHUNK_BLOCKS)
+		return mgd_fail(err, MGD_ERR_PEER, "page frame: block_count %" PRIu32 ": must be 1 to %d",
+				frame->block_count, MGD_CHUNK_BLOCKS);
+	if (frame->first_block >= bounds->block_count || frame->block_count > bounds->block_count - frame->first_block)
+		return mgd_fail(err, MGD_ERR_PEER, "page frame: first_block %" PRIu64 ": outside region %" PRIu32,
+				frame->first_block, frame->region);
+	if (frame->first_block % MGD_CHUNK_BLOCKS + frame->block_count > MGD_CHUNK_BLOCKS)
+		return mgd_fail(err, MGD_ERR_PEER, "page frame: first_block %" PRIu64 ": crosses a chunk",
+				frame->first_block);
+	if (frame->payload_bytes > frame->block_count * MGD_BLOCK_BYTES)
+		return mgd_fail(err, MGD_ERR_PEER, "page frame: payload_bytes %" PRIu32 ": too many", frame->payload_bytes);
+	if (!(frame->flags & MGD_FRAME_FINAL)) {
+		if (frame->flags & MGD_FRAME_PAGE_END)
+			return mgd_fail(err, MGD_ERR_PEER, "page frame: PAGE_END without FINAL");
+		if (frame->sequence)
+			return mgd_fail(err, MGD_ERR_PEER, "page frame: sequence %" PRIu32 ": must be 0 in pre-copy",
+					frame->sequence);
+		return 0;
+	}
+	if (page_blocks <= MGD_CHUNK_BLOCKS) {
+		if (frame->first_block % page_blocks || frame->block_count % page_blocks)
+			return mgd_fail(err, MGD_ERR_PEER, "page frame: first_block %" PRIu64 ": covers a page in part",
+					frame->first_block);
+		if (frame->sequence)
+			return mgd_fail(err, MGD_ERR_PEER, "page frame: sequence %" PRIu32 ": the page is one frame",
+					frame->sequence);
+		return 0;
+	}
+	/* A page of several frames: each is one whole chunk, and sequence follows from the place. */
+	page_frames = page_blocks / MGD_CHUNK_BLOCKS;
+	if (frame->block_count != MGD_CHUNK_BLOCKS)
+		return mgd_fail(err, MGD_ERR_PEER, "page frame: block_count %" PRIu32 ": must be a whole chunk",
+				frame->block_count);
+	if (frame->sequence != frame->first_block % page_blocks / MGD_CHUNK_BLOCKS)
+		return mgd_fail(err, MGD_ERR_PEER, "page frame: sequence %" PRIu32 ": not that of block %" PRIu64,
+				frame->sequence, frame->first_block);
+	if ((frame->sequence + 1 == page_frames) != !!(frame->flags & MGD_FRAME_PAGE_END))
+		return mgd_fail(err, MGD_ERR_PEER, "page frame: PAGE_END: wrong at sequence %" PRIu32, frame->sequence);
+	return 0;
+}
+
+static int check_demand(const struct mgd_frame *frame, const struct mgd_frame_bounds *bounds, struct mgd_error *err)
+{
+	if (frame->first_block >= bounds->block_count || frame->first_block % bounds->host_page_blocks)
+		return mgd_fail(err, MGD_ERR_PEER, "demand: first_block %" PRIu64 ": not the start of a page of region %" PRIu32,
+				frame->first_block, frame->region);
+	if (frame->block_count > bounds->host_page_blocks)
+		return mgd_fail(err, MGD_ERR_PEER, "demand: block_count %" PRIu32 ": more than a page", frame->block_count);
+	return 0;
+}
+
+int mgd_frame_decode_header(const uint8_t header[MGD_FRAME_HEADER_BYTES], const struct mgd_frame_bounds *regions,
+			    uint32_t region_count, struct mgd_frame *frame, struct mgd_error *err)
+{
+	uint32_t magic = get32(header + OFFSET_MAGIC);
+
+	memset(frame, 0, sizeof(*frame));
+	if (magic != MGD_FRAME_MAGIC)
+		return mgd_fail(err, MGD_ERR_PEER, "page frame: magic %#010" PRIx32 ": not ours", magic);
+	if (header[OFFSET_VERSION] != MGD_FRAME_VERSION)
+		return mgd_fail(err, MGD_ERR_PEER, "page frame: version %u: only %d is known", header[OFFSET_VERSION],
+				MGD_FRAME_VERSION);
+	frame->kind = header[OFFSET_KIND];
+	frame->flags = get16(header + OFFSET_FLAGS);
+	frame->region = get32(header + OFFSET_REGION);
+	frame->block_count = get32(header + OFFSET_BLOCK_COUNT);
+	frame->first_block = get64(header + OFFSET_FIRST_BLOCK);
+	frame->payload_bytes = get32(header + OFFSET_PAYLOAD_BYTES);
+	frame->sequence = get32(header + OFFSET_SEQUENCE);
+	frame->check = get64(header + OFFSET_CHECK);
+
+	if (frame->kind < MGD_FRAME_PAGES || frame->kind > MGD_FRAME_DEMAND)
+		return mgd_fail(err, MGD_ERR_PEER, "page frame: kind %u: unknown", frame->kind);
+	if (frame->kind == MGD_FRAME_BARRIER) {
+		if (frame->flags || frame->region || frame->block_count || frame->payload_bytes || frame->sequence)
+			return mgd_fail(err, MGD_ERR_PEER, "barrier: a field that must be 0 is not");
+		return 0;
+	}
+	if (frame->region >= region_count)
+		return mgd_fail(err, MGD_ERR_PEER, "page frame: region %" PRIu32 ": there are %" PRIu32, frame->region,
+				region_count);
+	if (frame->kind == MGD_FRAME_PAGES)
+		return check_pages(frame, &regions[frame->region], err);
+	if (frame->flags || frame->payload_bytes || frame->sequence)
+		return mgd_fail(err, MGD_ERR_PEER, "demand: a field that must be 0 is not");
+	return check_demand(frame, &regions[frame->region], err);
+}
+
+int mgd_frame_decode_bitmaps(const uint8_t *bitmaps, struct mgd_frame *frame, struct mgd_error *err)
+{
+	size_t words = bitmap_words(frame->block_count);
+	uint32_t tail = frame->block_count % 64;
+	uint32_t present;
+
+	memset(frame->present, 0, sizeof(frame->present));
+	memset(frame->zero, 0, sizeof(frame->zero));
+	for (size_t word = 0; word < words; word++) {
+		frame->present[word] = get64(bitmaps + 8 * word);
+		frame->zero[word] = get64(bitmaps + 8 * (words + word));
+		if (frame->present[word] & frame->zero[word])
+			return mgd_fail(err, MGD_ERR_PEER, "page frame: bitmaps: a block is both present and zero");
+	}
+	if (tail && (frame->present[words - 1] | frame->zero[words - 1]) >> tail)
+		return mgd_fail(err, MGD_ERR_PEER, "page frame: bitmaps: a bit beyond block_count %" PRIu32,
+				frame->block_count);
+	present = mgd_frame_present_count(frame);
+	if (!(frame->flags & MGD_FRAME_COMPRESSED)) {
+		if (frame->payload_bytes != present * MGD_BLOCK_BYTES)
+			return mgd_fail(err, MGD_ERR_PEER, "page frame: payload_bytes %" PRIu32 ": %" PRIu32 " blocks are present",
+					frame->payload_bytes, present);
+		return 0;
+	}
+	/* A sender compresses only where it pays: never as long as the blocks themselves, never nothing. */
+	if (frame->payload_bytes == 0 || frame->payload_bytes >= present * MGD_BLOCK_BYTES)
+		return mgd_fail(err, MGD_ERR_PEER, "page frame: payload_bytes %" PRIu32 ": cannot be %" PRIu32 " blocks compressed",
+				frame->payload_bytes, present);
+	return 0;
+}
