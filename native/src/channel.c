@@ -1,4 +1,7 @@
 // SPDX-License-Identifier: MIT
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE /* IOV_MAX */
+#endif
 #include "channel.h"
 
 #include <errno.h>
