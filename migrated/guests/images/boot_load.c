@@ -1,0 +1,338 @@
+// SPDX-License-Identifier: MIT
+/*
+ * The boot-sector guest after its boot sector: the load of selfcheck.h on all memory above 1 MiB, or as much of it as the
+ * parameters in the image say (spread over all ranges of the memory map by taking them in turn).  Serial port 1 carries the
+ * same lines and commands as the Linux guest's.  No interrupt is taken but the timer's, and only to sleep.
+ */
+#include "selfcheck.h"
+
+#define MAP_COUNT (*(volatile uint32_t *)0x0500)
+#define MAP ((volatile struct map_entry *)0x0508)
+#define LOWEST 0x100000ull
+#define HIGHEST (64ull << 30) /* mapped by the entry code */
+#define RANGES 16
+#define PORT 0x3f8
+#define POWER 0x604 /* ACPI power control, where the firmware of QEMU's PCs puts it */
+#define PIT_HZ 1193182ull
+
+struct map_entry {
+	uint64_t start, length;
+	uint32_t type, attributes;
+} __attribute__((packed));
+
+/* Patched by the builder, which finds it by the magic word. */
+__attribute__((used)) static volatile const struct {
+	char magic[8];
+	uint64_t size_bytes, rate, sweep_seconds;
+	uint32_t pattern, reserved;
+} parameters = { .magic = { 'M', 'G', 'D', 'L', 'O', 'A', 'D', '1' }, .sweep_seconds = 10 };
+
+static struct range {
+	uint64_t start, blocks;
+} ranges[RANGES];
+static unsigned int range_count;
+static uint64_t ticks_per_ms;
+static char output[4096]; /* what the serial port has not taken yet */
+static unsigned int output_start, output_end;
+
+void load_main(void);
+
+static inline void out8(uint16_t port, uint8_t value)
+{
+	__asm__ volatile("outb %0, %1" : : "a"(value), "Nd"(port));
+}
+
+static inline uint8_t in8(uint16_t port)
+{
+	uint8_t value;
+
+	__asm__ volatile("inb %1, %0" : "=a"(value) : "Nd"(port));
+	return value;
+}
+
+static inline uint64_t ticks(void)
+{
+	uint32_t low, high;
+
+	__asm__ volatile("rdtsc" : "=a"(low), "=d"(high));
+	return (uint64_t)high << 32 | low;
+}
+
+/* ---- the serial port: written without waiting, since a console nobody reads must not stop the load */
+
+static void push_output(void)
+{
+	int room = 16; /* the port's queue, once it says that it is empty */
+
+	if (output_start == output_end || !(in8(PORT + 5) & 0x20))
+		return;
+	while (room-- && output_start != output_end)
+		out8(PORT, (uint8_t)output[output_start++ % sizeof(output)]);
+}
+
+static void say_char(char c)
+{
+	if (output_end - output_start < sizeof(output))
+		output[output_end++ % sizeof(output)] = c;
+}
+
+static void say(const char *text)
+{
+	while (*text)
+		say_char(*text++);
+}
+
+static void say_number(uint64_t value, unsigned int base)
+{
+	char digits[24];
+	int n = 0;
+
+	do {
+		digits[n++] = "0123456789abcdef"[value % base];
+		value /= base;
+	} while (value);
+	while (n)
+		say_char(digits[--n]);
+}
+
+static void say_field(const char *name, uint64_t value)
+{
+	say(name);
+	say_number(value, 10);
+}
+
+/* Milliseconds with three decimals, from ticks. */
+static void say_ms(const char *name, uint64_t value)
+{
+	uint64_t us = value * 1000 / ticks_per_ms;
+
+	say_field(name, us / 1000);
+	say_char('.');
+	say_char((char)('0' + us / 100 % 10));
+	say_char((char)('0' + us / 10 % 10));
+	say_char((char)('0' + us % 10));
+}
+
+/* 's', 'r' or 'q' when the line of that command is complete. */
+static char next_command(void)
+{
+	static char first;
+	char c;
+
+	while (in8(PORT + 5) & 1) {
+		c = (char)in8(PORT);
+		if (c == '\n' || c == '\r') {
+			c = first;
+			first = 0;
+			if (c)
+				return c;
+		} else if (!first) {
+			first = c;
+		}
+	}
+	return 0;
+}
+
+/* ---- time */
+
+/* How fast the time stamp counter runs, from 20 ms of the timer chip's second channel. */
+static void calibrate(void)
+{
+	uint32_t count = PIT_HZ / 50;
+	uint64_t start;
+
+	out8(0x61, (uint8_t)((in8(0x61) & ~2u) | 1u));
+	out8(0x43, 0xb0);
+	out8(0x42, (uint8_t)count);
+	out8(0x42, (uint8_t)(count >> 8));
+	start = ticks();
+	while (!(in8(0x61) & 0x20))
+		;
+	ticks_per_ms = (ticks() - start) / 20;
+	if (ticks_per_ms == 0)
+		ticks_per_ms = 1;
+}
+
+/* Interrupt 0 on vector 32, a thousand times a second, so that `nap` comes back. */
+static void start_timer(void)
+{
+	uint32_t count = PIT_HZ / 1000;
+
+	out8(0x20, 0x11);
+	out8(0xa0, 0x11);
+	out8(0x21, 32);
+	out8(0xa1, 40);
+	out8(0x21, 4);
+	out8(0xa1, 2);
+	out8(0x21, 1);
+	out8(0xa1, 1);
+	out8(0x21, 0xfe);
+	out8(0xa1, 0xff);
+	out8(0x43, 0x34);
+	out8(0x40, (uint8_t)count);
+	out8(0x40, (uint8_t)(count >> 8));
+}
+
+static inline void nap(void)
+{
+	__asm__ volatile("sti; hlt; cli" : : : "memory");
+}
+
+/* ---- memory */
+
+static volatile uint64_t *block_at(void *context, uint64_t index)
+{
+	unsigned int i = 0;
+
+	(void)context;
+	while (index >= ranges[i].blocks)
+		index -= ranges[i++].blocks;
+	return (volatile uint64_t *)(ranges[i].start + index * SC_BLOCK_BYTES);
+}
+
+static uint64_t find_memory(void)
+{
+	uint64_t blocks = 0;
+
+	for (uint32_t i = 0; i < MAP_COUNT && range_count < RANGES; i++) {
+		uint64_t start = MAP[i].start, end = MAP[i].start + MAP[i].length;
+
+		if (MAP[i].type != 1)
+			continue;
+		if (start < LOWEST)
+			start = LOWEST;
+		if (end > HIGHEST)
+			end = HIGHEST;
+		start = (start + SC_BLOCK_BYTES - 1) & ~(uint64_t)(SC_BLOCK_BYTES - 1);
+		end &= ~(uint64_t)(SC_BLOCK_BYTES - 1);
+		if (end <= start)
+			continue;
+		ranges[range_count].start = start;
+		ranges[range_count++].blocks = (end - start) / SC_BLOCK_BYTES;
+		blocks += (end - start) / SC_BLOCK_BYTES;
+	}
+	return blocks;
+}
+
+/* The counters come out of the first range; then every range gives the same share of what was asked for. */
+static void lay_out(struct sc_load *load)
+{
+	uint64_t blocks = find_memory(), wanted = parameters.size_bytes / SC_BLOCK_BYTES;
+	uint64_t own = blocks / SC_BLOCK_WORDS + 1;
+
+	load->expected = (uint64_t *)ranges[0].start;
+	ranges[0].start += own * SC_BLOCK_BYTES;
+	ranges[0].blocks -= own;
+	blocks -= own;
+	if (wanted && wanted < blocks) {
+		uint64_t all = blocks;
+
+		blocks = 0;
+		for (unsigned int i = 0; i < range_count; i++) {
+			ranges[i].blocks = ranges[i].blocks * wanted / all;
+			blocks += ranges[i].blocks;
+		}
+	}
+	load->blocks = blocks;
+}
+
+/* ---- the load */
+
+static void say_mismatch(const struct sc_mismatch *m)
+{
+	say_field("CORRUPT {\"memory\":\"ram\",\"block\":", m->index);
+	say_field(",\"word\":", m->word);
+	say(",\"found\":\"");
+	say_number(m->found, 16);
+	say("\",\"wanted\":\"");
+	say_number(m->wanted, 16);
+	say_field("\",\"counter\":", m->counter);
+	say("}\n");
+}
+
+void load_main(void)
+{
+	struct sc_load load = { .block = block_at, .random = 0x1234567 };
+	uint64_t rate = parameters.rate, sweep_ms = parameters.sweep_seconds * 1000;
+	uint64_t started, last, reported = 0, listened = 0, gap = 0, stall = 0, written = 0, swept = 0;
+	int corrupt_said = 0;
+
+	load.pattern = (enum sc_pattern)parameters.pattern;
+	out8(PORT + 1, 0); /* no interrupts; 115200 baud; queues on */
+	out8(PORT + 3, 0x80);
+	out8(PORT, 1);
+	out8(PORT + 1, 0);
+	out8(PORT + 3, 3);
+	out8(PORT + 2, 7);
+	out8(PORT + 4, 3);
+	calibrate();
+	start_timer();
+	lay_out(&load);
+	sc_fill(&load);
+	say_field("READY {\"blocks\":", load.blocks);
+	say(",\"disk_blocks\":0}\n");
+
+	started = last = ticks();
+	for (;;) {
+		uint64_t now = ticks(), ms = (now - started) / ticks_per_ms, due;
+
+		if (now > last && now - last > gap)
+			gap = now - last;
+		last = now;
+		if (load.pattern != SC_IDLE && rate == 0) {
+			for (int i = 0; i < 64; i++)
+				sc_operate(&load);
+		} else if (load.pattern != SC_IDLE) {
+			/* What a pause kept from being written is not caught up with: at most 20 ms worth of it. */
+			due = ms * rate / 1000;
+			if (due - written > rate / 50 + 1)
+				written = due - (rate / 50 + 1);
+			for (int i = 0; i < 64 && written < due; i++, written++)
+				sc_operate(&load);
+		}
+		if (sweep_ms) {
+			due = ms * load.blocks / sweep_ms;
+			if (due - swept > load.blocks / 64 + 1)
+				swept = due - (load.blocks / 64 + 1);
+			for (int i = 0; i < 64 && swept < due; i++, swept++)
+				sc_sweep_some(&load, 1);
+		}
+		if (gap > stall)
+			stall = gap;
+		if (load.errors && !corrupt_said++)
+			say_mismatch(&load.first);
+		if (now - reported >= 500 * ticks_per_ms) {
+			reported = now;
+			say_ms("LOAD {\"seconds\":", (now - started) / 1000);
+			say_field(",\"operations\":", load.operations);
+			say_field(",\"sweeps\":", load.sweeps);
+			say_field(",\"errors\":", load.errors);
+			say_ms(",\"stall_ms\":", stall);
+			say_ms(",\"gap_ms\":", gap);
+			say("}\n");
+			gap = 0;
+		}
+		if (now - listened >= 2 * ticks_per_ms) {
+			listened = now;
+			push_output();
+			switch (next_command()) {
+			case 's':
+				due = sc_sweep_all(&load);
+				say_field("SWEPT {\"blocks\":", load.blocks);
+				say_field(",\"wrong\":", due);
+				say_field(",\"errors\":", load.errors);
+				say("}\n");
+				last = ticks(); /* our own doing, not a stall */
+				break;
+			case 'r':
+				stall = gap = 0;
+				break;
+			case 'q':
+				__asm__ volatile("outw %0, %1" : : "a"((uint16_t)0x2000), "Nd"((uint16_t)POWER));
+				break;
+			}
+		}
+		if (rate || load.pattern == SC_IDLE)
+			nap();
+	}
+}
