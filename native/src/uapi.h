@@ -1,0 +1,76 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Kernel interfaces newer than the headers of the distributions we build on.  Whether the running kernel has them is found
+ * out at run time (probe.c); numbers and layouts are those of include/uapi/linux/{userfaultfd,fs,ptrace}.h.
+ */
+#ifndef MGD_UAPI_H
+#define MGD_UAPI_H
+
+#include <linux/ioctl.h>
+#include <linux/types.h>
+#include <linux/userfaultfd.h>
+
+#ifndef UFFD_USER_MODE_ONLY /* 5.11 */
+#define UFFD_USER_MODE_ONLY 1
+#endif
+#ifndef USERFAULTFD_IOC_NEW /* 6.1 */
+#define USERFAULTFD_IOC_NEW _IO(0xaa, 0x00)
+#endif
+#ifndef UFFD_FEATURE_WP_HUGETLBFS_SHMEM /* 5.19 */
+#define UFFD_FEATURE_WP_HUGETLBFS_SHMEM (1 << 12)
+#endif
+#ifndef UFFD_FEATURE_WP_UNPOPULATED /* 6.4 */
+#define UFFD_FEATURE_WP_UNPOPULATED (1 << 13)
+#endif
+#ifndef UFFDIO_CONTINUE_MODE_WP /* 6.4 */
+#define UFFDIO_CONTINUE_MODE_WP ((__u64)1 << 1)
+#endif
+#ifndef UFFD_FEATURE_POISON /* 6.6 */
+#define UFFD_FEATURE_POISON (1 << 14)
+#endif
+#ifndef UFFD_FEATURE_WP_ASYNC /* 6.7 */
+#define UFFD_FEATURE_WP_ASYNC (1 << 15)
+#endif
+
+/* UFFDIO_POISON, 6.6: struct uffdio_poison. */
+struct mgd_uffdio_poison {
+	struct uffdio_range range;
+	__u64 mode;
+	__s64 updated;
+};
+#define MGD_UFFDIO_POISON _IOWR(UFFDIO, 0x08, struct mgd_uffdio_poison)
+
+/* ioctl(/proc/PID/pagemap, PAGEMAP_SCAN), 6.7: struct page_region, struct pm_scan_arg. */
+struct mgd_page_region {
+	__u64 start, end;
+	__u64 categories;
+};
+
+struct mgd_pm_scan_arg {
+	__u64 size;
+	__u64 flags;
+	__u64 start, end;
+	__u64 walk_end;
+	__u64 vec, vec_len;
+	__u64 max_pages;
+	__u64 category_inverted, category_mask, category_anyof_mask, return_mask;
+};
+#define MGD_PAGEMAP_SCAN _IOWR('f', 16, struct mgd_pm_scan_arg)
+#define MGD_PAGE_IS_WRITTEN (1 << 1)
+#define MGD_PAGE_IS_PRESENT (1 << 3)
+#define MGD_PAGE_IS_SWAPPED (1 << 4)
+#define MGD_PM_SCAN_WP_MATCHING (1 << 0)
+#define MGD_PM_SCAN_CHECK_WPASYNC (1 << 1)
+
+/* ptrace, 4.3 and 5.13. */
+#define MGD_PTRACE_O_SUSPEND_SECCOMP (1 << 21)
+#define MGD_PTRACE_GET_RSEQ_CONFIGURATION 0x420f
+struct mgd_ptrace_rseq_configuration {
+	__u64 rseq_abi_pointer;
+	__u32 rseq_abi_size;
+	__u32 signature;
+	__u32 flags;
+	__u32 pad;
+};
+
+#endif
