@@ -1,0 +1,92 @@
+"""Dirty tracking of a guest process, from outside: life cycle only, the scans are made by the source engine in C."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from migrated.errors import GuestError, MigratedError
+from migrated.guests.driver import SourceMemory
+from migrated.memory.native import call, ffi, lib
+
+
+class Tracker:
+    """Sees which pages the guest process writes.
+
+    Made on a userfaultfd of the guest process (UFFDIO_API done with tracking), of which it keeps a duplicate.  Call `arm`
+    with the guest quiesced, then give `handle` to the source engine's scans; `disarm` leaves nothing of ours in the guest's
+    page tables; `close` frees our side only.
+
+    ``already_registered``: the mappings are registered with write-protection since the guest arrived here.
+    """
+
+    def __init__(self, memory: SourceMemory, uffd: int, *, already_registered: bool = False) -> None:
+        self._already_registered = already_registered
+        self._handle: Any | None = None
+        mappings = ffi.new("struct mgd_mapping[]", len(memory.mappings))
+        for raw, mapping in zip(mappings, memory.mappings, strict=True):
+            raw.region = mapping.region
+            raw.address = mapping.address
+            raw.offset = mapping.offset
+            raw.length_bytes = mapping.length_bytes
+        page_bytes = ffi.new("uint64_t[]", [region.page_bytes for region in memory.regions])
+        self._word_counts = [(region.size_bytes // region.page_bytes + 63) // 64 for region in memory.regions]
+        out = ffi.new("struct mgd_tracker **")
+        path = f"/proc/{memory.pid}/pagemap"
+        try:
+            pagemap = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise GuestError(
+                f"cannot open {path}: {error.strerror}",
+                code="guest-gone" if isinstance(error, FileNotFoundError | ProcessLookupError) else "no-rights",
+                hint="the agent needs CAP_SYS_PTRACE, or the guest's user and a guest that may be traced",
+            ) from error
+        try:
+            call(
+                lib.mgd_tracker_create,
+                pagemap,
+                uffd,
+                mappings,
+                len(memory.mappings),
+                page_bytes,
+                len(memory.regions),
+                out,
+            )
+        finally:
+            os.close(pagemap)
+        self._handle = out[0]
+
+    @property
+    def handle(self) -> Any:
+        """The C object, for the engine; an error once closed."""
+        if self._handle is None:
+            raise MigratedError("the dirty tracker is already closed")
+        return self._handle
+
+    def arm(self) -> None:
+        """Register and write-protect all of it; the guest must be quiesced.  Blocks.  On failure nothing stays behind."""
+        call(lib.mgd_tracker_arm, self.handle, int(self._already_registered))
+
+    def disarm(self) -> None:
+        """Take everything of ours out of the guest's page tables.  Blocks.  Fine on a dead guest, and when called twice."""
+        call(lib.mgd_tracker_disarm, self.handle)
+
+    def scan(self) -> list[bytes]:
+        """Bitmaps of the pages written since the last scan, one a region, little end first (tests and tools)."""
+        return self._bitmaps(lib.mgd_tracker_scan)
+
+    def present(self) -> list[bytes]:
+        """Bitmaps of the pages the guest process has mapped now (tests and tools)."""
+        return self._bitmaps(lib.mgd_tracker_present)
+
+    def _bitmaps(self, function: Any) -> list[bytes]:
+        words = [ffi.new("uint64_t[]", count) for count in self._word_counts]
+        pointers = ffi.new("uint64_t *[]", words)
+        call(function, self.handle, pointers, ffi.new("uint64_t *"))
+        return [bytes(ffi.buffer(array)) for array in words]
+
+    def close(self) -> None:
+        """Free our side.  Idempotent; does not touch the guest: `disarm` first."""
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            lib.mgd_tracker_destroy(handle)
