@@ -3,20 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Final
 
+import msgspec
+
+from migrated.errors import LocalProtocolError, RemoteProtocolError
+from migrated.protocol import bounds
 from migrated.protocol.messages import AnyMessage
 
 LENGTH_BYTES = 4
 MAX_FRAME_BYTES = 16 * 1024 * 1024
 
+_encoder: Final = msgspec.msgpack.Encoder()
+_decoder: Final[msgspec.msgpack.Decoder[AnyMessage]] = msgspec.msgpack.Decoder(AnyMessage)
+
 
 def encode(message: AnyMessage) -> bytes:
     """The frame of a message.  Raises LocalProtocolError when a field is out of range."""
-    raise NotImplementedError
+    name = type(message).__name__
+    try:
+        bounds.check(message)
+        body = _encoder.encode(message)
+    except (ValueError, OverflowError) as error:
+        raise LocalProtocolError(f"{name}: {error}", hint="this is a bug: please report it") from error
+    if len(body) > MAX_FRAME_BYTES:
+        raise LocalProtocolError(f"{name}: {len(body)} bytes, the limit of a frame is {MAX_FRAME_BYTES}")
+    return len(body).to_bytes(LENGTH_BYTES, "big") + body
+
+
+def _decode(body: bytes) -> AnyMessage:
+    try:
+        message = _decoder.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RemoteProtocolError(
+            f"malformed control message of {len(body)} bytes: {error}", code="malformed"
+        ) from error
+    try:
+        bounds.check(message)
+    except bounds.WrongVersionError as error:
+        hint = "run the same version of migrated on both hosts"
+        raise RemoteProtocolError(str(error), code="version-mismatch", hint=hint) from error
+    except ValueError as error:
+        raise RemoteProtocolError(f"malformed {type(message).__name__}: {error}", code="malformed") from error
+    return message
 
 
 class FrameDecoder:
     """Bytes in, messages out."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self._error: RemoteProtocolError | None = None
+
+    @property
+    def pending_bytes(self) -> int:
+        """Bytes taken that are not yet part of a message given out: 0 at a frame boundary."""
+        return len(self._buffer)
 
     def feed(self, data: bytes) -> Iterator[AnyMessage]:
         """Take bytes (kept at once); iterate over the messages that are whole.
@@ -24,4 +66,42 @@ class FrameDecoder:
         The iterator raises RemoteProtocolError at the first malformed frame, after the good messages before it; from then on
         every call raises it again.  Messages not fetched stay for the next call.
         """
-        raise NotImplementedError
+        if self._error is None:
+            self._buffer += data
+        return self._messages()
+
+    def _messages(self) -> Iterator[AnyMessage]:
+        while True:
+            message = self.next_message()
+            if message is None:
+                return
+            yield message
+
+    def next_message(self) -> AnyMessage | None:
+        """The next message that is whole, or None.  RemoteProtocolError as in `feed`."""
+        if self._error is not None:
+            raise self._error
+        try:
+            return self._take()
+        except RemoteProtocolError as error:
+            self._error = error
+            self._buffer.clear()
+            raise
+
+    def _take(self) -> AnyMessage | None:
+        if len(self._buffer) < LENGTH_BYTES:
+            return None
+        length = int.from_bytes(self._buffer[:LENGTH_BYTES], "big")
+        if not 0 < length <= MAX_FRAME_BYTES:
+            # Said before a byte of it is kept: a peer cannot make us hold more than the limit.
+            raise RemoteProtocolError(
+                f"control frame of {length} bytes, allowed are 1 to {MAX_FRAME_BYTES}: "
+                f"the stream starts {bytes(self._buffer[:8])!r}",
+                code="malformed",
+            )
+        end = LENGTH_BYTES + length
+        if len(self._buffer) < end:
+            return None
+        body = bytes(self._buffer[LENGTH_BYTES:end])
+        del self._buffer[:end]
+        return _decode(body)

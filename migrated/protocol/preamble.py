@@ -8,17 +8,27 @@
        8     16   session
       24     32   token
       56      8   zero
+
+Magic and version stay where they are in every version to come; the rest is the version's own.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import enum
+import struct
+from typing import Final
 
-from migrated.errors import RemoteProtocolError
+from migrated.errors import LocalProtocolError, RemoteProtocolError
+from migrated.protocol import bounds, framing
 from migrated.protocol.messages import PROTOCOL_VERSION
 
 PREAMBLE_BYTES = 64
+MAGIC: Final = b"MGRT"
+
+_LAYOUT: Final = struct.Struct(">4sHBB16s32s8s")
+_ZERO: Final = bytes(8)
+_SHOWN_BYTES = 12
 
 
 class Purpose(enum.IntEnum):
@@ -48,7 +58,18 @@ class VersionMismatchError(RemoteProtocolError):
 
 def encode(preamble: Preamble) -> bytes:
     """The 64 bytes.  Raises LocalProtocolError when a field is out of range."""
-    raise NotImplementedError
+    problem = _problem(preamble)
+    if problem:
+        raise LocalProtocolError(f"preamble: {problem}", hint="this is a bug: please report it")
+    return _LAYOUT.pack(
+        MAGIC,
+        preamble.version,
+        preamble.purpose,
+        preamble.stream,
+        preamble.session,
+        preamble.token,
+        _ZERO,
+    )
 
 
 def decode(data: bytes) -> Preamble:
@@ -56,9 +77,44 @@ def decode(data: bytes) -> Preamble:
 
     Fewer bytes (the peer closed early) are a RemoteProtocolError too.
     """
-    raise NotImplementedError
+    if data[: len(MAGIC)] != MAGIC[: len(data)] or not data:
+        shown = bytes(data[:_SHOWN_BYTES])
+        raise RemoteProtocolError(
+            f"not a migrated connection: got {shown!r}",
+            code="not-migrated",
+            hint="something else connects to this port: check the address it was given",
+        )
+    if len(data) != PREAMBLE_BYTES:
+        raise RemoteProtocolError(f"the connection ended in its preamble: {len(data)} of {PREAMBLE_BYTES} bytes")
+    _, version, purpose, stream, session, token, padding = _LAYOUT.unpack(data)
+    if version != PROTOCOL_VERSION:
+        raise VersionMismatchError(
+            f"the peer speaks protocol version {version}, we speak {PROTOCOL_VERSION}",
+            hint="run the same version of migrated on both hosts",
+        )
+    if purpose not in Purpose.__members__.values():
+        raise RemoteProtocolError(f"preamble: unknown purpose {purpose}", code="malformed")
+    preamble = Preamble(Purpose(purpose), session, token, stream, version)
+    problem = _problem(preamble) or ("" if padding == _ZERO else f"padding must be zero, not {padding!r}")
+    if problem:
+        raise RemoteProtocolError(f"preamble: {problem}", code="malformed")
+    return preamble
 
 
-def refusal(error: VersionMismatchError) -> bytes:
-    """The Abort frame that answers a wrong version: its form is the same in all versions, so that any peer can read it."""
-    raise NotImplementedError
+def refusal(error: RemoteProtocolError) -> bytes:
+    """The Abort frame that answers a preamble that was not accepted (a wrong version, an unknown session), then close.
+
+    Its form is the same in all versions, so that any peer can read it.
+    """
+    return framing.encode(bounds.abort_of(error))
+
+
+def _problem(preamble: Preamble) -> str:
+    streams = bounds.MAX_STREAMS if preamble.purpose is Purpose.BULK else 1
+    if not 0 <= preamble.stream < streams:
+        return f"stream must be from 0 to {streams - 1} on a {preamble.purpose.name.lower()} connection, not {preamble.stream}"
+    if len(preamble.session) != bounds.SESSION_BYTES:
+        return f"session must be {bounds.SESSION_BYTES} bytes, not {len(preamble.session)}"
+    if len(preamble.token) != bounds.TOKEN_BYTES:
+        return f"token must be {bounds.TOKEN_BYTES} bytes, not {len(preamble.token)}"
+    return ""

@@ -4,18 +4,29 @@
     transport.write(source.send(Hello(…)))
     for message in source.receive(data):     # the state is the one right after this message
         …                                    # may send in here
+
+The steps themselves are in transitions.py, the reasons in docs/commit.md.  A Ping is given out like any message: answer it
+with Pong when `may_send` says so.
 """
 
 from __future__ import annotations
 
+import hmac
 from collections.abc import Iterator
 
-from migrated.protocol.messages import AnyMessage, Hello, Ready
+from migrated.errors import LocalProtocolError, RemoteProtocolError
+from migrated.protocol import bounds, framing, transitions
+from migrated.protocol.messages import AnyMessage, Hello, Ready, Resume, StateChunk, StateEnd
 from migrated.protocol.transitions import Role, State
+
+_BUG = "this is a bug: please report it"
 
 
 class Session:
-    """The state machine of one side, no I/O and no clock."""
+    """The state machine of one side, no I/O and no clock.
+
+    ``hello`` and ``ready`` are the messages as sent or received, None before.
+    """
 
     def __init__(
         self, role: Role, *, state: State = State.IDLE, hello: Hello | None = None, ready: Ready | None = None
@@ -24,70 +35,186 @@ class Session:
 
         After a crash a source is in UNSETTLED (COMMIT not sent) or PAUSED (sent, or about to be); a target in WAITING
         (Loaded sent or about to be, no COMMIT), PAUSED (COMMIT received), CLOSED (Done), or ABORTED (nothing left of it:
-        also what answers for a session the target does not know).
+        also what answers for a session the target does not know).  Any other state: ValueError.
         """
+        self.role = role
+        self.hello = hello
+        self.ready = ready
+        self._state = state
+        self._connected = state is State.IDLE
+        if not self._connected and state not in transitions.RESUMABLE[role]:
+            msg = f"a {role} session cannot be taken up in state {state}"
+            raise ValueError(msg)
+        self._geometry = bounds.Geometry.of(hello, ready) if hello and ready else None
+        self._decoder = framing.FrameDecoder()
+        self._failure: RemoteProtocolError | None = None
+        # Guest state streams live and end with their connection.
+        self._ended_ways: set[str] = set() if self._connected else {"send", "recv"}
 
-    role: Role
-    state: State
-    hello: Hello | None  # as sent or received
-    ready: Ready | None
+    @property
+    def state(self) -> State:
+        """Where it stands."""
+        return self._state
 
     @property
     def connected(self) -> bool:
         """Whether there is a connection: without one nothing can be sent or received."""
-        raise NotImplementedError
-
-    @property
-    def guest_may_run_here(self) -> bool:
-        """Source: COMMIT was never sent.  Target: COMMIT was received.  Never both at once."""
-        raise NotImplementedError
-
-    @property
-    def abort_allowed(self) -> bool:
-        """Whether `send(Abort)` can still end the migration: before COMMIT is sent; on the target, before Loaded is sent."""
-        raise NotImplementedError
+        return self._connected
 
     @property
     def committed(self) -> bool:
         """Source: COMMIT was sent.  Target: it was received."""
-        raise NotImplementedError
+        return self._state in transitions.COMMITTED[self.role]
+
+    @property
+    def guest_may_run_here(self) -> bool:
+        """Source: COMMIT was never sent.  Target: COMMIT was received.  Never both at once."""
+        return self.committed is (self.role is Role.TARGET)
+
+    @property
+    def abort_allowed(self) -> bool:
+        """Whether the migration can still be given up from here: on the source before COMMIT, on the target before Loaded.
+
+        Connected: by `send(Abort)`.  A source that is not connected has given up already.
+        """
+        if not self._connected or self.committed:
+            return False
+        # The target's Abort from resuming and refusing states turns down a reconnect: it ends nothing.
+        return transitions.TABLE[self.role][self._state].get("send abort") in {State.ABORTING, State.WITHDRAWING}
 
     @property
     def settled(self) -> bool:
         """Nothing more needs to be said: aborted on both sides, or closed."""
-        raise NotImplementedError
+        return self._state in {State.ABORTED, State.CLOSED}
 
     @property
     def must_reconnect(self) -> bool:
         """Not connected, and the two sides have something to settle: the source dials, the target waits."""
-        raise NotImplementedError
+        return not self._connected and not self.settled
 
     def may_send(self, message: AnyMessage) -> bool:
-        """Whether `send` would take it."""
-        raise NotImplementedError
+        """Whether the state lets `send` take it."""
+        return self._step("send", message) is not None
 
     def send(self, message: AnyMessage) -> bytes:
         """Make the step and return the frame to write.  LocalProtocolError: not now; the state is unchanged.
 
         The state has changed when this returns, whether the bytes ever leave or not: Commit counts as sent from here on.
+        A journal that is to survive a crash is written between the two: after this returns, before the bytes leave.
         """
-        raise NotImplementedError
+        after = self._step("send", message)
+        if after is None:
+            raise LocalProtocolError(self._complaint("send", message), hint=_BUG)
+        try:
+            self._check(message)
+        except ValueError as error:
+            raise LocalProtocolError(f"{type(message).__name__}: {error}", hint=_BUG) from error
+        frame = framing.encode(message)
+        self._follow("send", message, after)
+        return frame
 
     def receive(self, data: bytes) -> Iterator[AnyMessage]:
         """Take bytes of the connection (kept at once); iterate over the messages, each after its step was made.
 
         Raises RemoteProtocolError (from the iterator) at a malformed or unexpected message, after all earlier ones; that
         message makes no step, and the connection is good for nothing but closing: every later call raises it again.
+        Messages that an abort overtook are dropped, not given out.  The iterator of an earlier connection ends.
         """
-        raise NotImplementedError
+        if not self._connected:
+            raise LocalProtocolError(f"bytes received in state {self._state}, without a connection", hint=_BUG)
+        messages = self._decoder.feed(data)
+        return self._arrivals(self._decoder, messages)
+
+    def _arrivals(self, decoder: framing.FrameDecoder, messages: Iterator[AnyMessage]) -> Iterator[AnyMessage]:
+        while self._connected and decoder is self._decoder:
+            if self._failure is not None:
+                raise self._failure
+            message = next(messages, None)
+            if message is None:
+                return
+            if self._arrive(message):
+                yield message
+
+    def _arrive(self, message: AnyMessage) -> bool:
+        """Make the step of a received message.  False: it was overtaken by an abort, and is dropped."""
+        after = self._step("recv", message)
+        if after is None:
+            absorbed = transitions.ABSORBED[self.role].get(self._state, frozenset())
+            if transitions.event(message) in absorbed:
+                return False
+            self._failure = RemoteProtocolError(self._complaint("recv", message), code="unexpected-message")
+            raise self._failure
+        try:
+            self._check(message)
+        except ValueError as error:
+            self._failure = RemoteProtocolError(f"{type(message).__name__}: {error}", code="malformed")
+            raise self._failure from error
+        self._follow("recv", message, after)
+        return True
 
     def connection_lost(self) -> State:
-        """The connection has ended, however.  Returns the state that follows.  Idempotent."""
-        raise NotImplementedError
+        """The connection has ended, however.  Returns the state that follows.  Idempotent.
+
+        What came before the end must have been received first, all of it: a Commit may be in the last bytes.
+        """
+        if self._connected:
+            self._connected = False
+            self._state = transitions.LOST[self.role].get(self._state, self._state)
+            self._ended_ways = {"send", "recv"}
+        return self._state
 
     def reconnected(self) -> None:
         """A new connection is there (call `connection_lost` for the old one first): the source now sends Resume.
 
         LocalProtocolError when still connected, or when the state has nothing to resume.
         """
-        raise NotImplementedError
+        if self._connected or self._state not in transitions.RESUMABLE[self.role]:
+            what = "connected" if self._connected else "over"
+            raise LocalProtocolError(f"reconnected in state {self._state}: the session is {what}", hint=_BUG)
+        self._connected = True
+        self._decoder = framing.FrameDecoder()
+        self._failure = None
+
+    def _step(self, way: str, message: AnyMessage) -> State | None:
+        if not self._connected or (isinstance(message, StateChunk | StateEnd) and way in self._ended_ways):
+            return None
+        return transitions.following(self.role, self._state, way, transitions.event(message))
+
+    def _complaint(self, way: str, message: AnyMessage) -> str:
+        word = transitions.event(message)
+        if not self._connected:
+            return f"cannot send {word} in state {self._state}: not connected"
+        if isinstance(message, StateChunk | StateEnd) and way in self._ended_ways:
+            return f"{word} after state-end"
+        allowed = ", ".join(transitions.expected(self.role, self._state, way)) or "nothing"
+        if way == "send":
+            return f"cannot send {word} in state {self._state}: allowed are {allowed}"
+        return f"the peer sent {word} in state {self._state}: expected {allowed}"
+
+    def _check(self, message: AnyMessage) -> None:
+        """What only the session knows: is it the same session, do page numbers fit its regions.  ValueError."""
+        match message:
+            case Ready() if self.hello is not None:
+                bounds.Geometry.of(self.hello, message)
+            case Resume() if self.hello is not None:
+                same = hmac.compare_digest(message.session + message.token, self.hello.session + self.hello.token)
+                if not same:
+                    msg = "session or token are not those of this migration"
+                    raise ValueError(msg)
+            case _ if self._geometry is not None:
+                self._geometry.check(message)
+            case _:
+                pass
+
+    def _follow(self, way: str, message: AnyMessage, after: State) -> None:
+        match message:
+            case Hello():
+                self.hello = message
+            case Ready() if self.hello is not None:
+                self.ready = message
+                self._geometry = bounds.Geometry.of(self.hello, message)
+            case StateEnd():
+                self._ended_ways.add(way)
+            case _:
+                pass
+        self._state = after
