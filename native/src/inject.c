@@ -1,0 +1,488 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * One system call, made in a thread of another, unmodified process.
+ *
+ * The thread is seized and interrupted with ptrace, its registers are pointed at a `syscall` instruction that the process
+ * has anyway (vDSO, else any executable file mapping), it runs from system-call-entry stop to system-call-exit stop, and
+ * everything is put back.  What makes it safe:
+ *
+ *   - A thread inside a system call has -ERESTART... in rax and the call's number in orig_rax.  The kernel rewinds such a
+ *     thread when it leaves the signal-delivery code, so orig_rax is -1 while our call is set up (nothing to restart), and
+ *     the saved registers are put back at a stop *inside the signal-delivery code* (a second PTRACE_INTERRUPT), where the
+ *     restart still happens.  Putting them back at the exit stop would leak -ERESTARTSYS to the program.
+ *   - All signals are blocked meanwhile (PTRACE_SETSIGMASK), so that no handler runs on our registers.  A signal that shows
+ *     up before that is delivered as it would have been.  SIGSTOP cannot be blocked: the group stop takes effect when we
+ *     detach.
+ *   - A restartable sequence (rseq) that the thread was in would be forgotten by the kernel when it sees our instruction
+ *     pointer: its descriptor's address is saved and put back.
+ *   - Seccomp might kill the process for our call: it is suspended where we may (CAP_SYS_ADMIN), else a process with a
+ *     filter is refused.
+ *
+ * The tracing is done by a helper *process* that shares our memory (CLONE_VM | CLONE_VFORK), for two reasons.  ptrace stops
+ * are reported by wait(): were we the tracer and the guest also our child, whoever else in this process waits for children
+ * (an event loop) would take our stop for the guest's end.  And should this daemon be killed in the middle, the helper is
+ * another process and finishes; whatever happens to the helper, the kernel detaches at its end.  The helper must not touch
+ * what the suspended thread's libc may hold: it makes system calls only.
+ */
+#include <errno.h>
+#include <stddef.h>
+#include <string.h>
+
+#include "error.h"
+
+#ifdef __x86_64__
+
+#include <elf.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/ptrace.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
+#include <sys/user.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "uapi.h"
+
+#define STOP_LIMIT_NS 2000000000LL /* to reach a stop: a thread in uninterruptible sleep takes its time */
+#define CALL_LIMIT_NS 5000000000LL /* for the system call itself */
+#define PATIENCE_NS 60000000000LL /* before a thread is given up in the middle of it */
+#define HELPER_STACK_BYTES (64 * 1024)
+#define CODE_CHUNK_BYTES 4096
+#define CODE_SEARCH_BYTES (4 << 20)
+#define USER_CS_64 0x33
+#define SYSCALL_STOP (SIGTRAP | 0x80)
+#define EFLAGS_TRAP 0x100
+/* Returned inside the kernel only: include/linux/errno.h. */
+#define ERESTART_FIRST 512
+#define ERESTART_LAST 516
+
+enum step {
+	STEP_NONE,
+	STEP_SEIZE,
+	STEP_SEIZE_SECCOMP,
+	STEP_STOP,
+	STEP_REGISTERS,
+	STEP_32_BIT,
+	STEP_MASK,
+	STEP_SET_UP,
+	STEP_ENTRY,
+	STEP_EXIT,
+	STEP_WAIT,
+	STEP_GONE,
+	STEP_STOP_LIMIT,
+	STEP_CALL_LIMIT,
+	STEP_RESTORE,
+};
+
+/* Everything the helper is given and gives back. */
+struct injection {
+	pid_t tid;
+	int memory_fd; /* /proc/TID/mem */
+	int suspend_seccomp;
+	uint64_t instruction; /* address of a `syscall` */
+	long number;
+	const uint64_t *arguments;
+
+	enum step failed;
+	int reason; /* errno at `failed` */
+	int64_t result;
+	uint64_t stopped_ns;
+};
+
+static int64_t now_ns(void)
+{
+	struct timespec time;
+
+	clock_gettime(CLOCK_MONOTONIC, &time);
+	return time.tv_sec * 1000000000LL + time.tv_nsec;
+}
+
+/* ---------------------------------------------------------------- in the helper */
+
+static int fail_step(struct injection *injection, enum step step, int reason)
+{
+	/* The first failure is the one to tell. */
+	if (injection->failed == STEP_NONE) {
+		injection->failed = step;
+		injection->reason = reason;
+	}
+	return -1;
+}
+
+static long trace(int request, pid_t tid, uintptr_t address, uintptr_t data)
+{
+	return syscall(SYS_ptrace, request, tid, address, data);
+}
+
+/* The next stop, as wait() tells it.  Sleeps on SIGCHLD, which is blocked. */
+static int wait_stop(struct injection *injection, int64_t deadline_ns, enum step limit, int *out_status)
+{
+	sigset_t child;
+
+	sigemptyset(&child);
+	sigaddset(&child, SIGCHLD);
+	for (;;) {
+		pid_t got = waitpid(injection->tid, out_status, __WALL | WNOHANG);
+		int64_t left = deadline_ns - now_ns();
+		struct timespec timeout = {.tv_sec = left / 1000000000, .tv_nsec = left % 1000000000};
+
+		if (got == injection->tid && WIFSTOPPED(*out_status))
+			return 0;
+		if (got == injection->tid)
+			return fail_step(injection, STEP_GONE, ESRCH);
+		if (got < 0 && errno != EINTR)
+			return fail_step(injection, errno == ECHILD ? STEP_GONE : STEP_WAIT, errno);
+		if (left <= 0)
+			return fail_step(injection, limit, ETIMEDOUT);
+		sigtimedwait(&child, NULL, &timeout);
+	}
+}
+
+/* From running to a stop inside the signal-delivery code, between two of the program's instructions. */
+static int interrupt(struct injection *injection)
+{
+	int64_t deadline_ns = now_ns() + STOP_LIMIT_NS;
+	int status;
+
+	if (trace(PTRACE_INTERRUPT, injection->tid, 0, 0))
+		return fail_step(injection, errno == ESRCH ? STEP_GONE : STEP_STOP, errno);
+	for (;;) {
+		int deliver = 0;
+
+		if (wait_stop(injection, deadline_ns, STEP_STOP_LIMIT, &status))
+			return -1;
+		/* Ours, or a group stop: both are taken in the signal-delivery code. */
+		if (status >> 16 == PTRACE_EVENT_STOP)
+			return 0;
+		/* A signal for the program came first.  Asking again before it goes on makes the stop follow at once. */
+		if (status >> 16 == 0 && WSTOPSIG(status) != SYSCALL_STOP)
+			deliver = WSTOPSIG(status);
+		if (trace(PTRACE_INTERRUPT, injection->tid, 0, 0) ||
+		    trace(PTRACE_CONT, injection->tid, 0, (uintptr_t)deliver))
+			return fail_step(injection, errno == ESRCH ? STEP_GONE : STEP_STOP, errno);
+	}
+}
+
+/* Run to the next system call stop (entry or exit). */
+static int run_to_syscall_stop(struct injection *injection, int64_t deadline_ns)
+{
+	int deliver = 0, interrupted = 0, status;
+
+	for (;;) {
+		if (trace(PTRACE_SYSCALL, injection->tid, 0, (uintptr_t)deliver))
+			return fail_step(injection, errno == ESRCH ? STEP_GONE : STEP_ENTRY, errno);
+		while (wait_stop(injection, deadline_ns, STEP_CALL_LIMIT, &status)) {
+			if (injection->failed != STEP_CALL_LIMIT || interrupted)
+				return -1;
+			/* A call that blocks: interrupted, it ends with an exit stop all the same.  Giving up for good would
+			 * leave the thread on our registers, so there is patience. */
+			interrupted = 1;
+			deadline_ns = now_ns() + PATIENCE_NS;
+			if (trace(PTRACE_INTERRUPT, injection->tid, 0, 0))
+				return -1;
+		}
+		if (status >> 16 == 0 && WSTOPSIG(status) == SYSCALL_STOP)
+			return 0;
+		/* SIGSTOP passes every mask: let it be; the group stop that follows holds the thread once we let go. */
+		deliver = status >> 16 == 0 ? WSTOPSIG(status) : 0;
+	}
+}
+
+static int get_registers(struct injection *injection, struct user_regs_struct *registers)
+{
+	struct iovec vector = {.iov_base = registers, .iov_len = sizeof(*registers)};
+
+	if (trace(PTRACE_GETREGSET, injection->tid, NT_PRSTATUS, (uintptr_t)&vector))
+		return fail_step(injection, errno == ESRCH ? STEP_GONE : STEP_REGISTERS, errno);
+	if (vector.iov_len != sizeof(*registers) || registers->cs != USER_CS_64)
+		return fail_step(injection, STEP_32_BIT, ENOTSUP);
+	return 0;
+}
+
+static int set_registers(struct injection *injection, struct user_regs_struct *registers, enum step step)
+{
+	struct iovec vector = {.iov_base = registers, .iov_len = sizeof(*registers)};
+
+	if (trace(PTRACE_SETREGSET, injection->tid, NT_PRSTATUS, (uintptr_t)&vector))
+		return fail_step(injection, errno == ESRCH ? STEP_GONE : step, errno);
+	return 0;
+}
+
+/* Address and content of the thread's rseq_cs field; content 0: in no restartable sequence. */
+static uint64_t active_rseq(const struct injection *injection, uint64_t *out_address)
+{
+	struct mgd_ptrace_rseq_configuration configuration = {0};
+	uint64_t sequence = 0;
+
+	*out_address = 0;
+	if (trace(MGD_PTRACE_GET_RSEQ_CONFIGURATION, injection->tid, sizeof(configuration),
+		  (uintptr_t)&configuration) <= 0 ||
+	    !configuration.rseq_abi_pointer)
+		return 0;
+	*out_address = configuration.rseq_abi_pointer + 8; /* offsetof(struct rseq, rseq_cs) */
+	if (pread(injection->memory_fd, &sequence, sizeof(sequence), (off_t)*out_address) != sizeof(sequence))
+		return 0;
+	return sequence;
+}
+
+/* With the signals blocked and `saved` known: make the call, and stop where `saved` can be put back. */
+static int make_call(struct injection *injection, const struct user_regs_struct *saved)
+{
+	struct user_regs_struct registers = *saved;
+	int result;
+
+	registers.rip = injection->instruction;
+	registers.rax = (unsigned long)injection->number;
+	registers.orig_rax = (unsigned long)-1;
+	registers.rdi = injection->arguments[0];
+	registers.rsi = injection->arguments[1];
+	registers.rdx = injection->arguments[2];
+	registers.r10 = injection->arguments[3];
+	registers.r8 = injection->arguments[4];
+	registers.r9 = injection->arguments[5];
+	registers.eflags &= ~(unsigned long)EFLAGS_TRAP;
+	if (set_registers(injection, &registers, STEP_SET_UP) ||
+	    run_to_syscall_stop(injection, now_ns() + STOP_LIMIT_NS) || get_registers(injection, &registers))
+		return -1;
+	if (registers.orig_rax != (unsigned long)injection->number || registers.rip != injection->instruction + 2)
+		return fail_step(injection, STEP_ENTRY, EPROTO);
+	result = run_to_syscall_stop(injection, now_ns() + CALL_LIMIT_NS);
+	if (result == 0 && get_registers(injection, &registers) == 0) {
+		injection->result = (int64_t)registers.rax;
+		if (injection->result >= -ERESTART_LAST && injection->result <= -ERESTART_FIRST)
+			injection->result = -EINTR;
+	}
+	/* Into the signal-delivery code; the call's own result keeps it from being restarted. */
+	if (trace(PTRACE_INTERRUPT, injection->tid, 0, 0) || trace(PTRACE_CONT, injection->tid, 0, 0))
+		return fail_step(injection, STEP_EXIT, errno);
+	return interrupt(injection) || injection->failed != STEP_NONE ? -1 : 0;
+}
+
+static void inject_stopped(struct injection *injection)
+{
+	struct user_regs_struct saved;
+	uint64_t mask, all = ~(uint64_t)0, rseq_address, rseq;
+
+	if (get_registers(injection, &saved))
+		return;
+	if (trace(PTRACE_GETSIGMASK, injection->tid, sizeof(mask), (uintptr_t)&mask) ||
+	    trace(PTRACE_SETSIGMASK, injection->tid, sizeof(all), (uintptr_t)&all)) {
+		fail_step(injection, STEP_MASK, errno);
+		return;
+	}
+	rseq = active_rseq(injection, &rseq_address);
+	make_call(injection, &saved);
+	if (injection->failed == STEP_GONE)
+		return;
+	/* Whatever happened: put all of it back. */
+	set_registers(injection, &saved, STEP_RESTORE);
+	if (trace(PTRACE_SETSIGMASK, injection->tid, sizeof(mask), (uintptr_t)&mask))
+		fail_step(injection, STEP_RESTORE, errno);
+	if (rseq && pwrite(injection->memory_fd, &rseq, sizeof(rseq), (off_t)rseq_address) != sizeof(rseq))
+		fail_step(injection, STEP_RESTORE, errno);
+}
+
+static int helper(void *argument)
+{
+	struct injection *injection = argument;
+	struct sigaction by_default = {.sa_handler = SIG_DFL};
+	uintptr_t options = PTRACE_O_TRACESYSGOOD;
+	int64_t begin_ns;
+
+	/* An ignored SIGCHLD would not be sent; ours is blocked, and waited for. */
+	sigaction(SIGCHLD, &by_default, NULL);
+	if (injection->suspend_seccomp)
+		options |= MGD_PTRACE_O_SUSPEND_SECCOMP;
+	if (trace(PTRACE_SEIZE, injection->tid, 0, options)) {
+		fail_step(injection, injection->suspend_seccomp ? STEP_SEIZE_SECCOMP : STEP_SEIZE, errno);
+		return 0;
+	}
+	begin_ns = now_ns();
+	if (interrupt(injection) == 0)
+		inject_stopped(injection);
+	/* A thread that could not be stopped is let go by the end of this process. */
+	trace(PTRACE_DETACH, injection->tid, 0, 0);
+	injection->stopped_ns = (uint64_t)(now_ns() - begin_ns);
+	return 0;
+}
+
+/* ---------------------------------------------------------------- before and after */
+
+/* Look for `syscall` (0f 05) in [start, end) of the process's memory. */
+static uint64_t find_in_range(int memory_fd, uint64_t start, uint64_t end)
+{
+	unsigned char code[CODE_CHUNK_BYTES + 1];
+
+	if (end - start > CODE_SEARCH_BYTES)
+		end = start + CODE_SEARCH_BYTES;
+	for (uint64_t at = start; at < end; at += CODE_CHUNK_BYTES) {
+		ssize_t length = pread(memory_fd, code, sizeof(code), (off_t)at);
+
+		for (ssize_t i = 0; i + 1 < length; i++) {
+			if (code[i] == 0x0f && code[i + 1] == 0x05 && at + (uint64_t)i + 2 <= end)
+				return at + (uint64_t)i;
+		}
+	}
+	return 0;
+}
+
+/* The vDSO first: small, always there, never unmapped; else executable code of a file. */
+static int find_instruction(struct injection *injection, struct mgd_error *err)
+{
+	char path[48], line[512];
+	uint64_t found = 0;
+	FILE *maps;
+
+	snprintf(path, sizeof(path), "/proc/%d/maps", (int)injection->tid);
+	maps = fopen(path, "re");
+	if (!maps)
+		return mgd_fail_errno(err, errno == ENOENT ? ESRCH : errno, "open %s", path);
+	while (fgets(line, sizeof(line), maps)) {
+		uint64_t start, end, inode;
+		char rights[8];
+		int is_vdso = strstr(line, "[vdso]") != NULL;
+
+		if (sscanf(line, "%" SCNx64 "-%" SCNx64 " %7s %*s %*s %" SCNu64, &start, &end, rights, &inode) != 4 ||
+		    rights[0] != 'r' || rights[2] != 'x' || (!is_vdso && (!inode || found)))
+			continue;
+		start = find_in_range(injection->memory_fd, start, end);
+		if (start)
+			found = start;
+		if (start && is_vdso)
+			break;
+	}
+	fclose(maps);
+	if (!found)
+		return mgd_fail(err, MGD_ERR_UNSUPPORTED, "inject: process %d: no syscall instruction in readable code",
+				(int)injection->tid);
+	injection->instruction = found;
+	return 0;
+}
+
+/* Whether the kernel may answer a system call of the thread with a kill. */
+static int has_seccomp(pid_t tid)
+{
+	char path[48], line[256];
+	int mode = 0;
+	FILE *status;
+
+	snprintf(path, sizeof(path), "/proc/%d/status", (int)tid);
+	status = fopen(path, "re");
+	if (!status)
+		return 0;
+	while (fgets(line, sizeof(line), status)) {
+		if (sscanf(line, "Seccomp: %d", &mode) == 1)
+			break;
+	}
+	fclose(status);
+	return mode != 0;
+}
+
+static int fail_injection(const struct injection *injection, struct mgd_error *err)
+{
+	int pid = (int)injection->tid, reason = injection->reason;
+
+	switch (injection->failed) {
+	case STEP_SEIZE:
+		if (reason == EPERM)
+			return mgd_fail_errno(
+				err, reason,
+				"ptrace: process %d: it is being traced already, or CAP_SYS_PTRACE is missing", pid);
+		return mgd_fail_errno(err, reason, "ptrace: seize process %d", pid);
+	case STEP_SEIZE_SECCOMP:
+		return mgd_fail_errno(
+			err, reason,
+			"ptrace: process %d is confined by seccomp, which could kill it for our call; suspending that "
+			"needs CAP_SYS_ADMIN and a kernel with CONFIG_CHECKPOINT_RESTORE, and no other tracer",
+			pid);
+	case STEP_32_BIT:
+		return mgd_fail(err, MGD_ERR_UNSUPPORTED, "inject: process %d is not a 64-bit x86 process", pid);
+	case STEP_GONE:
+		return mgd_fail(err, MGD_ERR_GUEST_GONE, "inject: process %d has ended", pid);
+	case STEP_STOP_LIMIT:
+		return mgd_fail_errno(err, reason, "inject: process %d did not stop within %lld s", pid,
+				      STOP_LIMIT_NS / 1000000000);
+	case STEP_CALL_LIMIT:
+		return mgd_fail_errno(err, reason, "inject: process %d: system call %ld did not return within %lld s",
+				      pid, injection->number, CALL_LIMIT_NS / 1000000000);
+	case STEP_RESTORE:
+		return mgd_fail_errno(err, reason, "inject: process %d: its registers could not be put back", pid);
+	default:
+		return mgd_fail_errno(err, reason, "inject: process %d: step %d of the system call failed", pid,
+				      (int)injection->failed);
+	}
+}
+
+/* Run the helper to its end, with every signal of ours held back: a handler must not run in it, on our memory. */
+static int run_helper(struct injection *injection, struct mgd_error *err)
+{
+	sigset_t all, before;
+	char *stack;
+	pid_t child;
+	int reason;
+
+	stack = mmap(NULL, HELPER_STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_STACK, -1, 0);
+	if (stack == MAP_FAILED)
+		return mgd_fail_errno(err, errno, "inject: stack");
+	sigfillset(&all);
+	pthread_sigmask(SIG_SETMASK, &all, &before);
+	/* No exit signal: the helper's end is nobody's business. */
+	child = clone(helper, stack + HELPER_STACK_BYTES, CLONE_VM | CLONE_VFORK, injection);
+	reason = errno;
+	if (child > 0) {
+		while (waitpid(child, NULL, __WALL) < 0 && errno == EINTR)
+			;
+	}
+	pthread_sigmask(SIG_SETMASK, &before, NULL);
+	munmap(stack, HELPER_STACK_BYTES);
+	if (child < 0)
+		return mgd_fail_errno(err, reason, "inject: clone");
+	return 0;
+}
+
+int mgd_inject_syscall(int pid, long number, const uint64_t arguments[6], int64_t *out_result, uint64_t *out_stopped_ns,
+		       struct mgd_error *err)
+{
+	struct injection injection = {.tid = pid, .number = number, .arguments = arguments};
+	char path[48];
+	int result;
+
+	if (pid <= 0 || number < 0)
+		return mgd_fail(err, MGD_ERR_ARGUMENT, "inject: process %d, system call %ld", pid, number);
+	snprintf(path, sizeof(path), "/proc/%d/mem", pid);
+	injection.memory_fd = open(path, O_RDWR | O_CLOEXEC);
+	if (injection.memory_fd < 0)
+		return mgd_fail_errno(err, errno == ENOENT ? ESRCH : errno, "open %s", path);
+	injection.suspend_seccomp = has_seccomp(pid);
+	result = find_instruction(&injection, err);
+	if (!result)
+		result = run_helper(&injection, err);
+	close(injection.memory_fd);
+	if (result)
+		return -1;
+	if (injection.failed != STEP_NONE)
+		return fail_injection(&injection, err);
+	*out_result = injection.result;
+	if (out_stopped_ns)
+		*out_stopped_ns = injection.stopped_ns;
+	return 0;
+}
+
+#else
+
+int mgd_inject_syscall(int pid, long number, const uint64_t arguments[6], int64_t *out_result, uint64_t *out_stopped_ns,
+		       struct mgd_error *err)
+{
+	(void)number, (void)arguments, (void)out_result, (void)out_stopped_ns;
+	return mgd_fail(err, MGD_ERR_UNSUPPORTED, "inject: process %d: reaching into a process is done on x86-64 only",
+			pid);
+}
+
+#endif
