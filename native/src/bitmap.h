@@ -1,0 +1,110 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Bitmaps of 64-bit words, little end first, in anonymous memory that costs nothing until a bit is set: one bit a block
+ * of a sparse 1 TiB guest is 32 MiB of addresses and no memory.
+ *
+ * The _atomic functions may be used by several threads at once; the others need the bitmap to themselves.
+ */
+#ifndef MGD_BITMAP_H
+#define MGD_BITMAP_H
+
+#include <errno.h>
+#include <stdbool.h>
+#include <sys/mman.h>
+
+#include "error.h"
+
+static inline size_t mgd_bitmap_words(uint64_t bits)
+{
+	return (size_t)(bits / 64 + (bits % 64 != 0));
+}
+
+/* Zero-filled memory, or NULL with *err filled in. */
+static inline void *mgd_map_zeros(size_t bytes, struct mgd_error *err)
+{
+	void *at = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+
+	if (at == MAP_FAILED) {
+		mgd_fail_errno(err, errno, "mmap: %zu bytes", bytes);
+		return NULL;
+	}
+	return at;
+}
+
+static inline void mgd_unmap(void *at, size_t bytes)
+{
+	if (at)
+		munmap(at, bytes);
+}
+
+static inline bool mgd_bit_test_atomic(const uint64_t *words, uint64_t bit)
+{
+	return __atomic_load_n(&words[bit / 64], __ATOMIC_ACQUIRE) >> (bit % 64) & 1;
+}
+
+/* Both return whether the bit was set before. */
+static inline bool mgd_bit_set_atomic(uint64_t *words, uint64_t bit)
+{
+	uint64_t mask = 1ull << (bit % 64);
+
+	return __atomic_fetch_or(&words[bit / 64], mask, __ATOMIC_ACQ_REL) & mask;
+}
+
+static inline bool mgd_bit_clear_atomic(uint64_t *words, uint64_t bit)
+{
+	uint64_t mask = 1ull << (bit % 64);
+
+	return __atomic_fetch_and(&words[bit / 64], ~mask, __ATOMIC_ACQ_REL) & mask;
+}
+
+/* First set bit at or after `from` and before `bits`; `bits` when there is none.  What other threads clear meanwhile may
+ * or may not be found. */
+static inline uint64_t mgd_bitmap_next_atomic(const uint64_t *words, uint64_t from, uint64_t bits)
+{
+	uint64_t word;
+
+	if (from >= bits)
+		return bits;
+	word = __atomic_load_n(&words[from / 64], __ATOMIC_ACQUIRE) & (~0ull << (from % 64));
+	for (uint64_t index = from / 64;;) {
+		if (word) {
+			uint64_t bit = index * 64 + (uint64_t)__builtin_ctzll(word);
+
+			return bit < bits ? bit : bits;
+		}
+		if (++index >= mgd_bitmap_words(bits))
+			return bits;
+		word = __atomic_load_n(&words[index], __ATOMIC_ACQUIRE);
+	}
+}
+
+/* Bits first … first+63, those from `bits` on as zeros. */
+static inline uint64_t mgd_bitmap_get64(const uint64_t *words, uint64_t first, uint64_t bits)
+{
+	size_t index = (size_t)(first / 64);
+	unsigned int shift = first % 64;
+	uint64_t value;
+
+	if (first >= bits)
+		return 0;
+	value = words[index] >> shift;
+	if (shift && index + 1 < mgd_bitmap_words(bits))
+		value |= words[index + 1] << (64 - shift);
+	if (bits - first < 64)
+		value &= (1ull << (bits - first)) - 1;
+	return value;
+}
+
+/* The bits of word `index` that lie in first … first+count-1. */
+static inline uint64_t mgd_word_mask(uint64_t index, uint64_t first, uint64_t count)
+{
+	uint64_t mask = ~0ull, end = first + count;
+
+	if (first > index * 64)
+		mask &= first - index * 64 < 64 ? ~0ull << (first - index * 64) : 0;
+	if (end < index * 64 + 64)
+		mask &= end > index * 64 ? ~0ull >> (64 - (end - index * 64)) : 0;
+	return mask;
+}
+
+#endif

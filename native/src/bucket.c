@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: MIT
+#include "bucket.h"
+
+#include <time.h>
+
+#define SECOND_NS 1000000000ull
+#define PIECES_PER_SECOND 250
+#define PIECE_MIN_BYTES (16 * 1024)
+#define PIECE_MAX_BYTES (1024 * 1024)
+
+static uint64_t now_ns(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (uint64_t)now.tv_sec * SECOND_NS + (uint64_t)now.tv_nsec;
+}
+
+static uint64_t price_ns(uint64_t bytes, uint64_t bytes_per_second)
+{
+	return (uint64_t)((unsigned __int128)bytes * SECOND_NS / bytes_per_second);
+}
+
+uint64_t mgd_bucket_wait_ns(const struct mgd_bucket *bucket, uint64_t now)
+{
+	return bucket->bytes_per_second && bucket->paid_ns > now ? bucket->paid_ns - now : 0;
+}
+
+void mgd_bucket_charge(struct mgd_bucket *bucket, uint64_t now, uint64_t bytes)
+{
+	uint64_t earliest = now > MGD_BUCKET_BURST_NS ? now - MGD_BUCKET_BURST_NS : 0;
+
+	if (!bucket->bytes_per_second)
+		return;
+	if (bucket->paid_ns < earliest)
+		bucket->paid_ns = earliest;
+	bucket->paid_ns += price_ns(bytes, bucket->bytes_per_second);
+}
+
+void mgd_bucket_change(struct mgd_bucket *bucket, uint64_t now, uint64_t bytes_per_second)
+{
+	uint64_t owed_ns = mgd_bucket_wait_ns(bucket, now);
+
+	if (bucket->bytes_per_second && bytes_per_second)
+		owed_ns = (uint64_t)((unsigned __int128)owed_ns * bucket->bytes_per_second / bytes_per_second);
+	bucket->paid_ns = now + owed_ns;
+	bucket->bytes_per_second = bytes_per_second;
+}
+
+void mgd_bucket_init(struct mgd_bucket *bucket)
+{
+	pthread_condattr_t attributes;
+
+	pthread_mutex_init(&bucket->lock, NULL);
+	pthread_condattr_init(&attributes);
+	pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
+	pthread_cond_init(&bucket->changed, &attributes);
+	pthread_condattr_destroy(&attributes);
+	bucket->bytes_per_second = 0;
+	bucket->paid_ns = 0;
+	bucket->closed = false;
+}
+
+void mgd_bucket_fini(struct mgd_bucket *bucket)
+{
+	pthread_cond_destroy(&bucket->changed);
+	pthread_mutex_destroy(&bucket->lock);
+}
+
+void mgd_bucket_set(struct mgd_bucket *bucket, uint64_t bytes_per_second)
+{
+	pthread_mutex_lock(&bucket->lock);
+	mgd_bucket_change(bucket, now_ns(), bytes_per_second);
+	pthread_cond_broadcast(&bucket->changed);
+	pthread_mutex_unlock(&bucket->lock);
+}
+
+uint64_t mgd_bucket_piece_bytes(struct mgd_bucket *bucket)
+{
+	uint64_t rate, piece;
+
+	pthread_mutex_lock(&bucket->lock);
+	rate = bucket->bytes_per_second;
+	pthread_mutex_unlock(&bucket->lock);
+	if (!rate)
+		return UINT64_MAX;
+	piece = rate / PIECES_PER_SECOND;
+	return piece < PIECE_MIN_BYTES ? PIECE_MIN_BYTES : piece > PIECE_MAX_BYTES ? PIECE_MAX_BYTES : piece;
+}
+
+uint64_t mgd_bucket_take(struct mgd_bucket *bucket, uint64_t bytes, bool (*exempt)(void *context), void *context)
+{
+	uint64_t started = 0, now = 0;
+	bool charged = true;
+
+	pthread_mutex_lock(&bucket->lock);
+	while (bucket->bytes_per_second && !bucket->closed) {
+		struct timespec until;
+		uint64_t wait;
+
+		if (exempt && exempt(context)) {
+			charged = false;
+			break;
+		}
+		now = now_ns();
+		if (!started)
+			started = now;
+		wait = mgd_bucket_wait_ns(bucket, now);
+		if (!wait)
+			break;
+		until.tv_sec = (time_t)((now + wait) / SECOND_NS);
+		until.tv_nsec = (long)((now + wait) % SECOND_NS);
+		pthread_cond_timedwait(&bucket->changed, &bucket->lock, &until);
+	}
+	if (charged && started)
+		mgd_bucket_charge(bucket, now_ns(), bytes);
+	pthread_mutex_unlock(&bucket->lock);
+	return started ? now_ns() - started : 0;
+}
+
+void mgd_bucket_wake(struct mgd_bucket *bucket)
+{
+	pthread_mutex_lock(&bucket->lock);
+	pthread_cond_broadcast(&bucket->changed);
+	pthread_mutex_unlock(&bucket->lock);
+}
+
+void mgd_bucket_close(struct mgd_bucket *bucket, bool closed)
+{
+	pthread_mutex_lock(&bucket->lock);
+	bucket->closed = closed;
+	pthread_cond_broadcast(&bucket->changed);
+	pthread_mutex_unlock(&bucket->lock);
+}

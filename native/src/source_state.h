@@ -1,0 +1,160 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The source engine, inside.
+ *
+ * A guest is read and sent by stream threads: one for each bulk connection, one for the urgent one.  What they share:
+ *
+ *   marks          one bit a block: to be looked at by the next round; from the freeze on: the blocks that may differ from
+ *                  what the target has, never changed again.  marked_chunks: a bit a chunk, so that nobody walks memory
+ *                  that is not there.  Setting: mark, then chunk; taking: chunk, then mark.  So no mark is ever
+ *                  missed, at worst a chunk is looked at for nothing.
+ *   table          keyed hash of what the target has of each block, 0: zeros.  Written only by the thread that sends the
+ *                  block, while pre-copy lasts; mapped read-only from the freeze on.
+ *   unclaimed      one bit a host page, from the freeze on: stale, and nobody sends it yet.  Whoever clears the bit owns
+ *                  the page and sends it, all of it, on its own connection.  No other way to a FINAL frame exists.
+ *
+ * The one rule that keeps the guest safe: a block is hashed in, and sent from, the thread's own copy of it.  The guest
+ * writes on meanwhile; what the table says was sent is what was sent.  Its memory is read with pread, never mapped: a hole
+ * stays a hole, and no fault of that memory can reach us.
+ *
+ * Locks: source->lock for the orders to the threads; marks, claims and counters are atomic.  No lock is held while a
+ * thread reads memory or writes to a connection.
+ */
+#ifndef MGD_SOURCE_STATE_H
+#define MGD_SOURCE_STATE_H
+
+#include <pthread.h>
+#include <stdbool.h>
+#include <sys/uio.h>
+
+#include "bitmap.h"
+#include "bucket.h"
+#include "channel.h"
+#include "error.h"
+#include "event.h"
+#include "frame.h"
+
+#define SOURCE_CHUNK_WORDS MGD_FRAME_BITMAP_WORDS
+#define SOURCE_URGENT_SLOT MGD_MAX_STREAMS
+/* Heads of frames without payload are written together, up to so many. */
+#define SOURCE_HEADS_BYTES (32 * MGD_FRAME_HEAD_MAX_BYTES)
+/* One entry for the heads, and the most runs of present blocks a chunk can have. */
+#define SOURCE_IOV_COUNT (1 + MGD_CHUNK_BLOCKS / 2)
+
+struct source_region {
+	int fd;
+	uint32_t index;
+	uint64_t file_offset, size_bytes, page_bytes;
+	uint64_t block_count, chunk_count;
+	uint64_t page_blocks, page_count; /* the source's own pages */
+	uint64_t host_page_blocks, host_page_count; /* the target's */
+	uint64_t first_host_page; /* host pages of all regions are numbered through, for the drain's cursor */
+	uint64_t *table; /* a block */
+	uint64_t *marks; /* a block */
+	uint64_t *marked_chunks; /* a chunk */
+	uint64_t *scanned; /* a page; scratch for the tracker, empty between calls */
+	uint64_t *unsettled; /* a page: reported since the last quiesced scan */
+	uint64_t *stale; /* a host page: what was frozen, or is lacking after a reconnect */
+	uint64_t *unclaimed; /* a host page */
+	uint64_t *hurried; /* a host page: demanded while another thread was sending it */
+};
+
+struct source_stream {
+	struct mgd_source *source;
+	uint32_t number; /* MGD_EVENT stream number */
+	bool started; /* under the caller's thread only */
+	bool ended; /* source->lock */
+	pthread_t thread;
+	struct mgd_channel *channel;
+	uint64_t round_seen, barrier_seen; /* generations, source->lock */
+	/* The rest belongs to the thread. */
+	bool memory_failed; /* the error is the guest memory's, not the connection's */
+	struct source_region *claim_region; /* host pages being sent now, in post-copy */
+	uint64_t claim_page, claim_count;
+	uint8_t *copy; /* a chunk; block i of the chunk at i * 4096 */
+	uint64_t hashes[MGD_CHUNK_BLOCKS]; /* of the present blocks, in order */
+	uint8_t heads[SOURCE_HEADS_BYTES];
+	size_t heads_bytes;
+	struct iovec iov[SOURCE_IOV_COUNT];
+	int iov_count;
+};
+
+enum source_phase { SOURCE_PRECOPY, SOURCE_FROZEN };
+
+struct mgd_source {
+	uint8_t secret[MGD_SECRET_BYTES];
+	uint32_t region_count, stream_count;
+	struct source_region regions[MGD_MAX_REGIONS];
+	struct mgd_frame_bounds bounds[MGD_MAX_REGIONS];
+	struct source_stream streams[MGD_MAX_STREAMS + 1];
+	uint64_t host_page_count;
+	struct mgd_event_queue events;
+	struct mgd_bucket common, drain;
+
+	/* The caller's thread only. */
+	enum source_phase phase;
+	bool copied; /* a round has begun: what the target has depends on its connections staying up */
+	bool torn; /* connections were dropped in pre-copy after that */
+
+	pthread_mutex_t lock;
+	pthread_cond_t ordered;
+	bool stopping; /* also read without the lock, atomically */
+	bool serving, draining; /* likewise */
+	bool all_sent_told;
+	uint64_t round_generation, round;
+	uint32_t round_left; /* streams not through with the round */
+	uint64_t barrier_generation, barrier;
+
+	/* Atomic. */
+	bool whole; /* no hashes: every block of a page is told (set before any thread serves) */
+	uint64_t marked_blocks;
+	uint64_t unclaimed_pages;
+	uint64_t unfinished_pages; /* unclaimed, or claimed and not written out yet */
+	uint64_t cursor; /* host page (numbered through) where the drain goes on */
+	struct mgd_source_stats counters;
+};
+
+#define source_count(source, field, amount) __atomic_fetch_add(&(source)->counters.field, (amount), __ATOMIC_RELAXED)
+
+static inline bool source_flag(const bool *flag)
+{
+	return __atomic_load_n(flag, __ATOMIC_ACQUIRE);
+}
+
+static inline void source_set_flag(bool *flag, bool value)
+{
+	__atomic_store_n(flag, value, __ATOMIC_RELEASE);
+}
+
+/* source_marks.c */
+void source_mark_blocks(struct mgd_source *source, struct source_region *region, uint64_t first, uint64_t count);
+/* Take the marks of a chunk; whether there were any. */
+bool source_take_marks(struct mgd_source *source, struct source_region *region, uint64_t chunk,
+		       uint64_t marks[SOURCE_CHUNK_WORDS]);
+
+/* source_send.c: each returns 0 or -1 with *err; all frames of a stream go through these. */
+int source_send_chunk(struct source_stream *stream, struct source_region *region, uint64_t chunk,
+		      const uint64_t marks[SOURCE_CHUNK_WORDS], struct mgd_error *err);
+/* Host pages page … page+count-1, claimed by the caller: several only if they lie in one chunk. */
+int source_send_pages(struct source_stream *stream, struct source_region *region, uint64_t page, uint64_t count,
+		      struct mgd_error *err);
+int source_send_barrier(struct source_stream *stream, uint64_t barrier, struct mgd_error *err);
+
+/* source_claim.c */
+/* Claim the page, and stale neighbours of it in the same `window_blocks`, in one contiguous run; false: it was not there
+ * to be claimed. */
+bool source_claim(struct mgd_source *source, struct source_region *region, uint64_t page, uint64_t window_blocks,
+		  uint64_t *out_first, uint64_t *out_count);
+/* Claim the nearest stale pages at or after the cursor, and move it on; false: nothing is left. */
+bool source_claim_next(struct mgd_source *source, struct source_region **out_region, uint64_t *out_first,
+		       uint64_t *out_count);
+/* Claimed pages were written out. */
+void source_claim_done(struct mgd_source *source, uint64_t count);
+/* Tell ALL_SENT if that is so and not told yet. */
+void source_tell_all_sent(struct mgd_source *source);
+
+/* source_stream.c: thread bodies; the argument is the stream. */
+void *source_bulk_main(void *stream);
+void *source_urgent_main(void *stream);
+
+#endif

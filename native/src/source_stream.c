@@ -1,0 +1,216 @@
+// SPDX-License-Identifier: MIT
+/* The threads: one a connection.  They take orders under source->lock and work without it. */
+#include "source_state.h"
+
+#include <inttypes.h>
+
+/* A demanded small page brings its stale neighbours along: the guest wants them next, and a frame costs more than they do. */
+#define DEMAND_WINDOW_BLOCKS 16
+
+/* The thread's last words. */
+static void stream_ended(struct source_stream *stream, const struct mgd_error *error)
+{
+	struct mgd_source *source = stream->source;
+	bool stopping;
+
+	pthread_mutex_lock(&source->lock);
+	stream->ended = true;
+	stopping = source->stopping;
+	pthread_mutex_unlock(&source->lock);
+	/* The peer must see that nobody is here any more. */
+	mgd_channel_shutdown(stream->channel);
+	if (!stopping)
+		mgd_event_post(&source->events, stream->memory_failed ? MGD_EVENT_FAILED : MGD_EVENT_STREAM_LOST,
+			       stream->number, 0, error);
+}
+
+static int send_region(struct source_stream *stream, struct source_region *region, struct mgd_error *err)
+{
+	struct mgd_source *source = stream->source;
+	uint64_t marks[SOURCE_CHUNK_WORDS];
+
+	for (uint64_t chunk = 0;; chunk++) {
+		chunk = mgd_bitmap_next_atomic(region->marked_chunks, chunk, region->chunk_count);
+		if (chunk >= region->chunk_count)
+			return 0;
+		/* Always the same stream for the same chunk: connections overtake each other, frames on one do not. */
+		if (chunk % source->stream_count != stream->number)
+			continue;
+		if (source_flag(&source->stopping))
+			return mgd_fail(err, MGD_ERR_CLOSED, "page connection: dropped");
+		if (source_take_marks(source, region, chunk, marks) &&
+		    source_send_chunk(stream, region, chunk, marks, err))
+			return -1;
+	}
+}
+
+static int send_round(struct source_stream *stream, struct mgd_error *err)
+{
+	struct mgd_source *source = stream->source;
+
+	for (uint32_t i = 0; i < source->region_count; i++)
+		if (send_region(stream, &source->regions[i], err))
+			return -1;
+	return 0;
+}
+
+static int drain_pages(struct source_stream *stream, struct mgd_error *err)
+{
+	struct mgd_source *source = stream->source;
+	struct source_region *region;
+	uint64_t first, count;
+
+	while (source_flag(&source->draining) && !source_flag(&source->stopping) &&
+	       source_claim_next(source, &region, &first, &count)) {
+		if (source_send_pages(stream, region, first, count, err))
+			return -1;
+		source_claim_done(source, count);
+	}
+	return 0;
+}
+
+enum order { ORDER_STOP, ORDER_ROUND, ORDER_BARRIER, ORDER_DRAIN };
+
+/* Wait for something to do. */
+static enum order next_order(struct source_stream *stream, uint64_t *out_value)
+{
+	struct mgd_source *source = stream->source;
+	enum order order;
+
+	pthread_mutex_lock(&source->lock);
+	for (;;) {
+		if (source->stopping) {
+			order = ORDER_STOP;
+			break;
+		}
+		if (stream->round_seen != source->round_generation) {
+			stream->round_seen = source->round_generation;
+			order = ORDER_ROUND;
+			*out_value = source->round;
+			break;
+		}
+		if (stream->barrier_seen != source->barrier_generation) {
+			stream->barrier_seen = source->barrier_generation;
+			order = ORDER_BARRIER;
+			*out_value = source->barrier;
+			break;
+		}
+		if (source->draining && __atomic_load_n(&source->unclaimed_pages, __ATOMIC_ACQUIRE)) {
+			order = ORDER_DRAIN;
+			break;
+		}
+		pthread_cond_wait(&source->ordered, &source->lock);
+	}
+	pthread_mutex_unlock(&source->lock);
+	return order;
+}
+
+static void round_done(struct source_stream *stream, uint64_t round)
+{
+	struct mgd_source *source = stream->source;
+	bool last;
+
+	pthread_mutex_lock(&source->lock);
+	last = --source->round_left == 0;
+	pthread_mutex_unlock(&source->lock);
+	if (last)
+		mgd_event_post(&source->events, MGD_EVENT_ROUND_DONE, 0, round, NULL);
+}
+
+void *source_bulk_main(void *argument)
+{
+	struct source_stream *stream = argument;
+	struct mgd_error error = { 0 };
+	uint64_t value = 0;
+	int failed = 0;
+
+	while (!failed) {
+		switch (next_order(stream, &value)) {
+		case ORDER_STOP:
+			failed = mgd_fail(&error, MGD_ERR_CLOSED, "page connection: dropped");
+			break;
+		case ORDER_ROUND:
+			failed = send_round(stream, &error);
+			if (!failed)
+				round_done(stream, value);
+			break;
+		case ORDER_BARRIER:
+			failed = source_send_barrier(stream, value, &error);
+			break;
+		case ORDER_DRAIN:
+			failed = drain_pages(stream, &error);
+			break;
+		}
+	}
+	stream_ended(stream, &error);
+	return NULL;
+}
+
+/* Until the caller has said serve: a demand may be faster than the order.  False: stopping. */
+static bool wait_serving(struct mgd_source *source)
+{
+	bool serving;
+
+	pthread_mutex_lock(&source->lock);
+	while (!source->serving && !source->stopping)
+		pthread_cond_wait(&source->ordered, &source->lock);
+	serving = !source->stopping;
+	pthread_mutex_unlock(&source->lock);
+	return serving;
+}
+
+static int serve_demand(struct source_stream *stream, const struct mgd_frame *demand, struct mgd_error *err)
+{
+	struct mgd_source *source = stream->source;
+	struct source_region *region = &source->regions[demand->region];
+	uint64_t page = demand->first_block / region->host_page_blocks;
+	uint64_t first, count;
+
+	if (!mgd_bit_test_atomic(region->stale, page))
+		return mgd_fail(err, MGD_ERR_PEER, "demand: page %" PRIu64 " of region %" PRIu32 ": not stale", page,
+				demand->region);
+	if (!source_claim(source, region, page, DEMAND_WINDOW_BLOCKS, &first, &count)) {
+		/* On its way on another connection: see to it that no limit holds it up there. */
+		mgd_bit_set_atomic(region->hurried, page);
+		mgd_bucket_wake(&source->drain);
+		mgd_bucket_wake(&source->common);
+		return 0;
+	}
+	__atomic_store_n(&source->cursor, (region->first_host_page + first + count) % source->host_page_count,
+			 __ATOMIC_RELEASE);
+	if (source_send_pages(stream, region, first, count, err))
+		return -1;
+	source_count(source, demanded_pages, count);
+	source_claim_done(source, count);
+	return 0;
+}
+
+static int next_demand(struct source_stream *stream, struct mgd_error *err)
+{
+	struct mgd_source *source = stream->source;
+	uint8_t header[MGD_FRAME_HEADER_BYTES];
+	struct iovec iov = { header, sizeof(header) };
+	struct mgd_frame demand;
+
+	if (mgd_channel_recv(stream->channel, &iov, 1, err) ||
+	    mgd_frame_decode_header(header, source->bounds, source->region_count, &demand, err))
+		return -1;
+	if (demand.kind != MGD_FRAME_DEMAND)
+		return mgd_fail(err, MGD_ERR_PEER, "urgent connection: frame of kind %u: only demands come this way", demand.kind);
+	if (demand.check != mgd_frame_check(&demand, NULL, source->secret))
+		return mgd_fail(err, MGD_ERR_PEER, "urgent connection: demand: checksum does not fit");
+	if (!wait_serving(source))
+		return mgd_fail(err, MGD_ERR_CLOSED, "page connection: dropped");
+	return serve_demand(stream, &demand, err);
+}
+
+void *source_urgent_main(void *argument)
+{
+	struct source_stream *stream = argument;
+	struct mgd_error error = { 0 };
+
+	while (!next_demand(stream, &error))
+		;
+	stream_ended(stream, &error);
+	return NULL;
+}
