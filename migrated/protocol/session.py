@@ -184,8 +184,8 @@ class Session:
         word = transitions.event(message)
         if not self._connected:
             return f"cannot send {word} in state {self._state}: not connected"
-        if isinstance(message, StateChunk | StateEnd) and way in self._ended_ways:
-            return f"{word} after state-end"
+        if transitions.following(self.role, self._state, way, word) is not None:
+            return f"{word} after state-end, or after the connection that carried the guest's state"
         allowed = ", ".join(transitions.expected(self.role, self._state, way)) or "nothing"
         if way == "send":
             return f"cannot send {word} in state {self._state}: allowed are {allowed}"

@@ -1,0 +1,323 @@
+"""Bytes to messages and back: however they are cut, and whatever they are."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from wired_sessions import HELLO, READY, SESSION, TOKEN
+
+from migrated.errors import LocalProtocolError, MigratedError, RemoteProtocolError
+from migrated.protocol import bounds
+from migrated.protocol.framing import LENGTH_BYTES, MAX_FRAME_BYTES, FrameDecoder, encode
+from migrated.protocol.messages import (
+    Abort,
+    Aborted,
+    AnyMessage,
+    BarrierAck,
+    Commit,
+    Hello,
+    Lacking,
+    LackingEnd,
+    Ping,
+    Pong,
+    Populated,
+    Ready,
+    RegionInfo,
+    Resume,
+    Resumed,
+    Round,
+    StaleMap,
+    StateChunk,
+    StateEnd,
+    Switchover,
+)
+
+numbers = st.integers(0, bounds.MAX_NUMBER)
+names = st.text(min_size=1, max_size=255).filter(str.isprintable)
+texts = st.text(max_size=300).filter(str.isprintable)
+page_sizes = st.sampled_from(bounds.PAGE_SIZES)
+pieces = st.tuples(st.integers(0, 63), numbers.map(lambda page: page & ~7), st.binary(min_size=1, max_size=600))
+regions = st.builds(
+    lambda name, pages, page_bytes: RegionInfo(name, pages * page_bytes, page_bytes),
+    names,
+    st.integers(1, 1000),
+    page_sizes,
+)
+messages: st.SearchStrategy[AnyMessage] = st.one_of(
+    st.builds(
+        lambda guest, mode, streams, secret, infos: msgspec.structs.replace(
+            HELLO, guest=guest, mode=mode, streams=streams, block_secret=secret, regions=tuple(infos)
+        ),
+        names,
+        st.sampled_from(bounds.MODES),
+        st.integers(1, 16),
+        st.binary(min_size=192, max_size=192),
+        st.lists(regions, min_size=1, max_size=4, unique_by=lambda region: region.name),
+    ),
+    st.lists(page_sizes, min_size=1, max_size=64).map(lambda sizes: Ready(tuple(sizes))),
+    pieces.map(lambda piece: Populated(*piece)),
+    pieces.map(lambda piece: StaleMap(*piece)),
+    pieces.map(lambda piece: Lacking(*piece)),
+    st.builds(Round, numbers, numbers),
+    st.builds(BarrierAck, numbers),
+    st.builds(Switchover, numbers),
+    st.binary(min_size=1, max_size=5000).map(StateChunk),
+    st.builds(Abort, st.from_regex(r"[a-z0-9]{1,20}(-[a-z]{1,9}){0,2}", fullmatch=True), texts, texts),
+    st.builds(Ping, numbers),
+    st.builds(Pong, numbers),
+    st.builds(lambda committed: Resume(1, SESSION, TOKEN, committed), st.booleans()),
+    st.builds(Resumed, st.sampled_from(bounds.STANDINGS), numbers),
+    st.sampled_from([StateEnd(), Commit(), Aborted(), LackingEnd()]),
+)
+
+
+def cut(data: bytes, sizes: list[int]) -> Iterator[bytes]:
+    """The data in pieces of these sizes, over and over."""
+    start = turn = 0
+    while start < len(data):
+        size = sizes[turn % len(sizes)]
+        yield data[start : start + size]
+        start += size
+        turn += 1
+
+
+def raw(value: Any) -> bytes:
+    """A frame around any msgpack value."""
+    return framed(msgspec.msgpack.encode(value))
+
+
+def framed(body: bytes) -> bytes:
+    return len(body).to_bytes(LENGTH_BYTES, "big") + body
+
+
+def decode_all(data: bytes) -> list[AnyMessage]:
+    return list(FrameDecoder().feed(data))
+
+
+@given(st.lists(messages, max_size=6), st.lists(st.integers(1, 400), min_size=1, max_size=5))
+def test_any_split_of_the_bytes_gives_the_same_messages(sent: list[AnyMessage], sizes: list[int]) -> None:
+    decoder = FrameDecoder()
+    received = [message for piece in cut(b"".join(map(encode, sent)), sizes) for message in decoder.feed(piece)]
+    assert received == sent
+    assert decoder.pending_bytes == 0
+
+
+@given(st.binary(max_size=400))
+def test_garbage_is_an_error_of_the_peer_and_nothing_else(data: bytes) -> None:
+    for stream in (data, framed(data)):
+        with contextlib.suppress(RemoteProtocolError):
+            decode_all(stream)
+
+
+json_like = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats()
+    | st.text(max_size=8)
+    | st.binary(max_size=40),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+tags = st.sampled_from([variant.__struct_config__.tag for variant in AnyMessage.__args__])
+fields = st.sampled_from(sorted({field for variant in AnyMessage.__args__ for field in variant.__struct_fields__}))
+
+
+@given(tags, st.dictionaries(fields, json_like, max_size=5))
+def test_wrong_fields_are_an_error_of_the_peer_and_nothing_else(tag: str, values: dict[str, Any]) -> None:
+    try:
+        (message,) = decode_all(raw({"t": tag, **values}))
+    except RemoteProtocolError:
+        return
+    bounds.check(message)
+
+
+@given(messages, st.data())
+def test_a_flipped_byte_is_a_message_within_bounds_or_an_error_of_the_peer(
+    message: AnyMessage, data: st.DataObject
+) -> None:
+    frame = bytearray(encode(message))
+    frame[data.draw(st.integers(0, len(frame) - 1))] ^= data.draw(st.integers(1, 255))
+    try:
+        received = decode_all(bytes(frame))
+    except RemoteProtocolError:
+        return
+    for found in received:
+        bounds.check(found)
+
+
+def test_messages_before_a_malformed_one_are_not_lost() -> None:
+    decoder = FrameDecoder()
+    arriving = decoder.feed(encode(Ping(1)) + encode(Ping(2)) + raw({"t": "nonsense"}) + encode(Ping(3)))
+    assert next(arriving) == Ping(1)
+    assert next(arriving) == Ping(2)
+    with pytest.raises(RemoteProtocolError, match="nonsense"):
+        next(arriving)
+    with pytest.raises(RemoteProtocolError, match="nonsense"):
+        list(decoder.feed(encode(Ping(4))))
+
+
+def test_bytes_are_kept_when_the_iterator_is_not_used_up() -> None:
+    decoder = FrameDecoder()
+    decoder.feed(encode(Ping(1)))
+    assert next(decoder.feed(encode(Ping(2)))) == Ping(1)
+    assert list(decoder.feed(b"")) == [Ping(2)]
+
+
+def test_a_frame_of_sixteen_mebibytes_is_taken_and_one_byte_more_is_refused_before_it_is_kept() -> None:
+    decoder = FrameDecoder()
+    assert list(decoder.feed(MAX_FRAME_BYTES.to_bytes(4, "big"))) == []
+    with pytest.raises(RemoteProtocolError, match="16777217 bytes"):
+        decode_all((MAX_FRAME_BYTES + 1).to_bytes(4, "big"))
+    with pytest.raises(RemoteProtocolError, match="0 bytes"):
+        decode_all(bytes(4))
+
+
+def test_another_protocol_on_the_port_is_shown() -> None:
+    with pytest.raises(RemoteProtocolError, match="b'GET / HT'"):
+        decode_all(b"GET / HTTP/1.1\r\n")
+
+
+HELLO_FIELDS: dict[str, Any] = {
+    "t": "hello",
+    **msgspec.structs.asdict(HELLO),
+    "regions": [msgspec.structs.asdict(region) for region in HELLO.regions],
+}
+
+
+def region(**changes: Any) -> list[dict[str, Any]]:
+    return [{"name": "ram", "size_bytes": 4 << 20, "page_bytes": 2 << 20, **changes}]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"session": bytes(15)}, "session must be 16 bytes, not 15"),
+        ({"token": bytes(33)}, "token must be 32 bytes, not 33"),
+        ({"block_secret": b""}, "block_secret must be 192 bytes, not 0"),
+        ({"streams": 0}, "streams must be from 1 to 16, not 0"),
+        ({"streams": 17}, "streams must be from 1 to 16, not 17"),
+        ({"streams": True}, "Expected `int`"),
+        ({"mode": "fast"}, "mode must be one of hybrid, precopy, postcopy"),
+        ({"guest": ""}, "guest must be 1 to 255 printable"),
+        ({"guest": "x" * 256}, "guest must be 1 to 255 printable"),
+        ({"guest": "a\x1b[2J"}, "guest must be 1 to 255 printable"),
+        ({"driver": "\n"}, "driver must be"),
+        ({"agent": ""}, "agent must be"),
+        ({"regions": []}, "number of regions must be from 1 to 64, not 0"),
+        ({"regions": [{**region()[0], "name": str(index)} for index in range(65)]}, "1 to 64, not 65"),
+        ({"regions": region() * 2}, "region names must differ"),
+        ({"regions": region(name="")}, "a region's name"),
+        ({"regions": region(size_bytes=0)}, "size_bytes of region ram must be from 1"),
+        ({"regions": region(size_bytes=-4096)}, "size_bytes of region ram must be from 1"),
+        ({"regions": region(size_bytes=3 << 20)}, "multiple of its page size 2097152"),
+        ({"regions": region(size_bytes=1 << 62)}, "size_bytes of region ram must be from 1"),
+        ({"regions": region(page_bytes=8192)}, "page_bytes of region ram must be one of 4096, 2097152, 1073741824"),
+        ({"regions": region(color="red")}, "color"),
+        ({"surprise": 1}, "surprise"),
+        ({"version": "1"}, "Expected `int`"),
+    ],
+)
+def test_a_wrong_hello_is_refused_by_the_name_of_the_field(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(RemoteProtocolError) as caught:
+        decode_all(raw({**HELLO_FIELDS, **changes}))
+    assert named in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("message", "named"),
+    [
+        (Ready(()), "number of page sizes"),
+        (Ready((4097,)), "page_bytes must be one of"),
+        (Populated(64, 0, b"1"), "region must be from 0 to 63"),
+        (StaleMap(0, 4, b"1"), "multiple of 8, not 4"),
+        (Lacking(0, -8, b"1"), "first_page must be from 0"),
+        (Lacking(0, 0, b""), "length of bits"),
+        (StaleMap(0, 0, bytes(bounds.MAX_BITS_BYTES + 1)), "length of bits"),
+        (StateChunk(b""), "length of data"),
+        (StateChunk(bytes(bounds.MAX_CHUNK_BYTES + 1)), "length of data"),
+        (Round(-1, 0), "number must be"),
+        (Round(0, -1), "dirty_bytes must be"),
+        (BarrierAck(-1), "barrier must be"),
+        (Ping(1 << 63), "sequence must be"),
+        (Resumed("asleep", 0), "state must be one of loaded, running, done"),
+        (Resume(1, b"", TOKEN, committed=True), "session must be 16"),
+        (Abort("No Good", "x"), "code must be"),
+        (Abort("x" * 65, "x"), "code must be"),
+        (Abort("x", "\x07"), "message must be printable"),
+        (Abort("x", "y", "z" * 4097), "hint must be at most 4096"),
+    ],
+)
+def test_fields_out_of_range_are_neither_sent_nor_taken(message: AnyMessage, named: str) -> None:
+    with pytest.raises(LocalProtocolError, match=named):
+        encode(message)
+    with pytest.raises(RemoteProtocolError, match=named):
+        decode_all(framed(msgspec.msgpack.encode(message)))
+
+
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        (b"\xc1", "malformed control message of 1 bytes"),
+        (b"\x81", "malformed"),
+        (msgspec.msgpack.encode([1, 2]), "Expected `object`"),
+        (msgspec.msgpack.encode({"t": "commit"}) + b"\x00", "trailing"),
+        (msgspec.msgpack.encode({"t": 7}), "Expected `str`"),
+        (msgspec.msgpack.encode({}), "missing required field `t`"),
+        (b"\x91" * 20000, "malformed"),
+        (b"\x81\xa1t\xa2\xff\xfe", "malformed"),
+    ],
+)
+def test_malformed_bodies_are_named(body: bytes, named: str) -> None:
+    with pytest.raises(RemoteProtocolError, match=named):
+        decode_all(framed(body))
+
+
+@pytest.mark.parametrize("opening", [HELLO, Resume(1, SESSION, TOKEN, committed=True)])
+def test_another_version_names_both(opening: Hello | Resume) -> None:
+    body = msgspec.msgpack.encode(msgspec.structs.replace(opening, version=9))
+    with pytest.raises(RemoteProtocolError, match="peer speaks protocol version 9, we speak 1") as caught:
+        decode_all(framed(body))
+    assert caught.value.code == "version-mismatch"
+    assert caught.value.hint
+
+
+@given(st.text(max_size=80), st.text(max_size=5000), st.text(max_size=5000))
+def test_every_error_can_be_told_to_the_peer(code: str, message: str, hint: str) -> None:
+    abort = bounds.abort_of(MigratedError(message, code=code, hint=hint))
+    assert decode_all(encode(abort)) == [abort]
+
+
+def test_geometry_holds_pages_against_the_regions() -> None:
+    geometry = bounds.Geometry.of(HELLO, READY)
+    assert geometry.pages == (32, 3)
+    geometry.check(StaleMap(0, 24, b"\xff"))
+    geometry.check(Lacking(1, 0, b"\x07"))
+    geometry.check(Switchover(35))
+    for wrong in (
+        StaleMap(2, 0, b"\x01"),
+        StaleMap(0, 32, b"\x01"),
+        StaleMap(0, 24, b"\xff\x00"),
+        Populated(1, 0, b"\x08"),
+        Switchover(36),
+        Resumed("running", 36),
+    ):
+        with pytest.raises(ValueError, match=r"region|page"):
+            geometry.check(wrong)
+    with pytest.raises(ValueError, match="page sizes for 1 regions, but the guest has 2"):
+        bounds.Geometry.of(HELLO, Ready((4096,)))
+    with pytest.raises(ValueError, match="no multiple of the page size 1073741824"):
+        bounds.Geometry.of(HELLO, Ready((1 << 30, 4096)))
+
+
+def test_messages_are_values() -> None:
+    with pytest.raises(AttributeError):
+        Ping(1).sequence = 2  # type: ignore[misc]
+    assert not dataclasses.is_dataclass(Ping)
