@@ -1,0 +1,167 @@
+"""The command line's side of the control API."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+
+import aiohttp
+import msgspec
+
+from migrated.cli.failure import RemoteError
+from migrated.config import CONTROL_SOCKET_NAME, STATE_DIRECTORY
+from migrated.errors import ConfigError, ConnectionLostError, HostError
+from migrated.record import Record
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from types import TracebackType
+
+T = TypeVar("T")
+
+_CONNECT_SECONDS: Final = 5.0
+# A verb answers when the agent has done it; agents keep limits of their own, well below this.
+_ANSWER_SECONDS: Final = 120.0
+# Events are silent while nothing changes, but a comment comes every 15 s.
+_EVENT_SECONDS: Final = 60.0
+_MAX_EVENT_BYTES: Final = 1 << 20
+
+
+class MigrationList(msgspec.Struct):
+    """Answer of ``GET /v1/migrations``."""
+
+    migrations: list[Record]
+
+
+def default_agent() -> str:
+    """Find the control socket of the source on this host if there is one, else of the target."""
+    source, target = (STATE_DIRECTORY / role / CONTROL_SOCKET_NAME for role in ("source", "target"))
+    return str(source if source.exists() or not target.exists() else target)
+
+
+class Client:
+    """One agent, by the path of its control socket (or its state directory) or the URL of its status site.
+
+    Use as an asynchronous context manager.  Methods raise RemoteError (the agent said no), HostError (no agent there),
+    ConnectionLostError.
+    """
+
+    def __init__(self, agent: str | None = None) -> None:
+        self.agent = agent or default_agent()
+        self._session: aiohttp.ClientSession
+        if "://" in self.agent:
+            if not self.agent.startswith("http://"):
+                message = f"--agent {self.agent}: not a URL of an agent"
+                raise ConfigError(message, hint="give http://HOST:PORT of its status site, or the path of its socket")
+            self._base = self.agent.rstrip("/")
+            self._socket = None
+        else:
+            path = Path(self.agent)
+            self._socket = path / CONTROL_SOCKET_NAME if path.is_dir() else path
+            self._base = "http://agent"
+
+    async def __aenter__(self) -> Self:
+        socket = self._socket
+        connector = aiohttp.TCPConnector() if socket is None else aiohttp.UnixConnector(str(socket))
+        timeout = aiohttp.ClientTimeout(total=_ANSWER_SECONDS, sock_connect=_CONNECT_SECONDS)
+        self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, read_bufsize=_MAX_EVENT_BYTES)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._session.close()
+
+    async def about(self) -> dict[str, Any]:
+        """Who the agent is, with what is under way."""
+        return await self._call("GET", "/v1/agent", dict[str, Any])
+
+    async def migrations(self, *, ended: bool = True) -> list[Record]:
+        """All, oldest first; ``ended=False``: only those under way."""
+        path = f"/v1/migrations?ended={'true' if ended else 'false'}"
+        return (await self._call("GET", path, MigrationList)).migrations
+
+    async def migration(self, migration: str) -> Record:
+        """By id, unique prefix or guest."""
+        return await self._call("GET", _path(migration), Record)
+
+    async def start(self, body: dict[str, Any]) -> Record:
+        """Begin one."""
+        return await self._call("POST", "/v1/migrations", Record, body)
+
+    async def verb(self, migration: str, verb: str, body: dict[str, Any] | None = None) -> Record:
+        """``abort``, ``switchover``, ``resume``, ``set``, ``abandon``."""
+        return await self._call("POST", f"{_path(migration)}/{verb}", Record, body or {})
+
+    async def events(self, migration: str) -> AsyncIterator[Record]:
+        """The record, now and at each change, until the migration is over."""
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_EVENT_SECONDS)
+        url = f"{self._base}{_path(migration)}/events"
+        try:
+            async with self._session.get(url, timeout=timeout) as answer:
+                if answer.status != 200:
+                    raise _refusal(answer.status, await answer.read())
+                kind = ""
+                async for raw in answer.content:
+                    line = raw.decode("utf-8", "replace").rstrip("\n")
+                    if line.startswith("event: "):
+                        kind = line.removeprefix("event: ")
+                    elif line.startswith("data: ") and kind == "error":
+                        raise _refusal(500, line.removeprefix("data: ").encode())
+                    elif line.startswith("data: "):
+                        yield _decoded(line.removeprefix("data: ").encode(), Record)
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+            raise self._lost(error) from error
+
+    async def _call(self, method: str, path: str, kind: type[T], body: dict[str, Any] | None = None) -> T:
+        data = None if body is None else msgspec.json.encode(body)
+        headers = {"Content-Type": "application/json"} if data is not None else {}
+        try:
+            async with self._session.request(method, self._base + path, data=data, headers=headers) as answer:
+                content = await answer.read()
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise self._lost(error) from error
+        if answer.status >= 300:
+            raise _refusal(answer.status, content)
+        return _decoded(content, kind)
+
+    def _lost(self, error: Exception) -> HostError | ConnectionLostError:
+        where = self._socket or self._base
+        cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
+        if isinstance(cause, FileNotFoundError | ConnectionRefusedError):
+            hint = "start one with `migrated source` or `migrated target`, or name one with --agent"
+            return HostError(f"no agent answers at {where}", code="no-agent", hint=hint)
+        if isinstance(cause, PermissionError):
+            hint = "the control socket is for the agent's user: use sudo"
+            return HostError(f"{where}: permission denied", code="no-agent", hint=hint)
+        reason = os.strerror(cause.errno) if isinstance(cause, OSError) and cause.errno else str(cause) or "timeout"
+        message = f"the connection to the agent at {where} was lost: {reason}"
+        return ConnectionLostError(
+            message, hint="guests do not depend on it; see the agent's log and `migrated status`"
+        )
+
+
+def _path(migration: str) -> str:
+    if not migration or any(not (sign.isascii() and (sign.isalnum() or sign in "._-")) for sign in migration):
+        message = f"{migration!r} is neither an id nor a guest's name"
+        raise ConfigError(message, hint="`migrated list` shows both")
+    return f"/v1/migrations/{migration}"
+
+
+def _decoded(content: bytes, kind: type[T]) -> T:
+    try:
+        return msgspec.json.decode(content, type=kind)
+    except (msgspec.ValidationError, msgspec.DecodeError) as error:
+        message = f"the agent's answer is not understood: {error}"
+        raise ConnectionLostError(
+            message, code="bad-answer", hint="do command and agent have the same version?"
+        ) from error
+
+
+def _refusal(status: int, content: bytes) -> RemoteError:
+    try:
+        info = msgspec.json.decode(content, type=dict[str, dict[str, Any]])["error"]
+    except (msgspec.ValidationError, msgspec.DecodeError, KeyError):
+        info = {"code": f"http-{status}", "message": f"the agent answered with HTTP status {status}"}
+    return RemoteError(info, status=status)

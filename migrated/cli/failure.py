@@ -1,0 +1,66 @@
+"""How a command ends: exit codes, and errors as people and programs read them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any, Final
+
+import click
+
+from migrated.errors import AbortedError, ConfigError, MigratedError, UsageError, hinted
+from migrated.record import Record, State
+
+DONE: Final = 0
+FAILED: Final = 1
+USAGE: Final = 2
+ABORTED: Final = 3
+INTERRUPTED: Final = 130  # as shells count: 128 + SIGINT
+
+
+class RemoteError(MigratedError):
+    """The agent answered with an error: what it said, with the exit code that fits."""
+
+    def __init__(self, info: dict[str, Any], *, status: int) -> None:
+        super().__init__(
+            str(info.get("message", "the agent answered without a message")),
+            code=str(info.get("code", "unknown")),
+            hint=str(info.get("hint", "")),
+        )
+        self.state = str(info.get("state", ""))
+        self.status = status
+
+    def as_dict(self) -> dict[str, str]:
+        return {**super().as_dict(), **({"state": self.state} if self.state else {})}
+
+
+def exit_code_of_error(error: BaseException) -> int:
+    """2 for what the user typed or asked that does not fit, 3 for aborted, else 1."""
+    if isinstance(error, RemoteError):
+        return USAGE if error.status in (400, 404, 405, 409) else FAILED
+    if isinstance(error, AbortedError):
+        return ABORTED
+    return USAGE if isinstance(error, ConfigError | UsageError | click.UsageError) else FAILED
+
+
+def exit_code_of_record(record: Record) -> int:
+    """0 completed (or still going well), 1 failed, 3 aborted."""
+    return {State.FAILED: FAILED, State.ABORTED: ABORTED}.get(record.state, DONE)
+
+
+def tell(error: BaseException, *, as_json: bool) -> None:
+    """Write ``error: …`` and its hint to stderr, and the error object to stdout where the output is JSON."""
+    if isinstance(error, click.ClickException):
+        info: dict[str, Any] = {"code": "usage", "message": error.format_message(), "hint": _usage_hint(error)}
+    else:
+        info = hinted(error)
+    print(f"error: {info['message']}", file=sys.stderr)
+    if info.get("hint"):
+        print(f"  hint: {info['hint']}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"error": {key: value for key, value in info.items() if key != "state" or value}}))
+
+
+def _usage_hint(error: click.ClickException) -> str:
+    context = getattr(error, "ctx", None)
+    return f"{context.command_path} --help says more" if context is not None else "migrated --help says more"

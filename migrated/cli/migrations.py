@@ -1,0 +1,332 @@
+"""The verbs that talk to an agent: start, status, list, wait, abort, switchover, resume, set, abandon."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import sys
+import time
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import click
+import msgspec
+
+from migrated import units
+from migrated.address import parse_address
+from migrated.cli import failure
+from migrated.cli.client import Client
+from migrated.config import MODES
+from migrated.errors import ConfigError, MigratedError, TimeoutExceededError
+from migrated.record import Record
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+F = TypeVar("F", bound="Callable[..., Any]")
+
+_WATCH_SECONDS: Final = 1.0
+
+
+class _Parsed(click.ParamType[str]):
+    """A text checked by a parser of ours, and handed on as it was typed: the agent parses it again."""
+
+    def __init__(self, name: str, parse: Callable[[str], object]) -> None:
+        self.name = name
+        self._parse = parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            self._parse(value)
+        except ConfigError as error:
+            self.fail(f"{error.message}; {error.hint}" if error.hint else error.message, param, ctx)
+        return value
+
+
+RATE: Final = _Parsed("rate", units.parse_rate)
+ADDRESS: Final = _Parsed("host:port", parse_address)
+
+
+def agent_verb(function: Callable[..., Coroutine[Any, Any, int]]) -> Callable[..., int]:
+    """Make a command of a coroutine function: adds ``--agent``, passes a connected client as first argument."""
+
+    @functools.wraps(function)
+    def command(agent: str | None, **arguments: Any) -> int:
+        async def call() -> int:
+            async with Client(agent or click.get_current_context().find_root().obj) as client:
+                return await function(client, **arguments)
+
+        return asyncio.run(call())
+
+    option = click.option(
+        "--agent",
+        metavar="PATH|URL",
+        envvar="MIGRATED_AGENT",
+        help="Control socket or state directory of the agent, or URL of its status site "
+        "(default: this host's source, else its target).",
+    )
+    decorated: Callable[..., int] = option(command)
+    return decorated
+
+
+def json_flag(function: F) -> F:
+    """Add ``--json``."""
+    decorated: F = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")(function)
+    return decorated
+
+
+def _show(record: Record, *, as_json: bool) -> None:
+    if as_json:
+        _print_json(record)
+    else:
+        from migrated.cli import rendering
+
+        rendering.console().print(rendering.summary(record))
+
+
+def _print_json(value: Any) -> None:
+    print(msgspec.json.encode(value).decode(), flush=True)
+
+
+# ---------------------------------------------------------------- start, wait
+
+
+@click.command()
+@click.argument("guest")
+@click.option("--to", required=True, type=ADDRESS, metavar="HOST:PORT", help="The target agent.")
+@click.option("--mode", type=click.Choice(MODES), help="How (default: the configuration's).")
+@click.option("--downtime-limit", "downtime_limit_ms", type=click.FloatRange(min=0, min_open=True), metavar="MS")
+@click.option("--max-rounds", type=click.IntRange(min=1), metavar="N", help="Pre-copy rounds at most.")
+@click.option("--streams", type=click.IntRange(1, 16), metavar="N", help="Bulk connections.")
+@click.option("--max-bandwidth", type=RATE, metavar="RATE", help="Such as 10Gbit or 500MB (a second); 0: no limit.")
+@click.option("--drain-bandwidth", type=RATE, metavar="RATE", help="Limit of the drain after the switch-over.")
+@click.option("--wait", is_flag=True, help="Stay until it is over, with progress.")
+@json_flag
+@agent_verb
+async def start(client: Client, *, wait: bool, as_json: bool, **request: Any) -> int:
+    """Move GUEST to another host; prints the migration's id."""
+    record = await client.start({key: value for key, value in request.items() if value is not None})
+    if not wait:
+        _print_json(record) if as_json else print(record.id)
+        return failure.DONE
+    if not as_json:
+        print(record.id, flush=True)
+    return await _follow(client, record, as_json=as_json, quiet=as_json)
+
+
+@click.command()
+@click.argument("id")
+@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="Wait so long at most.")
+@click.option("--quiet", is_flag=True, help="No progress.")
+@json_flag
+@agent_verb
+async def wait(client: Client, *, id: str, timeout: float | None, quiet: bool, as_json: bool) -> int:  # noqa: A002
+    """Wait until a migration is over; the exit code says how it ended."""
+    record = await client.migration(id)
+    follow = _follow(client, record, as_json=as_json, quiet=quiet or as_json)
+    try:
+        return await asyncio.wait_for(follow, timeout)
+    except TimeoutError:
+        message = f"migration {record.id} of {record.guest} is not over after {timeout:g} s"
+        raise TimeoutExceededError(message, hint="it goes on; `migrated status` shows where it is") from None
+
+
+async def _follow(client: Client, record: Record, *, as_json: bool, quiet: bool) -> int:
+    """Show progress until the migration is over, then its summary.  What ends is the watching, never the migration."""
+    try:
+        if quiet:
+            async for latest in client.events(record.id):
+                record = latest
+        else:
+            from migrated.cli.rendering import Progress
+
+            with Progress() as progress:
+                async for latest in client.events(record.id):
+                    record = latest
+                    progress.show(record)
+    except asyncio.CancelledError:
+        print(f"no longer watching; it goes on: migrated wait {record.id}", file=sys.stderr)
+        raise
+    if not record.ended:
+        record = await client.migration(record.id)  # the stream may end with the agent's last word unsent
+    if not record.ended:
+        message = f"the agent stopped while migration {record.id} was in state {record.state.value}"
+        raise MigratedError(message, code="agent-stopped", hint="start the agent again; guests are safe meanwhile")
+    _show(record, as_json=as_json)
+    return failure.exit_code_of_record(record)
+
+
+# ---------------------------------------------------------------- status, list
+
+
+@click.command()
+@click.argument("id", required=False)
+@click.option(
+    "--watch", is_flag=True, help="Again and again, until it is over or interrupted (with --json: one object a line)."
+)
+@json_flag
+@agent_verb
+async def status(client: Client, *, id: str | None, watch: bool, as_json: bool) -> int:  # noqa: A002
+    """Show one migration, or the agent and what is under way."""
+    if id is not None:
+        return await _status_of_one(client, id, watch=watch, as_json=as_json)
+    if not watch:
+        await _print_agent(client, as_json=as_json)
+        return failure.DONE
+    return await _watch_agent(client, as_json=as_json)
+
+
+async def _status_of_one(client: Client, migration: str, *, watch: bool, as_json: bool) -> int:
+    record = await client.migration(migration)
+    if not watch:
+        _show(record, as_json=as_json)
+    elif not as_json:
+        return await _follow(client, record, as_json=False, quiet=False)
+    else:
+        async for latest in client.events(migration):
+            record = latest
+            _print_json(record)
+    return failure.exit_code_of_record(record)
+
+
+async def _print_agent(client: Client, *, as_json: bool) -> None:
+    about = await client.about()
+    if as_json:
+        _print_json({**about, "migrations": await client.migrations()})
+        return
+    from migrated.cli import rendering
+
+    print(rendering.agent_line(about))
+    print(f"guests: {', '.join(about['guests']) or 'none'}")
+    records = msgspec.convert(about["migrations"], list[Record])
+    if records:
+        rendering.console().print(rendering.migrations_table(records))
+    else:
+        print("no migration is under way")
+
+
+async def _watch_agent(client: Client, *, as_json: bool) -> int:
+    from rich.live import Live
+
+    from migrated.cli import rendering
+
+    out = rendering.console()
+    if as_json or not out.is_terminal:
+        while True:
+            await _print_agent(client, as_json=as_json)
+            await asyncio.sleep(_WATCH_SECONDS)
+    with Live(console=out, auto_refresh=False) as live:
+        while True:
+            live.update(rendering.migrations_table(await client.migrations()), refresh=True)
+            await asyncio.sleep(_WATCH_SECONDS)
+
+
+@click.command("list")
+@click.option("--all", "everything", is_flag=True, help="Those that are over, too.")
+@json_flag
+@agent_verb
+async def list_(client: Client, *, everything: bool, as_json: bool) -> int:
+    """List migrations: those under way, or all the agent remembers."""
+    records = await client.migrations(ended=everything)
+    if as_json:
+        _print_json({"migrations": records})
+        return failure.DONE
+    from migrated.cli import rendering
+
+    if records:
+        rendering.console().print(rendering.migrations_table(records))
+    else:
+        print("no migrations" if everything else "no migration is under way; --all shows those that are over")
+    return failure.DONE
+
+
+# ---------------------------------------------------------------- verbs on one migration
+
+
+@click.command()
+@click.argument("id")
+@json_flag
+@agent_verb
+async def abort(client: Client, *, id: str, as_json: bool) -> int:  # noqa: A002
+    """End a migration before the switch-over; the guest runs on at the source."""
+    return _done(await client.verb(id, "abort"), as_json=as_json, word="aborting")
+
+
+@click.command()
+@click.argument("id")
+@json_flag
+@agent_verb
+async def switchover(client: Client, *, id: str, as_json: bool) -> int:  # noqa: A002
+    """End pre-copy now and move the guest."""
+    return _done(await client.verb(id, "switchover"), as_json=as_json, word="switching over")
+
+
+@click.command()
+@click.argument("id")
+@click.option("--to", type=ADDRESS, metavar="HOST:PORT", help="Where the target agent is now, if it has moved.")
+@json_flag
+@agent_verb
+async def resume(client: Client, *, id: str, to: str | None, as_json: bool) -> int:  # noqa: A002
+    """Reconnect a paused post-copy now."""
+    body = {} if to is None else {"to": to}
+    return _done(await client.verb(id, "resume", body), as_json=as_json, word="reconnecting")
+
+
+@click.command("set")
+@click.argument("id")
+@click.option("--max-bandwidth", type=RATE, metavar="RATE", help="Such as 10Gbit or 500MB (a second); 0: no limit.")
+@click.option("--drain-bandwidth", type=RATE, metavar="RATE", help="Limit of the drain after the switch-over.")
+@click.option("--downtime-limit", "downtime_limit_ms", type=click.FloatRange(min=0, min_open=True), metavar="MS")
+@click.option("--max-rounds", type=click.IntRange(min=1), metavar="N", help="Pre-copy rounds at most.")
+@json_flag
+@agent_verb
+async def set_(client: Client, *, id: str, as_json: bool, **values: Any) -> int:  # noqa: A002
+    """Change limits of a migration under way."""
+    body = {key: value for key, value in values.items() if value is not None}
+    if not body:
+        message = (
+            "nothing to set: give at least one of --max-bandwidth, --drain-bandwidth, --downtime-limit, --max-rounds"
+        )
+        raise click.UsageError(message, click.get_current_context())
+    return _done(await client.verb(id, "set", body), as_json=as_json, word="set")
+
+
+@click.command()
+@click.argument("id")
+@click.option("--confirm", metavar="GUEST", help="The guest's name, instead of being asked for it.")
+@json_flag
+@agent_verb
+async def abandon(client: Client, *, id: str, confirm: str | None, as_json: bool) -> int:  # noqa: A002
+    """Give up a source that is lost for good: memory it had not sent is LOST.
+
+    Pages that never arrived are poisoned: the guest gets a memory error where it touches one, instead of waiting for ever.
+    """
+    record = await client.migration(id)
+    if confirm is None:
+        if as_json or not sys.stdin.isatty():
+            message = "abandon destroys guest memory and must be confirmed"
+            raise ConfigError(message, code="not-confirmed", hint=f"give --confirm {record.guest}")
+        click.echo(f"{format_loss(record)}\nThis cannot be undone. If the source can come back, wait for it instead.")
+        # Blocks the loop, which has nothing else to do.
+        confirm = click.prompt(f"Type the guest's name ({record.guest}) to go on")
+    if confirm != record.guest:
+        message = f"{confirm!r} is not the guest's name: nothing was done"
+        raise ConfigError(message, code="not-confirmed", hint=f"the guest is {record.guest}")
+    return _done(await client.verb(record.id, "abandon", {"confirm": confirm}), as_json=as_json, word="abandoned")
+
+
+def format_loss(record: Record) -> str:
+    """Say what `abandon` would destroy."""
+    since = units.format_duration(max(0.0, time.time() - record.timeline[-1].at)) if record.timeline else "unknown"
+    lost = f"{record.stale_pages} pages of {units.format_size(record.page_size)}"
+    return f"Guest {record.guest} is {record.state.value} (for {since}) and lacks {lost}: they would be lost."
+
+
+def _done(record: Record, *, as_json: bool, word: str) -> int:
+    if as_json:
+        _print_json(record)
+    else:
+        print(f"{record.id} {record.guest}: {word} ({record.state.value})")
+    return failure.DONE
+
+
+VERBS: Final = (start, status, list_, wait, abort, switchover, resume, set_, abandon)

@@ -1,0 +1,201 @@
+"""Records as people read them: tables, one line, a summary, a progress display."""
+
+from __future__ import annotations
+
+import datetime as dt
+import sys
+from typing import TYPE_CHECKING, Any, Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from migrated.record import Record, State
+from migrated.units import format_duration, format_rate, format_size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+_COLOURS = {State.COMPLETED: "green", State.FAILED: "red", State.ABORTED: "yellow", State.POSTCOPY_PAUSED: "yellow"}
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Colours on a terminal only; never folds a table into less than 80 columns in a pipe."""
+    out = Console(stderr=stderr, highlight=False, soft_wrap=False)
+    if not out.is_terminal:
+        out.width = 200
+    return out
+
+
+def state_text(record: Record) -> Text:
+    """The state in its colour."""
+    return Text(record.state.value, style=_COLOURS.get(record.state, "cyan"))
+
+
+def progress_percent(record: Record) -> float:
+    """How much of the guest's memory is up to date on the target."""
+    if record.state is State.COMPLETED:
+        return 100.0
+    if not record.total_bytes:
+        return 0.0
+    return 100.0 * (record.total_bytes - min(record.remaining_bytes, record.total_bytes)) / record.total_bytes
+
+
+def eta_seconds(record: Record) -> float | None:
+    """Remaining memory at the present pace, less what the guest changes meanwhile; None if that never ends."""
+    pace = record.throughput_bytes_per_second
+    if record.state is State.PRECOPY:
+        pace -= record.dirty_bytes_per_second
+    return record.remaining_bytes / pace if pace > 0 else None
+
+
+def migrations_table(records: Iterable[Record]) -> Table:
+    """One line a migration."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("ID", "GUEST", "ROLE", "STATE", "MODE", "PEER"):
+        table.add_column(name, no_wrap=True)
+    for name in ("DONE", "MOVED", "RATE", "DOWNTIME", "TOOK"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("STARTED", no_wrap=True)
+    for record in records:
+        table.add_row(
+            record.id,
+            record.guest,
+            record.role,
+            state_text(record),
+            record.mode,
+            record.peer or "-",
+            f"{progress_percent(record):.0f} %",
+            format_size(record.transferred_bytes),
+            "-" if record.ended else format_rate(record.throughput_bytes_per_second),
+            _downtime(record),
+            format_duration(record.ended_at - record.started_at) if record.ended_at is not None else "-",
+            _clock(record.started_at),
+        )
+    return table
+
+
+def line(record: Record) -> str:
+    """One plain line: progress where there is no terminal."""
+    parts = [f"{record.id} {record.guest}: {record.state.value}"]
+    if not record.ended:
+        parts.append(f"round {record.round}")
+        parts.append(f"{progress_percent(record):.1f} % of {format_size(record.total_bytes)}")
+        parts.append(format_rate(record.throughput_bytes_per_second))
+        parts.append(f"changing {format_rate(record.dirty_bytes_per_second)}")
+    return ", ".join(parts)
+
+
+def summary(record: Record) -> Table:
+    """Everything a finished (or running) migration has to say."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+
+    table.add_row("migration", record.id)
+    table.add_row("guest", f"{record.guest} ({record.driver})" if record.driver else record.guest)
+    table.add_row("state", state_text(record))
+    table.add_row("mode", record.mode)
+    if record.peer:
+        table.add_row("to" if record.role == "source" else "from", record.peer)
+    if record.total_bytes:
+        table.add_row("memory", f"{format_size(record.total_bytes)} in pages of {format_size(record.page_size)}")
+    for name, value in _figures(record):
+        table.add_row(name, value)
+    if record.error is not None:
+        table.add_row("error", f"{record.error.message} [{record.error.code}]", style="red")
+        if record.error.hint:
+            table.add_row("hint", record.error.hint)
+    if record.timeline:
+        steps = (
+            f"{step.state.value} +{format_duration(max(0.0, step.at - record.started_at))}" for step in record.timeline
+        )
+        table.add_row("time line", ", ".join(steps))
+    return table
+
+
+def _figures(record: Record) -> list[tuple[str, str]]:
+    figures = [("moved", f"{format_size(record.transferred_bytes)} in {record.round} rounds")]
+    if not record.ended:
+        figures.append(
+            ("up to date", f"{progress_percent(record):.1f} %, {format_size(record.remaining_bytes)} remain")
+        )
+        figures.append(("throughput", format_rate(record.throughput_bytes_per_second)))
+        figures.append(("changing", format_rate(record.dirty_bytes_per_second)))
+    if record.ended_at is not None:
+        figures.append(("took", format_duration(record.ended_at - record.started_at)))
+    figures.append(("downtime", _downtime(record)))
+    faults = record.faults
+    if total := faults.current + faults.stale + faults.missing:
+        kinds = f"{faults.current} current, {faults.stale} stale, {faults.missing} missing"
+        figures.append(("faults", f"{total}: {kinds}"))
+        latency = record.fault_seconds
+        text = f"p50 {format_duration(latency.p50)}, p99 {format_duration(latency.p99)}, max {format_duration(latency.max)}"
+        figures.append(("answered in", text))
+    return figures
+
+
+def agent_line(about: dict[str, Any]) -> str:
+    """Who answers and how it is."""
+    state = "ready" if about.get("ready") else "not ready"
+    if not about.get("healthy"):
+        state = "unhealthy"
+    reasons = "; ".join(about.get("reasons", []))
+    return f"{about.get('role')} {about.get('name')}, version {about.get('version')}: {state}" + (
+        f" ({reasons})" if reasons else ""
+    )
+
+
+class Progress:
+    """Live display on a terminal, a plain line a change of state or round elsewhere.  A context manager."""
+
+    def __init__(self) -> None:
+        self._console = console(stderr=True)
+        self._live: Live | None = None
+        self._last: tuple[State, int] | None = None
+        if self._console.is_terminal:
+            self._live = Live(console=self._console, refresh_per_second=8, transient=True)
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def show(self, record: Record) -> None:
+        """Show the record as it is now."""
+        if self._live is not None:
+            self._live.update(self._display(record))
+            return
+        now = (record.state, record.round)
+        if now != self._last:
+            self._last = now
+            print(line(record), file=sys.stderr, flush=True)
+
+    @staticmethod
+    def _display(record: Record) -> Group:
+        head = Text.assemble((record.guest, "bold"), "  ", state_text(record), f"  round {record.round}  {record.id}")
+        row = Table.grid(padding=(0, 1))
+        left = eta_seconds(record)
+        row.add_row(
+            ProgressBar(total=100.0, completed=progress_percent(record), width=32),
+            f"{progress_percent(record):5.1f} %",
+            f"{format_size(record.remaining_bytes)} left",
+            format_rate(record.throughput_bytes_per_second),
+            f"changing {format_rate(record.dirty_bytes_per_second)}",
+            f"about {format_duration(left)} to go" if left is not None else "no end in sight at this pace",
+        )
+        return Group(head, row)
+
+
+def _downtime(record: Record) -> str:
+    return "-" if record.downtime_seconds is None else format_duration(record.downtime_seconds)
+
+
+def _clock(unix_seconds: float) -> str:
+    return dt.datetime.fromtimestamp(unix_seconds, tz=dt.UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S")

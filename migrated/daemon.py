@@ -1,0 +1,290 @@
+"""An agent as a process: state directory, control socket, status site, signals, service manager, one event loop.
+
+The order matters.  First the state directory is locked, so that two agents never share one; then the sites listen, so
+that a port in use is known before any guest is touched; then the agent works; and on SIGTERM the agent comes to its safe
+end while the control socket still answers, so that one can see what it waits for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import os
+import signal
+import stat
+from typing import TYPE_CHECKING, Any, Final
+
+import structlog
+import uvloop
+from aiohttp import web
+
+from migrated import __version__, config, log, service
+from migrated.errors import HostError, MigratedError, TimeoutExceededError, hinted
+from migrated.http.control import control_app
+from migrated.http.status import status_app
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+    from pathlib import Path
+
+    from migrated.address import Address
+    from migrated.agent import Agent
+    from migrated.config import AgentConfig, Role
+
+LOCK_NAME: Final = "agent.lock"
+#: How often health and figures go to the service manager when its watchdog does not ask for more.
+STATUS_SECONDS: Final = 5.0
+#: Sites get this long to finish answers under way; event streams end by themselves.
+SITE_SHUTDOWN_SECONDS: Final = 2.0
+_READY_POLL_SECONDS: Final = 0.05
+
+logger = structlog.get_logger("migrated.daemon")
+
+
+def run(role: Role, path: str | None, *, log_level: str = "info", log_format: str = "auto") -> int:
+    """Run the agent of ``role`` until SIGTERM or SIGINT; its exit code.
+
+    Raises ConfigError before anything is touched; what fails later is raised on a terminal and logged elsewhere.
+    """
+    settings = config.load(path, role)
+    for_people = log.configure(level=log_level, fmt=log_format)
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_main(settings))
+    except MigratedError as error:
+        if for_people:
+            raise
+        logger.error("the agent has failed", **hinted(error))  # noqa: TRY400 - expected: no traceback
+        return 1
+    except Exception:
+        logger.exception("the agent has failed: this is a bug")
+        return 1
+    return 0
+
+
+async def _main(settings: AgentConfig) -> None:
+    # Signals first: one that comes while we start must end us in order, too.
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, _on_signal, number, stop)
+    await serve(settings, build_agent(settings), stop)
+
+
+def build_agent(settings: AgentConfig) -> Agent:
+    """Make the agent of ``settings.role``; imported here, since a source has no use for what a target loads."""
+    if settings.role == "source":
+        from migrated.source.agent import SourceAgent
+
+        return SourceAgent(settings)
+    from migrated.target.agent import TargetAgent
+
+    return TargetAgent(settings)
+
+
+def _on_signal(number: signal.Signals, stop: asyncio.Event) -> None:
+    if stop.is_set():
+        logger.warning("still stopping: guests are being left safe", signal=number.name)
+        return
+    logger.info("stopping", signal=number.name)
+    stop.set()
+
+
+async def serve(settings: AgentConfig, agent: Agent, stop: asyncio.Event) -> None:
+    """Offer ``agent`` on its sites and run it until ``stop``.  Raises HostError and whatever the agent's run raises."""
+    about = {"name": settings.agent.name, "version": __version__, "pid": os.getpid()}
+    _make_state_dir(settings.state_dir)
+    with _locked(settings.state_dir):
+        async with _sites(settings, agent, about):
+            logger.info(
+                "agent up",
+                role=settings.role,
+                version=__version__,
+                control=str(settings.control_socket),
+                status=str(settings.status_address or "off"),
+                guests=sorted(settings.guests),
+            )
+            _warn_of_plain_text(settings)
+            work = asyncio.create_task(agent.run(stop), name="agent")
+            telling = asyncio.create_task(_tell_service_manager(agent, stop, work), name="service-manager")
+            try:
+                await _finish(settings, stop, work)
+            finally:
+                telling.cancel()
+                await asyncio.wait({telling})
+    logger.info("agent down", role=settings.role)
+
+
+async def _finish(settings: AgentConfig, stop: asyncio.Event, work: asyncio.Task[None]) -> None:
+    """Until the agent's run is over: by ``stop``, within its limit, or by an error of its own."""
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait({work, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if stop.is_set() and not work.done():
+        _notify("STOPPING=1", "STATUS=leaving every guest safe")
+        # The agent keeps this limit itself, wait by wait; twice as long means that it is stuck.
+        limit = 2 * settings.timeouts.shutdown
+        await asyncio.wait({work}, timeout=limit)
+        if not work.done():
+            work.cancel()
+            await asyncio.wait({work}, timeout=settings.timeouts.shutdown)
+            message = f"the agent did not stop within {limit:g} s"
+            raise TimeoutExceededError(
+                message, hint="guests wait or run on; raise timeouts.shutdown if it only was slow"
+            )
+    work.result()
+    if not stop.is_set():
+        message = "the agent ended without being asked to"
+        raise MigratedError(message, hint="this is a bug: please report it")
+
+
+# ---------------------------------------------------------------- state directory
+
+
+def _make_state_dir(path: Path) -> None:
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise _state_dir_error(path, error) from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise _state_dir_error(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+
+
+def _state_dir_error(path: Path, error: OSError) -> HostError:
+    hint = "create it for this user, run as root, or set agent.state_dir to a directory of this user's"
+    return HostError(f"state directory {path}: {error.strerror}", code="state-dir", hint=hint)
+
+
+@contextlib.contextmanager
+def _locked(state_dir: Path) -> Iterator[None]:
+    """Hold the directory against another agent.  The kernel lets go of the lock of a dead one, however it died."""
+    path = state_dir / LOCK_NAME
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise _state_dir_error(path, error) from error
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            pid = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
+            message = f"state directory {state_dir}: another agent runs on it, process {pid}"
+            hint = "stop that one, or give this one another agent.state_dir"
+            raise HostError(message, code="already-running", hint=hint) from error
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(fd)
+
+
+# ---------------------------------------------------------------- sites
+
+
+@contextlib.asynccontextmanager
+async def _sites(settings: AgentConfig, agent: Agent, about: dict[str, Any]) -> AsyncIterator[None]:
+    async with contextlib.AsyncExitStack() as stack:
+        control = await _runner(stack, control_app(agent, about))
+        await _listen_control(control, settings.control_socket)
+        stack.callback(settings.control_socket.unlink, missing_ok=True)
+        if (address := settings.status_address) is not None:
+            await _listen_status(await _runner(stack, status_app(agent, about)), address)
+        yield
+
+
+async def _runner(stack: contextlib.AsyncExitStack, app: web.Application) -> web.AppRunner:
+    runner = web.AppRunner(app, handle_signals=False, access_log=None, shutdown_timeout=SITE_SHUTDOWN_SECONDS)
+    await runner.setup()
+    stack.push_async_callback(runner.cleanup)
+    return runner
+
+
+def _remove_stale_socket(path: Path) -> None:
+    """Remove a dead agent's socket: we hold the lock, so it is nobody's.  Anything else is somebody's file."""
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            message = f"control socket {path}: there is a file of another kind in its place"
+            raise HostError(message, code="state-dir", hint="move it away, or set another agent.state_dir")
+        path.unlink()
+
+
+async def _listen_control(runner: web.AppRunner, path: Path) -> None:
+    _remove_stale_socket(path)
+    # Nobody else may connect, not even in the moment between bind and chmod.
+    former = os.umask(0o177)
+    try:
+        await web.UnixSite(runner, str(path)).start()
+    except OSError as error:
+        message = f"control socket {path}: {error.strerror}"
+        raise HostError(message, code="state-dir", hint="set agent.state_dir to a directory of this user's") from error
+    finally:
+        os.umask(former)
+
+
+async def _listen_status(runner: web.AppRunner, address: Address) -> None:
+    try:
+        await web.TCPSite(runner, address.host, address.port).start()
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            message = f"status site: {address} is in use by another program"
+            hint = 'set http.status to a free port, or to "" for no status site'
+        else:
+            message = f"status site: cannot listen on {address}: {error.strerror or error}"
+            hint = "http.status must be an address of this host"
+        raise HostError(message, code="address", hint=hint) from error
+
+
+def _warn_of_plain_text(settings: AgentConfig) -> None:
+    if settings.role == "target" and settings.tls.insecure and not settings.listen_address.is_loopback:
+        logger.warning(
+            "guest memory is accepted unencrypted and from anybody who can connect",
+            listen=settings.listen.address,
+            hint="use a network of your own, such as WireGuard or a dedicated link",
+        )
+
+
+# ---------------------------------------------------------------- service manager
+
+
+async def _tell_service_manager(agent: Agent, stop: asyncio.Event, work: asyncio.Task[None]) -> None:
+    """READY once the agent can work; then STATUS, and WATCHDOG as long as the agent is healthy, and only then."""
+    loop = asyncio.get_running_loop()
+    started = loop.time()
+    # Polled: health is a question, not an event, and this is over within moments of the start.
+    while not agent.health().ready and loop.time() - started < STATUS_SECONDS:  # noqa: ASYNC110
+        await asyncio.sleep(_READY_POLL_SECONDS)
+    watchdog = service.watchdog_seconds()
+    pause = min(STATUS_SECONDS, watchdog / 3) if watchdog else STATUS_SECONDS
+    _notify("READY=1")
+    healthy_before = True
+    while not work.done():
+        health = agent.health()
+        if not stop.is_set():
+            _notify(f"STATUS={status_line(agent)}")
+        if health.healthy and watchdog:
+            _notify("WATCHDOG=1")
+        if health.healthy != healthy_before:
+            logger.log(20 if health.healthy else 40, "health", healthy=health.healthy, reasons=health.reasons)
+            healthy_before = health.healthy
+        await asyncio.sleep(pause)
+
+
+def status_line(agent: Agent) -> str:
+    """One line for ``systemctl status``."""
+    health = agent.health()
+    if not health.healthy:
+        return "unhealthy: " + "; ".join(health.reasons)
+    live = agent.records(ended=False)
+    if not live:
+        return "ready" if health.ready else "not ready: " + "; ".join(health.reasons)
+    return f"{len(live)} under way: " + ", ".join(f"{one.guest} ({one.state.value})" for one in live)
+
+
+def _notify(*assignments: str) -> None:
+    """Tell the service manager; that it cannot be told is no reason to end."""
+    try:
+        service.notify(*assignments)
+    except HostError as error:
+        logger.warning("service manager not told", **hinted(error))

@@ -1,0 +1,1 @@
+"""The agent seen from outside: the control API on its Unix socket, and the read-only status site."""

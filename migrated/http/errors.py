@@ -1,0 +1,75 @@
+"""Errors as HTTP answers: ``{"error": {code, message, hint, state?}}``, whoever raised them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+import structlog
+from aiohttp import web
+
+from migrated import errors
+
+if TYPE_CHECKING:
+    from aiohttp.typedefs import Handler
+
+#: First match wins: the narrow before the wide.
+STATUS: Final[tuple[tuple[type[errors.MigratedError], int], ...]] = (
+    (errors.NotFoundError, 404),
+    (errors.ConflictError, 409),
+    (errors.AbortedError, 409),
+    (errors.ConfigError, 400),
+    (errors.UsageError, 400),
+    (errors.GuestRefusedError, 422),
+    (errors.GuestError, 502),
+    (errors.PeerError, 502),
+    (errors.ConnectionLostError, 502),
+    (errors.TimeoutExceededError, 504),
+    (errors.HostError, 503),
+)
+_HINTS: Final = {
+    404: "see docs/http.md for the paths",
+    405: "the status site is read-only: control goes through the control socket",
+    413: "requests are small: see docs/http.md",
+}
+
+
+class BadRequestError(errors.UsageError):
+    """The request's body or query is not what the verb takes."""
+
+    default_code = "bad-request"
+
+
+def json_answer(value: object, *, status: int = 200) -> web.Response:
+    """Anything msgspec can write."""
+    return web.Response(body=msgspec.json.encode(value), content_type="application/json", status=status)
+
+
+def error_answer(info: dict[str, Any], *, status: int) -> web.Response:
+    """``{"error": …}``; an empty state is left out."""
+    return json_answer({"error": {key: value for key, value in info.items() if key != "state" or value}}, status=status)
+
+
+@web.middleware
+async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Turn every exception of a handler into an answer; only what is a bug of ours is logged."""
+    try:
+        return await handler(request)
+    except errors.MigratedError as error:
+        status = next((code for kind, code in STATUS if isinstance(error, kind)), 500)
+        return error_answer(error.as_dict(), status=status)
+    except web.HTTPException as error:
+        info = {
+            "code": error.reason.lower().replace(" ", "-"),
+            "message": f"{request.method} {request.path}: {error.reason}",
+            "hint": _HINTS.get(error.status, ""),
+        }
+        answer = error_answer(info, status=error.status)
+        if "Allow" in error.headers:
+            answer.headers["Allow"] = error.headers["Allow"]
+        return answer
+    except ConnectionError:
+        raise  # the client has gone: nobody to answer
+    except Exception as error:
+        structlog.get_logger("migrated.http").exception("request failed", method=request.method, path=request.path)
+        return error_answer(errors.hinted(error), status=500)

@@ -1,0 +1,139 @@
+"""The routes that only look: served by the control socket and by the status site alike."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+from aiohttp import web
+
+from migrated.errors import MigratedError, hinted
+from migrated.http.errors import BadRequestError, json_answer
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, AsyncIterator
+
+    from migrated.agent import Agent
+    from migrated.record import Record
+
+AGENT: Final = web.AppKey("agent", object)  # an Agent: a protocol cannot be checked by AppKey
+ABOUT: Final = web.AppKey("about", dict)
+STOPPING: Final = web.AppKey("stopping", asyncio.Event)
+WATCHERS: Final = web.AppKey("watchers", list)
+
+#: A comment goes down a silent event stream this often, so that a client that has gone is noticed.
+KEEPALIVE_SECONDS: Final = 15.0
+#: Each watcher of the status site costs a task and a socket; the control socket is not limited.
+MAX_WATCHERS: Final = 64
+
+
+def agent_of(request: web.Request) -> Agent:
+    """Return the agent behind this application."""
+    agent: Agent = request.app[AGENT]  # type: ignore[assignment]
+    return agent
+
+
+def summary(agent: Agent, about: dict[str, Any], *, ended: bool = True) -> dict[str, Any]:
+    """Say what ``/status`` answers: who we are, how we are, and every migration."""
+    health = agent.health()
+    return {
+        **about,
+        "role": agent.role,
+        "guests": agent.guests(),
+        "healthy": health.healthy,
+        "ready": health.ready,
+        "reasons": health.reasons,
+        "migrations": agent.records(ended=ended),
+    }
+
+
+def add_reading_routes(app: web.Application) -> None:
+    """``GET /v1/agent``, ``/v1/migrations``, ``/v1/migrations/ID`` and ``…/ID/events``."""
+    app.router.add_get("/v1/agent", _get_agent)
+    app.router.add_get("/v1/migrations", _get_migrations)
+    app.router.add_get("/v1/migrations/{id}", _get_migration)
+    app.router.add_get("/v1/migrations/{id}/events", _get_events)
+    app[STOPPING] = asyncio.Event()
+    app[WATCHERS] = []
+    app.on_shutdown.append(_end_streams)
+
+
+async def _end_streams(app: web.Application) -> None:
+    app[STOPPING].set()
+
+
+async def _get_agent(request: web.Request) -> web.Response:
+    answer = summary(agent_of(request), request.app[ABOUT], ended=False)
+    return json_answer(answer)
+
+
+async def _get_migrations(request: web.Request) -> web.Response:
+    ended = _flag(request, "ended", default=True)
+    return json_answer({"migrations": agent_of(request).records(ended=ended)})
+
+
+async def _get_migration(request: web.Request) -> web.Response:
+    return json_answer(agent_of(request).record(request.match_info["id"]))
+
+
+async def _get_events(request: web.Request) -> web.StreamResponse:
+    """Server-sent events: the record, now and whenever it changes, until the migration is over."""
+    agent = agent_of(request)
+    record = agent.record(request.match_info["id"])  # NotFoundError before the stream begins
+    watchers = request.app[WATCHERS]
+    if len(watchers) >= MAX_WATCHERS:
+        raise web.HTTPServiceUnavailable(reason="Too many event streams")
+    answer = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
+    watchers.append(record.id)
+    try:
+        await answer.prepare(request)
+        async with contextlib.aclosing(_server_sent(agent.events(record.id), request.app[STOPPING])) as events:
+            async for event in events:
+                await answer.write(event)
+        await answer.write_eof()
+    except ConnectionError:
+        pass  # the watcher has gone, which is its right
+    finally:
+        watchers.remove(record.id)
+    return answer
+
+
+async def _server_sent(records: AsyncIterator[Record], stopping: asyncio.Event) -> AsyncGenerator[bytes, None]:
+    stop = asyncio.ensure_future(stopping.wait())
+    upcoming: asyncio.Future[Record] | None = None
+    try:
+        while True:
+            upcoming = asyncio.ensure_future(anext(records))
+            while not upcoming.done() and not stop.done():
+                await asyncio.wait({upcoming, stop}, timeout=KEEPALIVE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                if not upcoming.done() and not stop.done():
+                    yield b": still here\n\n"
+            if not upcoming.done():
+                return
+            try:
+                yield b"event: record\ndata: " + msgspec.json.encode(upcoming.result()) + b"\n\n"
+            except StopAsyncIteration:
+                return
+            except MigratedError as error:
+                yield b"event: error\ndata: " + msgspec.json.encode({"error": hinted(error)}) + b"\n\n"
+                return
+    finally:
+        for future in (stop, upcoming):
+            if future is not None:
+                future.cancel()
+                with contextlib.suppress(asyncio.CancelledError, StopAsyncIteration, Exception):
+                    await future
+        if (close := getattr(records, "aclose", None)) is not None:
+            await close()
+
+
+def _flag(request: web.Request, name: str, *, default: bool) -> bool:
+    text = request.query.get(name)
+    if text is None:
+        return default
+    if text not in ("0", "1", "true", "false"):
+        message = f"query {name}={text!r}: expected true or false"
+        raise BadRequestError(message, hint="see docs/http.md")
+    return text in ("1", "true")

@@ -1,0 +1,86 @@
+"""Logging: structlog in front, the standard library's handlers behind, one line an event.
+
+On a terminal the lines are for people; anywhere else (the journal, a file) each is one JSON object.  What libraries log
+with the standard library comes out in the same form.  Bind ``migration`` to a logger, and every line of that migration
+carries its id.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import TYPE_CHECKING, Any, Final, Literal, TextIO, get_args
+
+import structlog
+from structlog.stdlib import ProcessorFormatter
+
+from migrated.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import MutableMapping
+
+Format = Literal["auto", "console", "json"]
+FORMATS: Final = get_args(Format)
+LEVELS: Final = ("debug", "info", "warning", "error")
+
+#: Values under these keys never reach a log, however they got there.
+SECRET_KEYS: Final = frozenset({"token", "secret", "block_secret", "password", "private_key"})
+_REDACTED: Final = "(secret)"
+
+
+def configure(*, level: str = "info", fmt: str = "auto", stream: TextIO | None = None) -> bool:
+    """Set up logging for this process, replacing a former set-up; True if the lines are for people.  Raises ConfigError."""
+    if level not in LEVELS:
+        message = f"{level!r} is not a log level"
+        raise ConfigError(message, hint=f"give one of {', '.join(LEVELS)}")
+    if fmt not in FORMATS:
+        message = f"{fmt!r} is not a log format"
+        raise ConfigError(message, hint=f"give one of {', '.join(FORMATS)}")
+    output = stream if stream is not None else sys.stderr
+    people = fmt == "console" or (fmt == "auto" and output.isatty())
+
+    # What both our own events and those of libraries go through.
+    shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_logger_name,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.ExtraAdder(),
+        redact,
+        structlog.processors.TimeStamper(fmt="%H:%M:%S.%f" if people else "iso", utc=not people),
+        structlog.processors.StackInfoRenderer(),
+    ]
+    final: list[structlog.typing.Processor] = [ProcessorFormatter.remove_processors_meta]
+    if people:
+        final.append(structlog.dev.ConsoleRenderer(colors=output.isatty()))
+    else:
+        final += [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(default=str)]
+
+    structlog.configure(
+        processors=[structlog.stdlib.filter_by_level, *shared, ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=False,  # loggers made before this call must not keep the former set-up
+    )
+    handler = logging.StreamHandler(output)
+    handler.setFormatter(ProcessorFormatter(foreign_pre_chain=shared, processors=final))
+    root = logging.getLogger()
+    for former in list(root.handlers):
+        root.removeHandler(former)
+    root.addHandler(handler)
+    root.setLevel(level.upper())
+    # One line a request is the job of a web server that faces people; ours would drown the rest.
+    logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
+    if level != "debug":
+        logging.getLogger("qemu.qmp").setLevel(logging.WARNING)
+    logging.captureWarnings(capture=True)
+    return people
+
+
+def redact(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Replace what is secret (a structlog processor): the values of `SECRET_KEYS`, in nested tables too."""
+    for key, value in event.items():
+        if key in SECRET_KEYS:
+            event[key] = _REDACTED
+        elif isinstance(value, dict):
+            event[key] = redact(None, "", dict(value))
+    return event
