@@ -1,0 +1,337 @@
+/* SPDX-License-Identifier: MIT */
+/* The ledger: layout in its memfd, and the only place where the state of a page changes. */
+#include "ledger.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "error.h"
+
+#define LEDGER_MAGIC 0x3130726764656c6dull /* "mledgr01" little end first */
+#define LEDGER_HEADER_BYTES 4096
+
+struct mgd_ledger_header {
+	uint64_t magic;
+	uint32_t region_count;
+	_Atomic uint32_t phase;
+	struct {
+		uint64_t size_bytes;
+		uint64_t host_page_bytes;
+	} regions[MGD_MAX_REGIONS];
+};
+_Static_assert(sizeof(struct mgd_ledger_header) <= LEDGER_HEADER_BYTES, "the header fits its page");
+_Static_assert(sizeof(_Atomic uint8_t) == 1, "one byte a page");
+
+#define BIT(state) (1u << MGD_PAGE_##state)
+/* legal[from]: the states a page may change to. */
+static const uint8_t legal[] = {
+	[MGD_PAGE_ABSENT] = BIT(RECEIVED) | BIT(STALE) | BIT(MAPPED),
+	[MGD_PAGE_RECEIVED] = BIT(STALE) | BIT(MAPPED),
+	[MGD_PAGE_STALE] = BIT(CURRENT) | BIT(POISONED),
+	[MGD_PAGE_CURRENT] = BIT(MAPPED),
+	[MGD_PAGE_MAPPED] = BIT(CURRENT),
+	[MGD_PAGE_POISONED] = BIT(STALE),
+};
+
+static uint64_t pages_of(const struct mgd_target_region *regions, uint32_t region_count)
+{
+	uint64_t pages = 0;
+
+	for (uint32_t i = 0; i < region_count; i++)
+		if (regions[i].host_page_bytes)
+			pages += regions[i].size_bytes / regions[i].host_page_bytes;
+	return pages;
+}
+
+uint64_t mgd_ledger_bytes(const struct mgd_target_region *regions, uint32_t region_count)
+{
+	return LEDGER_HEADER_BYTES + pages_of(regions, region_count);
+}
+
+static int check_geometry(const struct mgd_ledger_header *header, const struct mgd_target_region *regions,
+			  uint32_t region_count, struct mgd_error *err)
+{
+	if (header->magic != LEDGER_MAGIC)
+		return mgd_fail(err, MGD_ERR_ARGUMENT, "recover: ledger: not a ledger of this version");
+	if (header->region_count != region_count)
+		return mgd_fail(err, MGD_ERR_ARGUMENT, "recover: ledger: it is of %u regions, not %u",
+				header->region_count, region_count);
+	for (uint32_t i = 0; i < region_count; i++)
+		if (header->regions[i].size_bytes != regions[i].size_bytes ||
+		    header->regions[i].host_page_bytes != regions[i].host_page_bytes)
+			return mgd_fail(err, MGD_ERR_ARGUMENT, "recover: ledger: region %u differs in size or page size", i);
+	if (header->phase > MGD_PHASE_SWITCHED)
+		return mgd_fail(err, MGD_ERR_ARGUMENT, "recover: ledger: unknown phase %u", header->phase);
+	return 0;
+}
+
+/* A ledger found: count it, and take back what its last owner had in hand.  Whoever waits will fault again. */
+static int take_over(struct mgd_ledger *ledger, struct mgd_error *err)
+{
+	for (uint64_t page = mgd_ledger_next_known(ledger, 0); page < ledger->page_count;
+	     page = mgd_ledger_next_known(ledger, page + 1)) {
+		uint8_t byte = mgd_ledger_get(ledger, page);
+
+		switch (mgd_page_state(byte)) {
+		case MGD_PAGE_STALE:
+			/* RECEIVING stays: the caller may have to blank such a page first (mgd_ledger_unclaim). */
+			atomic_store(&ledger->pages[page], byte & ~MGD_PAGE_REQUESTED);
+			ledger->stale_pages++;
+			break;
+		case MGD_PAGE_MAPPED:
+			ledger->mapped_pages++;
+			break;
+		case MGD_PAGE_POISONED:
+			ledger->poisoned_pages++;
+			break;
+		case MGD_PAGE_ABSENT:
+		case MGD_PAGE_RECEIVED:
+		case MGD_PAGE_CURRENT:
+			break;
+		default:
+			return mgd_fail(err, MGD_ERR_ARGUMENT, "recover: ledger: page %llu has the unknown state %#x",
+					(unsigned long long)page, byte);
+		}
+	}
+	return 0;
+}
+
+int mgd_ledger_open(struct mgd_ledger *ledger, int ledger_fd, const struct mgd_target_region *regions,
+		    uint32_t region_count, bool recover, struct mgd_error *err)
+{
+	uint64_t bytes = mgd_ledger_bytes(regions, region_count);
+	struct stat status;
+	void *memory;
+
+	*ledger = (struct mgd_ledger){ .fd = -1, .page_count = pages_of(regions, region_count) };
+	if (fstat(ledger_fd, &status) < 0)
+		return mgd_fail_errno(err, errno, "ledger: fstat");
+	if (status.st_size < 0 || (uint64_t)status.st_size < bytes)
+		return mgd_fail(err, MGD_ERR_ARGUMENT, "ledger: it has %lld bytes, %llu are needed",
+				(long long)status.st_size, (unsigned long long)bytes);
+	ledger->fd = fcntl(ledger_fd, F_DUPFD_CLOEXEC, 0);
+	if (ledger->fd < 0)
+		return mgd_fail_errno(err, errno, "ledger: dup");
+	memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, ledger->fd, 0);
+	if (memory == MAP_FAILED) {
+		int saved = errno;
+
+		mgd_ledger_close(ledger);
+		return mgd_fail_errno(err, saved, "ledger: mmap");
+	}
+	ledger->mapped_bytes = bytes;
+	ledger->header = memory;
+	ledger->pages = (_Atomic uint8_t *)memory + LEDGER_HEADER_BYTES;
+	if (recover) {
+		if (check_geometry(ledger->header, regions, region_count, err) < 0 || take_over(ledger, err) < 0) {
+			mgd_ledger_close(ledger);
+			return -1;
+		}
+		return 0;
+	}
+	/* Punching makes it all absent without writing to memory that will never be. */
+	if (fallocate(ledger->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, (off_t)bytes) < 0) {
+		int saved = errno;
+
+		mgd_ledger_close(ledger);
+		return mgd_fail_errno(err, saved, "ledger: fallocate (is it a memfd?)");
+	}
+	ledger->header->region_count = region_count;
+	for (uint32_t i = 0; i < region_count; i++) {
+		ledger->header->regions[i].size_bytes = regions[i].size_bytes;
+		ledger->header->regions[i].host_page_bytes = regions[i].host_page_bytes;
+	}
+	ledger->header->magic = LEDGER_MAGIC;
+	return 0;
+}
+
+void mgd_ledger_close(struct mgd_ledger *ledger)
+{
+	if (ledger->header)
+		munmap(ledger->header, ledger->mapped_bytes);
+	if (ledger->fd >= 0)
+		close(ledger->fd);
+	ledger->header = NULL;
+	ledger->fd = -1;
+}
+
+enum mgd_phase mgd_ledger_phase(const struct mgd_ledger *ledger)
+{
+	return (enum mgd_phase)atomic_load(&ledger->header->phase);
+}
+
+void mgd_ledger_set_phase(struct mgd_ledger *ledger, enum mgd_phase phase)
+{
+	atomic_store(&ledger->header->phase, phase);
+}
+
+uint8_t mgd_ledger_get(const struct mgd_ledger *ledger, uint64_t page)
+{
+	return atomic_load(&ledger->pages[page]);
+}
+
+/* The one way a byte changes: from exactly *byte, to a state the table allows.  On failure *byte is what is there. */
+static bool change(struct mgd_ledger *ledger, uint64_t page, uint8_t *byte, uint8_t to)
+{
+	enum mgd_page_state from_state = mgd_page_state(*byte), to_state = mgd_page_state(to);
+
+	if (from_state != to_state && !(legal[from_state] & (1u << to_state)))
+		__builtin_trap(); /* a bug of this file: better no daemon than a page of the wrong state */
+	return atomic_compare_exchange_weak(&ledger->pages[page], byte, to);
+}
+
+void mgd_ledger_received(struct mgd_ledger *ledger, uint64_t page)
+{
+	uint8_t byte = mgd_ledger_get(ledger, page);
+
+	while (mgd_page_state(byte) == MGD_PAGE_ABSENT && !change(ledger, page, &byte, byte | MGD_PAGE_RECEIVED))
+		;
+}
+
+void mgd_ledger_backed(struct mgd_ledger *ledger, uint64_t page)
+{
+	if (!(mgd_ledger_get(ledger, page) & MGD_PAGE_BACKED))
+		atomic_fetch_or(&ledger->pages[page], MGD_PAGE_BACKED);
+}
+
+bool mgd_ledger_make_stale(struct mgd_ledger *ledger, uint64_t page)
+{
+	uint8_t byte = mgd_ledger_get(ledger, page), to;
+
+	do {
+		if (mgd_page_state(byte) != MGD_PAGE_ABSENT && mgd_page_state(byte) != MGD_PAGE_RECEIVED)
+			return false;
+		to = (byte & MGD_PAGE_BACKED) | MGD_PAGE_STALE;
+		if (mgd_page_state(byte) == MGD_PAGE_ABSENT)
+			to |= MGD_PAGE_BLANK;
+	} while (!change(ledger, page, &byte, to));
+	atomic_fetch_add(&ledger->stale_pages, 1);
+	return true;
+}
+
+bool mgd_ledger_request(struct mgd_ledger *ledger, uint64_t page, uint8_t *out_before)
+{
+	uint8_t byte = mgd_ledger_get(ledger, page);
+
+	do {
+		*out_before = byte;
+		if (mgd_page_state(byte) != MGD_PAGE_STALE)
+			return false;
+	} while (!change(ledger, page, &byte, byte | MGD_PAGE_REQUESTED));
+	return true;
+}
+
+bool mgd_ledger_claim(struct mgd_ledger *ledger, uint64_t page, uint8_t *out_before)
+{
+	uint8_t byte = mgd_ledger_get(ledger, page);
+
+	do {
+		*out_before = byte;
+		if (mgd_page_state(byte) != MGD_PAGE_STALE || (byte & MGD_PAGE_RECEIVING))
+			return false;
+	} while (!change(ledger, page, &byte, byte | MGD_PAGE_RECEIVING));
+	return true;
+}
+
+void mgd_ledger_unclaim(struct mgd_ledger *ledger, uint64_t page)
+{
+	uint8_t byte = mgd_ledger_get(ledger, page);
+
+	while (mgd_page_state(byte) == MGD_PAGE_STALE && (byte & MGD_PAGE_RECEIVING) &&
+	       !change(ledger, page, &byte, byte & ~MGD_PAGE_RECEIVING))
+		;
+}
+
+bool mgd_ledger_settle(struct mgd_ledger *ledger, uint64_t page, uint8_t *out_before, bool *out_last)
+{
+	uint8_t byte = mgd_ledger_get(ledger, page);
+
+	do {
+		if (mgd_page_state(byte) != MGD_PAGE_STALE || !(byte & MGD_PAGE_RECEIVING))
+			return false;
+		*out_before = byte;
+	} while (!change(ledger, page, &byte, (byte & MGD_PAGE_BACKED) | MGD_PAGE_CURRENT));
+	*out_last = atomic_fetch_sub(&ledger->stale_pages, 1) == 1;
+	return true;
+}
+
+bool mgd_ledger_mapped(struct mgd_ledger *ledger, uint64_t page)
+{
+	uint8_t byte = mgd_ledger_get(ledger, page);
+
+	do {
+		switch (mgd_page_state(byte)) {
+		case MGD_PAGE_ABSENT:
+		case MGD_PAGE_RECEIVED:
+		case MGD_PAGE_CURRENT:
+			break;
+		default:
+			return false;
+		}
+	} while (!change(ledger, page, &byte, (byte & MGD_PAGE_BACKED) | MGD_PAGE_MAPPED));
+	atomic_fetch_add(&ledger->mapped_pages, 1);
+	return true;
+}
+
+bool mgd_ledger_removed(struct mgd_ledger *ledger, uint64_t page)
+{
+	uint8_t byte = mgd_ledger_get(ledger, page);
+
+	do {
+		if (mgd_page_state(byte) != MGD_PAGE_MAPPED)
+			return false;
+	} while (!change(ledger, page, &byte, (byte & MGD_PAGE_BACKED) | MGD_PAGE_CURRENT));
+	atomic_fetch_sub(&ledger->mapped_pages, 1);
+	return true;
+}
+
+bool mgd_ledger_poison(struct mgd_ledger *ledger, uint64_t page)
+{
+	uint8_t byte = mgd_ledger_get(ledger, page);
+
+	do {
+		if (mgd_page_state(byte) != MGD_PAGE_STALE || (byte & MGD_PAGE_RECEIVING))
+			return false;
+	} while (!change(ledger, page, &byte, (byte & ~MGD_PAGE_STATE_MASK) | MGD_PAGE_POISONED));
+	atomic_fetch_add(&ledger->poisoned_pages, 1);
+	atomic_fetch_sub(&ledger->stale_pages, 1);
+	return true;
+}
+
+bool mgd_ledger_unpoison(struct mgd_ledger *ledger, uint64_t page)
+{
+	uint8_t byte = mgd_ledger_get(ledger, page);
+
+	do {
+		if (mgd_page_state(byte) != MGD_PAGE_POISONED)
+			return false;
+	} while (!change(ledger, page, &byte, (byte & ~MGD_PAGE_STATE_MASK) | MGD_PAGE_STALE));
+	atomic_fetch_add(&ledger->stale_pages, 1);
+	atomic_fetch_sub(&ledger->poisoned_pages, 1);
+	return true;
+}
+
+uint64_t mgd_ledger_next_known(const struct mgd_ledger *ledger, uint64_t page)
+{
+	while (page < ledger->page_count) {
+		/* At the first page of each 4 KiB of ledger, ask the file before reading: reading a hole would fill it. */
+		if (page % LEDGER_HEADER_BYTES == 0) {
+			off_t data = lseek(ledger->fd, (off_t)(LEDGER_HEADER_BYTES + page), SEEK_DATA);
+
+			if (data < 0 && errno == ENXIO)
+				return ledger->page_count;
+			if (data > (off_t)(LEDGER_HEADER_BYTES + page)) {
+				page = (uint64_t)data - LEDGER_HEADER_BYTES;
+				continue;
+			}
+		}
+		if (mgd_ledger_get(ledger, page))
+			return page;
+		page++;
+	}
+	return ledger->page_count;
+}

@@ -1,0 +1,89 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The ledger: what the target knows of every host page, in a memfd that outlives the process.
+ *
+ * One byte a page, changed by compare-and-swap only, and only in ledger.c:
+ *
+ *   absent ──► received            a block came in pre-copy
+ *   absent, received ──► stale     named by the stale map; BLANK is set when nothing had come for it
+ *   stale ──► stale | RECEIVING    claimed by one connection: nobody else may write it
+ *   stale | RECEIVING ──► current  its last frame is in and checked
+ *   current ──► mapped             UFFDIO_CONTINUE has put it into the guest: never written by us again
+ *   mapped ──► current             the guest gave it back (REMOVE event)
+ *   stale ──► poisoned             the source is gone for good
+ *
+ * From the switch-over on, absent and received mean current: so the switch-over writes one word (the phase) instead of
+ * walking all pages, and the ledger of a sparse guest stays as sparse as the guest.
+ *
+ * Secrets (the hash key) are not in here.
+ */
+#ifndef MGD_LEDGER_H
+#define MGD_LEDGER_H
+
+#include <stdatomic.h>
+#include <stdbool.h>
+
+#include "migrated.h"
+
+enum mgd_page_state {
+	MGD_PAGE_ABSENT = 0,
+	MGD_PAGE_RECEIVED = 1,
+	MGD_PAGE_STALE = 2,
+	MGD_PAGE_CURRENT = 3,
+	MGD_PAGE_MAPPED = 4,
+	MGD_PAGE_POISONED = 5,
+};
+#define MGD_PAGE_STATE_MASK 0x07
+#define MGD_PAGE_REQUESTED 0x08 /* a guest thread waits for it, the source has been or will be asked */
+#define MGD_PAGE_RECEIVING 0x10 /* a connection has claimed it */
+#define MGD_PAGE_BACKED 0x20 /* the file holds memory there, as far as we put it there */
+#define MGD_PAGE_BLANK 0x40 /* stale, and nothing but zeros in every block the source has not sent since */
+
+enum mgd_phase { MGD_PHASE_PRECOPY = 0, MGD_PHASE_SWITCHED = 1 };
+
+struct mgd_ledger_header;
+
+struct mgd_ledger {
+	int fd;
+	struct mgd_ledger_header *header;
+	_Atomic uint8_t *pages;
+	size_t mapped_bytes;
+	uint64_t page_count;
+	_Atomic uint64_t stale_pages, mapped_pages, poisoned_pages;
+};
+
+/* ledger_fd is duplicated.  recover: the header must describe the same regions (ARGUMENT otherwise). */
+int mgd_ledger_open(struct mgd_ledger *ledger, int ledger_fd, const struct mgd_target_region *regions,
+		    uint32_t region_count, bool recover, struct mgd_error *err);
+void mgd_ledger_close(struct mgd_ledger *ledger);
+
+enum mgd_phase mgd_ledger_phase(const struct mgd_ledger *ledger);
+void mgd_ledger_set_phase(struct mgd_ledger *ledger, enum mgd_phase phase);
+
+/* The byte as it is now, state and flags. */
+uint8_t mgd_ledger_get(const struct mgd_ledger *ledger, uint64_t page);
+static inline enum mgd_page_state mgd_page_state(uint8_t byte)
+{
+	return (enum mgd_page_state)(byte & MGD_PAGE_STATE_MASK);
+}
+
+/* Each of these makes one legal change and says whether it did; a page in any other state is left as it is. */
+void mgd_ledger_received(struct mgd_ledger *ledger, uint64_t page);
+void mgd_ledger_backed(struct mgd_ledger *ledger, uint64_t page);
+bool mgd_ledger_make_stale(struct mgd_ledger *ledger, uint64_t page);
+/* true: it is stale, and marked now; *out_before tells whether it was already. */
+bool mgd_ledger_request(struct mgd_ledger *ledger, uint64_t page, uint8_t *out_before);
+bool mgd_ledger_claim(struct mgd_ledger *ledger, uint64_t page, uint8_t *out_before);
+void mgd_ledger_unclaim(struct mgd_ledger *ledger, uint64_t page);
+/* Claimed page → current.  *out_last: it was the last stale one. */
+bool mgd_ledger_settle(struct mgd_ledger *ledger, uint64_t page, uint8_t *out_before, bool *out_last);
+bool mgd_ledger_mapped(struct mgd_ledger *ledger, uint64_t page);
+bool mgd_ledger_removed(struct mgd_ledger *ledger, uint64_t page);
+bool mgd_ledger_poison(struct mgd_ledger *ledger, uint64_t page); /* not while it is claimed */
+bool mgd_ledger_unpoison(struct mgd_ledger *ledger, uint64_t page); /* back to stale: poisoning failed */
+
+/* The first page at or after `page` that may be other than absent; page_count when there is none.  Skips holes of the
+ * ledger file, so that absent memory costs nothing. */
+uint64_t mgd_ledger_next_known(const struct mgd_ledger *ledger, uint64_t page);
+
+#endif
