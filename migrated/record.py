@@ -96,6 +96,7 @@ class Record(msgspec.Struct, kw_only=True):
     faults: Faults = msgspec.field(default_factory=Faults)
     fault_seconds: FaultSeconds = msgspec.field(default_factory=FaultSeconds)
     faults_by_kind_us: dict[str, list[int]] = msgspec.field(default_factory=dict)  # histograms for /metrics
+    fault_sum_seconds: dict[str, float] = msgspec.field(default_factory=dict)  # sums of those, for /metrics
     bytes_by_kind: dict[str, int] = msgspec.field(default_factory=dict)  # payload, header, zero, unchanged, …
     started_at: float = msgspec.field(default_factory=time.time)
     ended_at: float | None = None

@@ -92,6 +92,9 @@ class StateChannel(Protocol):
 class SourceGuest(abc.ABC):
     """A guest running here, to be moved away."""
 
+    #: ``time.monotonic()`` when the guest stopped, set by `pause` where the driver knows it better than its caller.
+    paused_at: float | None = None
+
     @abc.abstractmethod
     async def open(self) -> SourceMemory:
         """Connect, inspect, refuse by name what cannot be moved.  Changes nothing in the guest."""

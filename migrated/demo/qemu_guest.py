@@ -1,0 +1,164 @@
+"""A self-checking QEMU guest: its command lines on both sides, its process, its console."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+from migrated.errors import GuestError
+from migrated.guests.console import GuestConsole
+from migrated.guests.images import build_bootsector, build_linux_guest
+from migrated.waiting import within
+
+QEMU = "qemu-system-x86_64"
+MIB = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QemuGuest:
+    """What to run.  ``directory`` must have a short path: sockets and logs live there."""
+
+    directory: Path
+    cache: Path
+    name: str = "demo"
+    kind: Literal["linux", "boot"] = "linux"
+    accel: Literal["tcg", "kvm"] = "tcg"
+    memory_bytes: int = 512 * MIB
+    page_bytes: int = 2 * MIB
+    target_page_bytes: int | None = None  # default: as the source
+    regions: int = 1  # memory backends, each a NUMA node
+    load: dict[str, str | int] = dataclasses.field(default_factory=dict)  # of linux_init.c / build_bootsector
+    disk: Path | None = None
+    disk_options: str = "cache=none"
+    extra: tuple[str, ...] = ()
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """Ids of the memory backends."""
+        return ("ram",) if self.regions == 1 else tuple(f"ram{index}" for index in range(self.regions))
+
+    def _memory(self, paths: bool) -> list[str]:
+        size = self.memory_bytes // self.regions
+        arguments = ["-m", f"{self.memory_bytes // MIB}M"]
+        for backend in self.backends:
+            if paths:
+                what = f"memory-backend-file,id={backend},size={size},share=on,mem-path={{memory:{backend}}}"
+            elif self.page_bytes > 4096:
+                what = (
+                    f"memory-backend-memfd,id={backend},size={size},share=on,hugetlb=on,hugetlbsize={self.page_bytes}"
+                )
+            else:
+                what = f"memory-backend-memfd,id={backend},size={size},share=on"
+            arguments += ["-object", what]
+        if self.regions == 1:
+            return [*arguments, "-machine", "q35,memory-backend=ram"]
+        arguments += ["-machine", "q35"]
+        for backend in self.backends:
+            arguments += ["-numa", f"node,memdev={backend}"]
+        return arguments
+
+    def _devices(self) -> list[str]:
+        arguments = ["-accel", self.accel, "-nodefaults", "-display", "none"]
+        if self.kind == "linux":
+            arguments += ["-cpu", "max"] if self.accel == "tcg" else []
+            arguments += build_linux_guest(self.cache).arguments(**self.load)
+        else:
+            image = build_bootsector(self.cache, **self.load)  # type: ignore[arg-type]  # checked by the callee's tests
+            arguments += ["-drive", f"format=raw,file={image},if=ide,readonly=off,snapshot=on"]
+        if self.disk is not None:
+            arguments += [
+                *("-blockdev", f"driver=file,filename={self.disk},node-name=disk0,{self._disk_cache()}"),
+                *("-device", "virtio-blk-pci,drive=disk0"),
+            ]
+        return [*arguments, *self.extra]
+
+    def _disk_cache(self) -> str:
+        direct = "on" if "none" in self.disk_options or "direct" in self.disk_options else "off"
+        aio = ",aio=native" if direct == "on" else ""
+        return f"cache.direct={direct}{aio}"
+
+    @property
+    def source_qmp(self) -> Path:
+        """QMP socket of the first QEMU."""
+        return self.directory / f"{self.name}.qmp"
+
+    @property
+    def source_serial(self) -> Path:
+        """Serial socket of the first QEMU."""
+        return self.directory / f"{self.name}.tty"
+
+    def target_serial(self, move: int = 1) -> Path:
+        """Serial socket of the QEMU after this move."""
+        return self.directory / f"{self.name}.{move}.tty"
+
+    def source_command(self) -> list[str]:
+        """The running guest's command."""
+        return [
+            *(QEMU, *self._memory(paths=False), *self._devices()),
+            *("-serial", f"unix:{self.source_serial},server=on,wait=off"),
+            *("-qmp", f"unix:{self.source_qmp},server=on,wait=off"),
+        ]
+
+    def target_command(self, move: int = 1) -> list[str]:
+        """The incoming guest's command, as it stands in the target's configuration."""
+        return [
+            *(QEMU, *self._memory(paths=True), *self._devices()),
+            *("-serial", f"unix:{self.target_serial(move)},server=on,wait=off"),
+            *("-qmp", "unix:{qmp},server=on,wait=off"),
+        ]
+
+    def source_table(self, qmp: Path | None = None) -> dict[str, Any]:
+        """``[guests.NAME]`` of the source."""
+        return {"driver": "qemu", "qmp": str(qmp or self.source_qmp)}
+
+    def target_table(self, move: int = 1) -> dict[str, Any]:
+        """``[guests.NAME]`` of the target."""
+        page = self.target_page_bytes or self.page_bytes
+        return {"driver": "qemu", "page_size": str(page), "command": self.target_command(move)}
+
+
+class RunningQemu:
+    """The first QEMU process and the guest's console."""
+
+    def __init__(self, guest: QemuGuest) -> None:
+        self.guest = guest
+        self.console = GuestConsole(guest.name)
+        self.process: asyncio.subprocess.Process | None = None
+        self.log_path = guest.directory / f"{guest.name}.qemu.log"
+
+    async def start(self, *, boot_seconds: float = 120, prefix: tuple[str, ...] = ()) -> None:
+        """Start it, attach the console, wait for the load."""
+        command = await asyncio.to_thread(self.guest.source_command)
+        with self.log_path.open("wb") as log:
+            self.process = await asyncio.create_subprocess_exec(
+                *prefix, *command, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+        ended = asyncio.ensure_future(self.process.wait())
+        booted = asyncio.ensure_future(self._boot(boot_seconds))
+        try:
+            await asyncio.wait({ended, booted}, return_when=asyncio.FIRST_COMPLETED)
+            if not booted.done():
+                raise GuestError(
+                    f"QEMU ended with status {self.process.returncode}: {self.log_path.read_text()[-2000:]}"
+                )
+            booted.result()
+        finally:
+            booted.cancel()
+            ended.cancel()
+
+    async def _boot(self, limit_seconds: float) -> None:
+        await self.console.attach(self.guest.source_serial)
+        await self.console.wait_booted(limit_seconds)
+
+    async def stop(self) -> None:
+        """Let go of the console, end the first QEMU if it is still there."""
+        await self.console.close()
+        process, self.process = self.process, None
+        if process is not None and process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            async with within(10, "QEMU to end"):
+                await process.wait()

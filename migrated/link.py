@@ -1,0 +1,258 @@
+"""The connection between two agents: a control connection around the sans-I/O session, and the guest-state pipe inside it.
+
+`ControlLink` owns one TCP connection.  A reader task feeds the session and sorts what comes out: heartbeats are answered
+here, guest-state bytes go to the `StatePipe`, everything else waits in order for `receive`.  Whatever ends the connection
+(close, reset, silence, a broken rule, the peer's Abort) is kept in `lost` and raised from every later call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from typing import TypeVar
+
+from migrated.errors import ConnectionLostError, MigratedError, PeerError
+from migrated.protocol.heartbeat import Heartbeat
+from migrated.protocol.messages import Abort, AnyMessage, Ping, Pong, StateChunk, StateEnd
+from migrated.protocol.session import Session
+from migrated.waiting import within
+
+READ_BYTES = 1 << 18
+STATE_PIECE_BYTES = 1 << 18
+#: State bytes waiting for a slow driver before the link stops reading.
+STATE_QUEUE_PIECES = 64
+
+M = TypeVar("M")
+T = TypeVar("T")
+
+
+def tune(sock: socket.socket, *, silence_seconds: float) -> None:
+    """Options of every connection: no delay, keepalive, and a dead peer noticed after ``silence_seconds``."""
+    if sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    idle = max(1, int(silence_seconds / 3))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, idle)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, idle)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 2)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(silence_seconds * 1000))
+
+
+async def _next(queue: asyncio.Queue[T], end: asyncio.Future[MigratedError]) -> T:
+    """The next item, what is there already first; raises what ``end`` says when nothing more can come."""
+    if not queue.empty():
+        return queue.get_nowait()
+    get = asyncio.ensure_future(queue.get())
+    try:
+        await asyncio.wait({get, end}, return_when=asyncio.FIRST_COMPLETED)
+        if not get.done():
+            raise end.result()
+        return get.result()
+    finally:
+        get.cancel()
+
+
+class StatePipe:
+    """`StateChannel` over control messages; lives as long as the migration, whatever becomes of the link."""
+
+    def __init__(self) -> None:
+        self._incoming: asyncio.Queue[bytes] = asyncio.Queue(STATE_QUEUE_PIECES)
+        self._ended = False
+        self._link: ControlLink | None = None
+
+    def attach(self, link: ControlLink) -> None:
+        """Bytes travel over this link from now on."""
+        self._link = link
+        link.state_pipe = self
+
+    async def feed(self, data: bytes) -> None:
+        """From the link; ``b""`` is the end."""
+        await self._incoming.put(data)
+
+    async def read(self) -> bytes:
+        """See `StateChannel`."""
+        if self._ended:
+            return b""
+        link = self._link
+        if link is None:
+            raise ConnectionLostError("the guest state has no connection to travel on")
+        data = await _next(self._incoming, link.ended)
+        self._ended = not data
+        return data
+
+    async def write(self, data: bytes) -> None:
+        """See `StateChannel`."""
+        if self._link is None:
+            raise ConnectionLostError("the guest state has no connection to travel on")
+        for start in range(0, len(data), STATE_PIECE_BYTES):
+            await self._link.send(StateChunk(data[start : start + STATE_PIECE_BYTES]))
+
+    async def close_write(self) -> None:
+        """See `StateChannel`."""
+        if self._link is None:
+            raise ConnectionLostError("the guest state has no connection to travel on")
+        await self._link.send(StateEnd())
+
+
+class ControlLink:
+    """One control connection; `start` after construction, `close` at the end."""
+
+    def __init__(
+        self,
+        session: Session,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        *,
+        heartbeat: Heartbeat,
+        received: bytes = b"",
+    ) -> None:
+        """Take bytes already ``received`` before reading any more."""
+        self.session = session
+        self.state_pipe: StatePipe | None = None
+        self._reader = reader
+        self._writer = writer
+        self._heartbeat = heartbeat
+        self._inbox: asyncio.Queue[AnyMessage] = asyncio.Queue()
+        self._lost: asyncio.Future[MigratedError] = asyncio.get_running_loop().create_future()
+        self._broken: asyncio.Future[MigratedError] = asyncio.get_running_loop().create_future()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._ping = 0
+        self._heard_at = asyncio.get_running_loop().time()
+        self._received = received
+        peer = writer.get_extra_info("peername")
+        self.peer = f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else str(peer or "local")
+
+    def start(self) -> None:
+        """Begin reading and heart-beating."""
+        self._tasks = [asyncio.ensure_future(self._read()), asyncio.ensure_future(self._beat())]
+
+    # ------------------------------------------------------------ the end of the connection
+
+    @property
+    def lost(self) -> MigratedError | None:
+        """Why the session on this connection is over, if it is: broken, silent, or ended by the peer's Abort."""
+        return self._lost.result() if self._lost.done() else None
+
+    @property
+    def broken(self) -> MigratedError | None:
+        """Why nothing can be sent any more.  (After the peer's Abort something still can: the answer to it.)"""
+        return self._broken.result() if self._broken.done() else None
+
+    @property
+    def ended(self) -> asyncio.Future[MigratedError]:
+        """Resolves when the session on this connection is over; only to be waited for."""
+        return self._lost
+
+    async def wait_lost(self) -> MigratedError:
+        """Until the session on this connection is over; why."""
+        return await asyncio.shield(self._lost)
+
+    def _lose(self, error: MigratedError) -> None:
+        if not self._broken.done():
+            self._broken.set_result(error)
+            self._writer.transport.abort()
+        if not self._lost.done():
+            self._lost.set_result(error)
+
+    async def close(self) -> None:
+        """Send what is queued, end the connection.  Idempotent."""
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        self._writer.close()
+        with contextlib.suppress(OSError, asyncio.TimeoutError, TimeoutError):
+            await asyncio.wait_for(self._writer.wait_closed(), 2)
+        self._lose(ConnectionLostError(f"the connection to {self.peer} was closed by us"))
+
+    # ------------------------------------------------------------ sending
+
+    async def send(self, message: AnyMessage) -> None:
+        """Send one message.  LocalProtocolError if the session does not allow it; ConnectionLostError."""
+        if self._broken.done():
+            raise self._broken.result()
+        self._writer.write(self.session.send(message))
+        try:
+            await self._writer.drain()
+        except (OSError, ConnectionError) as error:
+            self._lose(ConnectionLostError(f"the connection to {self.peer} broke: {error}"))
+            raise ConnectionLostError(f"the connection to {self.peer} broke: {error}") from error
+
+    # ------------------------------------------------------------ receiving
+
+    async def receive(self, *, after_abort: bool = False) -> AnyMessage:
+        """The next message that is neither heartbeat nor guest state; raises what ended the session.
+
+        ``after_abort``: the session is known to be over; what is still said on the connection is wanted.
+        """
+        return await _next(self._inbox, self._broken if after_abort else self._lost)
+
+    async def expect(self, kind: type[M], *, limit_seconds: float, what: str) -> M:
+        """The next message, which must be of this kind, within the limit; ``what`` names it for people."""
+        async with within(limit_seconds, what, who=self.peer):
+            message = await self.receive()
+        if isinstance(message, Abort):
+            raise PeerError(f"{self.peer}: {message.message}", code=message.code, hint=message.hint)
+        if not isinstance(message, kind):
+            raise MigratedError(f"{type(message).__name__} came from {self.peer} while waiting for {what}")
+        return message
+
+    async def _read(self) -> None:
+        try:
+            while True:
+                data, self._received = self._received, b""
+                data = data or await self._reader.read(READ_BYTES)
+                if not data:
+                    self._lose(ConnectionLostError(f"{self.peer} closed the connection"))
+                    return
+                self._heard_at = asyncio.get_running_loop().time()
+                self._heartbeat.heard(self._heard_at)
+                for message in self.session.receive(data):
+                    await self._sort(message)
+        except (OSError, ConnectionError) as error:
+            self._lose(ConnectionLostError(f"the connection to {self.peer} broke: {error}"))
+        except MigratedError as error:
+            self._lose(error)
+
+    async def _sort(self, message: AnyMessage) -> None:
+        match message:
+            case Ping(sequence=sequence):
+                await self.send(Pong(sequence))
+            case Pong():
+                pass
+            case StateChunk(data=data):
+                if data and self.state_pipe is not None:
+                    await self.state_pipe.feed(data)
+            case StateEnd():
+                if self.state_pipe is not None:
+                    await self.state_pipe.feed(b"")
+            case Abort(code=code, message=text, hint=hint):
+                # Told to the one who receives (it may have to clean up and answer), and to whoever waits.
+                self._inbox.put_nowait(message)
+                if not self._lost.done():
+                    self._lost.set_result(PeerError(f"{self.peer}: {text}", code=code, hint=hint))
+            case _:
+                self._inbox.put_nowait(message)
+
+    async def _beat(self) -> None:
+        loop = asyncio.get_running_loop()
+        while not self._broken.done():
+            await asyncio.sleep(max(0.01, self._heartbeat.next_at() - loop.time()))
+            now = loop.time()
+            if self._heartbeat.expired(now):
+                self._lose(
+                    ConnectionLostError(
+                        f"nothing was heard from {self.peer} for {now - self._heard_at:.1f} s",
+                        code="peer-silent",
+                        hint="the network or the other agent is down; limits: timeouts.heartbeat_limit",
+                    )
+                )
+                return
+            if self._heartbeat.due(now):
+                self._ping += 1
+                try:
+                    await self.send(Ping(self._ping))
+                except MigratedError:
+                    return

@@ -1,0 +1,398 @@
+"""The two engines of the C core, as Python sees them.
+
+Everything here is a thin, typed door: sizes, units and errors are those of ``native/include/mgd_api.h``.  Methods marked
+*blocks* read memory, join threads or wait for the kernel: call them through ``asyncio.to_thread``.  (Every call leaves the
+interpreter lock free while it is in C.)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import enum
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from migrated.errors import MigratedError
+from migrated.guests.driver import Mapping, SourceMemory, TargetMemory
+from migrated.memory.native import call, error_from, ffi, lib
+from migrated.memory.tracker import Tracker
+
+URGENT: int = lib.MGD_STREAM_URGENT
+
+#: Bytes of bitmap carried by one control message: 8 Mi pages.
+MAP_PIECE_BYTES = 1 << 20
+
+
+class EventKind(enum.IntEnum):
+    """What a thread of an engine had to tell."""
+
+    ROUND_DONE = lib.MGD_EVENT_ROUND_DONE
+    BARRIER = lib.MGD_EVENT_BARRIER
+    STREAM_LOST = lib.MGD_EVENT_STREAM_LOST
+    ALL_SENT = lib.MGD_EVENT_ALL_SENT
+    ALL_CURRENT = lib.MGD_EVENT_ALL_CURRENT
+    ALL_MAPPED = lib.MGD_EVENT_ALL_MAPPED
+    FAILED = lib.MGD_EVENT_FAILED
+    POPULATED = lib.MGD_EVENT_POPULATED
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Event:
+    """One event; ``stream`` is a bulk index or `URGENT`; ``error`` where something failed."""
+
+    kind: EventKind
+    stream: int
+    value: int
+    error: MigratedError | None
+
+
+class _Engine:
+    """What both engines have: a life, events, streams."""
+
+    _prefix = ""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle: Any | None = handle
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._event_fd = int(self._function("event_fd")(handle))
+
+    def _function(self, name: str) -> Any:
+        return getattr(lib, f"mgd_{self._prefix}_{name}")
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        call(self._function(name), self.handle, *arguments)
+
+    @property
+    def handle(self) -> Any:
+        """The C object; an error once destroyed."""
+        if self._handle is None:
+            raise MigratedError(f"the {self._prefix} engine is already destroyed")
+        return self._handle
+
+    @property
+    def alive(self) -> bool:
+        """Whether `destroy` has not been called."""
+        return self._handle is not None
+
+    def watch(self, loop: asyncio.AbstractEventLoop, handler: Callable[[Event], None]) -> None:
+        """Call ``handler`` in ``loop`` for every event, until `destroy`."""
+        self._loop = loop
+        loop.add_reader(self._event_fd, self._deliver, handler)
+
+    def _deliver(self, handler: Callable[[Event], None]) -> None:
+        for event in self.events():
+            handler(event)
+
+    def events(self) -> Iterator[Event]:
+        """Those waiting now."""
+        raw: Any = ffi.new("struct mgd_event *")
+        while self._handle is not None and self._function("next_event")(self._handle, raw):
+            error = error_from(raw.error) if raw.error.kind != lib.MGD_ERR_NONE else None
+            yield Event(EventKind(raw.kind), raw.stream, raw.value, error)
+
+    def add_stream(self, stream: int, fd: int) -> None:
+        """Hand over a connected socket (owned by the engine from now on) and start its thread."""
+        self._call("add_stream", stream, fd)
+
+    def drop_streams(self) -> None:
+        """Shut down and join all stream threads; new streams may be added.  Blocks."""
+        self._function("drop_streams")(self.handle)
+
+    def destroy(self) -> None:
+        """Join every thread and free everything.  Blocks.  Idempotent; call `unwatch` first, in the loop's thread."""
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            self._function("destroy")(handle)
+
+    def unwatch(self) -> None:
+        """Stop delivering events; must run in the loop's thread."""
+        if self._loop is not None:
+            self._loop.remove_reader(self._event_fd)
+            self._loop = None
+
+    async def close(self) -> None:
+        """`unwatch`, then `destroy` in a thread."""
+        self.unwatch()
+        await asyncio.to_thread(self.destroy)
+
+    def _stats(self, struct: str) -> Any:
+        raw = ffi.new(f"struct {struct} *")
+        self._function("stats")(self.handle, raw)
+        return raw
+
+
+def _pieces(page_count: int, read: Callable[[int, Any, int], None]) -> Iterator[tuple[int, bytes]]:
+    """A page bitmap in pieces ``(first_page, bits)``; pieces without a bit set are left out."""
+    total = (page_count + 7) // 8
+    for offset in range(0, total, MAP_PIECE_BYTES):
+        size = min(MAP_PIECE_BYTES, total - offset)
+        buffer = ffi.new("uint8_t[]", size)
+        read(offset * 8, buffer, size)
+        bits = bytes(ffi.buffer(buffer))
+        if bits.strip(b"\0"):
+            yield offset * 8, bits
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SourceStats:
+    """See ``struct mgd_source_stats``."""
+
+    wire_bytes: int
+    payload_bytes: int
+    header_bytes: int
+    zero_blocks: int
+    unchanged_blocks: int
+    sent_blocks: int
+    read_bytes: int
+    compression_saved_bytes: int
+    dirty_bytes: int
+    stale_pages_left: int
+    demanded_pages: int
+    demand_bytes: int
+    drain_bytes: int
+    throttled_ns: int
+    table_bytes: int
+
+
+class SourceEngine(_Engine):
+    """Reads, hashes and sends; see "source engine" in mgd_api.h."""
+
+    _prefix = "source"
+
+    def __init__(
+        self, memory: SourceMemory, host_page_bytes: Sequence[int], stream_count: int, block_secret: bytes
+    ) -> None:
+        count = len(memory.regions)
+        regions = ffi.new("struct mgd_source_region[]", count)
+        for index, region in enumerate(memory.regions):
+            regions[index].memory_fd = memory.memory_fds[index]
+            regions[index].file_offset = memory.file_offsets[index]
+            regions[index].size_bytes = region.size_bytes
+            regions[index].page_bytes = region.page_bytes
+            regions[index].host_page_bytes = host_page_bytes[index]
+        out = ffi.new("struct mgd_source **")
+        call(lib.mgd_source_create, regions, count, stream_count, block_secret, out)
+        self._page_counts = [
+            region.size_bytes // page for region, page in zip(memory.regions, host_page_bytes, strict=True)
+        ]
+        super().__init__(out[0])
+
+    def set_bandwidth(self, bytes_per_second: int, drain_bytes_per_second: int = 0) -> None:
+        """Limits over all bulk streams; 0: none.  Demanded pages are exempt."""
+        self._function("set_bandwidth")(self.handle, bytes_per_second, drain_bytes_per_second)
+
+    def set_compression(self, level: int) -> None:
+        """Zstd level; 0: off."""
+        self._call("set_compression", level)
+
+    def mark_populated(self, tracker: Tracker) -> None:
+        """Mark all memory that exists.  Blocks."""
+        self._call("mark_populated", tracker.handle)
+
+    def scan(self, tracker: Tracker, *, quiesced: bool) -> int:
+        """Mark what was written since the last scan; returns how many bytes of pages that is.  Blocks (well under 1 ms a GiB)."""
+        out = ffi.new("uint64_t *")
+        self._call("scan", tracker.handle, int(quiesced), out)
+        return int(out[0])
+
+    def start_round(self, number: int) -> None:
+        """Send what is marked; ROUND_DONE follows."""
+        self._call("round", number)
+
+    def barrier(self, number: int) -> None:
+        """Write a barrier on every bulk stream."""
+        self._call("barrier", number)
+
+    def freeze(self) -> int:
+        """What is marked becomes the stale set; returns its size in host pages.  Blocks."""
+        out = ffi.new("uint64_t *")
+        self._call("freeze", out)
+        return int(out[0])
+
+    def freeze_whole(self) -> None:
+        """After a crash: no hashes; whole pages are sent."""
+        self._call("freeze_whole")
+
+    def stale_maps(self) -> Iterator[tuple[int, int, bytes]]:
+        """Pieces ``(region, first_page, bits)``."""
+        for region, count in enumerate(self._page_counts):
+            for first, bits in _pieces(
+                count, functools.partial(lambda r, f, b, n: self._call("stale_map", r, f, b, n), region)
+            ):
+                yield region, first, bits
+
+    def serve(self, *, drain: bool) -> None:
+        """Answer demands; with ``drain`` send the rest too."""
+        self._call("serve", int(drain))
+
+    def lacking_begin(self) -> None:
+        """Reconnect: forget claims and the stale set; `lacking` gives the new one."""
+        self._call("lacking_begin")
+
+    def lacking(self, region: int, first_page: int, bits: bytes) -> None:
+        """A piece of what the target lacks.  A wrong region or index raises (the peer sent it)."""
+        self._call("lacking", region, first_page, bits, len(bits))
+
+    def stats(self) -> SourceStats:
+        """Figures now."""
+        raw = self._stats("mgd_source_stats")
+        return SourceStats(*(int(getattr(raw, field.name)) for field in dataclasses.fields(SourceStats)))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Histogram:
+    """Latencies: ``buckets[i]`` counts those of [2^i, 2^(i+1)) microseconds, the first one from 0."""
+
+    count: int
+    total_ns: int
+    max_ns: int
+    buckets: tuple[int, ...]
+
+    def __add__(self, other: Histogram) -> Histogram:
+        return Histogram(
+            self.count + other.count,
+            self.total_ns + other.total_ns,
+            max(self.max_ns, other.max_ns),
+            tuple(a + b for a, b in zip(self.buckets, other.buckets, strict=True)),
+        )
+
+    def quantile_seconds(self, q: float) -> float:
+        """The q-quantile, interpolated inside its bucket (so within a factor of two), never above the maximum."""
+        if self.count == 0:
+            return 0.0
+        rank = q * self.count
+        seen = 0
+        for index, number in enumerate(self.buckets):
+            if number and seen + number >= rank:
+                low = 0 if index == 0 else 1 << index
+                high = 1 << (index + 1)
+                value = low + (high - low) * (rank - seen) / number
+                return min(value * 1e-6, self.max_ns * 1e-9)
+            seen += number
+        return self.max_ns * 1e-9
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TargetStats:
+    """See ``struct mgd_target_stats``."""
+
+    wire_bytes: int
+    payload_bytes: int
+    frames: int
+    pages: int
+    stale_pages: int
+    current_pages: int
+    mapped_pages: int
+    discarded_frames: int
+    remove_events: int
+    faults_current: int
+    faults_stale: int
+    faults_missing: int
+    faults_duplicate: int
+    faults_held: int
+    fault_thread_heartbeat_ns: int
+    latency_current: Histogram
+    latency_stale: Histogram
+    latency_missing: Histogram
+
+
+def _target_regions(memory: Sequence[TargetMemory]) -> Any:
+    regions = ffi.new("struct mgd_target_region[]", len(memory))
+    for index, piece in enumerate(memory):
+        regions[index].memory_fd = piece.memory_fd
+        regions[index].size_bytes = piece.region.size_bytes
+        regions[index].host_page_bytes = piece.region.page_bytes
+    return regions
+
+
+def ledger_bytes(memory: Sequence[TargetMemory]) -> int:
+    """Size of the ledger memfd for these regions."""
+    return int(lib.mgd_ledger_bytes(_target_regions(memory), len(memory)))
+
+
+class TargetEngine(_Engine):
+    """Receives, keeps the ledger, serves faults; see "target engine" in mgd_api.h."""
+
+    _prefix = "target"
+
+    def __init__(
+        self,
+        memory: Sequence[TargetMemory],
+        stream_count: int,
+        ledger_fd: int,
+        block_secret: bytes,
+        *,
+        recover: bool = False,
+    ) -> None:
+        out = ffi.new("struct mgd_target **")
+        call(
+            lib.mgd_target_create,
+            _target_regions(memory),
+            len(memory),
+            stream_count,
+            ledger_fd,
+            int(recover),
+            block_secret,
+            out,
+        )
+        self._page_counts = [piece.region.size_bytes // piece.region.page_bytes for piece in memory]
+        super().__init__(out[0])
+
+    def arm(self, uffd: int, mappings: Sequence[Mapping], *, recovered: bool = False) -> None:
+        """Start the fault server."""
+        raw = ffi.new("struct mgd_mapping[]", len(mappings))
+        for index, mapping in enumerate(mappings):
+            raw[index].region = mapping.region
+            raw[index].address = mapping.address
+            raw[index].offset = mapping.offset
+            raw[index].length_bytes = mapping.length_bytes
+        self._call("arm", uffd, raw, len(mappings), int(recovered))
+
+    def populate(self, region: int, first_page: int, bits: bytes, threads: int = 1) -> None:
+        """Have pages ready before their data comes."""
+        self._call("populate", region, first_page, bits, len(bits), threads)
+
+    def stale_map(self, region: int, first_page: int, bits: bytes) -> None:
+        """A piece of the stale map."""
+        self._call("stale_map", region, first_page, bits, len(bits))
+
+    def switchover(self) -> None:
+        """The stale map is whole."""
+        self._call("switchover")
+
+    def background(self) -> None:
+        """Start background CONTINUE."""
+        self._call("background")
+
+    def lacking_maps(self) -> Iterator[tuple[int, int, bytes]]:
+        """Pieces ``(region, first_page, bits)`` of what is not in yet."""
+        for region, count in enumerate(self._page_counts):
+            for first, bits in _pieces(
+                count, functools.partial(lambda r, f, b, n: self._call("lacking", r, f, b, n), region)
+            ):
+                yield region, first, bits
+
+    def poison_stale(self) -> int:
+        """Give up what is missing: the guest gets a memory error there.  Returns how many pages."""
+        out = ffi.new("uint64_t *")
+        self._call("poison_stale", out)
+        return int(out[0])
+
+    def release(self) -> None:
+        """Every page is current: unregister, wake, end the fault server.  Blocks."""
+        self._call("release")
+
+    def stats(self) -> TargetStats:
+        """Figures now."""
+        raw = self._stats("mgd_target_stats")
+        values: list[Any] = []
+        for field in dataclasses.fields(TargetStats):
+            value = getattr(raw, field.name)
+            if field.name.startswith("latency_"):
+                value = Histogram(int(value.count), int(value.total_ns), int(value.max_ns), tuple(value.buckets))
+            else:
+                value = int(value)
+            values.append(value)
+        return TargetStats(*values)

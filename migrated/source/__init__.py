@@ -1,0 +1,1 @@
+"""The source side: options, the convergence policy, one migration, the agent."""

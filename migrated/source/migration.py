@@ -1,0 +1,571 @@
+"""One migration, seen from the source: pre-copy, switch-over, commit, and serving what is still stale.
+
+The order of things is what keeps the guest safe, so the flow is written down in one place, `SourceMigration.run`:
+
+    until loaded   everything that can be undone.  Any failure cancels it and leads to `_give_up`: the guest runs on here.
+    COMMIT         one message.  `Session.committed` turns true before its first byte leaves, and from then on nothing in
+                   this file may make the guest run here.
+    until done     only serving.  Any failure pauses it; `_reconnect` goes on from what the target says it lacks.
+
+Waiting is done under `Failure.guard`: the engine's threads, the connection and the guest's process each report into one
+`Failure`, and the first one ends whatever is being waited for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
+
+from migrated import __version__
+from migrated.dialing import Dialer
+from migrated.errors import AbortedError, ConflictError, GuestError, MigratedError, PeerError, TimeoutExceededError
+from migrated.link import ControlLink, StatePipe
+from migrated.memory.engine import URGENT, Event, EventKind, SourceEngine
+from migrated.memory.native import lib
+from migrated.memory.tracker import Tracker
+from migrated.migration import Migration, quietly
+from migrated.protocol.messages import (
+    PROTOCOL_VERSION,
+    Abort,
+    Aborted,
+    BarrierAck,
+    Commit,
+    Done,
+    Hello,
+    Lacking,
+    LackingEnd,
+    Loaded,
+    Ready,
+    RegionInfo,
+    Released,
+    Resume,
+    Resumed,
+    Round,
+    Running,
+    StaleMap,
+    StaleMapEnd,
+    Switchover,
+)
+from migrated.protocol.session import Session
+from migrated.protocol.transitions import Role
+from migrated.protocol.transitions import State as SessionState
+from migrated.rates import Rates
+from migrated.record import Record, State
+from migrated.source.convergence import Convergence, RoundResult, Verdict
+from migrated.waiting import within
+
+if TYPE_CHECKING:
+    from migrated.address import Address
+    from migrated.config import AgentConfig
+    from migrated.guests.driver import SourceGuest, SourceMemory
+    from migrated.source.options import Options
+
+
+class SourceMigration(Migration):
+    """Construct, then `run` once; the verbs may be called meanwhile."""
+
+    role = "source"
+
+    def __init__(
+        self, *, guest_name: str, driver: str, guest: SourceGuest, options: Options, config: AgentConfig
+    ) -> None:
+        self.session_id = os.urandom(16)
+        super().__init__(
+            Record(
+                id=self.session_id.hex()[:12],
+                guest=guest_name,
+                role=self.role,
+                mode=options.mode,
+                peer=str(options.target),
+                driver=driver,
+                max_bandwidth_bytes_per_second=options.max_bandwidth,
+            )
+        )
+        self.options = options
+        self._guest = guest
+        self._config = config
+        self._timeouts = config.timeouts
+        self._token = os.urandom(32)
+        self._secret = os.urandom(lib.MGD_SECRET_BYTES)
+        self._session = Session(Role.SOURCE)
+        self._dialer = Dialer(options.target, session_id=self.session_id, token=self._token, timeouts=config.timeouts)
+        self._link: ControlLink | None = None
+        self._pipe = StatePipe()
+        self._engine: SourceEngine | None = None
+        self._tracker: Tracker | None = None
+        self._memory: SourceMemory | None = None
+        self._barriers = 0
+        self._paused_at = 0.0
+        self._guest_touched = False  # paused or quiesced by us at least once: resume() is due on failure
+        self._switch_now = asyncio.Event()
+        self._reconnect_now = asyncio.Event()
+        self._rates = Rates()
+
+    # ------------------------------------------------------------ the flow
+
+    async def run(self) -> None:
+        """The whole migration; ends in a final state, never raises."""
+        ticker = asyncio.ensure_future(self.tick())
+        try:
+            try:
+                await self.failure.guard(self._until_loaded())
+                await self._require_link().send(Commit())
+            except Exception as error:  # whatever it is, the guest must be brought to a safe place
+                if not self._session.committed:
+                    await self._give_up(self.failure.error or error)
+                    return
+                self.failure.set(error)
+            await self._after_commit()
+        finally:
+            ticker.cancel()
+            await self._let_go()
+            self._over = True
+
+    async def _until_loaded(self) -> None:
+        """Everything before COMMIT."""
+        self._memory = memory = await self._guest.open()
+        self.record.total_bytes = sum(region.size_bytes for region in memory.regions)
+        self.background(self._watch_guest())
+        host_pages = await self._greet(memory)
+        engine = self._engine = SourceEngine(memory, host_pages, self.options.streams, self._secret)
+        engine.watch(asyncio.get_running_loop(), self.on_engine_event)
+        engine.set_bandwidth(self.options.max_bandwidth, self.options.drain_bandwidth)
+        await self._open_streams()
+        self.set_state(State.PRECOPY)
+        tracker = await self._arm(memory)
+        finish = await self._precopy(engine, tracker)
+        await self._switch_over(engine, tracker, finish=finish)
+
+    async def _greet(self, memory: SourceMemory) -> tuple[int, ...]:
+        """Hello → Ready; returns the target's page sizes."""
+        link = self._link = await self._dialer.control(self._session)
+        self._pipe.attach(link)
+        link.start()
+        self.background(self._watch_link(link))
+        await link.send(
+            Hello(
+                version=PROTOCOL_VERSION,
+                session=self.session_id,
+                token=self._token,
+                guest=self.record.guest,
+                driver=self.record.driver,
+                mode=self.options.mode,
+                streams=self.options.streams,
+                block_secret=self._secret,
+                regions=tuple(RegionInfo(r.name, r.size_bytes, r.page_bytes) for r in memory.regions),
+                agent=f"migrated {__version__}",
+            )
+        )
+        ready = await link.expect(
+            Ready, limit_seconds=self._timeouts.guest_start + self._timeouts.handshake, what="the target to be ready"
+        )
+        self.record.page_size = max(ready.page_bytes)
+        return ready.page_bytes
+
+    async def _open_streams(self) -> None:
+        engine = self._require_engine()
+        bulk, urgent = await self._dialer.pages(self.options.streams)
+        for stream, fd in (*enumerate(bulk), (URGENT, urgent)):
+            engine.add_stream(stream, fd)
+
+    async def _arm(self, memory: SourceMemory) -> Tracker:
+        """Attach dirty tracking.  With direct I/O about, the guest is quiesced for it (design, Pinned buffers)."""
+        uffd = await self._guest.tracking_uffd()
+        tracker = self._tracker = Tracker(memory, uffd)
+        async with self._quiesced(needed=self._guest.needs_quiesced_scans):
+            await asyncio.to_thread(tracker.arm)
+        return tracker
+
+    @contextlib.asynccontextmanager
+    async def _quiesced(self, *, needed: bool) -> AsyncIterator[None]:
+        if not needed:
+            yield
+            return
+        self._guest_touched = True
+        await self._guest.quiesce()
+        try:
+            yield
+        finally:
+            await self._guest.unquiesce()
+
+    async def _precopy(self, engine: SourceEngine, tracker: Tracker) -> bool:
+        """Rounds until the policy says enough; returns whether the rest is to be sent while paused."""
+        if self.options.mode == "postcopy":
+            return False
+        await asyncio.to_thread(engine.mark_populated, tracker)
+        policy = Convergence(
+            self.options.mode,
+            downtime_limit_seconds=self.options.downtime_limit_seconds,
+            max_rounds=self.options.max_rounds,
+        )
+        verdict = Verdict.ROUND
+        number = 0
+        quiesced_round_done = not self._guest.needs_quiesced_scans
+        while verdict is Verdict.ROUND:
+            number += 1
+            result = await self._round(engine, tracker, number)
+            policy.downtime_limit_seconds = self.options.downtime_limit_seconds
+            policy.max_rounds = self.options.max_rounds
+            verdict = policy.after(result)
+            if self._switch_now.is_set() and verdict in (Verdict.ROUND, Verdict.GIVE_UP):
+                verdict = Verdict.FINISH if self.options.mode == "precopy" else Verdict.POSTCOPY
+            if verdict is Verdict.GIVE_UP:
+                raise MigratedError(
+                    f"{self.record.guest} writes faster than it can be sent: after {number} rounds "
+                    f"{result.dirty_bytes >> 20} MiB are left, "
+                    f"about {policy.estimate_seconds(result.dirty_bytes) * 1000:.0f} ms of downtime",
+                    code="not-converging",
+                    hint="use mode hybrid, or raise --downtime-limit, --max-rounds or --max-bandwidth; "
+                    "or end pre-copy yourself with `migrated switchover`",
+                )
+            if verdict is not Verdict.ROUND and not quiesced_round_done:
+                # Direct I/O: what was reported since the arming is compared once more after a scan with no I/O in flight.
+                quiesced_round_done = True
+                async with self._quiesced(needed=True):
+                    await asyncio.to_thread(engine.scan, tracker, quiesced=True)
+                verdict = Verdict.ROUND
+        await self._barrier(engine)
+        self.log.info("pre-copy over", rounds=number, verdict=verdict.value)
+        return verdict is Verdict.FINISH
+
+    async def _round(self, engine: SourceEngine, tracker: Tracker, number: int) -> RoundResult:
+        dirty_before = engine.stats().dirty_bytes
+        self.record.round = number
+        await self._require_link().send(Round(number, dirty_before))
+        started = time.monotonic()
+        engine.start_round(number)
+        while await self.rounds_done.get() != number:
+            pass
+        seconds = time.monotonic() - started
+        written = await asyncio.to_thread(engine.scan, tracker, quiesced=not self._guest.needs_quiesced_scans)
+        self._rates.dirty(written, time.monotonic())
+        self.log.info("round", number=number, dirty_bytes=dirty_before, seconds=round(seconds, 4), written=written)
+        return RoundResult(number, dirty_before, seconds, engine.stats().dirty_bytes)
+
+    async def _barrier(self, engine: SourceEngine) -> None:
+        """Everything sent so far is in the target's memory when this returns."""
+        self._barriers += 1
+        engine.barrier(self._barriers)
+        ack = await self._require_link().expect(
+            BarrierAck, limit_seconds=self._timeouts.switchover, what="the barrier to be acknowledged"
+        )
+        if ack.barrier != self._barriers:
+            raise PeerError(f"barrier {self._barriers} was answered with {ack.barrier}", code="protocol-remote")
+
+    async def _switch_over(self, engine: SourceEngine, tracker: Tracker, *, finish: bool) -> None:
+        """Pause, last scan, stale map, guest state; returns when the target has loaded it."""
+        link = self._require_link()
+        self.set_state(State.SWITCHOVER)
+        self._guest_touched = True
+        self._paused_at = time.monotonic()
+        await self._guest.pause(self._pipe)
+        self._paused_at = self._guest.paused_at or self._paused_at
+        if self.options.mode == "postcopy":
+            await asyncio.to_thread(engine.mark_populated, tracker)
+        await asyncio.to_thread(engine.scan, tracker, quiesced=True)
+        if finish:
+            engine.start_round(self.record.round + 1)
+            await self.rounds_done.get()
+            await self._barrier(engine)
+        stale = await asyncio.to_thread(engine.freeze)
+        self.record.stale_pages = stale
+        await link.send(Switchover(stale))
+        for region, first_page, bits in engine.stale_maps():
+            await link.send(StaleMap(region, first_page, bits))
+        await link.send(StaleMapEnd())
+        engine.serve(drain=False)
+        self.log.info("paused", stale_pages=stale, seconds=round(time.monotonic() - self._paused_at, 4))
+        await self._guest.send_state(self._pipe)
+        await link.expect(Loaded, limit_seconds=self._timeouts.guest_state, what="the guest state to be loaded")
+
+    # ------------------------------------------------------------ after COMMIT
+
+    async def _after_commit(self) -> None:
+        while True:
+            try:
+                await self.failure.guard(self._until_done())
+                break
+            except Exception as error:  # after COMMIT every failure means the same: pause and reconnect
+                reason = self.failure.error or error
+                if self._session.state in (SessionState.DONE, SessionState.CLOSED):
+                    break
+                self.set_state(State.POSTCOPY_PAUSED, reason)
+            try:
+                await self._reconnect()
+            except Exception as error:  # only a refusal or the operator's limit leads here
+                self.set_state(State.FAILED, error)
+                return
+        await self._disconnect()
+        await quietly(self._guest.release(), self.log, "release the guest")
+        self.record.error = None
+        self.set_state(State.COMPLETED)
+
+    async def _until_done(self) -> None:
+        link = self._require_link()
+        engine = self._require_engine()
+        if self._session.state is SessionState.COMMITTED:
+            await link.expect(Running, limit_seconds=self._timeouts.guest_command * 2, what="the guest to run there")
+        if self.record.downtime_seconds is None:
+            self.record.downtime_seconds = time.monotonic() - self._paused_at
+        if self._session.state is SessionState.POSTCOPY:
+            self.set_state(State.POSTCOPY)
+            engine.serve(drain=True)
+            message = await link.receive()  # no limit: a slow drain may take hours, and heartbeats watch the peer
+            if not isinstance(message, Done):
+                raise PeerError(f"{type(message).__name__} came instead of Done", code="protocol-remote")
+        await link.send(Released())
+
+    async def _disconnect(self) -> None:
+        if self._engine is not None:
+            await asyncio.to_thread(self._engine.drop_streams)
+        if self._link is not None:
+            await self._link.close()
+        self._session.connection_lost()
+
+    async def _reconnect(self) -> None:
+        """Dial until the same session goes on.  Raises PeerError when the target has nothing of it any more."""
+        pause = self._timeouts.reconnect_interval
+        started = time.monotonic()
+        while True:
+            await self._disconnect()
+            self.failure.clear()
+            try:
+                await self._resume_session()
+            except PeerError as error:
+                raise MigratedError(
+                    f"the target refuses to go on: {error.message}",
+                    code="target-lost-guest",
+                    hint="COMMIT may have been obeyed: make sure the guest runs nowhere else before you run it here by hand",
+                ) from error
+            except Exception as error:  # tried again until the limit
+                self.log.info("reconnect failed", error=str(error), next_try_seconds=pause)
+                if self.record.state is State.RECOVERING:
+                    self.set_state(State.POSTCOPY_PAUSED, error)
+                limit = self._timeouts.reconnect
+                if limit and time.monotonic() - started > limit:
+                    raise TimeoutExceededError(
+                        f"{self._dialer.address} could not be reached for {limit:g} s; the guest waits there",
+                        hint="`migrated resume` goes on once it can be reached again; timeouts.reconnect = 0 never gives up",
+                    ) from error
+                self._reconnect_now.clear()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._reconnect_now.wait(), pause)
+                pause = min(2 * pause, self._timeouts.reconnect_interval_limit)
+            else:
+                self.record.error = None
+                return
+
+    async def _resume_session(self) -> None:
+        link = self._link = await self._dialer.control(self._session)
+        self.set_state(State.RECOVERING)
+        self._session.reconnected()
+        self._pipe.attach(link)
+        link.start()
+        self.background(self._watch_link(link))
+        await link.send(Resume(PROTOCOL_VERSION, self.session_id, self._token, committed=True))
+        limit = self._timeouts.switchover
+        resumed = await link.expect(Resumed, limit_seconds=limit, what="the target to say where it stands")
+        engine = self._require_engine()
+        engine.lacking_begin()
+        while True:
+            async with within(limit, "the map of lacking pages"):
+                message = await link.receive()
+            if isinstance(message, LackingEnd):
+                break
+            if not isinstance(message, Lacking):
+                raise PeerError(f"{type(message).__name__} among the lacking pages", code="protocol-remote")
+            engine.lacking(message.region, message.first_page, message.bits)
+        self.record.stale_pages = resumed.lacking_pages
+        if resumed.state != "done":
+            await self._open_streams()
+            engine.serve(drain=True)
+        if resumed.state == "loaded":
+            await link.send(Commit())
+        self.log.info("reconnected", target=resumed.state, lacking_pages=resumed.lacking_pages)
+
+    # ------------------------------------------------------------ giving up before COMMIT
+
+    async def _give_up(self, error: BaseException) -> None:
+        """The guest runs on here, untracked; the target is told; nothing of ours stays."""
+        self.log.warning("giving up", error=str(error))
+        if self._guest_touched:
+            await quietly(self._guest.resume(), self.log, "resume the guest here")
+        await self._stop_tracking()
+        told = False
+        if self._link is not None and self._link.broken is None:
+            told = await self._tell_abort(error)
+        await self._disconnect()
+        aborted = isinstance(error, AbortedError)
+        self.set_state(State.ABORTED if aborted else State.FAILED, error)
+        if not told and self._session.must_reconnect:
+            await self._settle(error)
+
+    async def _tell_abort(self, error: BaseException) -> bool:
+        link = self._require_link()
+        code = error.code if isinstance(error, MigratedError) else "internal"
+        try:
+            if self._session.abort_allowed:
+                await link.send(Abort(code, f"the source gave up: {error}"[:1000]))
+            async with within(self._timeouts.abort, "the target to clean up"):
+                while not isinstance(await link.receive(after_abort=True), Aborted):
+                    pass
+        except Exception as problem:  # then it is settled later
+            self.log.warning("the target did not confirm the abort", error=str(problem))
+            return False
+        return True
+
+    async def _settle(self, error: BaseException) -> None:
+        """The target may hold a loaded guest that waits for our word: keep trying to say that it is over."""
+        pause = self._timeouts.reconnect_interval
+        while self._session.must_reconnect:
+            try:
+                link = self._link = await self._dialer.control(self._session)
+                self._session.reconnected()
+                link.start()
+                await link.send(Resume(PROTOCOL_VERSION, self.session_id, self._token, committed=False))
+                if await self._tell_abort(error):
+                    self.log.info("settled: nothing is left on the target")
+            except Exception as problem:  # tried again
+                self.log.info("cannot settle yet", error=str(problem), next_try_seconds=pause)
+            await self._disconnect()
+            if self._session.must_reconnect:
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, self._timeouts.reconnect_interval_limit)
+
+    async def _stop_tracking(self) -> None:
+        engine, tracker = self._engine, self._tracker
+        if engine is not None:
+            await asyncio.to_thread(engine.drop_streams)
+        if tracker is not None:
+            self._tracker = None
+            await quietly(asyncio.to_thread(tracker.disarm), self.log, "disarm dirty tracking")
+            tracker.close()
+        await quietly(self._guest.release_tracking(), self.log, "release dirty tracking")
+
+    async def _let_go(self) -> None:
+        """Descriptors, threads, tasks: whatever the end was.  Does not touch the guest, except for its tracking."""
+        await self.stop_background()
+        if self._tracker is not None and self._session.guest_may_run_here:
+            await self._stop_tracking()
+        if self._tracker is not None:
+            self._tracker.close()
+            self._tracker = None
+        if self._engine is not None:
+            await self._engine.close()
+        if self._link is not None:
+            await self._link.close()
+        await quietly(self._guest.close(), self.log, "close the guest's connections")
+
+    # ------------------------------------------------------------ watching
+
+    async def _watch_guest(self) -> None:
+        how = await self._guest.died()
+        if self._session.committed:
+            self.log.warning("the paused guest's process has ended; its memory is still held", how=how)
+            return
+        self.failure.set(
+            GuestError(
+                f"guest {self.record.guest} {how} while it was being moved",
+                code="guest-died",
+                hint="nothing was left on the target; see the guest's own log",
+            )
+        )
+
+    async def _watch_link(self, link: ControlLink) -> None:
+        error = await link.wait_lost()
+        if link is self._link:
+            self.failure.set(error)
+
+    def on_engine_event(self, event: Event) -> None:
+        """After Done the page connections end: that is no failure."""
+        over = self._session.state in (SessionState.DONE, SessionState.CLOSED)
+        if event.kind is EventKind.STREAM_LOST and over:
+            return
+        super().on_engine_event(event)
+
+    # ------------------------------------------------------------ verbs
+
+    def abort(self) -> None:
+        """Before COMMIT only."""
+        if self._session.committed or self.record.ended:
+            raise ConflictError(
+                f"migration {self.id} is {self.record.state} and cannot be aborted any more",
+                state=self.record.state.value,
+                hint="the guest belongs to the target now: let it finish, or `migrated resume` if it is paused"
+                if self._session.committed
+                else "it is over",
+            )
+        self.failure.set(AbortedError(f"migration {self.id} was aborted on request"))
+
+    def switchover(self) -> None:
+        """End pre-copy after the round under way."""
+        if self.record.state not in (State.SETUP, State.PRECOPY):
+            raise ConflictError(
+                f"migration {self.id} is {self.record.state}: there is no pre-copy to end",
+                state=self.record.state.value,
+            )
+        self._switch_now.set()
+
+    def resume(self, address: Address | None = None) -> None:
+        """Reconnect now, perhaps elsewhere."""
+        if self.record.state not in (State.POSTCOPY_PAUSED, State.RECOVERING):
+            raise ConflictError(
+                f"migration {self.id} is {self.record.state}, not postcopy-paused", state=self.record.state.value
+            )
+        if address is not None:
+            self._dialer.address = address
+            self.record.peer = str(address)
+        self._reconnect_now.set()
+
+    @property
+    def committed(self) -> bool:
+        """Whether COMMIT was sent."""
+        return self._session.committed
+
+    def limits_changed(self) -> None:
+        """Options were changed while running."""
+        self.record.max_bandwidth_bytes_per_second = self.options.max_bandwidth
+        if self._engine is not None and self._engine.alive:
+            self._engine.set_bandwidth(self.options.max_bandwidth, self.options.drain_bandwidth)
+        self.notify()
+
+    # ------------------------------------------------------------ figures
+
+    def refresh(self) -> None:
+        """From the engine's counters."""
+        engine = self._engine
+        if engine is None or not engine.alive:
+            return
+        stats = engine.stats()
+        record = self.record
+        record.transferred_bytes = stats.wire_bytes
+        self._rates.sent(stats.wire_bytes, time.monotonic())
+        record.throughput_bytes_per_second = self._rates.throughput
+        record.dirty_bytes_per_second = self._rates.dirty_rate
+        if self._session.committed:
+            record.remaining_bytes = stats.stale_pages_left * record.page_size
+        else:
+            record.remaining_bytes = stats.dirty_bytes
+        record.bytes_by_kind = {
+            "payload": stats.payload_bytes,
+            "header": stats.header_bytes,
+            "zero": stats.zero_blocks * 4096,
+            "unchanged": stats.unchanged_blocks * 4096,
+            "compression_saved": stats.compression_saved_bytes,
+            "demand": stats.demand_bytes,
+            "drain": stats.drain_bytes,
+        }
+
+    def _require_engine(self) -> SourceEngine:
+        if self._engine is None:
+            raise MigratedError("no engine yet: this is a bug")
+        return self._engine
+
+    def _require_link(self) -> ControlLink:
+        if self._link is None:
+            raise MigratedError("no connection yet: this is a bug")
+        return self._link

@@ -1,0 +1,1 @@
+"""The target side: one migration, the agent."""

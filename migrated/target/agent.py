@@ -1,0 +1,363 @@
+"""The target agent: listens, and takes guests in."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import time
+from collections.abc import AsyncIterator
+
+import structlog
+
+from migrated import guests
+from migrated.agent import Health, SetRequest, StartRequest
+from migrated.config import AgentConfig
+from migrated.dialing import heartbeat
+from migrated.errors import (
+    ConfigError,
+    ConflictError,
+    GuestRefusedError,
+    MigratedError,
+    NotFoundError,
+    RemoteProtocolError,
+)
+from migrated.link import ControlLink, tune
+from migrated.memory.engine import URGENT
+from migrated.protocol.framing import FrameDecoder
+from migrated.protocol.messages import Abort, Aborted, AnyMessage, Hello, Resume
+from migrated.protocol.preamble import PREAMBLE_BYTES, Preamble, Purpose, VersionMismatchError, decode, refusal
+from migrated.protocol.session import Session
+from migrated.protocol.transitions import Role
+from migrated.protocol.transitions import State as SessionState
+from migrated.record import Record
+from migrated.roster import Roster
+from migrated.target.migration import TargetMigration
+from migrated.waiting import within
+
+log = structlog.get_logger("migrated.target")
+
+#: The fault thread must have turned within this time, or the agent calls itself unhealthy (and systemd restarts it).
+FAULT_THREAD_LIMIT_NS = 10 * 10**9
+FIRST_MESSAGE_MAX_BYTES = 1 << 17
+
+
+class TargetAgent:
+    """Implements `migrated.agent.Agent`."""
+
+    role = "target"
+
+    def __init__(self, config: AgentConfig) -> None:
+        self.config = config
+        self._roster: Roster[TargetMigration] = Roster(keep=config.limits.max_records)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._connections: set[asyncio.Task[None]] = set()
+        self._stopping = False
+        self._residents = guests.Residents(config)
+        self.bound: tuple[str, int] | None = None  # where we listen, once we do (port 0: any free one)
+
+    # ------------------------------------------------------------ what the outside asks
+
+    def guests(self) -> list[str]:
+        """Names, as configured."""
+        return sorted(self.config.guests)
+
+    def records(self, *, ended: bool = True) -> list[Record]:
+        """See Agent."""
+        return self._roster.records(ended=ended)
+
+    def record(self, migration_id: str) -> Record:
+        """See Agent."""
+        return self._roster.find(migration_id).record
+
+    async def start(self, request: StartRequest) -> Record:
+        """Migrations start at the source."""
+        raise ConflictError(
+            f"this is a target agent: {request.guest} is moved by the source agent it runs under",
+            hint="`migrated --agent … start` with the source agent's control socket",
+        )
+
+    async def abort(self, migration_id: str) -> Record:
+        """See Agent."""
+        migration = self._roster.find(migration_id)
+        migration.abort()
+        return migration.record
+
+    async def switchover(self, migration_id: str) -> Record:
+        """The source decides."""
+        raise self._only_source(migration_id, "switchover")
+
+    async def resume(self, migration_id: str, to: str | None = None) -> Record:
+        """The source dials."""
+        del to
+        raise self._only_source(migration_id, "resume")
+
+    async def set(self, migration_id: str, request: SetRequest) -> Record:
+        """Limits are the sender's."""
+        del request
+        raise self._only_source(migration_id, "set")
+
+    def _only_source(self, migration_id: str, verb: str) -> ConflictError:
+        migration = self._roster.find(migration_id)
+        return ConflictError(
+            f"{verb} is for the source agent ({migration.record.peer})",
+            state=migration.record.state.value,
+            hint=f"`migrated --agent … {verb} {migration.id}` there",
+        )
+
+    async def abandon(self, migration_id: str, *, confirm: str) -> Record:
+        """See Agent."""
+        migration = self._roster.find(migration_id)
+        await migration.abandon(confirm)
+        return migration.record
+
+    def events(self, migration_id: str) -> AsyncIterator[Record]:
+        """See Agent."""
+        return self._roster.find(migration_id).events()
+
+    def health(self) -> Health:
+        """Healthy while every fault thread turns."""
+        now = time.monotonic_ns()
+        stuck = [m.record.guest for m in self._roster.active if not m.fault_server_alive(now, FAULT_THREAD_LIMIT_NS)]
+        reasons = [f"the fault thread of {guest} does not turn" for guest in stuck]
+        if self._stopping:
+            reasons.append("shutting down")
+        return Health(healthy=not stuck, ready=not reasons, reasons=reasons)
+
+    # ------------------------------------------------------------ life
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Listen until ``stop``; abort what can be; stay while a guest here still lacks pages."""
+        listener = await self._listen()
+        accepting = asyncio.ensure_future(self._accept(listener))
+        try:
+            async with self._residents:
+                await stop.wait()
+                self._stopping = True
+                for migration in self._roster.active:
+                    with contextlib.suppress(ConflictError):
+                        migration.abort()
+                await self._drained()
+        finally:
+            accepting.cancel()
+            listener.close()
+            for task in list(self._connections):
+                task.cancel()
+
+    async def _drained(self) -> None:
+        limit = self.config.timeouts.shutdown
+        while self._tasks:
+            done, _ = await asyncio.wait(self._tasks, timeout=limit)
+            stuck = all(migration.waits_for_peer for migration in self._roster.active)
+            if not done and stuck:
+                log.error("leaving while guests here wait for pages: they go on waiting", count=len(self._tasks))
+                for task in list(self._tasks):
+                    task.cancel()
+                await asyncio.wait(self._tasks)
+                return
+
+    async def _listen(self) -> socket.socket:
+        address = self.config.listen_address
+        loop = asyncio.get_running_loop()
+        try:
+            candidates = await loop.getaddrinfo(
+                address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )
+            family, kind, proto, _, where = candidates[0]
+            listener = socket.socket(family, kind, proto)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(where)
+            listener.listen(128)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot listen on {address}: {error.strerror}",
+                code="cannot-listen",
+                hint="another process (perhaps another target agent) has the port, or the address is not this host's",
+            ) from error
+        listener.setblocking(False)
+        self.bound = listener.getsockname()[:2]
+        log.info("listening", address=f"{self.bound[0]}:{self.bound[1]}")
+        return listener
+
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                sock, peer = await loop.sock_accept(listener)
+            except OSError as error:  # out of descriptors, or the peer is gone already
+                log.warning("accept failed", error=str(error))
+                await asyncio.sleep(0.1)
+                continue
+            if len(self._connections) >= self.config.limits.max_connections:
+                log.warning("too many connections", peer=str(peer))
+                sock.close()
+                continue
+            task = asyncio.ensure_future(self._greet(sock, f"{peer[0]}:{peer[1]}"))
+            self._connections.add(task)
+            task.add_done_callback(self._connections.discard)
+
+    # ------------------------------------------------------------ a new connection
+
+    async def _greet(self, sock: socket.socket, peer: str) -> None:
+        """Whatever a stranger does here ends at most its own connection."""
+        try:
+            sock.setblocking(False)
+            tune(sock, silence_seconds=self.config.timeouts.heartbeat_limit)
+            async with within(self.config.timeouts.handshake, "a connection to say what it is"):
+                preamble = await self._preamble(sock)
+            if preamble is None:
+                return
+            if preamble.purpose is Purpose.CONTROL:
+                await self._control(sock, preamble)
+            else:
+                await self._page_connection(sock, preamble)
+        except (MigratedError, OSError) as error:
+            log.warning("connection refused", peer=peer, error=str(error))
+        except Exception:
+            log.exception("connection failed: this is a bug", peer=peer)
+        finally:
+            sock.close()
+
+    async def _preamble(self, sock: socket.socket) -> Preamble | None:
+        loop = asyncio.get_running_loop()
+        data = b""
+        while len(data) < PREAMBLE_BYTES:
+            piece = await loop.sock_recv(sock, PREAMBLE_BYTES - len(data))
+            if not piece:
+                break
+            data += piece
+        if not data:
+            return None  # a port check: connected and closed
+        try:
+            return decode(data)
+        except VersionMismatchError as error:
+            await loop.sock_sendall(sock, refusal(error))
+            raise
+
+    async def _page_connection(self, sock: socket.socket, preamble: Preamble) -> None:
+        migration = self._by_session(preamble)
+        if migration is None or migration.record.ended:
+            raise RemoteProtocolError("a page connection for a session that is not known here")
+        stream = URGENT if preamble.purpose is Purpose.URGENT else preamble.stream
+        await migration.add_stream(stream, sock.detach())
+
+    def _by_session(self, preamble: Preamble) -> TargetMigration | None:
+        for migration in self._roster:
+            if migration.hello.session == preamble.session:
+                if not migration.authentic(preamble.token):
+                    raise RemoteProtocolError("the token is not this session's")
+                return migration
+        return None
+
+    async def _control(self, sock: socket.socket, preamble: Preamble) -> None:
+        # The transport owns the descriptor from here on; our caller closes an empty shell.
+        reader, writer = await asyncio.open_connection(sock=socket.socket(fileno=sock.detach()))
+        known = self._by_session(preamble)
+        if known is not None:
+            link = ControlLink(known.session, reader, writer, heartbeat=heartbeat(self.config.timeouts))
+            if known.over:
+                await known.answer_late(link)
+            else:
+                known.reattach(link)
+            return
+        try:
+            async with within(self.config.timeouts.handshake, "the first message"):
+                first, data = await _first_message(reader)
+            if not isinstance(first, Hello | Resume):
+                raise RemoteProtocolError(f"a control connection began with {type(first).__name__}")
+            if first.session != preamble.session or first.token != preamble.token:
+                raise RemoteProtocolError("session or token differ between the preamble and the first message")
+        except BaseException:
+            writer.transport.abort()
+            raise
+        state = SessionState.IDLE if isinstance(first, Hello) else SessionState.ABORTED
+        session = Session(Role.TARGET, state=state)
+        if isinstance(first, Resume):
+            session.reconnected()
+        link = ControlLink(session, reader, writer, heartbeat=heartbeat(self.config.timeouts), received=data)
+        link.start()
+        if isinstance(first, Resume):
+            await self._nothing_left(link, first)
+        else:
+            await self._take_in(link)
+
+    async def _nothing_left(self, link: ControlLink, resume: Resume) -> None:
+        """Resume of a session of which nothing is (any more) here."""
+        limit = self.config.timeouts.handshake
+        try:
+            await link.expect(Resume, limit_seconds=limit, what="Resume")
+            if resume.committed:
+                await link.send(Abort("unknown-session", "nothing of this guest is left here"))
+            else:
+                async with within(limit, "Abort"):
+                    await link.receive(after_abort=True)
+                await link.send(Aborted())
+            log.info("answered for a session not known here", peer=link.peer, committed=resume.committed)
+        finally:
+            await link.close()
+
+    async def _take_in(self, link: ControlLink) -> None:
+        hello = await link.expect(Hello, limit_seconds=self.config.timeouts.handshake, what="Hello")
+        try:
+            migration = self._admit(hello, link)
+        except MigratedError as error:
+            log.warning("migration refused", guest=hello.guest, peer=link.peer, error=str(error))
+            await link.send(Abort(error.code, error.message, error.hint))
+            await link.send(Aborted())
+            await link.close()
+            return
+        self._roster.add(migration)
+        task = asyncio.ensure_future(migration.run())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _admit(self, hello: Hello, link: ControlLink) -> TargetMigration:
+        table = self.config.guests.get(hello.guest)
+        if self._stopping:
+            raise ConflictError("the target agent is shutting down", code="shutting-down")
+        if table is None:
+            known = ", ".join(self.guests()) or "none"
+            raise NotFoundError(
+                f"no guest {hello.guest!r} is configured on the target",
+                code="unknown-guest",
+                hint=f"add [guests.{hello.guest}] to {self.config.path} there; it has: {known}",
+            )
+        if table["driver"] != hello.driver:
+            raise GuestRefusedError(
+                f"{hello.guest} has driver {hello.driver!r} on the source and {table['driver']!r} on the target",
+                code="drivers-differ",
+                hint="use the same driver in both configurations",
+            )
+        busy = self._roster.of_guest(hello.guest)
+        if busy is not None:
+            raise ConflictError(
+                f"{hello.guest} is being taken in already ({busy.id})",
+                state=busy.record.state.value,
+                code="guest-migrating",
+                hint="wait for it, or abort it on its source",
+            )
+        if len(self._roster.active) >= self.config.limits.max_migrations:
+            raise ConflictError("the target takes no more migrations at once", code="too-many")
+        return TargetMigration(
+            hello,
+            guest=self._residents.target_guest(hello.guest),
+            page_bytes=guests.page_bytes(table, where=f"{self.config.path}: guests.{hello.guest}"),
+            session=link.session,
+            link=link,
+            config=self.config,
+        )
+
+
+async def _first_message(reader: asyncio.StreamReader) -> tuple[AnyMessage, bytes]:
+    """The first message and every byte read so far: who is to feed them to which session depends on it."""
+    decoder = FrameDecoder()
+    data = b""
+    while True:
+        piece = await reader.read(1 << 16)
+        if not piece:
+            raise RemoteProtocolError("the connection was closed before its first message")
+        data += piece
+        if len(data) > FIRST_MESSAGE_MAX_BYTES:
+            raise RemoteProtocolError(f"the first message is longer than {FIRST_MESSAGE_MAX_BYTES} bytes")
+        for message in decoder.feed(piece):
+            return message, data
