@@ -144,7 +144,9 @@ def _run(command: list[str], limit_seconds: float, cwd: Path | None = None) -> s
         done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=limit_seconds, cwd=cwd)
     except FileNotFoundError:
         message = f"{command[0]} is not installed"
-        raise HostError(message, code="tool-missing", hint=f"install the Debian package that holds {command[0]}") from None
+        raise HostError(
+            message, code="tool-missing", hint=f"install the Debian package that holds {command[0]}"
+        ) from None
     except subprocess.TimeoutExpired:
         message = f"{' '.join(command[:3])} did not end within {limit_seconds:g} s"
         raise HostError(message, code="tool-failed") from None

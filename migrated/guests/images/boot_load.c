@@ -2,7 +2,8 @@
 /*
  * The boot-sector guest after its boot sector: the load of selfcheck.h on all memory above 1 MiB, or as much of it as the
  * parameters in the image say (spread over all ranges of the memory map by taking them in turn).  Serial port 1 carries the
- * same lines and commands as the Linux guest's.  No interrupt is taken but the timer's, and only to sleep.
+ * same lines and commands as the Linux guest's.  Runs in ring 3 without interrupts, so it
+ * cannot sleep: a load with a rate spins in between.
  */
 #include "selfcheck.h"
 
@@ -153,31 +154,6 @@ static void calibrate(void)
 		ticks_per_ms = 1;
 }
 
-/* Interrupt 0 on vector 32, a thousand times a second, so that `nap` comes back. */
-static void start_timer(void)
-{
-	uint32_t count = PIT_HZ / 1000;
-
-	out8(0x20, 0x11);
-	out8(0xa0, 0x11);
-	out8(0x21, 32);
-	out8(0xa1, 40);
-	out8(0x21, 4);
-	out8(0xa1, 2);
-	out8(0x21, 1);
-	out8(0xa1, 1);
-	out8(0x21, 0xfe);
-	out8(0xa1, 0xff);
-	out8(0x43, 0x34);
-	out8(0x40, (uint8_t)count);
-	out8(0x40, (uint8_t)(count >> 8));
-}
-
-static inline void nap(void)
-{
-	__asm__ volatile("sti; hlt; cli" : : : "memory");
-}
-
 /* ---- memory */
 
 static volatile uint64_t *block_at(void *context, uint64_t index)
@@ -266,7 +242,6 @@ void load_main(void)
 	out8(PORT + 2, 7);
 	out8(PORT + 4, 3);
 	calibrate();
-	start_timer();
 	lay_out(&load);
 	sc_fill(&load);
 	say_field("READY {\"blocks\":", load.blocks);
@@ -333,6 +308,6 @@ void load_main(void)
 			}
 		}
 		if (rate || load.pattern == SC_IDLE)
-			nap();
+			__asm__ volatile("pause");
 	}
 }

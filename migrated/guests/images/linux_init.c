@@ -396,6 +396,7 @@ int main(void)
 			} else if (strcmp(command, "reset") == 0) {
 				stall = gap = 0;
 			} else if (strcmp(command, "quit") == 0) {
+				__atomic_store_n(&sweeping, 1, __ATOMIC_RELAXED);
 				reboot(RB_POWER_OFF);
 			}
 		}
