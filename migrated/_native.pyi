@@ -1,4 +1,4 @@
-"""The C core as cffi shows it: what is in ``native/include/mgd_api.h``, which is also its documentation."""
+# The C core as cffi shows it: what is in ``native/include/mgd_api.h``, which is also its documentation.
 
 from typing import Any, Final
 

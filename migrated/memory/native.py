@@ -55,11 +55,16 @@ _CONNECTION_ERRNOS = frozenset(
 )
 
 
+def _text(raw: Any) -> str:
+    text = ffi.string(raw)
+    return text if isinstance(text, str) else text.decode(errors="replace")
+
+
 def error_from(raw: Any) -> MigratedError:
     """The exception for a filled-in ``struct mgd_error``."""
     kind = int(raw.kind)
     os_errno = int(raw.os_errno)
-    message = ffi.string(raw.message).decode(errors="replace") or f"the C core failed (kind {kind})"
+    message = _text(raw.message) or f"the C core failed (kind {kind})"
     if kind == lib.MGD_ERR_PEER:
         return RemoteProtocolError(
             message, hint="are both agents of one version, and is it the agent that answers there?"

@@ -1,0 +1,193 @@
+"""Memory for an incoming guest: memfds on huge pages, reserved whole before anything is started.
+
+A mapping of a hugetlbfs file reserves its pages in the pool, and the reservation belongs to the file: it stays when the
+mapping goes.  So `allocate` maps once, and from then on neither the engine's alias nor the guest can run out of pages; and
+nothing is zeroed before it is needed.  Shmem (4 KiB pages) knows no reservation; there the host's free memory is compared
+with the need, which is all that can be done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import mmap
+import os
+import re
+from pathlib import Path
+
+import structlog
+
+from migrated.errors import ConfigError, HostError, PoolError
+from migrated.units import format_size, parse_size
+
+BASE_PAGE_BYTES = 4096
+DEFAULT_PAGE_BYTES = 2 << 20
+POOLS = Path("/sys/kernel/mm/hugepages")
+MEMINFO = Path("/proc/meminfo")
+
+#: memfd_create(2): the page size's binary logarithm goes into the flags from this bit on.
+_MFD_HUGE_SHIFT = 26
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Pool:
+    """The host's huge pages of one size, in pages: ``total``, of them ``free``, of these promised (``reserved``)."""
+
+    page_bytes: int
+    total: int
+    free: int
+    reserved: int
+    overcommit: int
+    surplus: int
+
+    @property
+    def available(self) -> int:
+        """Pages that a new reservation can have, those the kernel may still add by overcommit included."""
+        return self.free - self.reserved + max(0, self.overcommit - self.surplus)
+
+    def raise_command(self, needed: int) -> str:
+        """The command that makes ``needed`` pages available."""
+        total = self.total + max(0, needed - self.available)
+        if self.page_bytes == DEFAULT_PAGE_BYTES and _default_page_bytes() == DEFAULT_PAGE_BYTES:
+            return f"sysctl vm.nr_hugepages={total}"
+        return f"echo {total} > {POOLS}/hugepages-{self.page_bytes >> 10}kB/nr_hugepages"
+
+
+def _default_page_bytes() -> int:
+    with contextlib.suppress(OSError):
+        if match := re.search(r"^Hugepagesize: +(\d+) kB", MEMINFO.read_text(encoding="ascii"), re.MULTILINE):
+            return int(match[1]) << 10
+    return 0
+
+
+def pools() -> list[Pool]:
+    """Every huge page size the kernel offers, smallest first; empty where it has none."""
+    found: list[Pool] = []
+    with contextlib.suppress(OSError):
+        found.extend(
+            _pool(folder, int(match[1]) << 10)
+            for folder in POOLS.iterdir()
+            if (match := re.fullmatch(r"hugepages-(\d+)kB", folder.name))
+        )
+    return sorted(found, key=lambda pool: pool.page_bytes)
+
+
+def _pool(folder: Path, page_bytes: int) -> Pool:
+    def figure(name: str) -> int:
+        return int((folder / name).read_text(encoding="ascii"))
+
+    return Pool(
+        page_bytes=page_bytes,
+        total=figure("nr_hugepages"),
+        free=figure("free_hugepages"),
+        reserved=figure("resv_hugepages"),
+        overcommit=figure("nr_overcommit_hugepages"),
+        surplus=figure("surplus_hugepages"),
+    )
+
+
+def page_sizes() -> tuple[int, ...]:
+    """All page sizes memory can be had in here, in bytes: 4 KiB, and every huge page size, pool filled or not."""
+    return (BASE_PAGE_BYTES, *(pool.page_bytes for pool in pools()))
+
+
+def parse_page_size(text: str) -> int:
+    """Bytes of ``"4K"``, ``"2M"``, ``"1G"``.  ConfigError if this is no page size of this host."""
+    size = parse_size(text)
+    if size not in page_sizes():
+        offered = ", ".join(format_size(size) for size in page_sizes())
+        raise ConfigError(f"{text!r} is not a page size of this host", hint=f"it offers {offered}")
+    return size
+
+
+def allocate(size_bytes: int, page_bytes: int, name: str) -> int:
+    """A memfd of ``size_bytes`` with every page reserved and none of them there yet; the caller closes it.
+
+    Raises PoolError ``no-huge-pages`` (or ``no-memory``, for 4 KiB pages), HostError ``page-size-unsupported`` (the size is
+    not one of `page_sizes`, or ``size_bytes`` no multiple of it).
+    """
+    if size_bytes <= 0 or size_bytes % page_bytes:
+        raise HostError(
+            f"region {name} of {size_bytes} bytes does not consist of whole {format_size(page_bytes)} pages",
+            code="page-size-unsupported",
+            hint="choose a smaller page size for this guest",
+        )
+    if page_bytes == BASE_PAGE_BYTES:
+        return _allocate_base(size_bytes, name)
+    pool = next((pool for pool in pools() if pool.page_bytes == page_bytes), None)
+    if pool is None:
+        raise HostError(
+            f"this host has no {format_size(page_bytes)} pages",
+            code="page-size-unsupported",
+            hint="it offers " + ", ".join(format_size(size) for size in page_sizes()),
+        )
+    flags = os.MFD_CLOEXEC | os.MFD_HUGETLB | (page_bytes.bit_length() - 1) << _MFD_HUGE_SHIFT
+    fd = -1
+    try:
+        fd = os.memfd_create(f"migrated-{name}", flags)
+        os.ftruncate(fd, size_bytes)
+        mmap.mmap(fd, size_bytes, mmap.MAP_SHARED).close()
+    except OSError as error:
+        if fd >= 0:
+            os.close(fd)
+        if error.errno in {errno.ENOMEM, errno.ENOSPC}:
+            raise _exhausted(page_bytes, size_bytes // page_bytes, name) from error
+        raise HostError(
+            f"memfd of {format_size(size_bytes)} on {format_size(page_bytes)} pages: {error.strerror}"
+        ) from error
+    return fd
+
+
+def _exhausted(page_bytes: int, needed: int, name: str) -> PoolError:
+    pool = next(pool for pool in pools() if pool.page_bytes == page_bytes)
+    return PoolError(
+        f"region {name} needs {needed} pages of {format_size(page_bytes)}, {max(0, pool.available)} can be had "
+        f"({pool.total} in the pool, {pool.free} free, {pool.reserved} of them reserved)",
+        code="no-huge-pages",
+        hint=f"{pool.raise_command(needed)}  (1 GiB pages are best set aside when the host boots)"
+        if page_bytes > DEFAULT_PAGE_BYTES
+        else pool.raise_command(needed),
+    )
+
+
+def _allocate_base(size_bytes: int, name: str) -> int:
+    available = _available_bytes()
+    if size_bytes > available:
+        raise PoolError(
+            f"region {name} needs {format_size(size_bytes)} of memory, {format_size(available)} can be had",
+            code="no-memory",
+            hint="free memory on this host, or move the guest to another one",
+        )
+    fd = -1
+    try:
+        fd = os.memfd_create(f"migrated-{name}", os.MFD_CLOEXEC)
+        os.ftruncate(fd, size_bytes)
+    except OSError as error:
+        if fd >= 0:
+            os.close(fd)
+        raise HostError(f"memfd of {format_size(size_bytes)}: {error.strerror}") from error
+    return fd
+
+
+def _available_bytes() -> int:
+    match = re.search(r"^MemAvailable: +(\d+) kB", MEMINFO.read_text(encoding="ascii"), re.MULTILINE)
+    return int(match[1]) << 10 if match else 1 << 62
+
+
+def reserve(size_bytes: int, page_bytes: int | None, *, name: str) -> tuple[int, int]:
+    """`allocate`, with a choice of page size: ``(fd, page_bytes)``.
+
+    ``page_bytes`` None: 2 MiB pages, and where they cannot be had, 4 KiB ones, with a warning: the guest will run, slower.
+    A page size that was asked for is never replaced.
+    """
+    if page_bytes is not None:
+        return allocate(size_bytes, page_bytes, name), page_bytes
+    try:
+        return allocate(size_bytes, DEFAULT_PAGE_BYTES, name), DEFAULT_PAGE_BYTES
+    except HostError as error:
+        fd = allocate(size_bytes, BASE_PAGE_BYTES, name)
+        _log.warning("no huge pages: the guest gets 4 KiB pages", region=name, reason=error.message, hint=error.hint)
+        return fd, BASE_PAGE_BYTES

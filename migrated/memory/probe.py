@@ -1,0 +1,212 @@
+"""What this host can do, found out by trying, and what to do about what it cannot: the substance of ``migrated check``."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import re
+from pathlib import Path
+
+from migrated.memory.memfd import DEFAULT_PAGE_BYTES, pools
+from migrated.memory.native import call, ffi, lib
+from migrated.units import format_size
+
+_CAP_SYS_PTRACE = 19
+_CAP_SYS_ADMIN = 21
+_CAP_CHECKPOINT_RESTORE = 40
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Features:
+    """See ``struct mgd_features``."""
+
+    has_userfaultfd: bool
+    has_user_mode_only: bool
+    minor_hugetlbfs: bool
+    minor_shmem: bool
+    missing_hugetlbfs: bool
+    missing_shmem: bool
+    wp_hugetlbfs_shmem: bool
+    wp_unpopulated: bool
+    wp_async: bool
+    pagemap_scan: bool
+    poison: bool
+    event_remove: bool
+    exact_address: bool
+
+    @property
+    def can_track(self) -> bool:
+        """Whether writes of another process can be tracked."""
+        return self.wp_hugetlbfs_shmem and self.wp_unpopulated and self.wp_async and self.pagemap_scan
+
+    @property
+    def can_serve(self) -> bool:
+        """Whether the faults of an incoming guest can be served."""
+        return (
+            self.minor_hugetlbfs
+            and self.minor_shmem
+            and self.missing_hugetlbfs
+            and self.missing_shmem
+            and self.event_remove
+            and self.exact_address
+        )
+
+
+def features() -> Features:
+    """Ask the kernel, on throw-away descriptors."""
+    raw = ffi.new("struct mgd_features *")
+    call(lib.mgd_probe, raw)
+    return Features(*(bool(getattr(raw, field.name)) for field in dataclasses.fields(Features)))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Requirement:
+    """One need of an agent.
+
+    ``role``: "source", "target" or "both"; ``needed``: whether nothing works without it (else something works worse);
+    ``found``: what is the case; ``fix``: what to do, empty if ``ok``.
+    """
+
+    name: str
+    role: str
+    needed: bool
+    ok: bool
+    found: str
+    fix: str
+
+
+def capabilities() -> int:
+    """Our effective capabilities, one bit each."""
+    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    match = re.search(r"^CapEff:\s*([0-9a-f]+)", status, re.MULTILINE)
+    return int(match[1], 16) if match else 0
+
+
+def _has(capability: int) -> bool:
+    return bool(capabilities() >> capability & 1)
+
+
+def _lacking(found: Features, names: tuple[str, ...]) -> str:
+    lacking = [name for name in names if not getattr(found, name)]
+    return "all there" if not lacking else "lacking: " + ", ".join(lacking)
+
+
+def requirements() -> list[Requirement]:
+    """Everything `migrated check` shows, in the order of importance."""
+    found = features()
+    return [
+        _userfaultfd(found),
+        _serving(found),
+        _tracking(found),
+        _tracing(),
+        _map_files(),
+        _pool(),
+        _kvm(),
+        Requirement(
+            "memory errors for lost pages (UFFDIO_POISON)",
+            "target",
+            needed=False,
+            ok=found.poison,
+            found="yes" if found.poison else "no",
+            fix="" if found.poison else "run Linux 6.6 or newer; only `migrated abandon` needs it",
+        ),
+    ]
+
+
+def _userfaultfd(found: Features) -> Requirement:
+    if found.has_userfaultfd:
+        text, fix = "kernel faults included", ""
+    elif found.has_user_mode_only:
+        text = "faults of user space only: enough for the demo's own guest, not for KVM or QEMU"
+        fix = "run as root or with CAP_SYS_PTRACE, or give access to /dev/userfaultfd, or sysctl vm.unprivileged_userfaultfd=1"
+    else:
+        text, fix = "none", "run a kernel with CONFIG_USERFAULTFD, outside a sandbox that forbids the system call"
+    return Requirement("userfaultfd", "both", needed=True, ok=found.has_userfaultfd, found=text, fix=fix)
+
+
+def _serving(found: Features) -> Requirement:
+    names = ("minor_hugetlbfs", "minor_shmem", "missing_hugetlbfs", "missing_shmem", "event_remove", "exact_address")
+    return Requirement(
+        "minor and missing faults on shared memory",
+        "target",
+        needed=True,
+        ok=found.can_serve,
+        found=_lacking(found, names),
+        fix="" if found.can_serve else "run Linux 5.18 or newer with CONFIG_HAVE_ARCH_USERFAULTFD_MINOR",
+    )
+
+
+def _tracking(found: Features) -> Requirement:
+    names = ("wp_hugetlbfs_shmem", "wp_unpopulated", "wp_async", "pagemap_scan")
+    return Requirement(
+        "dirty tracking of another process",
+        "source",
+        needed=True,
+        ok=found.can_track,
+        found=_lacking(found, names),
+        fix="" if found.can_track else "run Linux 6.7 or newer with CONFIG_PTE_MARKER_UFFD_WP",
+    )
+
+
+def _tracing() -> Requirement:
+    name = "reaching into a running QEMU (ptrace)"
+    if platform.machine() != "x86_64":
+        fix = "only guests that co-operate (driver `process`) can be moved from this architecture"
+        return Requirement(name, "both", needed=True, ok=False, found=platform.machine(), fix=fix)
+    if _has(_CAP_SYS_PTRACE):
+        return Requirement(name, "both", needed=True, ok=True, found="CAP_SYS_PTRACE", fix="")
+    try:
+        scope = int(Path("/proc/sys/kernel/yama/ptrace_scope").read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        scope = 0
+    return Requirement(
+        name,
+        "both",
+        needed=True,
+        ok=scope == 0,
+        found="processes of our own user" if scope == 0 else f"kernel.yama.ptrace_scope = {scope}",
+        fix="" if scope == 0 else "run as root, or give the service AmbientCapabilities=CAP_SYS_PTRACE",
+    )
+
+
+def _map_files() -> Requirement:
+    ok = _has(_CAP_SYS_ADMIN) or _has(_CAP_CHECKPOINT_RESTORE)
+    return Requirement(
+        "opening a guest's memory (/proc/PID/map_files)",
+        "source",
+        needed=True,
+        ok=ok,
+        found="allowed" if ok else "CAP_CHECKPOINT_RESTORE is missing",
+        fix="" if ok else "run as root, or give the service AmbientCapabilities=CAP_CHECKPOINT_RESTORE",
+    )
+
+
+def _pool() -> Requirement:
+    offered = pools()
+    found = ", ".join(
+        f"{format_size(pool.page_bytes)}: {max(0, pool.available)} of {pool.total} free" for pool in offered
+    )
+    ok = any(pool.available > 0 for pool in offered)
+    default = next((pool for pool in offered if pool.page_bytes == DEFAULT_PAGE_BYTES), None)
+    if ok:
+        fix = ""
+    elif default is None:
+        fix = "run a kernel with CONFIG_HUGETLBFS; until then guests arrive on 4 KiB pages"
+    else:
+        fix = f"{default.raise_command(512)}  (for each GiB of guest memory; until then guests arrive on 4 KiB pages)"
+    return Requirement("huge pages", "target", needed=False, ok=ok, found=found or "none offered", fix=fix)
+
+
+def _kvm() -> Requirement:
+    device = "/dev/kvm"
+    ok = os.access(device, os.R_OK | os.W_OK)
+    text = "usable" if ok else ("no right to use it" if Path(device).exists() else "absent")
+    return Requirement(
+        "KVM",
+        "both",
+        needed=False,
+        ok=ok,
+        found=text,
+        fix="" if ok else "load kvm_intel or kvm_amd, and join the group kvm; without it guests run emulated",
+    )
