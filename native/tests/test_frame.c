@@ -1,0 +1,226 @@
+// SPDX-License-Identifier: MIT
+/* The page frame: what is encoded is decoded, and every field that is wrong is refused. */
+#include <string.h>
+
+#include "check.h"
+#include "frame.h"
+
+static const struct mgd_frame_bounds bounds[] = {
+	{ .block_count = 4 * 512, .host_page_blocks = 512 }, /* 2 MiB pages */
+	{ .block_count = 2 * 262144, .host_page_blocks = 262144 }, /* 1 GiB pages */
+	{ .block_count = 1000, .host_page_blocks = 1 }, /* 4 KiB pages */
+	{ .block_count = 1024, .host_page_blocks = 16 }, /* 64 KiB pages */
+};
+static uint8_t secret[MGD_SECRET_BYTES];
+
+static struct mgd_frame sample(void)
+{
+	return (struct mgd_frame){ .kind = MGD_FRAME_PAGES,
+				   .region = 0,
+				   .block_count = 130,
+				   .first_block = 512 + 64,
+				   .payload_bytes = 3 * MGD_BLOCK_BYTES,
+				   .present = { 1, 1ull << 63, 2 },
+				   .zero = { 6, 0, 1 } };
+}
+
+static int decode(const uint8_t *head, struct mgd_frame *out, struct mgd_error *err)
+{
+	if (mgd_frame_decode_header(head, bounds, 4, out, err))
+		return -1;
+	return out->kind == MGD_FRAME_PAGES ? mgd_frame_decode_bitmaps(head + MGD_FRAME_HEADER_BYTES, out, err) : 0;
+}
+
+static int encode_decode(struct mgd_frame frame, struct mgd_frame *out, struct mgd_error *err)
+{
+	uint64_t hashes[MGD_CHUNK_BLOCKS] = { 11, 22, 33 };
+	uint8_t head[MGD_FRAME_HEAD_MAX_BYTES] = { 0 };
+	uint32_t block_count = frame.block_count;
+
+	if (frame.block_count > MGD_CHUNK_BLOCKS)
+		frame.block_count = MGD_CHUNK_BLOCKS; /* more has no room in a frame: only a liar's header can say it */
+	mgd_frame_encode(&frame, hashes, secret, head);
+	memcpy(head + 12, &block_count, sizeof(block_count));
+	return decode(head, out, err);
+}
+
+static void test_round_trip(void)
+{
+	struct mgd_frame frame = sample(), out;
+	uint64_t hashes[3] = { 11, 22, 33 };
+	uint8_t head[MGD_FRAME_HEAD_MAX_BYTES];
+	struct mgd_error err;
+
+	CHECK_EQUAL(mgd_frame_encode(&frame, hashes, secret, head), MGD_FRAME_HEADER_BYTES + 2 * 8 * 3);
+	CHECK_OK(decode(head, &out, &err), err);
+	CHECK_EQUAL(out.first_block, frame.first_block);
+	CHECK_EQUAL(out.block_count, frame.block_count);
+	CHECK_EQUAL(out.payload_bytes, frame.payload_bytes);
+	CHECK(!memcmp(out.present, frame.present, sizeof(out.present)));
+	CHECK(!memcmp(out.zero, frame.zero, sizeof(out.zero)));
+	CHECK_EQUAL(mgd_frame_present_count(&out), 3);
+	CHECK(out.check == frame.check && out.check == mgd_frame_check(&out, hashes, secret));
+}
+
+static void test_check_covers_everything(void)
+{
+	struct mgd_frame frame = sample();
+	uint64_t hashes[3] = { 11, 22, 33 };
+	uint8_t head[MGD_FRAME_HEAD_MAX_BYTES], other[MGD_SECRET_BYTES];
+	size_t bytes = mgd_frame_encode(&frame, hashes, secret, head);
+
+	/* Any bit of header or bitmaps: refused, or the check no longer fits. */
+	for (size_t bit = 0; bit < bytes * 8; bit++) {
+		struct mgd_frame out;
+
+		head[bit / 8] ^= (uint8_t)(1 << bit % 8);
+		if (!decode(head, &out, NULL) && mgd_frame_present_count(&out) == 3)
+			CHECK(out.check != mgd_frame_check(&out, hashes, secret));
+		head[bit / 8] ^= (uint8_t)(1 << bit % 8);
+	}
+	hashes[2]++;
+	CHECK(frame.check != mgd_frame_check(&frame, hashes, secret));
+	hashes[2]--;
+	memcpy(other, secret, sizeof(other));
+	other[100]++;
+	CHECK(frame.check != mgd_frame_check(&frame, hashes, other));
+}
+
+static void test_other_kinds(void)
+{
+	struct mgd_frame barrier = { .kind = MGD_FRAME_BARRIER, .first_block = 7 }, out;
+	struct mgd_frame demand = { .kind = MGD_FRAME_DEMAND, .region = 1, .first_block = 262144 };
+	struct mgd_error err;
+
+	CHECK_OK(encode_decode(barrier, &out, &err), err);
+	CHECK_EQUAL(out.first_block, 7);
+	CHECK_OK(encode_decode(demand, &out, &err), err);
+	CHECK_EQUAL(out.region, 1);
+	barrier.block_count = 1;
+	CHECK_FAILS(encode_decode(barrier, &out, &err), err, MGD_ERR_PEER);
+	demand.first_block++;
+	CHECK_FAILS(encode_decode(demand, &out, &err), err, MGD_ERR_PEER); /* not the start of a page */
+	demand.first_block = 2 * 262144;
+	CHECK_FAILS(encode_decode(demand, &out, &err), err, MGD_ERR_PEER); /* beyond the region */
+	demand.first_block = 0;
+	demand.flags = MGD_FRAME_FINAL;
+	CHECK_FAILS(encode_decode(demand, &out, &err), err, MGD_ERR_PEER);
+}
+
+#define REFUSED(change)                                                                                                \
+	do {                                                                                                           \
+		struct mgd_frame frame = sample(), out;                                                                \
+		struct mgd_error err;                                                                                  \
+		change;                                                                                                \
+		CHECK_FAILS(encode_decode(frame, &out, &err), err, MGD_ERR_PEER);                                      \
+		CHECK(err.message[0]);                                                                                 \
+	} while (0)
+
+static void test_bad_fields(void)
+{
+	REFUSED(frame.kind = 0);
+	REFUSED(frame.kind = 4);
+	REFUSED(frame.flags = 8);
+	REFUSED(frame.region = 4);
+	REFUSED(frame.region = UINT32_MAX);
+	REFUSED(frame.block_count = 0);
+	REFUSED(frame.block_count = 513);
+	REFUSED(frame.block_count = UINT32_MAX);
+	REFUSED(frame.first_block = 4 * 512);
+	REFUSED(frame.first_block = UINT64_MAX);
+	REFUSED(frame.first_block = UINT64_MAX - 100);
+	REFUSED(frame.first_block = 512 + 400); /* crosses a chunk */
+	REFUSED((frame.region = 2, frame.first_block = 900)); /* crosses the region's end */
+	REFUSED(frame.payload_bytes--);
+	REFUSED(frame.payload_bytes += MGD_BLOCK_BYTES);
+	REFUSED(frame.payload_bytes = UINT32_MAX);
+	REFUSED(frame.sequence = 1);
+	REFUSED(frame.flags = MGD_FRAME_PAGE_END);
+	REFUSED(frame.present[0] |= 2); /* present and zero */
+	REFUSED(frame.zero[2] |= 1 << 2); /* beyond block_count */
+	REFUSED((frame.present[2] |= 1 << 5, frame.payload_bytes += MGD_BLOCK_BYTES));
+	REFUSED((frame.flags = MGD_FRAME_COMPRESSED)); /* as long as the blocks */
+	REFUSED((frame.flags = MGD_FRAME_COMPRESSED, frame.payload_bytes = 0));
+}
+
+static void test_magic_and_version(void)
+{
+	struct mgd_frame frame = sample(), out;
+	uint64_t hashes[3] = { 0 };
+	uint8_t head[MGD_FRAME_HEAD_MAX_BYTES];
+	struct mgd_error err;
+
+	mgd_frame_encode(&frame, hashes, secret, head);
+	head[0]++;
+	CHECK_FAILS(decode(head, &out, &err), err, MGD_ERR_PEER);
+	head[0]--;
+	head[4]++;
+	CHECK_FAILS(decode(head, &out, &err), err, MGD_ERR_PEER);
+}
+
+static void test_final_frames_cover_whole_pages(void)
+{
+	struct mgd_frame out, whole = { .kind = MGD_FRAME_PAGES, .flags = MGD_FRAME_FINAL, .block_count = 512 };
+	struct mgd_error err;
+
+	CHECK_OK(encode_decode(whole, &out, &err), err);
+	whole.block_count = 511;
+	CHECK_FAILS(encode_decode(whole, &out, &err), err, MGD_ERR_PEER);
+	whole.region = 3;
+	whole.first_block = 32;
+	whole.block_count = 48;
+	CHECK_OK(encode_decode(whole, &out, &err), err);
+	whole.first_block = 33;
+	CHECK_FAILS(encode_decode(whole, &out, &err), err, MGD_ERR_PEER);
+}
+
+static void test_large_page_sequence(void)
+{
+	struct mgd_frame out, last = { .kind = MGD_FRAME_PAGES,
+				       .flags = MGD_FRAME_FINAL | MGD_FRAME_PAGE_END,
+				       .region = 1,
+				       .block_count = 512,
+				       .first_block = 2 * 262144 - 512,
+				       .sequence = 511 };
+	struct mgd_error err;
+
+	CHECK_OK(encode_decode(last, &out, &err), err);
+	last.sequence = 510;
+	CHECK_FAILS(encode_decode(last, &out, &err), err, MGD_ERR_PEER);
+	last.sequence = 511;
+	last.flags = MGD_FRAME_FINAL; /* the end not marked */
+	CHECK_FAILS(encode_decode(last, &out, &err), err, MGD_ERR_PEER);
+	last.first_block -= 512;
+	last.sequence = 510;
+	CHECK_OK(encode_decode(last, &out, &err), err);
+	last.flags |= MGD_FRAME_PAGE_END; /* too early */
+	CHECK_FAILS(encode_decode(last, &out, &err), err, MGD_ERR_PEER);
+}
+
+static void test_zero_and_hash(void)
+{
+	uint8_t block[MGD_BLOCK_BYTES] = { 0 };
+	uint64_t zeros = mgd_block_hash(block, secret);
+
+	CHECK(mgd_block_is_zero(block));
+	for (size_t at = 0; at < sizeof(block); at++) {
+		block[at] = 1;
+		CHECK(!mgd_block_is_zero(block));
+		CHECK(mgd_block_hash(block, secret) != zeros);
+		block[at] = 0;
+	}
+}
+
+int main(void)
+{
+	fill_secret(secret);
+	RUN(test_round_trip);
+	RUN(test_check_covers_everything);
+	RUN(test_other_kinds);
+	RUN(test_bad_fields);
+	RUN(test_magic_and_version);
+	RUN(test_final_frames_cover_whole_pages);
+	RUN(test_large_page_sequence);
+	RUN(test_zero_and_hash);
+	return 0;
+}

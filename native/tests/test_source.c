@@ -1,0 +1,312 @@
+// SPDX-License-Identifier: MIT
+/* The source engine in pre-copy: what is sent, what is not, and that it is what the guest had. */
+#include "source_peer.h"
+
+static void mark_populated(struct peer *peer)
+{
+	struct mgd_error err;
+
+	CHECK_OK(mgd_source_mark_populated(peer->source, NULL, &err), err);
+}
+
+/* A guest with blocks 3, 700 and 1500 written, sent once. */
+static struct peer *sent_once(uint32_t streams)
+{
+	struct peer *peer = peer_create(8 * MIB, 4 * KIB, 2 * MIB, streams);
+
+	peer_connect(peer);
+	guest_write(peer, 3, 1);
+	guest_write(peer, 700, 1);
+	guest_write(peer, 1500, 1);
+	peer_scan(peer, 1);
+	mark_populated(peer);
+	peer_round(peer, 1);
+	return peer;
+}
+
+static void test_zero_and_absent_blocks_are_not_sent(void)
+{
+	struct peer *peer = peer_create(8 * MIB, 4 * KIB, 2 * MIB, 2);
+
+	peer_connect(peer);
+	guest_write(peer, 3, 1);
+	guest_write(peer, 2047, 1);
+	guest_zero(peer, 10); /* there, but zero */
+	mark_populated(peer);
+	CHECK_EQUAL(peer_stats(peer).dirty_bytes, 3 * BLOCK);
+	peer_round(peer, 1);
+	CHECK_EQUAL(peer_stats(peer).read_bytes, 3 * BLOCK); /* the rest is holes: not even looked at */
+	CHECK_EQUAL(peer_stats(peer).sent_blocks, 2);
+	CHECK_EQUAL(peer_stats(peer).zero_blocks, 0);
+	CHECK_EQUAL(peer_stats(peer).dirty_bytes, 0);
+	peer_check_same(peer);
+	peer_destroy(peer);
+}
+
+static void test_reading_populates_nothing(void)
+{
+	struct peer *peer = peer_create(64 * MIB, 2 * MIB, 2 * MIB, 1);
+	off_t data;
+
+	peer_connect(peer);
+	for (uint64_t block = 0; block < peer_block_count(peer); block++)
+		guest_report(peer, block);
+	peer_scan(peer, 0);
+	peer_round(peer, 1);
+	CHECK_EQUAL(peer_stats(peer).read_bytes, 64 * MIB);
+	data = lseek(peer->memory_fd, 0, SEEK_DATA);
+	CHECK_EQUAL(data, -1);
+	peer_destroy(peer);
+}
+
+static void test_unchanged_blocks_are_not_sent(void)
+{
+	struct peer *peer = sent_once(2);
+	struct mgd_source_stats before = peer_stats(peer), after;
+
+	guest_report(peer, 3);
+	guest_report(peer, 700);
+	peer_scan(peer, 0);
+	peer_round(peer, 2);
+	after = peer_stats(peer);
+	CHECK_EQUAL(after.sent_blocks, before.sent_blocks);
+	CHECK_EQUAL(after.unchanged_blocks - before.unchanged_blocks, 2);
+	/* Two barriers, no frame. */
+	CHECK_EQUAL(after.wire_bytes - before.wire_bytes, 2 * MGD_FRAME_HEADER_BYTES);
+	peer_destroy(peer);
+}
+
+static void test_only_changed_blocks_of_a_huge_page_are_sent(void)
+{
+	struct peer *peer = peer_create(8 * MIB, 2 * MIB, 2 * MIB, 1);
+
+	peer_connect(peer);
+	for (uint64_t block = 0; block < 1024; block++)
+		guest_write_quietly(peer, block, 1);
+	mark_populated(peer);
+	peer_round(peer, 1);
+	CHECK_EQUAL(peer_stats(peer).sent_blocks, 1024);
+	guest_write(peer, 5, 2);
+	guest_write(peer, 700, 2);
+	peer_scan(peer, 0);
+	peer_round(peer, 2);
+	CHECK_EQUAL(peer_stats(peer).sent_blocks, 1026);
+	CHECK_EQUAL(peer_stats(peer).unchanged_blocks, 1022);
+	peer_check_same(peer);
+	peer_destroy(peer);
+}
+
+static void test_a_block_that_becomes_zero_is_told(void)
+{
+	struct peer *peer = sent_once(1);
+
+	guest_zero(peer, 700);
+	peer_scan(peer, 0);
+	peer_round(peer, 2);
+	CHECK_EQUAL(peer_stats(peer).zero_blocks, 1);
+	peer_check_same(peer);
+	guest_write(peer, 700, 3);
+	peer_scan(peer, 0);
+	peer_round(peer, 3);
+	peer_check_same(peer);
+	peer_destroy(peer);
+}
+
+/* Invariant 7: a disk read fills a buffer after the scan that armed its page; nothing reports the page again. */
+static void test_a_quiesced_scan_finds_pinned_buffers(void)
+{
+	struct peer *peer = sent_once(1);
+
+	guest_report(peer, 700); /* pinned for the read: counts as written */
+	peer_scan(peer, 0);
+	peer_round(peer, 2);
+	guest_write_quietly(peer, 700, 2); /* the read arrives */
+	peer_scan(peer, 0);
+	peer_round(peer, 3);
+	CHECK(memcmp(peer->memory + 700 * BLOCK, peer->mirror + 700 * BLOCK, BLOCK)); /* missed, as expected */
+	peer_scan(peer, 1);
+	CHECK_EQUAL(peer_stats(peer).dirty_bytes, BLOCK);
+	peer_round(peer, 4);
+	peer_check_same(peer);
+	peer_scan(peer, 1);
+	CHECK_EQUAL(peer_stats(peer).dirty_bytes, 0); /* the set starts anew */
+	peer_destroy(peer);
+}
+
+struct scribbler {
+	struct peer *peer;
+	bool stop;
+};
+
+static void *scribble(void *argument)
+{
+	struct scribbler *scribbler = argument;
+	uint64_t random = 88172645463325252ull, version = 100;
+
+	while (!__atomic_load_n(&scribbler->stop, __ATOMIC_RELAXED)) {
+		uint64_t *word;
+
+		random ^= random << 13;
+		random ^= random >> 7;
+		random ^= random << 17;
+		/* One word at a time, in the middle of whatever the engine is doing with the block. */
+		word = (uint64_t *)(scribbler->peer->memory + random % scribbler->peer->bytes / 8 * 8);
+		__atomic_store_n(word, ++version, __ATOMIC_RELAXED);
+	}
+	return NULL;
+}
+
+static void test_hash_and_send_see_the_same_bytes(void)
+{
+	struct peer *peer = peer_create(4 * MIB, 2 * MIB, 2 * MIB, 2);
+	struct scribbler scribbler = { .peer = peer };
+	pthread_t thread;
+
+	peer_connect(peer);
+	for (uint64_t block = 0; block < peer_block_count(peer); block++)
+		guest_write(peer, block, 1);
+	CHECK(!pthread_create(&thread, NULL, scribble, &scribbler));
+	for (uint64_t round = 1; round <= 20; round++) {
+		for (uint64_t block = 0; block < peer_block_count(peer); block++)
+			guest_report(peer, block);
+		peer_scan(peer, 0);
+		peer_round(peer, round);
+	}
+	__atomic_store_n(&scribbler.stop, true, __ATOMIC_RELAXED);
+	pthread_join(thread, NULL);
+	peer_scan(peer, 1);
+	peer_round(peer, 21);
+	peer_check_same(peer);
+	peer_destroy(peer);
+}
+
+static void test_many_streams_and_a_region_that_ends_inside_a_chunk(void)
+{
+	struct peer *peer = peer_create(33 * MIB + 64 * KIB, 4 * KIB, 4 * KIB, 5);
+
+	peer_connect(peer);
+	for (uint64_t version = 1; version < 4; version++) {
+		for (uint64_t block = version; block < peer_block_count(peer); block += version * 3)
+			guest_write(peer, block, version);
+		guest_write(peer, peer_block_count(peer) - 1, version);
+		peer_scan(peer, 0);
+		peer_round(peer, version);
+		peer_check_same(peer);
+	}
+	peer_destroy(peer);
+}
+
+/* 1 TiB of which nothing is there but two blocks. */
+static void test_sparse_memory_costs_nothing(void)
+{
+	struct mgd_source_region region = { .page_bytes = 4 * KIB, .host_page_bytes = 2 * MIB, .size_bytes = 1024 * GIB };
+	struct mgd_source_stats stats;
+	struct mgd_source *source;
+	struct mgd_error err;
+	uint64_t word = 1;
+
+	region.memory_fd = memfd_create("sparse", MFD_CLOEXEC);
+	CHECK(!ftruncate(region.memory_fd, (off_t)region.size_bytes));
+	CHECK(pwrite(region.memory_fd, &word, 8, 512 * (off_t)GIB) == 8);
+	CHECK(pwrite(region.memory_fd, &word, 8, 1024 * (off_t)GIB - 8) == 8);
+	CHECK_OK(mgd_source_create(&region, 1, 1, peer_secret, &source, &err), err);
+	CHECK_OK(mgd_source_mark_populated(source, NULL, &err), err);
+	mgd_source_stats(source, &stats);
+	CHECK_EQUAL(stats.dirty_bytes, 2 * BLOCK);
+	CHECK(stats.table_bytes < region.size_bytes / 200); /* 0.5 % even if all of it were there */
+	mgd_source_destroy(source);
+	close(region.memory_fd);
+}
+
+static void test_wrong_calls_are_refused(void)
+{
+	struct peer *peer = peer_create(4 * MIB, 4 * KIB, 2 * MIB, 1);
+	struct mgd_source_region region = { .memory_fd = peer->memory_fd, .page_bytes = 4 * KIB, .host_page_bytes = 2 * MIB };
+	struct mgd_source *other;
+	struct mgd_error err;
+	uint64_t stale;
+	uint8_t map[8];
+
+	CHECK_FAILS(mgd_source_round(peer->source, 1, &err), err, MGD_ERR_ARGUMENT); /* no streams */
+	CHECK_FAILS(mgd_source_serve(peer->source, 1, &err), err, MGD_ERR_ARGUMENT);
+	CHECK_FAILS(mgd_source_stale_map(peer->source, 0, 0, map, 1, &err), err, MGD_ERR_ARGUMENT);
+	CHECK_FAILS(mgd_source_lacking_begin(peer->source, &err), err, MGD_ERR_ARGUMENT);
+	CHECK_FAILS(mgd_source_add_stream(peer->source, 1, dup(peer->memory_fd), &err), err, MGD_ERR_ARGUMENT);
+	CHECK_OK(mgd_source_freeze(peer->source, &stale, &err), err);
+	CHECK_EQUAL(stale, 0);
+	CHECK_FAILS(mgd_source_freeze(peer->source, &stale, &err), err, MGD_ERR_ARGUMENT);
+	CHECK_FAILS(mgd_source_round(peer->source, 1, &err), err, MGD_ERR_ARGUMENT);
+	CHECK_FAILS(mgd_source_mark_populated(peer->source, NULL, &err), err, MGD_ERR_ARGUMENT);
+	CHECK_FAILS(mgd_source_stale_map(peer->source, 0, 4, map, 1, &err), err, MGD_ERR_ARGUMENT);
+	CHECK_FAILS(mgd_source_stale_map(peer->source, 0, 0, map, 2, &err), err, MGD_ERR_ARGUMENT);
+	CHECK_FAILS(mgd_source_stale_map(peer->source, 1, 0, map, 1, &err), err, MGD_ERR_ARGUMENT);
+	for (int wrong = 0; wrong < 3; wrong++) {
+		const uint64_t sizes[] = { 0, 3 * MIB, 4 * MIB + 1 };
+
+		region.size_bytes = sizes[wrong];
+		CHECK_FAILS(mgd_source_create(&region, 1, 1, peer_secret, &other, &err), err, MGD_ERR_ARGUMENT);
+	}
+	peer_destroy(peer);
+}
+
+/* Invariant 1: once connections were lost in pre-copy the table says more than is true. */
+static void test_lost_connections_in_precopy_end_it(void)
+{
+	struct peer *peer = sent_once(2);
+	struct mgd_error err;
+	uint64_t stale;
+
+	peer_disconnect(peer);
+	peer_connect(peer);
+	CHECK_FAILS(mgd_source_round(peer->source, 2, &err), err, MGD_ERR_ARGUMENT);
+	CHECK_FAILS(mgd_source_freeze(peer->source, &stale, &err), err, MGD_ERR_ARGUMENT);
+	peer_destroy(peer);
+}
+
+static void test_a_lost_stream_is_told(void)
+{
+	struct peer *peer = sent_once(1);
+	struct mgd_error err;
+	struct mgd_event event;
+
+	mgd_channel_shutdown(peer_slot(peer, 0)->channel);
+	for (uint64_t block = 0; block < peer_block_count(peer); block++)
+		guest_write(peer, block, 2);
+	peer_scan(peer, 0);
+	CHECK_OK(mgd_source_round(peer->source, 2, &err), err);
+	event = peer_event(peer, MGD_EVENT_STREAM_LOST);
+	CHECK_EQUAL(event.stream, 0);
+	CHECK_EQUAL(event.error.kind, MGD_ERR_CLOSED);
+	peer_destroy(peer);
+}
+
+static void test_memory_that_ends_is_told(void)
+{
+	struct peer *peer = sent_once(1);
+	struct mgd_error err;
+
+	guest_report(peer, 1500);
+	peer_scan(peer, 0);
+	CHECK(!ftruncate(peer->memory_fd, 4096));
+	CHECK_OK(mgd_source_round(peer->source, 2, &err), err);
+	CHECK_EQUAL(peer_event(peer, MGD_EVENT_FAILED).error.kind, MGD_ERR_OS);
+	peer_destroy(peer);
+}
+
+int main(void)
+{
+	RUN(test_zero_and_absent_blocks_are_not_sent);
+	RUN(test_reading_populates_nothing);
+	RUN(test_unchanged_blocks_are_not_sent);
+	RUN(test_only_changed_blocks_of_a_huge_page_are_sent);
+	RUN(test_a_block_that_becomes_zero_is_told);
+	RUN(test_a_quiesced_scan_finds_pinned_buffers);
+	RUN(test_hash_and_send_see_the_same_bytes);
+	RUN(test_many_streams_and_a_region_that_ends_inside_a_chunk);
+	RUN(test_sparse_memory_costs_nothing);
+	RUN(test_wrong_calls_are_refused);
+	RUN(test_lost_connections_in_precopy_end_it);
+	RUN(test_a_lost_stream_is_told);
+	RUN(test_memory_that_ends_is_told);
+	return 0;
+}

@@ -1,0 +1,392 @@
+// SPDX-License-Identifier: MIT
+/* The source engine after the freeze: stale map, demands, drain, claims, reconnect. */
+#include "source_peer.h"
+
+/* All of the guest's blocks `step` apart written and sent, then some of them (`again` apart) written once more and frozen:
+ * returns the stale pages. */
+static uint64_t freeze_some(struct peer *peer, uint64_t step, uint64_t again)
+{
+	struct mgd_error err;
+	uint64_t stale;
+
+	peer_connect(peer);
+	for (uint64_t block = 0; block < peer_block_count(peer); block += step)
+		guest_write(peer, block, 1);
+	peer_scan(peer, 1);
+	peer_round(peer, 1);
+	for (uint64_t block = 0; block < peer_block_count(peer); block += again)
+		guest_write(peer, block, 2);
+	peer_scan(peer, 1);
+	CHECK_OK(mgd_source_freeze(peer->source, &stale, &err), err);
+	return stale;
+}
+
+static uint8_t *stale_map(struct peer *peer, size_t *out_bytes)
+{
+	uint64_t pages = peer->bytes / peer->host_page_bytes;
+	struct mgd_error err;
+	uint8_t *map;
+
+	*out_bytes = (pages + 7) / 8;
+	map = calloc(*out_bytes, 1);
+	CHECK(map);
+	/* In two pieces, as it travels. */
+	CHECK_OK(mgd_source_stale_map(peer->source, 0, 0, map, *out_bytes / 2, &err), err);
+	CHECK_OK(mgd_source_stale_map(peer->source, 0, *out_bytes / 2 * 8, map + *out_bytes / 2,
+				      *out_bytes - *out_bytes / 2, &err), err);
+	return map;
+}
+
+static void check_each_stale_page_came(const struct peer *peer, const uint8_t *map, int times)
+{
+	for (uint64_t page = 0; page < peer->bytes / peer->host_page_bytes; page++)
+		CHECK_EQUAL(peer->finals[page], map[page / 8] >> (page % 8) & 1 ? times : 0);
+}
+
+static void serve(struct peer *peer, int drain)
+{
+	struct mgd_error err;
+
+	CHECK_OK(mgd_source_serve(peer->source, drain, &err), err);
+}
+
+struct grain {
+	uint64_t bytes, page_bytes, host_page_bytes;
+	uint64_t step, again;
+};
+
+static const struct grain grains[] = {
+	{ 16 * MIB, 2 * MIB, 2 * MIB, 1, 700 },
+	{ 16 * MIB, 4 * KIB, 2 * MIB, 3, 350 },
+	{ 8 * MIB, 4 * KIB, 4 * KIB, 1, 3 },
+	{ 8 * MIB, 2 * MIB, 4 * KIB, 5, 700 },
+	{ 8 * MIB, 4 * KIB, 64 * KIB, 2, 50 },
+	{ 2 * GIB, 2 * MIB, 1 * GIB, 100000, 150000 },
+	{ 2 * GIB, 4 * KIB, 1 * GIB, 999, 30000 },
+};
+#define GRAIN_COUNT (sizeof(grains) / sizeof(grains[0]))
+
+static struct peer *grain_create(const struct grain *grain)
+{
+	return peer_create(grain->bytes, grain->page_bytes, grain->host_page_bytes, 2);
+}
+
+static void test_the_drain_brings_each_stale_page_once(void)
+{
+	for (size_t i = 0; i < GRAIN_COUNT; i++) {
+		struct peer *peer = grain_create(&grains[i]);
+		uint64_t stale = freeze_some(peer, grains[i].step, grains[i].again);
+		uint64_t sent_before = peer_stats(peer).sent_blocks;
+		size_t bytes;
+		uint8_t *map = stale_map(peer, &bytes);
+
+		CHECK(stale > 0);
+		CHECK_EQUAL(peer_stats(peer).stale_pages_left, stale);
+		serve(peer, 1);
+		peer_event(peer, MGD_EVENT_ALL_SENT);
+		peer_wait(peer, &peer->final_pages, stale);
+		peer_disconnect(peer);
+		CHECK_EQUAL(peer->final_pages, stale);
+		CHECK_EQUAL(peer_stats(peer).stale_pages_left, 0);
+		check_each_stale_page_came(peer, map, 1);
+		/* Changed blocks and no others. */
+		CHECK_EQUAL(peer_stats(peer).sent_blocks - sent_before,
+			    (peer_block_count(peer) + grains[i].again - 1) / grains[i].again);
+		peer_check_same(peer);
+		free(map);
+		peer_destroy(peer);
+	}
+}
+
+static void test_demands_alone_bring_everything(void)
+{
+	for (size_t i = 0; i < GRAIN_COUNT; i++) {
+		struct peer *peer = grain_create(&grains[i]);
+		uint64_t stale = freeze_some(peer, grains[i].step, grains[i].again);
+		size_t bytes;
+		uint8_t *map = stale_map(peer, &bytes);
+
+		serve(peer, 0);
+		for (uint64_t page = 0; page < peer->bytes / peer->host_page_bytes; page++)
+			if (map[page / 8] >> (page % 8) & 1)
+				peer_demand(peer, page);
+		peer_event(peer, MGD_EVENT_ALL_SENT);
+		peer_wait(peer, &peer->final_pages, stale);
+		peer_disconnect(peer);
+		CHECK_EQUAL(peer->urgent_pages, stale);
+		CHECK_EQUAL(peer_stats(peer).demanded_pages, stale);
+		CHECK_EQUAL(peer_stats(peer).drain_bytes, 0);
+		check_each_stale_page_came(peer, map, 1);
+		peer_check_same(peer);
+		free(map);
+		peer_destroy(peer);
+	}
+}
+
+/* Demands from the far end while the drain runs: each page is claimed by one of them. */
+static void test_demands_and_drain_do_not_send_a_page_twice(void)
+{
+	for (size_t i = 0; i < GRAIN_COUNT; i++) {
+		struct peer *peer = grain_create(&grains[i]);
+		uint64_t stale = freeze_some(peer, grains[i].step, grains[i].again);
+		size_t bytes;
+		uint8_t *map = stale_map(peer, &bytes);
+
+		/* Some demands come before the order to serve. */
+		for (uint64_t page = peer->bytes / peer->host_page_bytes; page-- > 0;) {
+			if (map[page / 8] >> (page % 8) & 1)
+				peer_demand(peer, page);
+			if (page == peer->bytes / peer->host_page_bytes * 9 / 10)
+				serve(peer, 1);
+		}
+		peer_event(peer, MGD_EVENT_ALL_SENT);
+		peer_wait(peer, &peer->final_pages, stale);
+		peer_disconnect(peer);
+		CHECK_EQUAL(peer->final_pages, stale);
+		check_each_stale_page_came(peer, map, 1);
+		peer_check_same(peer);
+		free(map);
+		peer_destroy(peer);
+	}
+}
+
+/* Only dirty, not changed: the page still has to be told, or it would never become current. */
+static void test_a_stale_page_without_changes_is_told(void)
+{
+	struct peer *peer = peer_create(8 * MIB, 2 * MIB, 2 * MIB, 1);
+	struct mgd_error err;
+	uint64_t stale;
+
+	peer_connect(peer);
+	guest_write(peer, 600, 1);
+	peer_scan(peer, 1);
+	peer_round(peer, 1);
+	guest_report(peer, 600);
+	peer_scan(peer, 1);
+	CHECK_OK(mgd_source_freeze(peer->source, &stale, &err), err);
+	CHECK_EQUAL(stale, 1);
+	serve(peer, 1);
+	peer_event(peer, MGD_EVENT_ALL_SENT);
+	peer_wait(peer, &peer->final_pages, 1);
+	CHECK_EQUAL(peer->finals[1], 1);
+	CHECK_EQUAL(peer_stats(peer).sent_blocks, 1);
+	peer_destroy(peer);
+}
+
+static void test_nothing_stale_is_all_sent_at_once(void)
+{
+	struct peer *peer = peer_create(8 * MIB, 2 * MIB, 2 * MIB, 1);
+	uint64_t stale;
+	struct mgd_error err;
+
+	peer_connect(peer);
+	CHECK_OK(mgd_source_freeze(peer->source, &stale, &err), err);
+	serve(peer, 0);
+	peer_event(peer, MGD_EVENT_ALL_SENT);
+	peer_destroy(peer);
+}
+
+/* The drain may be held back as much as the user likes: a page the guest waits for is not. */
+static void test_a_demanded_page_is_exempt_from_the_limits(void)
+{
+	struct peer *peer = peer_create(4 * MIB, 2 * MIB, 2 * MIB, 1);
+	uint64_t stale = freeze_some(peer, 1, 1);
+
+	CHECK_EQUAL(stale, 2);
+	mgd_source_set_bandwidth(peer->source, 0, 1); /* a byte a second */
+	serve(peer, 1);
+	/* Whichever of the two the drain has claimed: it hurries, and the other goes the urgent way. */
+	peer_demand(peer, 0);
+	peer_demand(peer, 1);
+	peer_wait(peer, &peer->final_pages, 2);
+	peer_event(peer, MGD_EVENT_ALL_SENT);
+	peer_check_same(peer);
+	peer_destroy(peer);
+}
+
+static void test_a_limit_is_lifted_live(void)
+{
+	struct peer *peer = peer_create(4 * MIB, 2 * MIB, 2 * MIB, 2);
+
+	freeze_some(peer, 1, 1);
+	mgd_source_set_bandwidth(peer->source, 1, 1);
+	serve(peer, 1);
+	mgd_source_set_bandwidth(peer->source, 0, 0);
+	peer_event(peer, MGD_EVENT_ALL_SENT);
+	peer_wait(peer, &peer->final_pages, 2);
+	peer_check_same(peer);
+	peer_destroy(peer);
+}
+
+static void test_a_throttled_source_ends_at_once(void)
+{
+	struct peer *peer = peer_create(4 * MIB, 2 * MIB, 2 * MIB, 2);
+
+	freeze_some(peer, 1, 1);
+	mgd_source_set_bandwidth(peer->source, 1, 0);
+	serve(peer, 1);
+	peer_destroy(peer); /* the test's own limit is the check */
+}
+
+/* Tell the source what is lacking, as the target would: stale pages that did not become current. */
+static uint64_t tell_lacking(struct peer *peer, const uint8_t *map, size_t bytes)
+{
+	uint8_t *lacking = calloc(bytes, 1);
+	struct mgd_error err;
+	uint64_t count = 0;
+
+	CHECK(lacking);
+	for (uint64_t page = 0; page < peer->bytes / peer->host_page_bytes; page++) {
+		if (!(map[page / 8] >> (page % 8) & 1) || peer->finals[page])
+			continue;
+		lacking[page / 8] |= (uint8_t)(1 << page % 8);
+		count++;
+	}
+	CHECK_OK(mgd_source_lacking_begin(peer->source, &err), err);
+	CHECK_OK(mgd_source_lacking(peer->source, 0, 0, lacking, bytes / 2, &err), err);
+	CHECK_OK(mgd_source_lacking(peer->source, 0, bytes / 2 * 8, lacking + bytes / 2, bytes - bytes / 2, &err), err);
+	free(lacking);
+	return count;
+}
+
+/* All may have been written out, though not received, before the cut. */
+static void forget_events(struct peer *peer)
+{
+	struct mgd_event event;
+
+	while (mgd_source_next_event(peer->source, &event))
+		CHECK(event.kind == MGD_EVENT_STREAM_LOST || event.kind == MGD_EVENT_ALL_SENT);
+}
+
+static void test_reconnect_goes_on_from_what_is_lacking(void)
+{
+	for (size_t i = 0; i < GRAIN_COUNT; i++) {
+		struct peer *peer = grain_create(&grains[i]);
+		uint64_t stale = freeze_some(peer, grains[i].step, grains[i].again);
+		uint64_t lacking;
+		size_t bytes;
+		uint8_t *map = stale_map(peer, &bytes);
+
+		/* The network fails half-way, wherever that is. */
+		peer->stop_after_finals = (stale + 1) / 2;
+		serve(peer, 1);
+		peer_wait(peer, &peer->final_pages, peer->stop_after_finals);
+		peer_disconnect(peer);
+		forget_events(peer);
+		peer->stop_after_finals = 0;
+		lacking = tell_lacking(peer, map, bytes);
+		CHECK_EQUAL(peer_stats(peer).stale_pages_left, lacking);
+		CHECK_EQUAL(peer->final_pages + lacking, stale);
+		peer_connect(peer);
+		serve(peer, 1);
+		peer_event(peer, MGD_EVENT_ALL_SENT);
+		peer_wait(peer, &peer->final_pages, stale);
+		peer_disconnect(peer);
+		check_each_stale_page_came(peer, map, 1);
+		peer_check_same(peer);
+		free(map);
+		peer_destroy(peer);
+	}
+}
+
+/* The source agent has crashed: a new engine knows no hashes, and sends all there is of what is lacking. */
+static void test_freeze_whole_sends_all_and_tells_zeros(void)
+{
+	struct peer *peer = peer_create(8 * MIB, 2 * MIB, 2 * MIB, 1);
+	uint64_t stale = freeze_some(peer, 1, 512);
+	struct mgd_error err;
+	size_t bytes;
+	uint8_t *map = stale_map(peer, &bytes);
+
+	CHECK_EQUAL(stale, 4);
+	memset(peer->memory + 600 * BLOCK, 0, BLOCK);
+	peer_disconnect(peer);
+	mgd_source_destroy(peer->source);
+	peer_new_source(peer);
+	CHECK_OK(mgd_source_freeze_whole(peer->source, &err), err);
+	map[0] &= (uint8_t)~1; /* page 0 has arrived before */
+	CHECK_EQUAL(tell_lacking(peer, map, bytes), 3);
+	peer_connect(peer);
+	serve(peer, 1);
+	peer_event(peer, MGD_EVENT_ALL_SENT);
+	peer_wait(peer, &peer->final_pages, 3);
+	CHECK_EQUAL(peer_stats(peer).sent_blocks, 3 * 512 - 1);
+	CHECK_EQUAL(peer_stats(peer).zero_blocks, 1);
+	CHECK(!memcmp(peer->memory + 2 * MIB, peer->mirror + 2 * MIB, 6 * MIB));
+	free(map);
+	peer_destroy(peer);
+}
+
+static void test_a_bad_lacking_map_is_refused(void)
+{
+	struct peer *peer = peer_create(4 * MIB, 2 * MIB, 2 * MIB, 1);
+	const uint8_t beyond = 4;
+	struct mgd_error err;
+
+	freeze_some(peer, 1, 1);
+	CHECK_FAILS(mgd_source_lacking_begin(peer->source, &err), err, MGD_ERR_ARGUMENT); /* connected */
+	peer_disconnect(peer);
+	CHECK_OK(mgd_source_lacking_begin(peer->source, &err), err);
+	CHECK_FAILS(mgd_source_lacking(peer->source, 0, 0, &beyond, 1, &err), err, MGD_ERR_PEER);
+	CHECK_FAILS(mgd_source_lacking(peer->source, 0, 8, &beyond, 1, &err), err, MGD_ERR_ARGUMENT);
+	CHECK_FAILS(mgd_source_lacking(peer->source, 0, UINT64_MAX - 7, &beyond, 1, &err), err, MGD_ERR_ARGUMENT);
+	peer_destroy(peer);
+}
+
+/* What the peer must not say on the urgent connection ends that connection, named, and nothing else. */
+static void check_urgent_refuses(const void *bytes, size_t length)
+{
+	struct peer *peer = peer_create(4 * MIB, 2 * MIB, 2 * MIB, 1);
+	struct iovec iov = { (void *)bytes, length };
+	struct mgd_error err;
+	struct mgd_event event;
+
+	peer_connect(peer);
+	guest_write(peer, 600, 1);
+	peer_scan(peer, 1);
+	CHECK_OK(mgd_source_freeze(peer->source, &(uint64_t){ 0 }, &err), err);
+	serve(peer, 0);
+	CHECK_OK(mgd_channel_send(peer_slot(peer, MGD_STREAM_URGENT)->channel, &iov, 1, &err), err);
+	event = peer_event(peer, MGD_EVENT_STREAM_LOST);
+	CHECK_EQUAL(event.stream, MGD_STREAM_URGENT);
+	CHECK_EQUAL(event.error.kind, MGD_ERR_PEER);
+	serve(peer, 1); /* the drain lives on */
+	peer_event(peer, MGD_EVENT_ALL_SENT);
+	peer_wait(peer, &peer->final_pages, 1);
+	peer_destroy(peer);
+}
+
+static void test_what_is_no_demand_is_refused(void)
+{
+	struct mgd_frame demand = { .kind = MGD_FRAME_DEMAND, .first_block = 512 };
+	struct mgd_frame barrier = { .kind = MGD_FRAME_BARRIER };
+	struct mgd_frame current = { .kind = MGD_FRAME_DEMAND, .first_block = 0 };
+	uint8_t head[MGD_FRAME_HEAD_MAX_BYTES];
+	size_t bytes;
+
+	check_urgent_refuses("garbage garbage garbage garbage garbage!", 40);
+	bytes = mgd_frame_encode(&barrier, NULL, peer_secret, head);
+	check_urgent_refuses(head, bytes);
+	bytes = mgd_frame_encode(&current, NULL, peer_secret, head); /* a page that is not stale */
+	check_urgent_refuses(head, bytes);
+	bytes = mgd_frame_encode(&demand, NULL, peer_secret, head);
+	head[35]++; /* the check */
+	check_urgent_refuses(head, bytes);
+}
+
+int main(void)
+{
+	RUN(test_the_drain_brings_each_stale_page_once);
+	RUN(test_demands_alone_bring_everything);
+	RUN(test_demands_and_drain_do_not_send_a_page_twice);
+	RUN(test_a_stale_page_without_changes_is_told);
+	RUN(test_nothing_stale_is_all_sent_at_once);
+	RUN(test_a_demanded_page_is_exempt_from_the_limits);
+	RUN(test_a_limit_is_lifted_live);
+	RUN(test_a_throttled_source_ends_at_once);
+	RUN(test_reconnect_goes_on_from_what_is_lacking);
+	RUN(test_freeze_whole_sends_all_and_tells_zeros);
+	RUN(test_a_bad_lacking_map_is_refused);
+	RUN(test_what_is_no_demand_is_refused);
+	return 0;
+}
