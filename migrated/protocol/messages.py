@@ -113,7 +113,10 @@ class Released(Message, frozen=True, tag="released"):
 
 
 class Abort(Message, frozen=True, tag="abort"):
-    """Both ways, before COMMIT: the session is over, and why."""
+    """The session is over, and why: from the source before COMMIT, from the target before Loaded.
+
+    From the target in answer to Resume(committed=True): it cannot go on, and why; nothing else changes.
+    """
 
     code: str
     message: str
@@ -125,13 +128,13 @@ class Aborted(Message, frozen=True, tag="aborted"):
 
 
 class Ping(Message, frozen=True, tag="ping"):
-    """Both ways: are you there?"""
+    """Both ways: asks for a sign of life."""
 
     sequence: int
 
 
 class Pong(Message, frozen=True, tag="pong"):
-    """Both ways: yes."""
+    """Both ways: the answer to Ping, with its number."""
 
     sequence: int
 

@@ -295,7 +295,7 @@ def expected(role: Role, state: State, way: str) -> list[str]:
 
 
 def mermaid(role: Role) -> str:
-    """The role's table as a mermaid state diagram; dotted notes: lost connections."""
+    """The role's table as a mermaid state diagram, lost connections included."""
     lines = ["stateDiagram-v2", f"    [*] --> {_node(State.IDLE)}"]
     for state, steps in TABLE[role].items():
         merged: dict[State, list[str]] = {}

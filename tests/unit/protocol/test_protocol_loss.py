@@ -7,16 +7,18 @@ import contextlib
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from wired_sessions import HELLO, READY, STRAIGHT, VOCABULARY, Pair, other
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from wired_sessions import NEXT_WORD, STRAIGHT, VOCABULARY, Pair, other
 
 from migrated.errors import RemoteProtocolError
-from migrated.protocol.messages import AnyMessage
+from migrated.protocol.messages import AnyMessage, Commit, Done
 from migrated.protocol.session import Session
 from migrated.protocol.transitions import Role, State
 
 roles = st.sampled_from(Role)
 EVERY = range(len(STRAIGHT))
+#: Where the machine begins: the trouble is in the middle, and random steps seldom get there from the start.
+STARTS = [State.IDLE, State.PRECOPY, State.MAPPED, State.LOADED, State.COMMITTED, State.POSTCOPY, State.DONE]
 
 
 def run(pair: Pair, until: int) -> None:
@@ -123,10 +125,26 @@ class LossyLink(RuleBasedStateMachine):
         self.pair = Pair()
         self.faithful = True
 
-    @rule(role=roles, message=st.sampled_from(VOCABULARY))
-    def say(self, role: Role, message: AnyMessage) -> None:
-        if self.pair.sides[role].may_send(message):
-            self.pair.say(role, message)
+    @initialize(state=st.sampled_from(STARTS), lost=st.sampled_from(["nothing", "everything", "Commit", "Done"]))
+    def begin(self, state: State, lost: str) -> None:
+        self.pair.advance(state)
+        last_word: dict[tuple[State, str], tuple[Role, AnyMessage]] = {
+            (State.LOADED, "Commit"): (Role.SOURCE, Commit()),
+            (State.POSTCOPY, "Done"): (Role.TARGET, Done()),
+        }
+        if (state, lost) in last_word:
+            self.pair.say(*last_word[state, lost])
+        if lost != "nothing":
+            self.lose()
+
+    @rule(turns=st.lists(roles, min_size=1, max_size=4))
+    def go_on(self, turns: list[Role]) -> None:
+        """Say what leads to the end, if anything; what the other side said has arrived before."""
+        for role in turns:
+            self.arrive(other(role), 1.0)
+            message = NEXT_WORD[role].get(self.pair.sides[role].state)
+            if message is not None and self.pair.sides[role].may_send(message):
+                self.pair.say(role, message)
 
     @rule(role=roles, data=st.data())
     def say_something_allowed(self, role: Role, data: st.DataObject) -> None:
@@ -136,6 +154,9 @@ class LossyLink(RuleBasedStateMachine):
 
     @rule(sender=roles, share=st.floats(0, 1))
     def deliver(self, sender: Role, share: float) -> None:
+        self.arrive(sender, share)
+
+    def arrive(self, sender: Role, share: float) -> None:
         """Some of the bytes under way arrive, cut anywhere."""
         waiting = b"".join(self.pair.under_way[sender])
         size = round(len(waiting) * share)
@@ -150,38 +171,43 @@ class LossyLink(RuleBasedStateMachine):
             assert not self.faithful, self.pair.states
             self.lose()
 
-    @rule(sender=roles, data=st.data())
-    def double(self, sender: Role, data: st.DataObject) -> None:
+    @rule(sender=roles, data=st.data(), reorder=st.booleans())
+    def double_or_reorder(self, sender: Role, data: st.DataObject, reorder: bool) -> None:
         frames = self.pair.under_way[sender]
-        if frames:
+        if not frames:
+            return
+        self.faithful = False
+        if reorder:
+            self.pair.under_way[sender] = data.draw(st.permutations(frames))
+        else:
             frames.append(data.draw(st.sampled_from(frames)))
-            self.faithful = False
 
-    @rule(sender=roles, data=st.data())
-    def reorder(self, sender: Role, data: st.DataObject) -> None:
-        if len(self.pair.under_way[sender]) > 1:
-            self.pair.under_way[sender] = data.draw(st.permutations(self.pair.under_way[sender]))
-            self.faithful = False
+    @rule(role=roles, what=st.sampled_from(["cut", "half-open", "crash"]))
+    def break_down(self, role: Role, what: str) -> None:
+        if what == "cut":
+            self.lose()
+        elif what == "half-open":
+            self.one_side_notices(role)
+        else:
+            self.crash(role)
 
-    @rule()
     def lose(self) -> None:
         self.pair.cut()
         self.faithful = True
 
-    @rule(role=roles)
     def one_side_notices(self, role: Role) -> None:
-        """Half-open: the other side goes on talking into the void."""
+        """The other side goes on talking into the void."""
         self.pair.sides[role].connection_lost()
         self.pair.under_way[other(role)].clear()
 
-    @rule(role=roles)
     def crash(self, role: Role) -> None:
-        """The agent is killed and comes back with what its journal says."""
-        state = self.pair.sides[role].connection_lost()
-        self.pair.under_way[other(role)].clear()
-        self.pair.sides[role] = Session(role, state=State.ABORTED) if role is Role.TARGET else self.pair.source
-        if state is not State.ABORTED and not (role is Role.SOURCE and state is State.CLOSED):
-            self.pair.sides[role] = Session(role, state=state, hello=HELLO, ready=READY)
+        """The agent is killed, and comes back with what its journal says."""
+        self.one_side_notices(role)
+        session = self.pair.sides[role]
+        if role is Role.TARGET and session.state is State.ABORTED:
+            self.pair.sides[role] = Session(role, state=State.ABORTED)  # nothing to come back to
+        elif session.must_reconnect or role is Role.TARGET:
+            self.pair.sides[role] = Session(role, state=session.state, hello=session.hello, ready=session.ready)
 
     @precondition(lambda self: self.pair.source.must_reconnect)
     @rule()
@@ -189,6 +215,12 @@ class LossyLink(RuleBasedStateMachine):
         """The source dials; the target lets go of what it had."""
         self.lose()
         self.pair.reconnect()
+
+    @precondition(lambda self: self.pair.source.settled and self.pair.target.settled)
+    @rule(state=st.sampled_from(STARTS))
+    def begin_again(self, state: State) -> None:
+        self.pair = Pair().advance(state)
+        self.faithful = True
 
     @invariant()
     def the_guest_runs_in_at_most_one_place(self) -> None:
