@@ -21,7 +21,7 @@ from rich.console import Console
 
 from migrated.demo.pair import AgentPair, short_directory
 from migrated.demo.pool import huge_pages
-from migrated.demo.process_guest import RunningProcess
+#from migrated.demo.process_guest import RunningProcess
 from migrated.demo.qemu_guest import QEMU, QemuGuest, RunningQemu
 from migrated.demo.show import Show
 from migrated.errors import HostError, MigratedError

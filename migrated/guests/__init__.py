@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from migrated.config import AgentConfig
     from migrated.guests.driver import SourceGuest, TargetGuest
+    from migrated.guests.process_source import ProcessHub
 
 DRIVERS = ("qemu", "process")
 
@@ -41,19 +42,21 @@ class Residents:
     def __init__(self, config: AgentConfig) -> None:
         self._config = config
         self._stack = contextlib.AsyncExitStack()
-        self._hubs: dict[str, Any] = {}
+        self._hubs: dict[str, ProcessHub] = {}
         for name, table in config.guests.items():
             self._check(name, table)
 
     def _check(self, name: str, table: dict[str, Any]) -> None:
-        from migrated.guests import process, qemu
-
         source = self._config.role == "source"
         where = f"{self._config.path}: guests.{name}"
         match table["driver"]:
             case "qemu":
+                from migrated.guests import qemu
+
                 qemu.decode_config(name, table, qemu.QemuSourceConfig if source else qemu.QemuTargetConfig)
             case "process":
+                from migrated.guests import process
+
                 process.decode_config(
                     name, table, process.ProcessSourceConfig if source else process.ProcessTargetConfig
                 )
@@ -69,13 +72,18 @@ class Residents:
 
     async def __aenter__(self) -> Self:
         if self._config.role == "source":
-            from migrated.guests.process_source import ProcessHub
-
             for name, table in self._config.guests.items():
                 if table["driver"] == "process":
-                    hub = ProcessHub(name, table, self.run_dir(name), self._config.timeouts)
-                    self._hubs[name] = await self._stack.enter_async_context(hub)
+                    await self._stack.enter_async_context(self._hub(name, table))
         return self
+
+    def _hub(self, name: str, table: dict[str, Any]) -> ProcessHub:
+        from migrated.guests import process
+        from migrated.guests.process_source import ProcessHub
+
+        config = process.decode_config(name, table, process.ProcessSourceConfig)
+        hub = self._hubs[name] = ProcessHub(name, config, self.run_dir(name), self._config.timeouts)
+        return hub
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

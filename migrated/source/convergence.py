@@ -30,6 +30,8 @@ class RoundResult:
     dirty_bytes: int
 
 
+#: What a switch-over costs besides (pausing, guest state, commit): of the downtime limit so much is not ours to spend.
+SWITCHOVER_SECONDS = 0.03
 #: A round that leaves more than this part of what it had to send has made no progress.
 PROGRESS = 0.9
 #: So many rounds without progress in a row end pre-copy.
@@ -54,7 +56,8 @@ class Convergence:
         """What to do after this round."""
         if result.sent_dirty_bytes > 0:
             self._seconds_per_byte = result.seconds / result.sent_dirty_bytes
-        if self.estimate_seconds(result.dirty_bytes) <= self.downtime_limit_seconds:
+        allowed = max(self.downtime_limit_seconds - SWITCHOVER_SECONDS, self.downtime_limit_seconds / 5)
+        if self.estimate_seconds(result.dirty_bytes) <= allowed:
             return Verdict.FINISH
         if result.number > 1 and result.dirty_bytes > PROGRESS * result.sent_dirty_bytes:
             self._stalled += 1

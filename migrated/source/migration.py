@@ -101,6 +101,8 @@ class SourceMigration(Migration):
         self._barriers = 0
         self._paused_at = 0.0
         self._guest_touched = False  # paused or quiesced by us at least once: resume() is due on failure
+        self._running_there = False
+        self._all_there = False
         self._switch_now = asyncio.Event()
         self._reconnect_now = asyncio.Event()
         self._rates = Rates()
@@ -291,7 +293,7 @@ class SourceMigration(Migration):
                 break
             except Exception as error:  # after COMMIT every failure means the same: pause and reconnect
                 reason = self.failure.error or error
-                if self._session.state in (SessionState.DONE, SessionState.CLOSED):
+                if self._all_there:
                     break
                 self.set_state(State.POSTCOPY_PAUSED, reason)
             try:
@@ -305,18 +307,23 @@ class SourceMigration(Migration):
         self.set_state(State.COMPLETED)
 
     async def _until_done(self) -> None:
+        """Serve until the target has everything.
+
+        What has arrived is taken from the messages, never from the session's state: that may be several messages ahead.
+        """
         link = self._require_link()
-        engine = self._require_engine()
-        if self._session.state is SessionState.COMMITTED:
+        if not self._running_there:
             await link.expect(Running, limit_seconds=self._timeouts.guest_command * 2, what="the guest to run there")
+            self._running_there = True
         if self.record.downtime_seconds is None:
             self.record.downtime_seconds = time.monotonic() - self._paused_at
-        if self._session.state is SessionState.POSTCOPY:
-            self.set_state(State.POSTCOPY)
-            engine.serve(drain=True)
+        self.set_state(State.POSTCOPY)
+        if not self._all_there:
+            self._require_engine().serve(drain=True)
             message = await link.receive()  # no limit: a slow drain may take hours, and heartbeats watch the peer
             if not isinstance(message, Done):
                 raise PeerError(f"{type(message).__name__} came instead of Done", code="protocol-remote")
+            self._all_there = True
         await link.send(Released())
 
     async def _disconnect(self) -> None:
@@ -380,10 +387,12 @@ class SourceMigration(Migration):
                 raise PeerError(f"{type(message).__name__} among the lacking pages", code="protocol-remote")
             engine.lacking(message.region, message.first_page, message.bits)
         self.record.stale_pages = resumed.lacking_pages
-        if resumed.state != "done":
+        self._running_there = resumed.state != "loaded"
+        self._all_there = resumed.state == "done"
+        if not self._all_there:
             await self._open_streams()
             engine.serve(drain=True)
-        if resumed.state == "loaded":
+        if not self._running_there:
             await link.send(Commit())
         self.log.info("reconnected", target=resumed.state, lacking_pages=resumed.lacking_pages)
 
