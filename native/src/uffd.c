@@ -100,6 +100,19 @@ int mgd_uffd_api(int uffd, int faults, int tracking, struct mgd_error *err)
 	return mgd_fail_errno(err, errno, "UFFDIO_API");
 }
 
+/*
+ * What an errno of (UN)REGISTER means.  Both answer ENOMEM when the address space is gone, where all the others answer
+ * ESRCH; so one of the others is asked.  Lifting write-protection errs to the safe side: pages count as written.
+ */
+static int true_reason(int uffd, uint64_t start, uint64_t length_bytes, int reason)
+{
+	struct uffdio_writeprotect arg = {.range = {.start = start, .len = length_bytes}};
+
+	if (reason == ENOMEM && ioctl(uffd, UFFDIO_WRITEPROTECT, &arg) && errno == ESRCH)
+		return ESRCH;
+	return reason;
+}
+
 int mgd_uffd_register(int uffd, uint64_t start, uint64_t length_bytes, int mode, struct mgd_error *err)
 {
 	struct uffdio_register arg = {.range = {.start = start, .len = length_bytes}};
@@ -118,7 +131,7 @@ int mgd_uffd_register(int uffd, uint64_t start, uint64_t length_bytes, int mode,
 		needed |= (uint64_t)1 << _UFFDIO_CONTINUE;
 	}
 	if (ioctl(uffd, UFFDIO_REGISTER, &arg)) {
-		int reason = errno;
+		int reason = true_reason(uffd, start, length_bytes, errno);
 
 		if (reason == EBUSY)
 			return mgd_fail_errno(err, reason,
@@ -152,7 +165,8 @@ int mgd_uffd_unregister(int uffd, uint64_t start, uint64_t length_bytes, struct 
 	struct uffdio_range range = {.start = start, .len = length_bytes};
 
 	if (ioctl(uffd, UFFDIO_UNREGISTER, &range))
-		return mgd_fail_errno(err, errno, "UFFDIO_UNREGISTER: %#llx+%#llx", (unsigned long long)start,
+		return mgd_fail_errno(err, true_reason(uffd, start, length_bytes, errno),
+				      "UFFDIO_UNREGISTER: %#llx+%#llx", (unsigned long long)start,
 				      (unsigned long long)length_bytes);
 	/* Unregistering wakes threads waiting in missing faults, not those in minor faults. */
 	return mgd_uffd_wake(uffd, start, length_bytes, err);
