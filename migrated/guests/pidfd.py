@@ -1,0 +1,180 @@
+"""A guest process held by its pidfd: started here or found running, watched, ended, never confused with a later process.
+
+A guest must outlive the agent.  So a process we start gets a session of its own, a log file instead of pipes, and no tie
+to our death; and when a driver lets go of it while it runs, its exit status is collected later (`reap_detached`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import select
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+from migrated.errors import GuestError, TimeoutExceededError
+
+_SYS_PIDFD_GETFD = 438  # the same number on every architecture
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+#: Children that still ran when their driver was closed: pidfds, kept only to collect their exit status.
+_detached: list[int] = []
+
+
+def reap_detached() -> None:
+    """Collect the exit status of children whose drivers are gone, so that none stays a zombie for long."""
+    for pidfd in list(_detached):
+        try:
+            ended = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG) is not None
+        except ChildProcessError:
+            ended = True
+        if ended:
+            _detached.remove(pidfd)
+            os.close(pidfd)
+
+
+def open_files(pid: int) -> dict[int, str]:
+    """The process's descriptors and what `/proc` says they are; empty if it is gone or hidden from us."""
+    found: dict[int, str] = {}
+    with contextlib.suppress(OSError):
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):  # closed meanwhile
+                found[int(entry.name)] = str(entry.readlink())
+    return found
+
+
+def _status_text(result: os.waitid_result) -> str:
+    if result.si_code == os.CLD_EXITED:
+        return f"exited with status {result.si_status}"
+    try:
+        name = signal.Signals(result.si_status).name
+    except ValueError:
+        name = f"signal {result.si_status}"
+    return f"killed by {name}"
+
+
+class PidHandle:
+    """One process; every method is safe after its end.  Call `close` when done with it."""
+
+    def __init__(self, pid: int, pidfd: int, *, child: bool) -> None:
+        self.pid = pid
+        self._pidfd = pidfd
+        self._child = child
+        self._end: str | None = None
+
+    @classmethod
+    def attach(cls, pid: int) -> PidHandle:
+        """A process that runs already.  Raises GuestError (``guest-gone``)."""
+        try:
+            return cls(pid, os.pidfd_open(pid), child=False)
+        except OSError as error:
+            raise GuestError(f"process {pid} cannot be watched: {error.strerror}", code="guest-gone") from error
+
+    @classmethod
+    def spawn(cls, command: Sequence[str], *, pass_fds: Sequence[int], log: Path) -> PidHandle:
+        """Start ``command``: its own session, no standard input, output to ``log``, ``pass_fds`` under the same numbers.
+
+        Raises GuestError (``guest-start``).
+        """
+        reap_detached()
+        actions: list[tuple[object, ...]] = [
+            (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_OPEN, 1, str(log), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600),
+            (os.POSIX_SPAWN_DUP2, 1, 2),
+            # glibc clears close-on-exec when both numbers are the same (2.29): nothing else is inherited, and no
+            # process started beside us gets the memory by accident.
+            *((os.POSIX_SPAWN_DUP2, fd, fd) for fd in pass_fds),
+        ]
+        try:
+            pid = os.posix_spawnp(
+                command[0],
+                list(command),
+                os.environ,
+                file_actions=actions,
+                setsid=True,
+                setsigmask=[],
+                setsigdef=[signal.SIGPIPE, signal.SIGINT, signal.SIGTERM, signal.SIGHUP],
+            )
+        except OSError as error:
+            raise GuestError(
+                f"cannot start {command[0]}: {error.strerror}",
+                code="guest-start",
+                hint="check the command of this guest in the target's configuration",
+            ) from error
+        return cls(pid, os.pidfd_open(pid), child=True)
+
+    def poll(self) -> str | None:
+        """How it ended, for people; None while it runs."""
+        if self._end is not None:
+            return self._end
+        if self._pidfd < 0:
+            return "no longer watched"
+        if self._child:
+            with contextlib.suppress(ChildProcessError):
+                result = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
+                if result is None:
+                    return None
+                self._end = _status_text(result)
+                return self._end
+        poller = select.poll()
+        poller.register(self._pidfd, select.POLLIN)
+        if poller.poll(0):
+            self._end = "ended"
+        return self._end
+
+    async def died(self) -> str:
+        """Wait for the end; returns how it ended, for people."""
+        loop = asyncio.get_running_loop()
+        while (end := self.poll()) is None:
+            # A duplicate, so that several waiters do not share one place in the selector.
+            watched = os.dup(self._pidfd)
+            ended = asyncio.Event()
+            try:
+                loop.add_reader(watched, ended.set)
+                await ended.wait()
+            finally:
+                loop.remove_reader(watched)
+                os.close(watched)
+        return end
+
+    def signal(self, number: int) -> None:
+        """Send a signal, if it still runs."""
+        if self._pidfd >= 0 and self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, number)
+
+    async def kill(self, limit_seconds: float) -> None:
+        """SIGKILL, and wait until it is gone.  Raises TimeoutExceededError (a process stuck in the kernel)."""
+        self.signal(signal.SIGKILL)
+        await self.wait(limit_seconds)
+
+    async def wait(self, limit_seconds: float) -> str:
+        """`died` with a limit.  Raises TimeoutExceededError."""
+        try:
+            return await asyncio.wait_for(self.died(), limit_seconds)
+        except TimeoutError as error:
+            raise TimeoutExceededError(
+                f"process {self.pid} has not ended within {limit_seconds:g} s",
+                hint=f"see /proc/{self.pid}/stack for what it waits in",
+            ) from error
+
+    def take_fd(self, number: int) -> int:
+        """A duplicate of the process's descriptor ``number`` (pidfd_getfd, close-on-exec).  Raises OSError."""
+        fd = int(_LIBC.syscall(_SYS_PIDFD_GETFD, self._pidfd, number, 0))
+        if fd < 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code), f"pidfd_getfd({self.pid}, {number})")
+        return fd
+
+    def close(self) -> None:
+        """Let go.  The process runs on.  Idempotent."""
+        if self._pidfd < 0:
+            return
+        if self._child and self.poll() is None:
+            _detached.append(self._pidfd)
+        else:
+            os.close(self._pidfd)
+        self._pidfd = -1

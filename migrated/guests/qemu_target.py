@@ -1,0 +1,454 @@
+"""An incoming QEMU: started on our memory, its faults taken from it before it touches a page, loaded, run.
+
+The process must outlive the agent: own session, output to a log file, no pipe and no death signal; a restarted agent takes
+it back with `adopt`.  Before COMMIT `kill` ends it; nothing but `resume` ever runs it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from migrated.config import Timeouts
+from migrated.errors import GuestError, GuestRefusedError, MigratedError, RemoteProtocolError
+from migrated.guests import injection, qemu_memory
+from migrated.guests.driver import FaultSource, Mapping, Region, StateChannel, TargetGuest, TargetMemory
+from migrated.guests.pidfd import PidHandle
+from migrated.guests.qemu import (
+    PREFACE_BYTES,
+    TARGET_CAPABILITIES,
+    MigrationSettings,
+    QemuTargetConfig,
+    parse_preface,
+)
+from migrated.guests.qemu_areas import Area, areas, file_key, mapped_elsewhere, residences
+from migrated.guests.qemu_relay import StateRelay
+from migrated.guests.qemu_source import hand_over
+from migrated.guests.qmp import Monitor
+from migrated.memory.native import uffd_register
+
+_STREAM = "migrated-state"
+_POLL_SECONDS = 0.02
+_LOG_TAIL_BYTES = 2000
+
+_MEMORY = re.compile(r"\{memory:([^{}]*)\}")
+_SIZE = re.compile(r"^(\d+)([bkmgtpe]?)$", re.IGNORECASE)
+_ON = frozenset({"on", "yes", "true", "y"})
+
+
+class QemuTarget(TargetGuest):
+    """See `TargetGuest`."""
+
+    def __init__(self, name: str, config: QemuTargetConfig, run_dir: Path, timeouts: Timeouts) -> None:
+        self.name = name
+        self._config = config
+        self._timeouts = timeouts
+        self.qmp_path = run_dir / f"{name}.qmp"
+        self.log_path = run_dir / f"{name}.log"
+        self._link: Monitor | None = None
+        self._child: PidHandle | None = None  # what we started
+        self._process: PidHandle | None = None  # QEMU: the same, unless the command is a wrapper that forks
+        self._uffd: injection.InjectedUffd | None = None
+        self._relay: StateRelay | None = None
+        self._settings: MigrationSettings | None = None
+        self.runs = True  # whether it is to run on arrival; told by the source's driver with the state
+
+    # ------------------------------------------------------------ before the start
+
+    async def check(self, regions: tuple[Region, ...]) -> None:
+        command = self._config.command
+        if shutil.which(command[0]) is None:
+            raise GuestRefusedError(
+                f"guest {self.name}: there is no program {command[0]} on this host",
+                code="guest-command-missing",
+                hint="install it, or correct the command of this guest in the target's configuration",
+            )
+        self._refuse_options(command)
+        wanted = {region.name: region.size_bytes for region in regions}
+        named = set(_MEMORY.findall(" ".join(command)))
+        if named != wanted.keys():
+            raise self._regions_differ(
+                f"the source has {_names(wanted)}, the command here has {_names(named)} (as {{memory:ID}})"
+            )
+        for backend in _declared_backends(command):
+            name = str(backend.get("id", ""))
+            if name not in wanted:
+                continue
+            if str(backend.get("prealloc", "off")).lower() in _ON:
+                raise self._preallocated(f"memory backend {name} has prealloc=on")
+            if str(backend.get("share", "off")).lower() not in _ON:
+                raise GuestRefusedError(
+                    f"guest {self.name}: memory backend {name} in the command lacks share=on", code="memory-not-shared"
+                )
+            size = _parse_size(backend.get("size"))
+            if size is not None and size != wanted[name]:
+                raise self._regions_differ(f"{name} has {wanted[name]} bytes on the source and {size} here")
+        if await self._somebody_listens():
+            raise GuestRefusedError(
+                f"guest {self.name} is on this host already: a QEMU answers on {self.qmp_path}",
+                code="guest-exists",
+                hint="end that QEMU first, or give the incoming guest another name",
+            )
+
+    def _refuse_options(self, command: list[str]) -> None:
+        for argument in command[1:]:
+            option = argument.lstrip("-") if argument.startswith("-") else ""
+            if option == "mem-prealloc":
+                raise self._preallocated(f"the command has {argument}")
+            if option in {"incoming", "daemonize", "loadvm", "snapshot"}:
+                raise GuestRefusedError(
+                    f"guest {self.name}: the command has {argument}, which does not fit a guest started by the agent",
+                    code="guest-command",
+                    hint="leave it out; -incoming defer -S is added by the agent",
+                )
+            if "mem-lock=on" in argument or argument == "mlock=on":
+                raise self._locked(f"the command has {argument}")
+
+    def _regions_differ(self, why: str) -> GuestRefusedError:
+        return GuestRefusedError(
+            f"guest {self.name}: its memory backends differ between the hosts: {why}",
+            code="regions-differ",
+            hint="both QEMU commands need memory backends of the same ids and sizes",
+        )
+
+    def _preallocated(self, why: str) -> GuestRefusedError:
+        return GuestRefusedError(
+            f"guest {self.name}: its memory is mapped before it has arrived ({why})",
+            code="memory-preallocated",
+            hint="remove prealloc=on and -mem-prealloc from the command: the agent reserves the memory beforehand",
+        )
+
+    def _locked(self, why: str) -> GuestRefusedError:
+        return GuestRefusedError(
+            f"guest {self.name}: its memory is locked, so that it is mapped before it has arrived ({why})",
+            code="memory-locked",
+            hint="remove mem-lock=on from the command; huge pages are never swapped anyway",
+        )
+
+    async def _somebody_listens(self) -> bool:
+        try:
+            _, writer = await asyncio.wait_for(asyncio.open_unix_connection(str(self.qmp_path)), 1.0)
+        except TimeoutError:
+            return True
+        except OSError:
+            return False
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+        return True
+
+    # ------------------------------------------------------------ start
+
+    def command_line(self, memory: tuple[TargetMemory, ...]) -> list[str]:
+        """The configured command with the placeholders filled in."""
+        paths = {item.region.name: f"/proc/self/fd/{item.memory_fd}" for item in memory}
+        line = [
+            _MEMORY.sub(lambda match: paths[match[1]], argument).replace("{qmp}", str(self.qmp_path))
+            for argument in self._config.command
+        ]
+        if not any("{qmp}" in argument for argument in self._config.command):
+            line += ["-qmp", f"unix:{self.qmp_path},server=on,wait=off"]
+        return [*line, "-incoming", "defer", "-S"]
+
+    async def start(self, memory: tuple[TargetMemory, ...]) -> FaultSource:
+        self.qmp_path.unlink(missing_ok=True)
+        self._child = PidHandle.spawn(
+            self.command_line(memory), pass_fds=[item.memory_fd for item in memory], log=self.log_path
+        )
+        try:
+            async with asyncio.timeout(self._timeouts.guest_start):
+                monitor = await self._first_contact(self._child)
+                return await self._take_faults(monitor, memory)
+        except TimeoutError as error:
+            raise self._with_log(
+                GuestError(
+                    f"guest {self.name}: QEMU was not ready within {self._timeouts.guest_start:g} s",
+                    code="guest-start",
+                    hint="the limit is timeouts.guest_start",
+                )
+            ) from error
+        except MigratedError as error:
+            raise self._with_log(error) from error
+
+    async def _first_contact(self, child: PidHandle) -> Monitor:
+        """Wait until QEMU answers on its monitor."""
+        while True:
+            if (end := child.poll()) is not None:
+                raise GuestError(
+                    f"guest {self.name}: QEMU {end} at its start",
+                    code="guest-start",
+                    hint="try the command by hand; what QEMU said is in the message",
+                )
+            try:
+                self._link = await Monitor.connect(self.name, self.qmp_path)
+                break
+            except GuestError as error:
+                if error.code != "qmp-unreachable":
+                    raise
+            await asyncio.sleep(_POLL_SECONDS)
+        pid = self._link.peer_pid()
+        self._process = child if pid == child.pid else PidHandle.attach(pid)
+        return self._link
+
+    async def _take_faults(self, monitor: Monitor, memory: tuple[TargetMemory, ...]) -> FaultSource:
+        await self._compare(monitor, tuple(item.region for item in memory))
+        mappings = await self._mappings(memory)
+        await self._refuse_present(memory)
+        self._uffd = await injection.open_uffd(self._qemu, faults=True, tracking=True, hand_over=hand_over(monitor))
+        for mapping in mappings:
+            uffd_register(self._uffd.fd, mapping.address, mapping.length_bytes, missing=True, minor=True, tracking=True)
+        # Once more: what was mapped between the first look and the registration would never be reported.
+        await self._refuse_present(memory)
+        return FaultSource(pid=self._qemu.pid, uffd=self._uffd.fd, mappings=mappings)
+
+    async def _compare(self, monitor: Monitor, regions: tuple[Region, ...]) -> None:
+        status = await monitor.status()
+        if status != "inmigrate":
+            raise GuestError(
+                f"guest {self.name}: the new QEMU is in run state {status}, not waiting for a migration",
+                code="guest-start",
+            )
+        found = await qemu_memory.backends(monitor)
+        here = {backend.name: backend.size_bytes for backend in found}
+        wanted = {region.name: region.size_bytes for region in regions}
+        if here != wanted:
+            raise self._regions_differ(f"the source has {_sizes(wanted)}, QEMU here has {_sizes(here)}")
+        qemu_memory.refuse_private(self.name, found)
+        for backend in found:
+            if backend.prealloc:
+                raise self._preallocated(f"memory backend {backend.name} has prealloc=on")
+
+    async def _mappings(self, memory: tuple[TargetMemory, ...]) -> tuple[Mapping, ...]:
+        """Where QEMU maps our memory: each region whole and once."""
+        found: list[Mapping] = []
+        every = areas(self._qemu.pid)
+        for index, item in enumerate(memory):
+            key = file_key(item.memory_fd)
+            ours: list[Area] = [area for area in every if (area.device, area.inode) == key]
+            ends = {area.offset + area.end - area.start for area in ours}
+            starts = {area.offset for area in ours}
+            covered = sum(area.end - area.start for area in ours)
+            whole = covered == item.region.size_bytes and starts - ends == {0} and ends - starts == {covered}
+            if not whole or not all(area.shared for area in ours):
+                raise self._regions_differ(
+                    f"QEMU maps {covered} of the {item.region.size_bytes} bytes made for {item.region.name}, or not as one"
+                )
+            found += [Mapping(index, area.start, area.offset, area.end - area.start) for area in ours]
+        keys = frozenset(file_key(item.memory_fd) for item in memory)
+        others = await asyncio.to_thread(mapped_elsewhere, keys, self._qemu.pid)
+        for other, command in others:
+            if other != os.getpid():  # the agent's own alias
+                raise GuestRefusedError(
+                    f"guest {self.name}: its memory is also mapped by process {other} ({command})",
+                    code="memory-mapped-elsewhere",
+                    hint="vhost-user back ends cannot take part in a move yet",
+                )
+        return tuple(found)
+
+    async def _refuse_present(self, memory: tuple[TargetMemory, ...]) -> None:
+        keys = frozenset(file_key(item.memory_fd) for item in memory)
+        for state in await asyncio.to_thread(residences, self._qemu.pid, keys):
+            if state.locked:
+                raise self._locked(f"{state.area.path}")
+            if state.present_bytes:
+                raise self._preallocated(f"{state.present_bytes} bytes are there already")
+
+    def _with_log(self, error: MigratedError) -> MigratedError:
+        """The error, with the last words of QEMU in its message."""
+        tail = self.log_tail()
+        if tail and tail not in error.message:
+            error.message = f"{error.message}; QEMU said: {tail}"
+            error.args = (error.message,)
+        return error
+
+    def log_tail(self) -> str:
+        """The end of what QEMU wrote."""
+        try:
+            data = self.log_path.read_bytes()[-_LOG_TAIL_BYTES:]
+        except OSError:
+            return ""
+        return data.decode(errors="replace").strip()
+
+    # ------------------------------------------------------------ a restarted agent
+
+    @classmethod
+    async def adopt(
+        cls,
+        name: str,
+        config: QemuTargetConfig,
+        run_dir: Path,
+        timeouts: Timeouts,
+        *,
+        pid: int,
+        uffd: int,
+        memory: tuple[TargetMemory, ...],
+        runs: bool = True,
+    ) -> tuple[QemuTarget, FaultSource]:
+        """Take back an incoming QEMU that an agent before us started.  ``uffd`` becomes the driver's.
+
+        ``runs``: as the driver before had it (`QemuTarget.runs`).  Raises GuestError ``guest-gone`` when process ``pid``
+        is not the one that maps ``memory``, or no longer holds the userfaultfd.
+        """
+        self = cls(name, config, run_dir, timeouts)
+        self.runs = runs
+        self._process = PidHandle.attach(pid)
+        try:
+            remote = injection.find_remote(pid, uffd)
+            if remote is None:
+                raise GuestError(
+                    f"guest {name}: process {pid} does not hold the userfaultfd of this migration", code="guest-gone"
+                )
+            mappings = await self._mappings(memory)
+        except BaseException:
+            self._process.close()
+            raise
+        self._uffd = injection.InjectedUffd(self._process, uffd, remote, 0.0)
+        return self, FaultSource(pid=pid, uffd=uffd, mappings=mappings)
+
+    @property
+    def _qemu(self) -> PidHandle:
+        if self._process is None:
+            raise GuestError(f"guest {self.name} is not started", code="guest-not-open")
+        return self._process
+
+    async def _monitor(self) -> Monitor:
+        if self._link is not None and self._link.alive:
+            return self._link
+        if (end := self._qemu.poll()) is not None:
+            raise self._with_log(GuestError(f"guest {self.name}: QEMU {end}", code="guest-gone"))
+        if self._link is not None:
+            await self._link.close()
+        self._link = await Monitor.connect(self.name, self.qmp_path)
+        return self._link
+
+    # ------------------------------------------------------------ state, run, end
+
+    async def load_state(self, channel: StateChannel) -> None:
+        monitor = await self._monitor()
+        head = b""
+        while len(head) < PREFACE_BYTES:
+            data = await channel.read()
+            if not data:
+                raise RemoteProtocolError("the guest state ended before it began")
+            head += data
+        self.runs = parse_preface(head[:PREFACE_BYTES])
+        self._settings = MigrationSettings(monitor)
+        await self._settings.apply(TARGET_CAPABILITIES, {})
+        self._relay = await StateRelay.open(monitor, _STREAM, channel, first=head[PREFACE_BYTES:])
+        try:
+            await monitor.execute("migrate-incoming", {"uri": f"fd:{_STREAM}"})
+            limit = self._timeouts.guest_state
+            await self._relay.guard(
+                monitor.wait_migration(frozenset({"completed"}), limit=limit, what="loading the device state")
+            )
+            await self._relay.sent(limit)
+            status = await monitor.wait_status(frozenset({"inmigrate"}), limit=limit)
+            if status != "paused":
+                raise GuestError(
+                    f"guest {self.name}: after loading, QEMU is in run state {status}, not paused", code="guest-state"
+                )
+            await self._settings.restore()
+        except GuestError as error:
+            raise await self._load_error(error) from error
+        finally:
+            await self._relay.close()
+
+    async def _load_error(self, error: GuestError) -> MigratedError:
+        """A QEMU that cannot load exits (7.2): its log has the reason, the lost QMP session has not."""
+        if error.code == "qmp-lost":
+            with contextlib.suppress(MigratedError):
+                end = await self._qemu.wait(self._timeouts.guest_command)
+                error = GuestError(
+                    f"guest {self.name}: QEMU did not accept the guest's state and {end}",
+                    code="guest-state",
+                    hint="both hosts must run the guest with the same machine type, devices and CPU model",
+                )
+        return self._with_log(error)
+
+    async def resume(self) -> None:
+        if not self.runs:
+            return
+        monitor = await self._monitor()
+        if await monitor.status() == "running":
+            return
+        await monitor.execute("cont", limit=self._timeouts.guest_command)
+        status = await monitor.wait_status(frozenset({"inmigrate"}), limit=self._timeouts.guest_command)
+        if status != "running":
+            raise GuestError(
+                f"guest {self.name}: QEMU does not run, its run state is {status}",
+                code="guest-not-resumed",
+                hint=f"see {self.log_path}",
+            )
+
+    async def release(self) -> None:
+        uffd, self._uffd = self._uffd, None
+        if uffd is not None:
+            await injection.close_uffd(uffd)
+
+    async def kill(self) -> None:
+        for process in (self._process, self._child):
+            if process is not None:
+                await process.kill(self._timeouts.abort)
+        if self._child is not None or self._process is not None:
+            self.qmp_path.unlink(missing_ok=True)
+            self.log_path.unlink(missing_ok=True)
+
+    async def close(self) -> None:
+        relay, self._relay = self._relay, None
+        if relay is not None:
+            await relay.close()
+        link, self._link = self._link, None
+        if link is not None:
+            await link.close()
+        uffd, self._uffd = self._uffd, None
+        if uffd is not None:
+            os.close(uffd.fd)
+        for process in (self._process, self._child):
+            if process is not None:
+                process.close()
+
+    async def died(self) -> str:
+        return await self._qemu.died()
+
+
+def _names(names: Any) -> str:
+    return ", ".join(sorted(names)) or "none"
+
+
+def _sizes(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{name} of {size} bytes" for name, size in sorted(sizes.items())) or "none"
+
+
+def _declared_backends(command: list[str]) -> list[dict[str, Any]]:
+    """The -object memory-backend-… of a command, keyed options and JSON alike; what cannot be read is QEMU's to judge."""
+    found: list[dict[str, Any]] = []
+    for flag, value in itertools.pairwise(command):
+        if flag not in {"-object", "--object"}:
+            continue
+        if value.startswith("{"):
+            # {memory:ID} is legal inside a JSON string.
+            with contextlib.suppress(msgspec.DecodeError):
+                table = msgspec.json.decode(value)
+                if isinstance(table, dict) and str(table.get("qom-type", "")).startswith("memory-backend"):
+                    found.append({key: "on" if item is True else item for key, item in table.items()})
+            continue
+        kind, *options = value.split(",")
+        if kind.removeprefix("qom-type=").startswith("memory-backend"):
+            found.append(dict(option.partition("=")[::2] for option in options))
+    return found
+
+
+def _parse_size(value: object) -> int | None:
+    """A size as QEMU reads it: a number is bytes, a suffix a power of 1024.  None: not readable here."""
+    match = _SIZE.match(str(value)) if value is not None else None
+    if match is None:
+        return None
+    return int(match[1]) << (10 * "bkmgtpe".index(match[2].lower() or "b"))

@@ -1,0 +1,703 @@
+"""The qemu driver against real QEMU processes: inspection, refusals, injection, and a whole move between two of them.
+
+The memory is copied here by the test itself, at once and while the guest is paused: what is proven is the driver's order of
+things, not the data plane.
+"""
+
+# Nothing else runs in these loops: reading /proc for a moment blocks nobody.
+# ruff: noqa: ASYNC220, ASYNC221, ASYNC230, ASYNC240
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import mmap
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from migrated.config import Timeouts
+from migrated.errors import ConfigError, GuestError, GuestRefusedError, MigratedError, RemoteProtocolError
+from migrated.guests import injection
+from migrated.guests.console import GuestConsole
+from migrated.guests.driver import FaultSource, Region, TargetMemory
+from migrated.guests.images import build_bootsector
+from migrated.guests.pidfd import PidHandle, open_files
+from migrated.guests.qemu import QemuSourceConfig, QemuTargetConfig, decode_config, parse_preface, preface
+from migrated.guests.qemu_areas import file_key, residences
+from migrated.guests.qemu_source import QemuSource
+from migrated.guests.qemu_target import QemuTarget
+from migrated.guests.qmp import Monitor
+from migrated.memory.native import uffd_unregister
+
+MIB = 1 << 20
+TIMEOUTS = Timeouts()
+
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.guest,
+    pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="qemu-system-x86_64 is not installed"),
+    pytest.mark.skipif(os.geteuid() != 0, reason="reaching into another process needs root"),
+]
+
+
+class Pipe:
+    """Both ends of a `StateChannel`, in this process."""
+
+    def __init__(self, incoming: asyncio.Queue[bytes], outgoing: asyncio.Queue[bytes]) -> None:
+        self._incoming = incoming
+        self._outgoing = outgoing
+        self.cut = False
+
+    @classmethod
+    def pair(cls) -> tuple[Pipe, Pipe]:
+        one: asyncio.Queue[bytes] = asyncio.Queue(64)
+        two: asyncio.Queue[bytes] = asyncio.Queue(64)
+        return cls(one, two), cls(two, one)
+
+    async def read(self) -> bytes:
+        return await self._incoming.get()
+
+    async def write(self, data: bytes) -> None:
+        await self._outgoing.put(data)
+
+    async def close_write(self) -> None:
+        await self._outgoing.put(b"")
+
+
+class Qemu:
+    """A QEMU started as a user would, `-qmp` on a socket of its own."""
+
+    def __init__(self, folder: Path, name: str, *arguments: str) -> None:
+        self.qmp = folder / f"{name}.user.qmp"
+        self.log = folder / f"{name}.user.log"
+        command = [
+            *("qemu-system-x86_64", "-nodefaults", "-display", "none", "-vga", "none", *arguments),
+            *("-qmp", f"unix:{self.qmp},server=on,wait=off"),
+        ]
+        self.process = PidHandle.spawn(command, pass_fds=[], log=self.log)
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    async def up(self) -> Qemu:
+        async with asyncio.timeout(20):
+            while True:
+                assert self.process.poll() is None, self.log.read_text()
+                try:
+                    await (await Monitor.connect("probe", self.qmp)).close()
+                except GuestError as error:
+                    if error.code != "qmp-unreachable":
+                        raise
+                    await asyncio.sleep(0.02)
+                else:
+                    return self
+
+    def source(self, folder: Path, **options: str) -> QemuSource:
+        table = {"driver": "qemu", "qmp": str(self.qmp), **options}
+        return QemuSource("vm", decode_config("vm", table, QemuSourceConfig), folder, TIMEOUTS)
+
+    async def status(self) -> str:
+        monitor = await Monitor.connect("probe", self.qmp)
+        try:
+            return await monitor.status()
+        finally:
+            await monitor.close()
+
+    async def execute(self, command: str, arguments: dict[str, object] | None = None) -> object:
+        monitor = await Monitor.connect("probe", self.qmp)
+        try:
+            return await monitor.execute(command, arguments)
+        finally:
+            await monitor.close()
+
+
+StartQemu = Callable[..., Awaitable[Qemu]]
+
+
+@pytest.fixture
+async def start(tmp_path: Path) -> AsyncIterator[StartQemu]:
+    """Start a QEMU and wait for its monitor; all are ended with the test."""
+    started: list[Qemu] = []
+
+    async def go(*arguments: str) -> Qemu:
+        qemu = Qemu(tmp_path, f"vm{len(started)}", *arguments)
+        started.append(qemu)
+        return await qemu.up()
+
+    yield go
+    for qemu in started:
+        await qemu.process.kill(10)
+        qemu.process.close()
+
+
+def memory(size: str = "64M", kind: str = "memory-backend-memfd", name: str = "ram", **options: str) -> list[str]:
+    extra = "".join(f",{key.replace('_', '-')}={value}" for key, value in {"share": "on", **options}.items())
+    return ["-m", size, "-object", f"{kind},id={name},size={size}{extra}", "-machine", f"q35,memory-backend={name}"]
+
+
+async def refused(source: QemuSource) -> GuestError:
+    """The refusal of `open`."""
+    try:
+        with pytest.raises(GuestError) as caught:
+            await source.open()
+    finally:
+        await source.close()
+    assert "vm" in caught.value.message
+    return caught.value
+
+
+# ---------------------------------------------------------------- configuration
+
+
+@pytest.mark.parametrize(
+    ("table", "kind", "says"),
+    [
+        ({"driver": "qemu"}, QemuSourceConfig, "qmp"),
+        ({"driver": "qemu", "qmp": "relative"}, QemuSourceConfig, "absolute"),
+        ({"driver": "qemu", "qmp": "/a", "speed": 1}, QemuSourceConfig, "speed"),
+        ({"driver": "qemu", "qmp": "/a", "on_release": "explode"}, QemuSourceConfig, "on_release"),
+        ({"driver": "qemu", "command": []}, QemuTargetConfig, "command"),
+    ],
+)
+def test_a_wrong_configuration_is_refused_by_key(table: dict[str, object], kind: type, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        decode_config("vm", table, kind)
+
+
+def test_the_preface_says_whether_the_guest_is_to_run() -> None:
+    assert parse_preface(preface(runs=True))
+    assert not parse_preface(preface(runs=False))
+    with pytest.raises(RemoteProtocolError):
+        parse_preface(b"QEVM\0\0\0\3")
+
+
+# ---------------------------------------------------------------- inspection
+
+
+async def test_a_guest_is_inspected_without_being_touched(start: StartQemu, tmp_path: Path) -> None:
+    qemu = await start(*memory())
+    source = qemu.source(tmp_path)
+    try:
+        found = await source.open()
+        assert found.pid == qemu.pid
+        assert found.regions == (Region("ram", 64 * MIB, 4096),)
+        assert [(m.offset, m.length_bytes) for m in found.mappings] == [(0, 64 * MIB)]
+        # The firmware's copy at 0xf0000 is guest memory that a descriptor of ours can read.
+        assert any(os.pread(found.memory_fds[0], MIB, found.file_offsets[0]))
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.pwrite(found.memory_fds[0], b"x", 0)
+        assert not source.needs_quiesced_scans
+    finally:
+        await source.close()
+        await source.close()
+    assert await qemu.status() == "running"
+
+
+async def test_two_numa_nodes_of_one_size_are_told_apart(start: StartQemu, tmp_path: Path) -> None:
+    qemu = await start(
+        *("-m", "64M", "-object", "memory-backend-memfd,id=near,size=32M,share=on"),
+        *("-object", "memory-backend-memfd,id=unused,size=32M,share=on"),
+        *("-object", "memory-backend-memfd,id=far,size=32M,share=on"),
+        *("-numa", "node,memdev=near", "-numa", "node,memdev=far", "-S"),
+    )
+    # What the guest has at 0 and at 32 MiB, written by QEMU itself into the files: no reading of maps could be wrong alike.
+    source = qemu.source(tmp_path)
+    try:
+        found = await source.open()
+        assert [region.name for region in found.regions] == ["far", "near"]
+        for place, region in ((0x2000000, 0), (0, 1)):
+            saved = tmp_path / f"saved{region}"
+            with Path(f"/proc/{qemu.pid}/mem").open("r+b", buffering=0) as process:
+                process.seek(found.mappings[region].address + 0x1000)
+                process.write(f"region {region}".encode())
+            monitor = await source._monitor()
+            await monitor.execute("pmemsave", {"val": place + 0x1000, "size": 8, "filename": str(saved)})
+            assert saved.read_bytes() == f"region {region}".encode()
+            assert os.pread(found.memory_fds[region], 8, found.file_offsets[region] + 0x1000) == saved.read_bytes()
+    finally:
+        await source.close()
+
+
+async def test_private_memory_is_refused(start: StartQemu, tmp_path: Path) -> None:
+    qemu = await start(*memory(share="off"))
+    error = await refused(qemu.source(tmp_path))
+    assert (error.code, "ram" in error.message) == ("memory-not-shared", True)
+
+
+async def test_memory_outside_any_shared_backend_is_refused(start: StartQemu, tmp_path: Path) -> None:
+    qemu = await start("-m", "64M", "-machine", "q35")
+    error = await refused(qemu.source(tmp_path))
+    assert error.code in {"memory-not-shared", "memory-not-in-backends"}
+
+
+async def test_memory_in_a_disk_file_is_refused(start: StartQemu) -> None:
+    folder = Path("/var/tmp") / f"migrated-test-{os.getpid()}"
+    folder.mkdir()
+    try:
+        if subprocess.run(["stat", "-f", "-c", "%T", folder], capture_output=True, text=True).stdout.strip() == "tmpfs":
+            pytest.skip("/var/tmp is a tmpfs")
+        qemu = await start(*memory(kind="memory-backend-file", mem_path=str(folder / "ram")))
+        assert (await refused(qemu.source(folder))).code == "memory-unsupported"
+    finally:
+        shutil.rmtree(folder)
+
+
+async def test_memory_that_another_process_maps_is_refused_with_its_name(start: StartQemu, tmp_path: Path) -> None:
+    qemu = await start(*memory())
+    source = qemu.source(tmp_path)
+    fd = (await source.open()).memory_fds[0]
+    code = "import mmap,sys; m = mmap.mmap(0, 4096, prot=mmap.PROT_READ); print('mapped', flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code.replace("mmap(0,", f"mmap({fd},")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        pass_fds=[fd],
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"mapped\n"
+        await source.close()
+        error = await refused(qemu.source(tmp_path))
+        assert error.code == "memory-mapped-elsewhere"
+        assert str(other.pid) in error.message
+        assert "python" in error.message
+        other.communicate(timeout=10)
+
+
+async def test_nobody_on_the_qmp_socket_is_named(start: StartQemu, tmp_path: Path) -> None:
+    qemu = await start(*memory())
+    await qemu.process.kill(10)
+    assert (await refused(qemu.source(tmp_path))).code == "qmp-unreachable"
+    qemu.qmp.unlink(missing_ok=True)
+    assert (await refused(qemu.source(tmp_path))).code == "qmp-unreachable"
+
+
+async def test_a_monitor_in_use_is_busy_not_dead(start: StartQemu, tmp_path: Path) -> None:
+    qemu = await start(*memory())
+    monitor = await Monitor.connect("other", qemu.qmp)
+    try:
+        assert (await refused(qemu.source(tmp_path))).code == "qmp-busy"
+    finally:
+        await monitor.close()
+    source = qemu.source(tmp_path)
+    await source.open()
+    await source.close()
+
+
+async def test_a_socket_opened_by_a_manager_still_leads_to_qemu(tmp_path: Path) -> None:
+    path = tmp_path / "managed.qmp"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen(1)
+        fd = listener.fileno()
+        process = PidHandle.spawn(
+            [
+                *("qemu-system-x86_64", "-nodefaults", "-display", "none", "-vga", "none", *memory()),
+                *("-chardev", f"socket,id=mon,fd={fd},server=on,wait=off", "-mon", "chardev=mon,mode=control"),
+            ],
+            pass_fds=[fd],
+            log=tmp_path / "log",
+        )
+        try:
+            monitor = await Monitor.connect("vm", path, greeting_seconds=20)
+            assert monitor.peer_pid() == process.pid
+            await monitor.close()
+        finally:
+            await process.kill(10)
+            process.close()
+
+
+async def test_a_guest_in_a_migration_is_refused(start: StartQemu, tmp_path: Path) -> None:
+    qemu = await start(*memory())
+    await qemu.execute("migrate-set-parameters", {"max-bandwidth": 4096})
+    await qemu.execute("migrate", {"uri": "exec:sleep 600"})
+    assert (await refused(qemu.source(tmp_path))).code == "guest-migrating"
+    await qemu.execute("migrate_cancel")
+
+
+async def test_a_disk_with_direct_io_asks_for_quiesced_scans(start: StartQemu) -> None:
+    folder = Path("/var/tmp") / f"migrated-test-{os.getpid()}"
+    folder.mkdir()
+    try:
+        disk = folder / "disk"
+        with disk.open("wb") as file:
+            file.truncate(MIB)
+        drive = f"file={disk},format=raw,if=virtio,cache=none"
+        qemu = await start(*memory(), "-drive", drive)
+        source = qemu.source(folder)
+        await source.open()
+        assert source.needs_quiesced_scans
+        await source.close()
+    finally:
+        shutil.rmtree(folder)
+
+
+# ---------------------------------------------------------------- injection
+
+
+async def test_a_userfaultfd_comes_and_goes_without_a_trace(start: StartQemu, tmp_path: Path) -> None:
+    qemu = await start(*memory())
+    source = qemu.source(tmp_path)
+    await source.open()
+    try:
+        for _ in range(3):
+            before = open_files(qemu.pid).keys()
+            uffd = await source.tracking_uffd()
+            assert await source.tracking_uffd() == uffd
+            assert len(injection.userfaultfds(qemu.pid)) == 1
+            assert source.injection_stopped_seconds is not None
+            await source.release_tracking()
+            await source.release_tracking()
+            assert open_files(qemu.pid).keys() == before
+        assert await source._monitor() is source._link
+        await source.tracking_uffd()
+        await qemu.process.kill(10)
+        await source.release_tracking()
+        assert await source.died()
+    finally:
+        await source.close()
+
+
+async def test_a_process_without_the_right_gets_it_through_the_device(
+    start: StartQemu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not injection.DEVICE.exists():
+        pytest.skip("this kernel has no /dev/userfaultfd")
+    folder = Path("/var/tmp") / f"migrated-test-{os.getpid()}"
+    folder.mkdir(mode=0o777)
+    folder.chmod(0o777)
+    monkeypatch.chdir(folder)
+    try:
+        qemu = Qemu(folder, "nobody", *memory(), "-runas", "nobody")
+        await qemu.up()
+        status = Path(f"/proc/{qemu.pid}/status").read_text()
+        assert "CapEff:\t0000000000000000" in status
+        allowed = Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip() == "1"
+        source = qemu.source(tmp_path)
+        before = len(open_files(qemu.pid))
+        await source.open()
+        await source.tracking_uffd()
+        assert allowed or str(injection.DEVICE) not in open_files(qemu.pid).values()
+        assert len(injection.userfaultfds(qemu.pid)) == 1
+        await source.release_tracking()
+        await source.close()
+        assert len(open_files(qemu.pid)) <= before + 1
+        await qemu.process.kill(10)
+        qemu.process.close()
+    finally:
+        shutil.rmtree(folder)
+
+
+# ---------------------------------------------------------------- the target
+
+
+def target_command(*extra: str, size: str = "64M", options: str = "share=on") -> list[str]:
+    backend = f"memory-backend-file,id=ram,size={size},{options},mem-path={{memory:ram}}"
+    return [
+        *("qemu-system-x86_64", "-nodefaults", "-display", "none", "-vga", "none", "-m", size),
+        *("-object", backend, "-machine", "q35,memory-backend=ram", *extra),
+    ]
+
+
+def make_target(folder: Path, command: list[str]) -> QemuTarget:
+    return QemuTarget("vm", QemuTargetConfig(command=command, page_size="4K"), folder, TIMEOUTS)
+
+
+@contextlib.contextmanager
+def memfd(size_bytes: int, name: str = "ram") -> Iterator[TargetMemory]:
+    fd = os.memfd_create("migrated-test", os.MFD_CLOEXEC)
+    os.ftruncate(fd, size_bytes)
+    try:
+        yield TargetMemory(Region(name, size_bytes, 4096), fd)
+    finally:
+        os.close(fd)
+
+
+RAM = (Region("ram", 64 * MIB, 4096),)
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        (["no-such-program", "{memory:ram}"], "guest-command-missing"),
+        (target_command(options="share=on,prealloc=on"), "memory-preallocated"),
+        (target_command("-mem-prealloc"), "memory-preallocated"),
+        (target_command("-overcommit", "mem-lock=on"), "memory-locked"),
+        (target_command(options="share=off"), "memory-not-shared"),
+        (target_command(size="32M"), "regions-differ"),
+        ([a.replace("memory:ram", "memory:other") for a in target_command()], "regions-differ"),
+        (target_command("-daemonize"), "guest-command"),
+        (target_command("-incoming", "tcp::1"), "guest-command"),
+    ],
+)
+async def test_a_command_that_cannot_work_is_refused_before_anything_starts(
+    tmp_path: Path, command: list[str], code: str
+) -> None:
+    target = make_target(tmp_path, command)
+    with pytest.raises(GuestRefusedError) as caught:
+        await target.check(RAM)
+    assert caught.value.code == code
+    await target.kill()
+    await target.close()
+    assert not list(tmp_path.iterdir())
+
+
+async def test_a_target_takes_the_faults_of_an_untouched_guest(tmp_path: Path) -> None:
+    target = make_target(tmp_path, target_command())
+    await target.check(RAM)
+    with memfd(64 * MIB) as ram:
+        faults = await target.start((ram,))
+        try:
+            assert [(m.region, m.offset, m.length_bytes) for m in faults.mappings] == [(0, 0, 64 * MIB)]
+            states = residences(faults.pid, frozenset({file_key(ram.memory_fd)}))
+            assert [state.present_bytes for state in states] == [0]
+            assert {"um", "ui", "uw"} <= states[0].flags
+            assert injection.userfaultfds(faults.pid)
+            assert os.getsid(faults.pid) == faults.pid
+            with pytest.raises(GuestRefusedError) as caught:
+                await make_target(tmp_path, target_command()).check(RAM)
+            assert caught.value.code == "guest-exists"
+        finally:
+            await target.kill()
+            await target.kill()
+            await target.close()
+    assert not list(tmp_path.iterdir())
+    assert not Path(f"/proc/{faults.pid}").exists()
+
+
+@pytest.mark.parametrize("how", ["prealloc", "size", "dies"])
+async def test_what_only_the_running_qemu_shows_is_refused_too(tmp_path: Path, how: str) -> None:
+    command, code = {
+        # A wrapper hides the options from `check`.
+        "prealloc": (target_command("-global", "memory-backend-file.prealloc=on"), "memory-preallocated"),
+        "size": (target_command("-m", "32M", size="32M"), "regions-differ"),
+        "dies": (target_command("-device", "no-such-device"), "guest-start"),
+    }[how]
+    target = make_target(tmp_path, command)
+    with memfd(64 * MIB) as ram:
+        if how == "prealloc":
+            # Pages that somebody mapped in the guest before us, whatever the options say.
+            command[:0] = ["/bin/sh", "-c", 'exec "$@" -mem-prealloc', "sh"]
+        with pytest.raises(GuestError) as caught:
+            await target.start((ram,))
+        assert caught.value.code == code
+        if how == "dies":
+            assert "no-such-device" in caught.value.message
+        await target.kill()
+        await target.close()
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- a whole move
+
+
+class Move:
+    """A checking guest, an incoming QEMU, and the two drivers."""
+
+    def __init__(self, folder: Path, image: Path) -> None:
+        self.folder = folder
+        self.image = image
+        self.console = GuestConsole()
+        self.near, self.far = Pipe.pair()
+        self.qemu: Qemu
+        self.source: QemuSource
+        self.target: QemuTarget
+        self.faults: FaultSource
+        self.loading: asyncio.Task[None]
+
+    def devices(self, serial: str) -> list[str]:
+        return [
+            *("-drive", f"format=raw,file={self.image},if=ide,snapshot=off,readonly=off,file.locking=off"),
+            *("-serial", f"unix:{self.folder / serial},server=on,wait=off"),
+        ]
+
+    async def begin(self, stack: contextlib.AsyncExitStack, command: list[str] | None = None) -> TargetMemory:
+        self.qemu = Qemu(self.folder, "source", *memory(), *self.devices("source.serial"))
+        stack.callback(self.qemu.process.close)
+        stack.push_async_callback(self.qemu.process.kill, 10)
+        await self.qemu.up()
+        stack.push_async_callback(self.console.close)
+        await self.console.attach(self.folder / "source.serial")
+        await self.console.wait_booted()
+        self.source = self.qemu.source(self.folder)
+        stack.push_async_callback(self.source.close)
+        found = await self.source.open()
+        self.target = make_target(self.folder, command or target_command(*self.devices("target.serial")))
+        stack.push_async_callback(self.target.close)
+        stack.push_async_callback(self.target.kill)
+        ram = stack.enter_context(memfd(64 * MIB))
+        await self.target.check(found.regions)
+        self.faults = await self.target.start((ram,))
+        self.loading = asyncio.create_task(self.target.load_state(self.far))
+        stack.push_async_callback(self.stop_loading)
+        return ram
+
+    async def stop_loading(self) -> None:
+        self.loading.cancel()
+        await asyncio.gather(self.loading, return_exceptions=True)
+
+    def copy(self, ram: TargetMemory) -> None:
+        memory_ = self.source._memory
+        assert memory_ is not None
+        with mmap.mmap(ram.memory_fd, ram.region.size_bytes) as alias:
+            for offset in range(0, ram.region.size_bytes, MIB):
+                alias[offset : offset + MIB] = os.pread(memory_.memory_fds[0], MIB, memory_.file_offsets[0] + offset)
+
+    def free(self) -> None:
+        """All memory is in: no fault is to be reported any more."""
+        for mapping in self.faults.mappings:
+            uffd_unregister(self.faults.uffd, mapping.address, mapping.length_bytes)
+
+
+@pytest.fixture(scope="session")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_bootsector(tmp_path_factory.mktemp("images"), size_bytes=32 * MIB, rate=20000, sweep_seconds=2)
+
+
+@pytest.fixture
+async def move(tmp_path: Path, image: Path) -> AsyncIterator[tuple[Move, contextlib.AsyncExitStack]]:
+    async with contextlib.AsyncExitStack() as stack:
+        yield Move(tmp_path, image), stack
+
+
+async def status_of(side: QemuSource | QemuTarget) -> str:
+    return await (await side._monitor()).status()
+
+
+async def test_a_guest_moves_between_two_processes(move: tuple[Move, contextlib.AsyncExitStack]) -> None:
+    it, stack = move
+    ram = await it.begin(stack)
+    await it.source.pause(it.near)
+    assert await status_of(it.source) != "running"
+    assert it.source.paused_at is not None
+    it.copy(ram)
+    it.free()
+    await it.source.send_state(it.near)
+    await asyncio.wait_for(it.loading, 30)
+    assert it.target.runs
+    await it.console.attach(it.folder / "target.serial")
+    await it.target.resume()
+    await it.target.resume()
+    await it.target.release()
+    assert not injection.userfaultfds(it.faults.pid)
+    assert (await it.console.stats()).errors == 0
+    assert await it.console.verified()
+    await it.source.release()
+    assert it.qemu.process.poll() is not None
+    # Our going away changes nothing for the guest.
+    await it.target.close()
+    assert (await it.console.stats()).errors == 0
+    assert await it.console.verified()
+
+
+async def test_a_guest_its_owner_has_paused_arrives_paused(move: tuple[Move, contextlib.AsyncExitStack]) -> None:
+    it, stack = move
+    ram = await it.begin(stack)
+    await (await it.source._monitor()).execute("stop")
+    await it.source.pause(it.near)
+    it.copy(ram)
+    it.free()
+    await it.source.send_state(it.near)
+    await asyncio.wait_for(it.loading, 30)
+    await it.target.resume()
+    assert await status_of(it.target) == "paused"
+
+
+@pytest.mark.parametrize("stage", ["open", "tracking", "quiesced", "paused", "handed-over"])
+async def test_a_guest_runs_on_after_a_failure_at_any_stage(
+    move: tuple[Move, contextlib.AsyncExitStack], stage: str
+) -> None:
+    it, stack = move
+    ram = await it.begin(stack)
+    await it.source.tracking_uffd()
+    if stage == "quiesced":
+        await it.source.quiesce()
+        assert await status_of(it.source) == "paused"
+    if stage in {"paused", "handed-over"}:
+        await it.source.pause(it.near)
+    if stage == "handed-over":
+        it.copy(ram)
+        it.free()
+        await it.source.send_state(it.near)
+        await asyncio.wait_for(it.loading, 30)
+    await it.target.kill()
+    await it.source.resume()
+    await it.source.resume()
+    await it.source.release_tracking()
+    assert await status_of(it.source) == "running"
+    capabilities = await (await it.source._monitor()).execute("query-migrate-capabilities")
+    assert not any(capability["state"] for capability in capabilities)
+    assert (await it.console.stats()).errors == 0
+    assert await it.console.verified()
+    # And it can be tried again.
+    await it.source.close()
+    again = it.qemu.source(it.folder)
+    await again.open()
+    await again.close()
+
+
+async def give_away(it: Move) -> None:
+    await it.source.pause(it.near)
+    await it.source.send_state(it.near)
+
+
+async def test_a_state_that_does_not_fit_fails_with_qemus_words_and_the_source_runs_on(
+    move: tuple[Move, contextlib.AsyncExitStack],
+) -> None:
+    it, stack = move
+    command = target_command(*it.devices("target.serial"), "-device", "virtio-rng-pci")
+    command[command.index("q35,memory-backend=ram")] = "pc,memory-backend=ram"
+    await it.begin(stack, command)
+    # The machine type is in the stream's first bytes: QEMU may notice at either step.
+    sending = asyncio.create_task(give_away(it))
+    with pytest.raises(MigratedError, match="QEMU said"):
+        await asyncio.wait_for(it.loading, 30)
+    await it.target.kill()
+    await it.far.close_write()
+    with pytest.raises(GuestError):
+        await asyncio.wait_for(sending, 30)
+    await it.source.resume()
+    assert (await it.console.stats()).errors == 0
+    assert await it.console.verified()
+
+
+async def test_a_restarted_agent_takes_the_incoming_guest_back(move: tuple[Move, contextlib.AsyncExitStack]) -> None:
+    it, stack = move
+    ram = await it.begin(stack)
+    await it.source.pause(it.near)
+    it.copy(ram)
+    it.free()
+    await it.source.send_state(it.near)
+    await asyncio.wait_for(it.loading, 30)
+    uffd = os.dup(it.faults.uffd)
+    await it.target.close()
+    adopted, faults = await QemuTarget.adopt(
+        "vm", it.target._config, it.folder, TIMEOUTS, pid=it.faults.pid, uffd=uffd, memory=(ram,), runs=it.target.runs
+    )
+    stack.push_async_callback(adopted.close)
+    stack.push_async_callback(adopted.kill)
+    assert faults.mappings == it.faults.mappings
+    await it.console.attach(it.folder / "target.serial")
+    await adopted.resume()
+    await adopted.release()
+    assert not injection.userfaultfds(faults.pid)
+    assert await it.console.verified()
+
+
+async def test_a_process_that_is_not_the_guest_is_not_adopted(start: StartQemu, tmp_path: Path) -> None:
+    qemu = await start(*memory())
+    process = PidHandle.attach(qemu.pid)
+    uffd = await injection.open_uffd(process, faults=True, tracking=True, hand_over=None)
+    with memfd(64 * MIB) as ram:
+        config = QemuTargetConfig(command=target_command())
+        with pytest.raises(GuestError):
+            await QemuTarget.adopt("vm", config, tmp_path, TIMEOUTS, pid=qemu.pid, uffd=uffd.fd, memory=(ram,))
+    await injection.close_uffd(uffd)
+    process.close()
