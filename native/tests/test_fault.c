@@ -1,0 +1,670 @@
+/* SPDX-License-Identifier: MIT */
+/* The fault server with a guest that is a process of its own: a child maps the memory, registers it, touches it. */
+#include <pthread.h>
+#include <signal.h>
+#include <sys/wait.h>
+
+#include "target_rig.h"
+
+#ifndef MADV_REMOVE
+#define MADV_REMOVE 9
+#endif
+
+#define REGION_PAGES 16u
+#define MAX_PIECES 2
+
+/* ---- the guest: told over a socket what to touch, each order in a thread of its own */
+
+enum order_kind {
+	READ_BLOCK, /* answer: version of block `block`, or -1 */
+	WRITE_BLOCK, /* fill block `block` with `argument` */
+	GIVE_BACK, /* madvise(`argument`) the page of `page_bytes` at `block` */
+	READ_ALL, /* every block from `block` on, `argument` of them: the sum of versions, or -1 */
+	POISON_READ, /* read, expecting SIGBUS: -2 when it came */
+};
+
+struct order {
+	uint32_t kind, id;
+	uint64_t block, argument;
+};
+
+struct answer {
+	uint32_t id;
+	int32_t value;
+};
+
+struct guest {
+	pid_t pid;
+	int socket, memory, uffd;
+	uint64_t page_bytes, size_bytes, address[MAX_PIECES];
+	uint32_t pieces, next_id;
+};
+
+static struct guest child; /* in the child */
+static pthread_mutex_t child_lock = PTHREAD_MUTEX_INITIALIZER;
+
+static volatile uint64_t *child_block(uint64_t block)
+{
+	uint64_t piece_bytes = child.size_bytes / child.pieces;
+	uint64_t offset = block * MGD_BLOCK_BYTES;
+
+	return (volatile uint64_t *)(child.address[offset / piece_bytes] + offset % piece_bytes);
+}
+
+static __thread volatile sig_atomic_t poison_expected;
+
+static void on_sigbus(int number)
+{
+	struct answer answer = {.id = 0, .value = -2};
+
+	(void)number;
+	/* The order's own id is told through the thread's variable: one poison order at a time. */
+	answer.id = (uint32_t)poison_expected;
+	(void)!write(child.socket, &answer, sizeof(answer));
+	pthread_exit(NULL);
+}
+
+static int read_version(uint64_t block)
+{
+	uint64_t copy[WORDS];
+	volatile uint64_t *words = child_block(block);
+
+	for (uint64_t i = 0; i < WORDS; i++)
+		copy[i] = words[i];
+	return rig_version(copy, block);
+}
+
+static void *obey(void *argument)
+{
+	struct order order = *(struct order *)argument;
+	struct answer answer = {.id = order.id};
+
+	free(argument);
+	switch (order.kind) {
+	case POISON_READ:
+		poison_expected = (sig_atomic_t)order.id;
+		answer.value = read_version(order.block);
+		break;
+	case READ_BLOCK:
+		answer.value = read_version(order.block);
+		break;
+	case WRITE_BLOCK: {
+		uint64_t words[WORDS];
+		volatile uint64_t *to = child_block(order.block);
+
+		rig_fill(words, order.block, (int)order.argument);
+		for (uint64_t i = 0; i < WORDS; i++)
+			to[i] = words[i];
+		break;
+	}
+	case GIVE_BACK:
+		answer.value = madvise((void *)child_block(order.block), child.page_bytes, (int)order.argument);
+		break;
+	case READ_ALL:
+		for (uint64_t i = 0; i < order.argument && answer.value >= 0; i++) {
+			int version = read_version(order.block + i);
+
+			answer.value = version < 0 ? -1 : answer.value + version;
+		}
+		break;
+	}
+	pthread_mutex_lock(&child_lock);
+	(void)!write(child.socket, &answer, sizeof(answer));
+	pthread_mutex_unlock(&child_lock);
+	return NULL;
+}
+
+static void send_uffd(int socket, int uffd, const uint64_t *addresses, size_t bytes)
+{
+	char control[CMSG_SPACE(sizeof(int))] = {0};
+	struct iovec iov = {.iov_base = (void *)addresses, .iov_len = bytes};
+	struct msghdr message = {
+		.msg_iov = &iov, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof(control)};
+	struct cmsghdr *header = CMSG_FIRSTHDR(&message);
+
+	header->cmsg_level = SOL_SOCKET;
+	header->cmsg_type = SCM_RIGHTS;
+	header->cmsg_len = CMSG_LEN(sizeof(int));
+	memcpy(CMSG_DATA(header), &uffd, sizeof(int));
+	CHECK(sendmsg(socket, &message, 0) == (ssize_t)bytes);
+}
+
+static int recv_uffd(int socket, uint64_t *addresses, size_t bytes)
+{
+	char control[CMSG_SPACE(sizeof(int))] = {0};
+	struct iovec iov = {.iov_base = addresses, .iov_len = bytes};
+	struct msghdr message = {
+		.msg_iov = &iov, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof(control)};
+	int uffd;
+
+	CHECK(recvmsg(socket, &message, MSG_CMSG_CLOEXEC) == (ssize_t)bytes);
+	CHECK(CMSG_FIRSTHDR(&message) != NULL);
+	memcpy(&uffd, CMSG_DATA(CMSG_FIRSTHDR(&message)), sizeof(int));
+	return uffd;
+}
+
+static void be_the_guest(void)
+{
+	uint64_t piece_bytes = child.size_bytes / child.pieces;
+	struct mgd_error err = {0};
+	struct order order;
+
+	signal(SIGBUS, on_sigbus);
+	CHECK_OK(mgd_uffd_open(0, &child.uffd, &err), err);
+	CHECK_OK(mgd_uffd_api(child.uffd, 1, 1, &err), err);
+	for (uint32_t i = 0; i < child.pieces; i++) {
+		/* Pieces lie apart, in the wrong order. */
+		void *memory = mmap((void *)(0x100000000000ull - i * (1ull << 40)), piece_bytes, PROT_READ | PROT_WRITE,
+				    MAP_SHARED | MAP_FIXED_NOREPLACE, child.memory, (off_t)(i * piece_bytes));
+
+		CHECK(memory != MAP_FAILED);
+		child.address[i] = (uint64_t)memory;
+		CHECK_OK(mgd_uffd_register(child.uffd, child.address[i], piece_bytes,
+					   MGD_REGISTER_MISSING | MGD_REGISTER_MINOR | MGD_REGISTER_WP, &err),
+			 err);
+	}
+	send_uffd(child.socket, child.uffd, child.address, sizeof(child.address));
+	while (read(child.socket, &order, sizeof(order)) == sizeof(order)) {
+		struct order *copy = malloc(sizeof(order));
+		pthread_t thread;
+
+		*copy = order;
+		CHECK_EQUAL(pthread_create(&thread, NULL, obey, copy), 0);
+		pthread_detach(thread);
+	}
+	_exit(0);
+}
+
+static void start_guest(struct guest *guest, uint64_t page_bytes, uint64_t size_bytes, uint32_t pieces)
+{
+	int ends[2];
+
+	*guest = (struct guest){.page_bytes = page_bytes, .size_bytes = size_bytes, .pieces = pieces, .next_id = 1};
+	guest->memory = rig_memfd(page_bytes, size_bytes);
+	CHECK_EQUAL(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends), 0);
+	guest->pid = fork();
+	CHECK(guest->pid >= 0);
+	if (guest->pid == 0) {
+		alarm(110);
+		close(ends[0]);
+		child = *guest;
+		child.socket = ends[1];
+		be_the_guest();
+	}
+	close(ends[1]);
+	guest->socket = ends[0];
+	guest->uffd = recv_uffd(guest->socket, guest->address, sizeof(guest->address));
+}
+
+static void end_guest(struct guest *guest)
+{
+	int status;
+
+	close(guest->socket);
+	CHECK_EQUAL(waitpid(guest->pid, &status, 0), guest->pid);
+	CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+	close(guest->uffd);
+	close(guest->memory);
+}
+
+static uint32_t tell(struct guest *guest, uint32_t kind, uint64_t block, uint64_t argument)
+{
+	struct order order = {.kind = kind, .id = guest->next_id++, .block = block, .argument = argument};
+
+	CHECK_EQUAL(write(guest->socket, &order, sizeof(order)), sizeof(order));
+	return order.id;
+}
+
+static struct answer hear(struct guest *guest)
+{
+	struct pollfd poll_fd = {.fd = guest->socket, .events = POLLIN};
+	struct answer answer;
+
+	CHECK(poll(&poll_fd, 1, PATIENCE_MS) == 1);
+	CHECK_EQUAL(read(guest->socket, &answer, sizeof(answer)), sizeof(answer));
+	return answer;
+}
+
+static int ask(struct guest *guest, uint32_t kind, uint64_t block, uint64_t argument)
+{
+	uint32_t id = tell(guest, kind, block, argument);
+	struct answer answer = hear(guest);
+
+	CHECK_EQUAL(answer.id, id);
+	return answer.value;
+}
+
+/* ---- the host around it */
+
+struct host {
+	struct guest guest;
+	struct mgd_target_region region;
+	struct mgd_mapping mappings[MAX_PIECES];
+	struct mgd_frame_bounds bounds;
+	struct mgd_target *target;
+	int ledger, bulk, urgent;
+	uint64_t blocks; /* a host page */
+};
+
+static uint64_t page_bytes_under_test;
+
+static void make_target(struct host *host, int recover)
+{
+	struct mgd_error err = {0};
+
+	CHECK_OK(mgd_target_create(&host->region, 1, 1, host->ledger, recover, rig_secret, &host->target, &err), err);
+	host->bulk = rig_stream(host->target, 0);
+	host->urgent = rig_stream(host->target, MGD_STREAM_URGENT);
+	CHECK_OK(mgd_target_arm(host->target, host->guest.uffd, host->mappings, host->guest.pieces, recover, &err), err);
+}
+
+static void open_host_of(struct host *host, uint64_t pages, uint32_t pieces)
+{
+	uint64_t size_bytes = pages * page_bytes_under_test;
+
+	memset(host, 0, sizeof(*host));
+	start_guest(&host->guest, page_bytes_under_test, size_bytes, pieces);
+	host->blocks = page_bytes_under_test / MGD_BLOCK_BYTES;
+	host->region = (struct mgd_target_region){.memory_fd = host->guest.memory,
+						  .size_bytes = size_bytes,
+						  .host_page_bytes = page_bytes_under_test};
+	host->bounds = (struct mgd_frame_bounds){size_bytes / MGD_BLOCK_BYTES, host->blocks};
+	for (uint32_t i = 0; i < pieces; i++)
+		host->mappings[i] = (struct mgd_mapping){.address = host->guest.address[i],
+							 .offset = i * (size_bytes / pieces),
+							 .length_bytes = size_bytes / pieces};
+	host->ledger = memfd_create("ledger", MFD_CLOEXEC);
+	CHECK_EQUAL(ftruncate(host->ledger, (off_t)mgd_ledger_bytes(&host->region, 1)), 0);
+	make_target(host, 0);
+}
+
+static void open_host(struct host *host)
+{
+	open_host_of(host, REGION_PAGES, 2);
+}
+
+static void close_host(struct host *host)
+{
+	mgd_target_destroy(host->target);
+	end_guest(&host->guest);
+	close(host->ledger);
+	close(host->bulk);
+	close(host->urgent);
+}
+
+/* Send host page `page` whole, in as many frames as it takes. */
+static void send_page(struct host *host, int fd, uint64_t page, uint16_t flags, int version)
+{
+	uint64_t first = page * host->blocks;
+
+	CHECK(host->blocks <= MGD_CHUNK_BLOCKS);
+	rig_send_all(fd, 0, first, (uint32_t)host->blocks, flags, version);
+}
+
+/* Pre-copy the first `pages` pages as version 1, then switch over with the pages of `stale` (a bit each) stale. */
+static void switch_over(struct host *host, uint64_t pages, uint32_t stale)
+{
+	uint8_t bits[4] = {(uint8_t)stale, (uint8_t)(stale >> 8)};
+	struct mgd_error err = {0};
+
+	for (uint64_t page = 0; page < pages; page++)
+		send_page(host, host->bulk, page, 0, 1);
+	rig_send_barrier(host->bulk, 1);
+	rig_event(host->target, MGD_EVENT_BARRIER);
+	CHECK_OK(mgd_target_stale_map(host->target, 0, 0, bits, REGION_PAGES / 8, &err), err);
+	CHECK_OK(mgd_target_switchover(host->target, &err), err);
+}
+
+/* ---- what the guest gets */
+
+static void a_current_page_is_there_at_once(void)
+{
+	struct mgd_target_stats stats;
+	struct host host;
+
+	open_host(&host);
+	switch_over(&host, 4, 0);
+	rig_event(host.target, MGD_EVENT_ALL_CURRENT);
+	CHECK_EQUAL(ask(&host.guest, READ_BLOCK, 0, 0), 1);
+	CHECK_EQUAL(ask(&host.guest, READ_BLOCK, 3 * host.blocks, 0), 1);
+	/* The guest runs on before the fault thread has counted. */
+	RIG_UNTIL(host.target, stats, stats.latency_current.count == 2);
+	CHECK_EQUAL(stats.faults_current, 2);
+	CHECK_EQUAL(stats.mapped_pages, 2);
+	close_host(&host);
+}
+
+static void a_page_never_written_reads_as_zeros(void)
+{
+	struct mgd_target_stats stats;
+	struct host host;
+
+	open_host(&host);
+	switch_over(&host, 1, 0);
+	CHECK_EQUAL(ask(&host.guest, READ_BLOCK, 9 * host.blocks, 0), 0);
+	CHECK_EQUAL(ask(&host.guest, WRITE_BLOCK, 15 * host.blocks, 3), 0);
+	CHECK_EQUAL(ask(&host.guest, READ_BLOCK, 15 * host.blocks, 0), 3);
+	RIG_UNTIL(host.target, stats, stats.faults_missing == 2);
+	close_host(&host);
+}
+
+static void a_stale_page_is_demanded_and_comes(void)
+{
+	struct mgd_target_stats stats;
+	struct mgd_frame demand;
+	struct host host;
+	uint32_t id;
+
+	open_host(&host);
+	switch_over(&host, 4, 1u << 2);
+	id = tell(&host.guest, READ_BLOCK, 2 * host.blocks, 0);
+	demand = rig_demand(host.urgent, &host.bounds, 1);
+	CHECK_EQUAL(demand.first_block, 2 * host.blocks);
+	mgd_target_stats(host.target, &stats);
+	CHECK_EQUAL(stats.faults_held, 1);
+	send_page(&host, host.urgent, 2, MGD_FRAME_FINAL, 2);
+	CHECK_EQUAL(hear(&host.guest).id, id);
+	rig_event(host.target, MGD_EVENT_ALL_CURRENT);
+	CHECK_EQUAL(ask(&host.guest, READ_BLOCK, 2 * host.blocks, 0), 2);
+	RIG_UNTIL(host.target, stats, stats.latency_stale.count == 1);
+	CHECK_EQUAL(stats.faults_stale, 1);
+	CHECK_EQUAL(stats.faults_held, 0);
+	close_host(&host);
+}
+
+static void a_stale_page_of_zeros_comes(void)
+{
+	struct host host;
+
+	open_host(&host);
+	switch_over(&host, 0, 1u << 2);
+	tell(&host.guest, READ_BLOCK, 2 * host.blocks, 0);
+	rig_demand(host.urgent, &host.bounds, 1);
+	send_page(&host, host.urgent, 2, MGD_FRAME_FINAL, UNCHANGED);
+	CHECK_EQUAL(hear(&host.guest).value, 0);
+	close_host(&host);
+}
+
+static void many_threads_on_one_stale_page_make_one_demand(void)
+{
+	struct mgd_target_stats stats;
+	struct pollfd poll_fd;
+	struct host host;
+
+	open_host(&host);
+	switch_over(&host, 4, 1u << 1);
+	for (int i = 0; i < 8; i++)
+		tell(&host.guest, READ_BLOCK, host.blocks, 0);
+	rig_demand(host.urgent, &host.bounds, 1);
+	RIG_UNTIL(host.target, stats, stats.faults_duplicate == 7);
+	poll_fd = (struct pollfd){.fd = host.urgent, .events = POLLIN};
+	CHECK_EQUAL(poll(&poll_fd, 1, 0), 0);
+	send_page(&host, host.urgent, 1, MGD_FRAME_FINAL, 6);
+	for (int i = 0; i < 8; i++)
+		CHECK_EQUAL(hear(&host.guest).value, 6);
+	close_host(&host);
+}
+
+static void faults_before_the_switchover_are_held_until_it(void)
+{
+	struct mgd_target_stats stats;
+	struct host host;
+	int sum = 0;
+
+	open_host(&host);
+	tell(&host.guest, READ_BLOCK, 0, 0); /* current then */
+	tell(&host.guest, READ_BLOCK, host.blocks, 0); /* stale then */
+	tell(&host.guest, READ_BLOCK, 12 * host.blocks, 0); /* a hole */
+	RIG_UNTIL(host.target, stats, stats.faults_held == 3);
+	switch_over(&host, 4, 1u << 1);
+	CHECK_EQUAL(rig_demand(host.urgent, &host.bounds, 1).first_block, host.blocks);
+	send_page(&host, host.urgent, 1, MGD_FRAME_FINAL, 4);
+	for (int i = 0; i < 3; i++)
+		sum += hear(&host.guest).value;
+	CHECK_EQUAL(sum, 1 + 4 + 0);
+	close_host(&host);
+}
+
+static void the_drain_maps_on_arrival(void)
+{
+	struct mgd_target_stats stats;
+	struct host host;
+
+	open_host(&host);
+	switch_over(&host, 4, 0xf);
+	for (uint64_t page = 0; page < 4; page++)
+		send_page(&host, host.bulk, page, MGD_FRAME_FINAL, 3);
+	rig_event(host.target, MGD_EVENT_ALL_CURRENT);
+	RIG_UNTIL(host.target, stats, stats.mapped_pages == 4);
+	CHECK_EQUAL(ask(&host.guest, READ_ALL, 0, 4 * host.blocks), (int)(3 * 4 * host.blocks));
+	mgd_target_stats(host.target, &stats);
+	CHECK_EQUAL(stats.faults_current + stats.faults_stale + stats.faults_missing, 0);
+	close_host(&host);
+}
+
+static void background_maps_all_but_holes_and_the_guest_is_released(void)
+{
+	struct mgd_target_stats stats;
+	struct mgd_error err = {0};
+	struct host host;
+
+	open_host(&host);
+	switch_over(&host, 10, 1u << 5);
+	CHECK_OK(mgd_target_background(host.target, &err), err);
+	/* Racing with it, the guest reads everything that is there. */
+	for (uint64_t page = 0; page < 5; page++)
+		tell(&host.guest, READ_ALL, page * host.blocks, host.blocks);
+	for (uint64_t page = 0; page < 5; page++)
+		CHECK_EQUAL(hear(&host.guest).value, (int)host.blocks);
+	CHECK_FAILS(mgd_target_release(host.target, &err), err, MGD_ERR_ARGUMENT);
+	send_page(&host, host.bulk, 5, MGD_FRAME_FINAL, 2);
+	rig_event(host.target, MGD_EVENT_ALL_CURRENT);
+	rig_event(host.target, MGD_EVENT_ALL_MAPPED);
+	mgd_target_stats(host.target, &stats);
+	CHECK_EQUAL(stats.mapped_pages, 10);
+	CHECK_OK(mgd_target_release(host.target, &err), err);
+	/* Nobody serves any more, and nobody has to: mapped pages, and holes. */
+	CHECK_EQUAL(ask(&host.guest, READ_ALL, 0, 5 * host.blocks), (int)(5 * host.blocks));
+	CHECK_EQUAL(ask(&host.guest, READ_BLOCK, 14 * host.blocks, 0), 0);
+	CHECK_EQUAL(ask(&host.guest, WRITE_BLOCK, 15 * host.blocks, 8), 0);
+	close_host(&host);
+}
+
+static void release_before_anything_was_mapped(void)
+{
+	struct mgd_error err = {0};
+	struct host host;
+
+	open_host(&host);
+	switch_over(&host, 10, 0);
+	CHECK_OK(mgd_target_release(host.target, &err), err);
+	CHECK_EQUAL(ask(&host.guest, READ_ALL, 0, 10 * host.blocks), (int)(10 * host.blocks));
+	close_host(&host);
+}
+
+static void a_page_given_back_is_served_again(void)
+{
+	struct mgd_target_stats stats;
+	struct host host;
+
+	open_host(&host);
+	switch_over(&host, 4, 1u << 3);
+	CHECK_EQUAL(ask(&host.guest, READ_BLOCK, 0, 0), 1);
+	CHECK_EQUAL(ask(&host.guest, GIVE_BACK, 0, MADV_DONTNEED), 0);
+	CHECK_EQUAL(ask(&host.guest, READ_BLOCK, 0, 0), 1);
+	CHECK_EQUAL(ask(&host.guest, GIVE_BACK, 0, MADV_REMOVE), 0);
+	CHECK_EQUAL(ask(&host.guest, READ_BLOCK, 0, 0), 0);
+	/* A stale page stays one. */
+	CHECK_EQUAL(ask(&host.guest, GIVE_BACK, 3 * host.blocks, MADV_DONTNEED), 0);
+	tell(&host.guest, READ_BLOCK, 3 * host.blocks, 0);
+	rig_demand(host.urgent, &host.bounds, 1);
+	send_page(&host, host.urgent, 3, MGD_FRAME_FINAL, 5);
+	CHECK_EQUAL(hear(&host.guest).value, 5);
+	RIG_UNTIL(host.target, stats, stats.remove_events == 3);
+	close_host(&host);
+}
+
+static void demands_are_asked_again_after_a_reconnect(void)
+{
+	struct mgd_event event;
+	struct host host;
+
+	open_host(&host);
+	switch_over(&host, 4, 0x6);
+	tell(&host.guest, READ_BLOCK, host.blocks, 0);
+	rig_demand(host.urgent, &host.bounds, 1);
+	close(host.urgent);
+	event = rig_event(host.target, MGD_EVENT_STREAM_LOST);
+	CHECK_EQUAL(event.stream, MGD_STREAM_URGENT);
+	CHECK_EQUAL(event.error.kind, MGD_ERR_CLOSED);
+	/* Faults go on being taken while there is nobody to ask. */
+	tell(&host.guest, READ_BLOCK, 2 * host.blocks, 0);
+	mgd_target_drop_streams(host.target);
+	close(host.bulk);
+	host.bulk = rig_stream(host.target, 0);
+	host.urgent = rig_stream(host.target, MGD_STREAM_URGENT);
+	CHECK_EQUAL(rig_demand(host.urgent, &host.bounds, 1).first_block +
+			    rig_demand(host.urgent, &host.bounds, 1).first_block,
+		    3 * host.blocks);
+	send_page(&host, host.urgent, 1, MGD_FRAME_FINAL, 2);
+	CHECK_EQUAL(hear(&host.guest).value, 2);
+	send_page(&host, host.bulk, 2, MGD_FRAME_FINAL, 3);
+	CHECK_EQUAL(hear(&host.guest).value, 3);
+	close_host(&host);
+}
+
+static void a_new_engine_takes_over_and_waiting_threads_go_on(void)
+{
+	struct host host;
+
+	open_host(&host);
+	switch_over(&host, 4, 0x6);
+	tell(&host.guest, READ_BLOCK, host.blocks, 0);
+	rig_demand(host.urgent, &host.bounds, 1);
+	mgd_target_destroy(host.target);
+	close(host.bulk);
+	close(host.urgent);
+	make_target(&host, 1);
+	CHECK_EQUAL(rig_demand(host.urgent, &host.bounds, 1).first_block, host.blocks);
+	send_page(&host, host.urgent, 1, MGD_FRAME_FINAL, 2);
+	CHECK_EQUAL(hear(&host.guest).value, 2);
+	CHECK_EQUAL(ask(&host.guest, READ_BLOCK, 3 * host.blocks, 0), 1);
+	send_page(&host, host.bulk, 2, MGD_FRAME_FINAL, 3);
+	rig_event(host.target, MGD_EVENT_ALL_CURRENT);
+	CHECK_EQUAL(ask(&host.guest, READ_BLOCK, 2 * host.blocks, 0), 3);
+	close_host(&host);
+}
+
+static void a_lost_page_is_a_memory_error_not_an_endless_wait(void)
+{
+	struct mgd_features features;
+	struct mgd_error err = {0};
+	struct host host;
+	uint64_t pages;
+
+	CHECK_OK(mgd_probe(&features, &err), err);
+	if (!features.poison) {
+		printf("  (this kernel has no UFFDIO_POISON)\n");
+		return;
+	}
+	open_host(&host);
+	switch_over(&host, 4, 0x3);
+	tell(&host.guest, POISON_READ, host.blocks, 0);
+	rig_demand(host.urgent, &host.bounds, 1);
+	CHECK_OK(mgd_target_poison_stale(host.target, &pages, &err), err);
+	CHECK_EQUAL(pages, 2);
+	CHECK_EQUAL(hear(&host.guest).value, -2);
+	CHECK_EQUAL(ask(&host.guest, POISON_READ, 0, 0), -2);
+	CHECK_EQUAL(ask(&host.guest, READ_BLOCK, 2 * host.blocks, 0), 1);
+	close_host(&host);
+}
+
+static void the_guest_going_away_is_told(void)
+{
+	struct host host;
+	int status;
+
+	open_host(&host);
+	switch_over(&host, 4, 1u << 1);
+	kill(host.guest.pid, SIGKILL);
+	CHECK_EQUAL(waitpid(host.guest.pid, &status, 0), host.guest.pid);
+	send_page(&host, host.bulk, 1, MGD_FRAME_FINAL, 2);
+	for (;;) {
+		struct mgd_event event;
+		struct pollfd poll_fd = {.fd = mgd_target_event_fd(host.target), .events = POLLIN};
+
+		CHECK(poll(&poll_fd, 1, PATIENCE_MS) == 1);
+		if (!mgd_target_next_event(host.target, &event) || event.kind == MGD_EVENT_ALL_CURRENT)
+			continue;
+		CHECK_EQUAL(event.kind, MGD_EVENT_FAILED);
+		CHECK_EQUAL(event.error.kind, MGD_ERR_GUEST_GONE);
+		break;
+	}
+	mgd_target_destroy(host.target);
+	close(host.guest.socket);
+	close(host.guest.uffd);
+	close(host.guest.memory);
+	close(host.ledger);
+	close(host.bulk);
+	close(host.urgent);
+}
+
+static void run_all(void)
+{
+	RUN(a_current_page_is_there_at_once);
+	RUN(a_page_never_written_reads_as_zeros);
+	RUN(a_stale_page_is_demanded_and_comes);
+	RUN(a_stale_page_of_zeros_comes);
+	RUN(many_threads_on_one_stale_page_make_one_demand);
+	RUN(faults_before_the_switchover_are_held_until_it);
+	RUN(the_drain_maps_on_arrival);
+	RUN(background_maps_all_but_holes_and_the_guest_is_released);
+	RUN(release_before_anything_was_mapped);
+	RUN(a_page_given_back_is_served_again);
+	RUN(demands_are_asked_again_after_a_reconnect);
+	RUN(a_new_engine_takes_over_and_waiting_threads_go_on);
+	RUN(a_lost_page_is_a_memory_error_not_an_endless_wait);
+	RUN(the_guest_going_away_is_told);
+}
+
+/* In a process of its own, so that the pool is put back whatever becomes of it. */
+static int run_with(uint64_t page_bytes)
+{
+	int status;
+	pid_t pid;
+
+	fflush(stdout);
+	pid = fork();
+	CHECK(pid >= 0);
+	if (pid == 0) {
+		alarm(55);
+		page_bytes_under_test = page_bytes;
+		run_all();
+		exit(0);
+	}
+	CHECK_EQUAL(waitpid(pid, &status, 0), pid);
+	return WIFEXITED(status) ? WEXITSTATUS(status) : 1;
+}
+
+int main(void)
+{
+	int probe, status;
+
+	signal(SIGPIPE, SIG_IGN);
+	rig_init();
+	if (mgd_uffd_open(0, &probe, NULL) < 0) {
+		printf("no right to use userfaultfd for kernel faults: skipped\n");
+		return SKIPPED;
+	}
+	close(probe);
+	printf("4 KiB pages\n");
+	status = run_with(MGD_BLOCK_BYTES);
+	if (status == 0 && rig_pool_add(2 * MIB, REGION_PAGES + 2)) {
+		printf("2 MiB pages\n");
+		status = run_with(2 * MIB);
+		rig_pool_add(2 * MIB, -(long)(REGION_PAGES + 2));
+	} else if (status == 0) {
+		printf("2 MiB pages: none can be had here: skipped\n");
+	}
+	return status;
+}
