@@ -16,11 +16,11 @@ import re
 import struct
 from typing import Any
 
-from migrated.errors import GuestError, GuestRefusedError
+from migrated.errors import GuestRefusedError
 from migrated.guests.driver import Mapping, Region
 from migrated.guests.pidfd import open_files
-from migrated.guests.qemu_areas import Area, areas
 from migrated.guests.qmp import Monitor
+from migrated.memory.maps import Area, areas
 
 _HUGETLBFS = 0x958458F6
 _TMPFS = 0x01021994
@@ -146,10 +146,7 @@ def _run_from(shared: list[Area], address: int) -> list[Area]:
     run: list[Area] = []
     area = by_start.get(address)
     while area is not None:
-        if run and (
-            (area.device, area.inode) != (run[0].device, run[0].inode)
-            or area.offset - run[0].offset != area.start - run[0].start
-        ):
+        if run and (area.key != run[0].key or area.offset - run[0].offset != area.start - run[0].start):
             break
         run.append(area)
         area = by_start.get(area.end)
@@ -195,26 +192,13 @@ def _refuse_second_view(guest: str, pid: int, shared: list[Area], placed: tuple[
         first = place_.areas[0]
         begin, end = place_.file_offset, place_.file_offset + place_.backend.size_bytes
         for area in shared:
-            same_file = (area.device, area.inode) == (first.device, first.inode)
+            same_file = area.key == first.key
             overlaps = area.offset < end and begin < area.offset + (area.end - area.start)
             if same_file and overlaps and (area.start not in ours or area not in place_.areas):
                 raise GuestRefusedError(
                     f"guest {guest}: QEMU (process {pid}) maps memory backend {place_.backend.name} twice",
                     code="memory-mapped-elsewhere",
                 )
-
-
-def open_area(pid: int, area: Area) -> int:
-    """The file behind a mapping, read-only, even if it has no name any more.  Raises GuestError ``no-rights``."""
-    path = f"/proc/{pid}/map_files/{area.start:x}-{area.end:x}"
-    try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise GuestError(
-            f"cannot open the guest's memory ({path}): {error.strerror}",
-            code="no-rights",
-            hint="the agent needs CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN",
-        ) from error
 
 
 def page_bytes(guest: str, backend: Backend, fd: int) -> int:

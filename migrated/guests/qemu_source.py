@@ -24,9 +24,10 @@ from migrated.guests import injection, qemu_memory
 from migrated.guests.driver import SourceGuest, SourceMemory, StateChannel
 from migrated.guests.pidfd import PidHandle
 from migrated.guests.qemu import SOURCE_CAPABILITIES, SOURCE_PARAMETERS, MigrationSettings, QemuSourceConfig, preface
-from migrated.guests.qemu_areas import areas, mapped_elsewhere, residences
 from migrated.guests.qemu_relay import StateRelay
 from migrated.guests.qmp import Monitor
+from migrated.guests.residence import residences
+from migrated.memory.maps import areas, mapped_elsewhere, open_area
 
 _STREAM = "migrated-state"
 _DEVICE = "migrated-userfaultfd"
@@ -70,15 +71,15 @@ class QemuSource(SourceGuest):
         found = await qemu_memory.backends(monitor)
         qemu_memory.refuse_private(self.name, found)
         placed = await qemu_memory.place(monitor, pid, found)
-        keys = frozenset((area.device, area.inode) for item in placed for area in item.areas)
-        for other, command in await asyncio.to_thread(mapped_elsewhere, keys, pid):
+        keys = frozenset(area.key for item in placed for area in item.areas)
+        for other in await asyncio.to_thread(mapped_elsewhere, keys, (pid,)):
             raise GuestRefusedError(
-                f"guest {self.name}: its memory is also mapped by process {other} ({command}), whose writes cannot be seen",
+                f"guest {self.name}: its memory is also mapped by {other}, whose writes cannot be seen",
                 code="memory-mapped-elsewhere",
                 hint="detach that process (a vhost-user back end, a debugger) first",
             )
         self._pins_buffers = await qemu_memory.disks_pin_buffers(monitor, pid)
-        self._fds.extend(qemu_memory.open_area(pid, item.areas[0]) for item in placed)
+        self._fds.extend(open_area(pid, item.areas[0]) for item in placed)
         self._memory = SourceMemory(
             pid=pid,
             regions=tuple(
@@ -163,7 +164,7 @@ class QemuSource(SourceGuest):
         if not left or self._memory is None:
             return
         starts = {mapping.address for mapping in self._memory.mappings}
-        keys = frozenset((area.device, area.inode) for area in areas(self._handle.pid) if area.start in starts)
+        keys = frozenset(area.key for area in areas(self._handle.pid) if area.start in starts)
         states = await asyncio.to_thread(residences, self._handle.pid, keys)
         flags = frozenset(flag for state in states for flag in state.flags)
         if flags & {"um", "ui"}:

@@ -29,10 +29,11 @@ from migrated.guests.qemu import (
     QemuTargetConfig,
     parse_preface,
 )
-from migrated.guests.qemu_areas import Area, areas, file_key, mapped_elsewhere, residences
 from migrated.guests.qemu_relay import StateRelay
 from migrated.guests.qemu_source import hand_over
 from migrated.guests.qmp import Monitor
+from migrated.guests.residence import residences
+from migrated.memory.maps import Area, areas, file_key, mapped_elsewhere
 from migrated.memory.native import uffd_register
 
 _STREAM = "migrated-state"
@@ -232,7 +233,7 @@ class QemuTarget(TargetGuest):
         every = areas(self._qemu.pid)
         for index, item in enumerate(memory):
             key = file_key(item.memory_fd)
-            ours: list[Area] = [area for area in every if (area.device, area.inode) == key]
+            ours: list[Area] = [area for area in every if area.key == key]
             ends = {area.offset + area.end - area.start for area in ours}
             starts = {area.offset for area in ours}
             covered = sum(area.end - area.start for area in ours)
@@ -243,20 +244,19 @@ class QemuTarget(TargetGuest):
                 )
             found += [Mapping(index, area.start, area.offset, area.end - area.start) for area in ours]
         keys = frozenset(file_key(item.memory_fd) for item in memory)
-        others = await asyncio.to_thread(mapped_elsewhere, keys, self._qemu.pid)
-        for other, command in others:
-            if other != os.getpid():  # the agent's own alias
-                raise GuestRefusedError(
-                    f"guest {self.name}: its memory is also mapped by process {other} ({command})",
-                    code="memory-mapped-elsewhere",
-                    hint="vhost-user back ends cannot take part in a move yet",
-                )
+        # Ourselves excluded: the alias is not the guest's.
+        for other in await asyncio.to_thread(mapped_elsewhere, keys, (self._qemu.pid, os.getpid())):
+            raise GuestRefusedError(
+                f"guest {self.name}: its memory is also mapped by {other}",
+                code="memory-mapped-elsewhere",
+                hint="vhost-user back ends cannot take part in a move yet",
+            )
         return tuple(found)
 
     async def _refuse_present(self, memory: tuple[TargetMemory, ...]) -> None:
         keys = frozenset(file_key(item.memory_fd) for item in memory)
         for state in await asyncio.to_thread(residences, self._qemu.pid, keys):
-            if state.locked:
+            if "lo" in state.flags:
                 raise self._locked(f"{state.area.path}")
             if state.present_bytes:
                 raise self._preallocated(f"{state.present_bytes} bytes are there already")

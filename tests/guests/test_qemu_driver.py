@@ -30,10 +30,11 @@ from migrated.guests.driver import FaultSource, Region, TargetMemory
 from migrated.guests.images import build_bootsector
 from migrated.guests.pidfd import PidHandle, open_files
 from migrated.guests.qemu import QemuSourceConfig, QemuTargetConfig, decode_config, parse_preface, preface
-from migrated.guests.qemu_areas import file_key, residences
 from migrated.guests.qemu_source import QemuSource
 from migrated.guests.qemu_target import QemuTarget
 from migrated.guests.qmp import Monitor
+from migrated.guests.residence import residences
+from migrated.memory.maps import file_key
 from migrated.memory.native import uffd_unregister
 
 MIB = 1 << 20
@@ -535,6 +536,10 @@ class Move:
         ram = stack.enter_context(memfd(64 * MIB))
         await self.target.check(found.regions)
         self.faults = await self.target.start((ram,))
+        # However the test lets go of the target, its process ends with the test.
+        incoming = PidHandle.attach(self.faults.pid)
+        stack.callback(incoming.close)
+        stack.push_async_callback(incoming.kill, 10)
         self.loading = asyncio.create_task(self.target.load_state(self.far))
         stack.push_async_callback(self.stop_loading)
         return ram

@@ -1,0 +1,53 @@
+"""How much of its memory a process has mapped at this moment, and who wants to hear of its faults there."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+from migrated.errors import GuestError
+from migrated.memory.maps import Area, FileKey, parse
+
+_FIELD = re.compile(r"^(\w+): +(\d+) kB$")
+_PRESENT = frozenset({"Rss", "Shared_Hugetlb", "Private_Hugetlb"})
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Residence:
+    """An area; the bytes of it that are mapped; its ``VmFlags``.
+
+    Flags: ``lo`` locked; ``um``, ``ui``, ``uw``: userfaultfd hears of missing pages, minor faults, writes.
+    """
+
+    area: Area
+    present_bytes: int
+    flags: frozenset[str]
+
+
+def residences(pid: int, keys: Collection[FileKey]) -> list[Residence]:
+    """Those of the areas that show these files.  Raises GuestError ``guest-gone``.
+
+    Walks all page tables of the process (``smaps``): quick only while there is little in them.
+    """
+    found: list[Residence] = []
+    area: Area | None = None
+    present = 0
+    try:
+        text = Path(f"/proc/{pid}/smaps").read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError as error:
+        raise GuestError(f"process {pid} has ended, or hides its memory from us", code="guest-gone") from error
+    for line in text.splitlines():
+        if field := _FIELD.match(line):
+            present += int(field[2]) * 1024 if field[1] in _PRESENT else 0
+        elif line.startswith("VmFlags:"):
+            if area is not None:
+                found.append(Residence(area, present, frozenset(line.split()[1:])))
+        else:
+            # Either the first line of the next area, or a field in other units (THPeligible, ProtectionKey).
+            with contextlib.suppress(ValueError):
+                head = parse(line)[0]
+                area, present = (head if head.key in keys else None), 0
+    return found
