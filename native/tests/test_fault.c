@@ -145,17 +145,23 @@ static int recv_uffd(int socket, uint64_t *addresses, size_t bytes)
 
 static void be_the_guest(void)
 {
-	uint64_t piece_bytes = child.size_bytes / child.pieces;
+	uint64_t piece_bytes = child.size_bytes / child.pieces, slot_bytes = piece_bytes + child.page_bytes, first;
 	struct mgd_error err = {0};
 	struct order order;
+	void *reserved;
 
 	signal(SIGBUS, on_sigbus);
 	CHECK_OK(mgd_uffd_open(0, &child.uffd, &err), err);
 	CHECK_OK(mgd_uffd_api(child.uffd, 1, 1, &err), err);
+	reserved = mmap(NULL, 2 * (child.pieces + 1) * slot_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1,
+			0);
+	CHECK(reserved != MAP_FAILED);
+	first = ((uint64_t)reserved + child.page_bytes - 1) & ~(child.page_bytes - 1);
 	for (uint32_t i = 0; i < child.pieces; i++) {
 		/* Pieces lie apart, in the wrong order. */
-		void *memory = mmap((void *)(0x100000000000ull - i * (1ull << 40)), piece_bytes, PROT_READ | PROT_WRITE,
-				    MAP_SHARED | MAP_FIXED_NOREPLACE, child.memory, (off_t)(i * piece_bytes));
+		void *memory = mmap((void *)(first + 2 * (child.pieces - 1 - i) * slot_bytes), piece_bytes,
+				    PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, child.memory,
+				    (off_t)(i * piece_bytes));
 
 		CHECK(memory != MAP_FAILED);
 		child.address[i] = (uint64_t)memory;
