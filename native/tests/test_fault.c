@@ -514,6 +514,7 @@ static void demands_are_asked_again_after_a_reconnect(void)
 {
 	struct mgd_event event;
 	struct host host;
+	unsigned demanded = 0;
 
 	open_host(&host);
 	switch_over(&host, 4, 0x6);
@@ -529,9 +530,9 @@ static void demands_are_asked_again_after_a_reconnect(void)
 	close(host.bulk);
 	host.bulk = rig_stream(host.target, 0);
 	host.urgent = rig_stream(host.target, MGD_STREAM_URGENT);
-	CHECK_EQUAL(rig_demand(host.urgent, &host.bounds, 1).first_block +
-			    rig_demand(host.urgent, &host.bounds, 1).first_block,
-		    3 * host.blocks);
+	/* A fault that is met just as the connection opens may be asked twice; the source serves it once. */
+	while (demanded != 0x6)
+		demanded |= 1u << rig_demand(host.urgent, &host.bounds, 1).first_block / host.blocks;
 	send_page(&host, host.urgent, 1, MGD_FRAME_FINAL, 2);
 	CHECK_EQUAL(hear(&host.guest).value, 2);
 	send_page(&host, host.bulk, 2, MGD_FRAME_FINAL, 3);
