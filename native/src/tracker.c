@@ -303,5 +303,10 @@ int mgd_tracker_scan(struct mgd_tracker *tracker, uint64_t **bitmaps, uint64_t *
 
 int mgd_tracker_present(struct mgd_tracker *tracker, uint64_t **bitmaps, uint64_t *out_bytes, struct mgd_error *err)
 {
-	return scan_all(tracker, 0, MGD_PAGE_IS_PRESENT | MGD_PAGE_IS_SWAPPED, bitmaps, out_bytes, err);
+	/*
+	 * Not PAGE_IS_SWAPPED: the markers that arming leaves on pages not there yet count as that.  Shared pages on swap are
+	 * in the file's page cache, never in a page table, so nothing else would be seen by it but a page that is being
+	 * migrated at this moment; the source engine finds such a gap by the size of the file.
+	 */
+	return scan_all(tracker, 0, MGD_PAGE_IS_PRESENT, bitmaps, out_bytes, err);
 }

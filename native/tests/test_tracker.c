@@ -315,16 +315,31 @@ static void no_write_is_lost(struct guest *guest)
 	finish(guest);
 }
 
-static void present_pages_without_arming(struct guest *guest)
+static void check_present(struct guest *guest, uint64_t first, uint64_t count)
 {
 	struct mgd_error err = {0};
 	uint64_t bytes;
 
-	order(guest, ORDER_WRITE, 2, 3);
+	memset(guest->bitmap, 0, (guest->pages + 63) / 64 * 8);
 	CHECK_OK(mgd_tracker_present(guest->tracker, &guest->bitmap, &bytes, &err), err);
-	CHECK_EQUAL(bytes, 3 * guest->page_bytes);
+	CHECK_EQUAL(bytes, count * guest->page_bytes);
 	for (uint64_t page = 0; page < guest->pages; page++)
-		CHECK_EQUAL(bit(guest, page), page >= 2 && page < 5);
+		CHECK_EQUAL(bit(guest, page), page >= first && page < first + count);
+}
+
+/* The marks that arming leaves in the page table are no pages, and looking re-arms nothing. */
+static void present_pages_before_and_after_arming(struct guest *guest)
+{
+	order(guest, ORDER_WRITE, 2, 3);
+	check_present(guest, 2, 3);
+	arm(guest);
+	check_present(guest, 2, 3);
+	order(guest, ORDER_WRITE, 5, 1);
+	check_present(guest, 2, 4);
+	check_reported(guest, 5, 1);
+	check_present(guest, 2, 4);
+	disarm(guest);
+	check_present(guest, 2, 4);
 	finish(guest);
 }
 

@@ -1,0 +1,75 @@
+"""What every test may ask for: rights, huge pages, and the certainty that nothing is left behind.
+
+Folders have conftests of their own for what only they need.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from migrated.memory.memfd import DEFAULT_PAGE_BYTES, POOLS, Pool, pools
+
+_POOL_LOCK = Path("/run/lock/migrated-tests-pool")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip, with the reason, what this machine has no right to do."""
+    if item.get_closest_marker("root") is not None and os.geteuid() != 0:
+        pytest.skip("needs root")
+
+
+def _pool(page_bytes: int) -> Pool | None:
+    return next((pool for pool in pools() if pool.page_bytes == page_bytes), None)
+
+
+def _change_pool(page_bytes: int, by: int) -> int:
+    """Grow or shrink the pool relative to what it is now (others use it too); returns by how much it really changed."""
+    path = POOLS / f"hugepages-{page_bytes >> 10}kB" / "nr_hugepages"
+    with _POOL_LOCK.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        before = int(path.read_text())
+        path.write_text(str(max(0, before + by)))
+        return int(path.read_text()) - before
+
+
+@pytest.fixture
+def huge_pages() -> Iterator[Callable[[int], None]]:
+    """``huge_pages(n)``: see to it that n 2 MiB pages can be had; what was added to the pool is taken away afterwards."""
+    added = 0
+
+    def want(count: int, page_bytes: int = DEFAULT_PAGE_BYTES) -> None:
+        nonlocal added
+        pool = _pool(page_bytes)
+        if pool is None:
+            pytest.skip("this kernel has no huge pages")
+        if os.geteuid() == 0:
+            added += _change_pool(page_bytes, count)
+            pool = _pool(page_bytes)
+        if pool is None or pool.available < count:
+            pytest.skip(f"{count} huge pages cannot be had")
+
+    yield want
+    if added:
+        _change_pool(DEFAULT_PAGE_BYTES, -added)
+
+
+@pytest.fixture
+def no_descriptor_left() -> Iterator[None]:
+    """The test closes every descriptor it opened."""
+    before = set(os.listdir("/proc/self/fd"))
+    yield
+    left = set(os.listdir("/proc/self/fd")) - before
+    links = {fd: os.readlink(f"/proc/self/fd/{fd}") for fd in left if os.path.lexists(f"/proc/self/fd/{fd}")}
+    assert not links, f"descriptors left open: {links}"
+
+
+@pytest.fixture
+def python() -> str:
+    """The interpreter to start children with."""
+    return sys.executable
