@@ -34,6 +34,7 @@ from migrated.guests.qemu_source import QemuSource
 from migrated.guests.qemu_target import QemuTarget
 from migrated.guests.qmp import Monitor
 from migrated.guests.residence import residences
+from migrated.memory import memfd as memory_memfd
 from migrated.memory.maps import file_key
 from migrated.memory.native import uffd_unregister
 
@@ -408,15 +409,14 @@ def target_command(*extra: str, size: str = "64M", options: str = "share=on") ->
 
 
 def make_target(folder: Path, command: list[str]) -> QemuTarget:
-    return QemuTarget("vm", QemuTargetConfig(command=command, page_size="4K"), folder, TIMEOUTS)
+    return QemuTarget("vm", QemuTargetConfig(command=command), folder, TIMEOUTS)
 
 
 @contextlib.contextmanager
-def memfd(size_bytes: int, name: str = "ram") -> Iterator[TargetMemory]:
-    fd = os.memfd_create("migrated-test", os.MFD_CLOEXEC)
-    os.ftruncate(fd, size_bytes)
+def memfd(size_bytes: int, name: str = "ram", page_bytes: int = 4096) -> Iterator[TargetMemory]:
+    fd = memory_memfd.allocate(size_bytes, page_bytes, name)
     try:
-        yield TargetMemory(Region(name, size_bytes, 4096), fd)
+        yield TargetMemory(Region(name, size_bytes, page_bytes), fd)
     finally:
         os.close(fd)
 
@@ -505,22 +505,26 @@ class Move:
     def __init__(self, folder: Path, image: Path) -> None:
         self.folder = folder
         self.image = image
+        self.huge = False
+        self.accelerator = "tcg"
         self.console = GuestConsole()
         self.near, self.far = Pipe.pair()
         self.qemu: Qemu
         self.source: QemuSource
         self.target: QemuTarget
         self.faults: FaultSource
+        self.regions: tuple[Region, ...]
         self.loading: asyncio.Task[None]
 
     def devices(self, serial: str) -> list[str]:
         return [
             *("-drive", f"format=raw,file={self.image},if=ide,snapshot=off,readonly=off,file.locking=off"),
-            *("-serial", f"unix:{self.folder / serial},server=on,wait=off"),
+            *("-serial", f"unix:{self.folder / serial},server=on,wait=off", "-accel", self.accelerator),
         ]
 
     async def begin(self, stack: contextlib.AsyncExitStack, command: list[str] | None = None) -> TargetMemory:
-        self.qemu = Qemu(self.folder, "source", *memory(), *self.devices("source.serial"))
+        pages = {"hugetlb": "on", "hugetlbsize": "2M"} if self.huge else {}
+        self.qemu = Qemu(self.folder, "source", *memory(**pages), *self.devices("source.serial"))
         stack.callback(self.qemu.process.close)
         stack.push_async_callback(self.qemu.process.kill, 10)
         await self.qemu.up()
@@ -530,10 +534,11 @@ class Move:
         self.source = self.qemu.source(self.folder)
         stack.push_async_callback(self.source.close)
         found = await self.source.open()
+        self.regions = found.regions
         self.target = make_target(self.folder, command or target_command(*self.devices("target.serial")))
         stack.push_async_callback(self.target.close)
         stack.push_async_callback(self.target.kill)
-        ram = stack.enter_context(memfd(64 * MIB))
+        ram = stack.enter_context(memfd(64 * MIB, page_bytes=2 * MIB if self.huge else 4096))
         await self.target.check(found.regions)
         self.faults = await self.target.start((ram,))
         # However the test lets go of the target, its process ends with the test.
@@ -567,6 +572,21 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def huge_pages() -> Iterator[None]:
+    """2 MiB pages for two guests of 64 MiB on top of what the pool has; taken back afterwards."""
+    pool = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
+    more = 2 * 64 // 2
+    wanted = int(pool.read_text()) + more
+    pool.write_text(str(wanted))
+    try:
+        if int(pool.read_text()) < wanted:
+            pytest.skip("no 2 MiB pages to be had")
+        yield
+    finally:
+        pool.write_text(str(max(0, int(pool.read_text()) - more)))
+
+
+@pytest.fixture
 async def move(tmp_path: Path, image: Path) -> AsyncIterator[tuple[Move, contextlib.AsyncExitStack]]:
     async with contextlib.AsyncExitStack() as stack:
         yield Move(tmp_path, image), stack
@@ -576,8 +596,7 @@ async def status_of(side: QemuSource | QemuTarget) -> str:
     return await (await side._monitor()).status()
 
 
-async def test_a_guest_moves_between_two_processes(move: tuple[Move, contextlib.AsyncExitStack]) -> None:
-    it, stack = move
+async def move_there(it: Move, stack: contextlib.AsyncExitStack) -> None:
     ram = await it.begin(stack)
     await it.source.pause(it.near)
     assert await status_of(it.source) != "running"
@@ -600,6 +619,23 @@ async def test_a_guest_moves_between_two_processes(move: tuple[Move, contextlib.
     await it.target.close()
     assert (await it.console.stats()).errors == 0
     assert await it.console.verified()
+
+
+async def test_a_guest_moves_between_two_processes(move: tuple[Move, contextlib.AsyncExitStack]) -> None:
+    await move_there(*move)
+
+
+@pytest.mark.hugepages
+@pytest.mark.parametrize("accelerator", ["tcg", "kvm"])
+async def test_a_guest_on_huge_pages_moves(
+    move: tuple[Move, contextlib.AsyncExitStack], huge_pages: None, accelerator: str
+) -> None:
+    if accelerator == "kvm" and not Path("/dev/kvm").exists():
+        pytest.skip("no /dev/kvm")
+    it, stack = move
+    it.huge, it.accelerator = True, accelerator
+    await move_there(it, stack)
+    assert it.regions == (Region("ram", 64 * MIB, 2 * MIB),)
 
 
 async def test_a_guest_its_owner_has_paused_arrives_paused(move: tuple[Move, contextlib.AsyncExitStack]) -> None:
