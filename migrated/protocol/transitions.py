@@ -206,7 +206,7 @@ CONVERSATION: Final[dict[Role, dict[str, frozenset[State]]]] = {
     for role, table in ((Role.SOURCE, _SOURCE), (Role.TARGET, _TARGET))
 }
 
-_FROM_TARGET_BEFORE_COMMIT = ("ready", "barrier-ack", *_GUEST_STATE, "loaded", "abort")
+_FROM_TARGET_BEFORE_LOADED = ("barrier-ack", *_GUEST_STATE, "abort")
 _FROM_SOURCE_BEFORE_COMMIT = (
     "populated",
     "round",
@@ -220,8 +220,8 @@ _FROM_SOURCE_BEFORE_COMMIT = (
 #: What may still arrive because it was sent before the peer knew better: read, and dropped without a word.
 ABSORBED: Final[dict[Role, dict[State, frozenset[str]]]] = {
     Role.SOURCE: {
-        _S.ABORTING: frozenset(_FROM_TARGET_BEFORE_COMMIT),
-        _S.WITHDRAWING: frozenset(_FROM_TARGET_BEFORE_COMMIT),
+        _S.ABORTING: frozenset({*_FROM_TARGET_BEFORE_LOADED, "ready"}),
+        _S.WITHDRAWING: frozenset({*_FROM_TARGET_BEFORE_LOADED, "loaded"}),
         _S.CLOSED: frozenset(_CHAT),
     },
     Role.TARGET: {

@@ -9,11 +9,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from wired_sessions import HELLO, READY, VOCABULARY, Pair
-
 from migrated.protocol import transitions
 from migrated.protocol.session import Session
 from migrated.protocol.transitions import Role, State
+from tests.unit.protocol.wired_sessions import HELLO, READY, VOCABULARY, Pair
 
 UNDER_WAY = 3
 WORDS = tuple(transitions.event(message) for message in VOCABULARY)

@@ -11,7 +11,6 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from wired_sessions import HELLO, READY, SESSION, TOKEN
 
 from migrated.errors import LocalProtocolError, MigratedError, RemoteProtocolError
 from migrated.protocol import bounds
@@ -38,6 +37,7 @@ from migrated.protocol.messages import (
     StateEnd,
     Switchover,
 )
+from tests.unit.protocol.wired_sessions import HELLO, READY, SESSION, TOKEN
 
 numbers = st.integers(0, bounds.MAX_NUMBER)
 names = st.text(min_size=1, max_size=255).filter(str.isprintable)

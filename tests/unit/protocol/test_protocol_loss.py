@@ -8,12 +8,12 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from wired_sessions import NEXT_WORD, STRAIGHT, VOCABULARY, Pair, other
 
 from migrated.errors import RemoteProtocolError
 from migrated.protocol.messages import AnyMessage, Commit, Done
 from migrated.protocol.session import Session
 from migrated.protocol.transitions import Role, State
+from tests.unit.protocol.wired_sessions import NEXT_WORD, STRAIGHT, VOCABULARY, Pair, other
 
 roles = st.sampled_from(Role)
 EVERY = range(len(STRAIGHT))

@@ -7,12 +7,12 @@ import contextlib
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from wired_sessions import SESSION, TOKEN
 
 from migrated.errors import LocalProtocolError, RemoteProtocolError
 from migrated.protocol.framing import FrameDecoder
 from migrated.protocol.messages import Abort
 from migrated.protocol.preamble import PREAMBLE_BYTES, Preamble, Purpose, VersionMismatchError, decode, encode, refusal
+from tests.unit.protocol.wired_sessions import SESSION, TOKEN
 
 
 @given(

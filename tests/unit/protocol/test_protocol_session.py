@@ -5,19 +5,6 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from wired_sessions import (
-    ABORT,
-    HELLO,
-    READY,
-    RESUME_ABORTED,
-    RESUME_COMMITTED,
-    SESSION,
-    STRAIGHT,
-    TOKEN,
-    VOCABULARY,
-    Pair,
-    other,
-)
 
 from migrated.errors import LocalProtocolError, RemoteProtocolError
 from migrated.protocol import framing, transitions
@@ -43,6 +30,19 @@ from migrated.protocol.messages import (
 )
 from migrated.protocol.session import Session
 from migrated.protocol.transitions import Role, State
+from tests.unit.protocol.wired_sessions import (
+    ABORT,
+    HELLO,
+    READY,
+    RESUME_ABORTED,
+    RESUME_COMMITTED,
+    SESSION,
+    STRAIGHT,
+    TOKEN,
+    VOCABULARY,
+    Pair,
+    other,
+)
 
 SOURCE, TARGET = Role.SOURCE, Role.TARGET
 BEFORE_LOADED = (State.HELLO, State.PRECOPY, State.SWITCHOVER, State.MAPPED)
@@ -128,17 +128,41 @@ def test_every_state_has_a_way_out_and_a_lost_connection_is_final_or_can_be_resu
         session.receive(b"")
 
 
-@pytest.mark.parametrize(("role", "state"), ALL)
-def test_a_commit_is_never_forgotten(role: Role, state: State) -> None:
-    """No step leads back over the point of no return, and no lost connection does."""
-    committed = transitions.COMMITTED[role]
-    after = {transitions.LOST[role].get(state, state), *transitions.TABLE[role][state].values()}
-    if state in committed:
-        assert after <= committed
-    else:
-        way = {step for step, follows in transitions.TABLE[role][state].items() if follows in committed}
-        assert way <= {"send commit", "recv commit"}
-        assert transitions.LOST[role].get(state, state) not in committed
+#: How far a side has come: the states beyond each mark.
+FAR: dict[Role, dict[str, set[State]]] = {
+    SOURCE: {
+        "commit": transitions.TABLE[SOURCE].keys() & transitions.COMMITTED[SOURCE],
+        "end": {State.DONE, State.CLOSED},
+    },
+    TARGET: {
+        "loaded": {State.LOADED, State.WAITING, State.RESUMING_LOADED, State.LISTING_LOADED}
+        | (transitions.TABLE[TARGET].keys() & transitions.COMMITTED[TARGET]),
+        "commit": transitions.TABLE[TARGET].keys() & transitions.COMMITTED[TARGET],
+        "end": {State.DONE, State.CLOSED, State.RESUMING_DONE, State.LISTING_DONE},
+    },
+}
+#: The only words that lead there, and those that lead back (the source withdrew before it committed).
+CROSSING: dict[Role, dict[str, tuple[set[str], set[str]]]] = {
+    SOURCE: {"commit": ({"send commit"}, set()), "end": ({"recv done", "recv lacking-end"}, set())},
+    TARGET: {
+        "loaded": ({"send loaded"}, {"recv abort", "recv resume-aborted"}),
+        "commit": ({"recv commit"}, set()),
+        "end": ({"send done"}, set()),
+    },
+}
+
+
+@pytest.mark.parametrize(("role", "mark"), [(role, mark) for role in Role for mark in FAR[role]])
+def test_how_far_it_came_is_never_forgotten_and_never_made_up(role: Role, mark: str) -> None:
+    """No step but the named ones crosses the line, either way, and no lost connection does."""
+    beyond = FAR[role][mark]
+    there, back = CROSSING[role][mark]
+    for state, steps in transitions.TABLE[role].items():
+        for step, after in steps.items():
+            crosses = (state in beyond) - (after in beyond)
+            assert crosses == 0 or step in (back if crosses > 0 else there), (state, step, after)
+        after = transitions.LOST[role].get(state, state)
+        assert (after in beyond) is (state in beyond), (state, "lost", after)
 
 
 def test_a_migration_without_trouble() -> None:
