@@ -433,7 +433,7 @@ static const struct {
 	{"scattered_writes", scattered_writes, 2500, 12},
 	{"writes_after_a_drop", writes_after_a_drop, 64, 8},
 	{"no_write_is_lost", no_write_is_lost, 700, 16},
-	{"present_pages_without_arming", present_pages_without_arming, 100, 8},
+	{"present_pages_before_and_after_arming", present_pages_before_and_after_arming, 100, 8},
 	{"a_scan_before_arming_is_refused", a_scan_before_arming_is_refused, 16, 2},
 	{"nothing_stays_after_disarming", nothing_stays_after_disarming, 100, 8},
 	{"a_dead_guest_is_disarmed_without_complaint", a_dead_guest_is_disarmed_without_complaint, 100, 4},
