@@ -195,7 +195,8 @@ static struct mgd_alias *locate(struct mgd_target *target, uint64_t address, uin
 
 		if (address < mapping->address || address - mapping->address >= mapping->length_bytes)
 			continue;
-		*out_page = (mapping->offset + (address - mapping->address)) / target->aliases[mapping->region].page_bytes;
+		*out_page =
+			(mapping->offset + (address - mapping->address)) / target->aliases[mapping->region].page_bytes;
 		return &target->aliases[mapping->region];
 	}
 	return NULL;
@@ -214,8 +215,8 @@ static void note_removed(struct mgd_target *target, uint64_t start, uint64_t end
 		uint64_t to = end < mapping_end ? end : mapping_end;
 
 		for (uint64_t at = from - from % alias->page_bytes; at < to; at += alias->page_bytes)
-			mgd_ledger_removed(&target->ledger,
-					   alias->first + (mapping->offset + (at - mapping->address)) / alias->page_bytes);
+			mgd_ledger_removed(&target->ledger, alias->first + (mapping->offset + (at - mapping->address)) /
+										   alias->page_bytes);
 	}
 }
 

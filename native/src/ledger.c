@@ -63,7 +63,8 @@ static int check_geometry(const struct mgd_ledger_header *header, const struct m
 	for (uint32_t i = 0; i < region_count; i++)
 		if (header->regions[i].size_bytes != regions[i].size_bytes ||
 		    header->regions[i].host_page_bytes != regions[i].host_page_bytes)
-			return mgd_fail(err, MGD_ERR_ARGUMENT, "recover: ledger: region %u differs in size or page size", i);
+			return mgd_fail(err, MGD_ERR_ARGUMENT,
+					"recover: ledger: region %u differs in size or page size", i);
 	if (header->phase > MGD_PHASE_SWITCHED)
 		return mgd_fail(err, MGD_ERR_ARGUMENT, "recover: ledger: unknown phase %u", header->phase);
 	return 0;
@@ -107,7 +108,7 @@ int mgd_ledger_open(struct mgd_ledger *ledger, int ledger_fd, const struct mgd_t
 	struct stat status;
 	void *memory;
 
-	*ledger = (struct mgd_ledger){ .fd = -1, .page_count = pages_of(regions, region_count) };
+	*ledger = (struct mgd_ledger){.fd = -1, .page_count = pages_of(regions, region_count)};
 	if (fstat(ledger_fd, &status) < 0)
 		return mgd_fail_errno(err, errno, "ledger: fstat");
 	if (status.st_size < 0 || (uint64_t)status.st_size < bytes)

@@ -64,7 +64,8 @@ int mgd_alias_back(struct mgd_target *target, struct mgd_alias *alias, uint64_t 
 }
 
 /* The next word of bits with something in it. */
-static bool take_word(struct mgd_populator *populator, struct mgd_alias **out_alias, uint64_t *out_page, uint64_t *out_bits)
+static bool take_word(struct mgd_populator *populator, struct mgd_alias **out_alias, uint64_t *out_page,
+		      uint64_t *out_bits)
 {
 	bool found = false;
 
@@ -90,7 +91,8 @@ static bool take_word(struct mgd_populator *populator, struct mgd_alias **out_al
 	return found;
 }
 
-static bool wanted(struct mgd_target *target, const struct mgd_alias *alias, uint64_t page, uint64_t bits, uint64_t index)
+static bool wanted(struct mgd_target *target, const struct mgd_alias *alias, uint64_t page, uint64_t bits,
+		   uint64_t index)
 {
 	return index < STEP_PAGES && (bits >> index & 1) &&
 	       !(mgd_ledger_get(&target->ledger, alias->first + page + index) & MGD_PAGE_BACKED);
@@ -167,8 +169,8 @@ static struct mgd_populator *create(struct mgd_target *target)
 	return populator;
 }
 
-int mgd_target_populate(struct mgd_target *target, uint32_t region, uint64_t first_page, const uint8_t *bits, size_t bytes,
-			uint32_t threads, struct mgd_error *err)
+int mgd_target_populate(struct mgd_target *target, uint32_t region, uint64_t first_page, const uint8_t *bits,
+			size_t bytes, uint32_t threads, struct mgd_error *err)
 {
 	struct mgd_populator *populator;
 	struct piece *piece;
@@ -208,7 +210,8 @@ int mgd_target_populate(struct mgd_target *target, uint32_t region, uint64_t fir
 		pthread_mutex_lock(&populator->lock);
 		populator->running++;
 		pthread_mutex_unlock(&populator->lock);
-		result = mgd_target_thread(&populator->threads[populator->started], run, populator, "mgd-populate", err);
+		result =
+			mgd_target_thread(&populator->threads[populator->started], run, populator, "mgd-populate", err);
 		if (result == 0) {
 			populator->started++;
 			continue;

@@ -227,9 +227,9 @@ static int receive_payload(struct mgd_receiver *receiver, struct mgd_error *err)
 
 		if (!bit(frame->present, block))
 			continue;
-		to = receiver->route[page_of(receiver, block)] == ROUTE_IN_PLACE ?
-			     block_address(receiver, block) :
-			     receiver->scratch + (size_t)count * MGD_BLOCK_BYTES;
+		to = receiver->route[page_of(receiver, block)] == ROUTE_IN_PLACE
+			     ? block_address(receiver, block)
+			     : receiver->scratch + (size_t)count * MGD_BLOCK_BYTES;
 		receiver->at[count++] = to;
 		if (!(frame->flags & MGD_FRAME_FINAL)) /* before it holds anything: it is not BLANK, come what may */
 			mgd_ledger_received(&target->ledger, ledger_page(receiver, page_of(receiver, block)));
@@ -258,8 +258,8 @@ static int check_payload(struct mgd_receiver *receiver, struct mgd_error *err)
 	for (uint32_t i = 0; i < receiver->present_count; i++)
 		receiver->hashes[i] = mgd_block_hash(receiver->at[i], secret);
 	if (receiver->frame.check != mgd_frame_check(&receiver->frame, receiver->hashes, secret))
-		return mgd_fail(err, MGD_ERR_PEER, "page frame: region %u, block %llu: check is wrong", receiver->frame.region,
-				(unsigned long long)receiver->frame.first_block);
+		return mgd_fail(err, MGD_ERR_PEER, "page frame: region %u, block %llu: check is wrong",
+				receiver->frame.region, (unsigned long long)receiver->frame.first_block);
 	return 0;
 }
 
@@ -359,8 +359,8 @@ static void give_up(struct mgd_receiver *receiver)
 			if (receiver->route[page] != ROUTE_IN_PLACE || !bit(receiver->frame.present, block))
 				continue;
 			if (!backed[page])
-				backed[page] = mgd_ledger_get(&target->ledger, ledger_page(receiver, page)) &
-					       MGD_PAGE_BACKED;
+				backed[page] =
+					mgd_ledger_get(&target->ledger, ledger_page(receiver, page)) & MGD_PAGE_BACKED;
 			if (backed[page])
 				memset(block_address(receiver, block), 0, MGD_BLOCK_BYTES);
 		}
@@ -469,8 +469,9 @@ int mgd_receiver_start(struct mgd_target *target, uint32_t stream, int fd, struc
 	if ((stream != MGD_STREAM_URGENT && stream >= target->stream_count) || target->receivers[slot]) {
 		close(fd);
 		return mgd_fail(err, MGD_ERR_ARGUMENT, "add stream %u: %s", stream,
-				stream != MGD_STREAM_URGENT && stream >= target->stream_count ? "there is no such stream" :
-												"it is there already");
+				stream != MGD_STREAM_URGENT && stream >= target->stream_count
+					? "there is no such stream"
+					: "it is there already");
 	}
 	receiver = calloc(1, sizeof(*receiver));
 	if (!receiver) {

@@ -97,8 +97,10 @@ void mgd_resolve_report(struct mgd_target *target, struct mgd_alias *alias, uint
 	} else {
 		if (atomic_exchange(&target->mapping_changed, true))
 			return;
-		mgd_fail_errno(&error, code, "UFFDIO_CONTINUE: region %u, page %llu at %#llx: the guest has changed its mapping, or the page is bad",
-			       region, (unsigned long long)page, (unsigned long long)address);
+		mgd_fail_errno(
+			&error, code,
+			"UFFDIO_CONTINUE: region %u, page %llu at %#llx: the guest has changed its mapping, or the page is bad",
+			region, (unsigned long long)page, (unsigned long long)address);
 	}
 	mgd_event_post(&target->events, MGD_EVENT_FAILED, 0, 0, &error);
 }

@@ -75,7 +75,8 @@ static int check_region(const struct mgd_target_region *region, uint32_t index, 
 	uint64_t page_bytes = region->host_page_bytes;
 
 	if (page_bytes < MGD_BLOCK_BYTES || (page_bytes & (page_bytes - 1)))
-		return mgd_fail(err, MGD_ERR_ARGUMENT, "region %u: host page size %llu", index, (unsigned long long)page_bytes);
+		return mgd_fail(err, MGD_ERR_ARGUMENT, "region %u: host page size %llu", index,
+				(unsigned long long)page_bytes);
 	if (region->size_bytes == 0 || region->size_bytes % page_bytes || region->size_bytes > (uint64_t)INT64_MAX)
 		return mgd_fail(err, MGD_ERR_ARGUMENT, "region %u: size %llu is not a number of pages of %llu", index,
 				(unsigned long long)region->size_bytes, (unsigned long long)page_bytes);
@@ -168,8 +169,8 @@ static int build(struct mgd_target *target, const struct mgd_target_region *regi
 	return 0;
 }
 
-int mgd_target_create(const struct mgd_target_region *regions, uint32_t region_count, uint32_t stream_count, int ledger_fd,
-		      int recover, const uint8_t *secret, struct mgd_target **out, struct mgd_error *err)
+int mgd_target_create(const struct mgd_target_region *regions, uint32_t region_count, uint32_t stream_count,
+		      int ledger_fd, int recover, const uint8_t *secret, struct mgd_target **out, struct mgd_error *err)
 {
 	struct mgd_target *target;
 
@@ -263,7 +264,8 @@ static int check_mapping(const struct mgd_target *target, const struct mgd_mappi
 	const struct mgd_alias *alias;
 
 	if (mapping->region >= target->alias_count)
-		return mgd_fail(err, MGD_ERR_ARGUMENT, "arm: mapping %u: there is no region %u", index, mapping->region);
+		return mgd_fail(err, MGD_ERR_ARGUMENT, "arm: mapping %u: there is no region %u", index,
+				mapping->region);
 	alias = &target->aliases[mapping->region];
 	if (mapping->length_bytes == 0 || mapping->offset > alias->size_bytes ||
 	    mapping->length_bytes > alias->size_bytes - mapping->offset)

@@ -29,16 +29,16 @@ int mgd_target_check_bits(const struct mgd_target *target, uint32_t region, uint
 		return mgd_fail(err, MGD_ERR_PEER, "%s: first page %llu is no multiple of 8", what,
 				(unsigned long long)first_page);
 	if (first_page > pages || bytes > (pages - first_page + 7) / 8)
-		return mgd_fail(err, MGD_ERR_PEER, "%s: %zu bytes from page %llu on: region %u has %llu pages", what, bytes,
-				(unsigned long long)first_page, region, (unsigned long long)pages);
+		return mgd_fail(err, MGD_ERR_PEER, "%s: %zu bytes from page %llu on: region %u has %llu pages", what,
+				bytes, (unsigned long long)first_page, region, (unsigned long long)pages);
 	if (bytes && (pages - first_page) % 8 && bytes == (pages - first_page + 7) / 8 &&
 	    bits[bytes - 1] >> ((pages - first_page) % 8))
 		return mgd_fail(err, MGD_ERR_PEER, "%s: a page beyond the end of region %u", what, region);
 	return 0;
 }
 
-int mgd_target_stale_map(struct mgd_target *target, uint32_t region, uint64_t first_page, const uint8_t *bits, size_t bytes,
-			 struct mgd_error *err)
+int mgd_target_stale_map(struct mgd_target *target, uint32_t region, uint64_t first_page, const uint8_t *bits,
+			 size_t bytes, struct mgd_error *err)
 {
 	const struct mgd_alias *alias;
 
@@ -63,7 +63,8 @@ int mgd_target_switchover(struct mgd_target *target, struct mgd_error *err)
 	mgd_ledger_set_phase(&target->ledger, MGD_PHASE_SWITCHED);
 	if (mgd_receiver_any_writing(target)) {
 		mgd_ledger_set_phase(&target->ledger, MGD_PHASE_PRECOPY);
-		return mgd_fail(err, MGD_ERR_PEER, "switch-over: a pre-copy frame is still coming in, after its barrier");
+		return mgd_fail(err, MGD_ERR_PEER,
+				"switch-over: a pre-copy frame is still coming in, after its barrier");
 	}
 	atomic_store(&target->look_again, true);
 	mgd_target_kick(target);
@@ -72,8 +73,8 @@ int mgd_target_switchover(struct mgd_target *target, struct mgd_error *err)
 	return 0;
 }
 
-int mgd_target_lacking(const struct mgd_target *target, uint32_t region, uint64_t first_page, uint8_t *out, size_t bytes,
-		       struct mgd_error *err)
+int mgd_target_lacking(const struct mgd_target *target, uint32_t region, uint64_t first_page, uint8_t *out,
+		       size_t bytes, struct mgd_error *err)
 {
 	const struct mgd_ledger *ledger = &target->ledger;
 	const struct mgd_alias *alias;
@@ -86,8 +87,8 @@ int mgd_target_lacking(const struct mgd_target *target, uint32_t region, uint64_
 	for (size_t i = 0; i < bytes; i++)
 		out[i] = 0;
 	from = alias->first + first_page;
-	end = alias->page_count - first_page < (uint64_t)bytes * 8 ? alias->first + alias->page_count :
-								      from + (uint64_t)bytes * 8;
+	end = alias->page_count - first_page < (uint64_t)bytes * 8 ? alias->first + alias->page_count
+								   : from + (uint64_t)bytes * 8;
 	for (uint64_t page = mgd_ledger_next_known(ledger, from); page < end;
 	     page = mgd_ledger_next_known(ledger, page + 1))
 		if (mgd_page_state(mgd_ledger_get(ledger, page)) == MGD_PAGE_STALE)

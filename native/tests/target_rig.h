@@ -118,8 +118,8 @@ struct rig_frame {
 };
 
 /* versions[i]: UNCHANGED, 0 (zero bit) or the version to send. */
-static void rig_build(struct rig_frame *out, uint32_t region, uint64_t first_block, uint32_t block_count, uint16_t flags,
-		      const int *versions)
+static void rig_build(struct rig_frame *out, uint32_t region, uint64_t first_block, uint32_t block_count,
+		      uint16_t flags, const int *versions)
 {
 	uint64_t hashes[MGD_CHUNK_BLOCKS];
 	uint32_t present = 0;
@@ -177,7 +177,8 @@ static void rig_send(int fd, uint32_t region, uint64_t first_block, uint32_t blo
 }
 
 /* The same version for all blocks of the frame. */
-static void rig_send_all(int fd, uint32_t region, uint64_t first_block, uint32_t block_count, uint16_t flags, int version)
+static void rig_send_all(int fd, uint32_t region, uint64_t first_block, uint32_t block_count, uint16_t flags,
+			 int version)
 {
 	int versions[MGD_CHUNK_BLOCKS];
 

@@ -153,15 +153,15 @@ static void be_the_guest(void)
 	signal(SIGBUS, on_sigbus);
 	CHECK_OK(mgd_uffd_open(0, &child.uffd, &err), err);
 	CHECK_OK(mgd_uffd_api(child.uffd, 1, 1, &err), err);
-	reserved = mmap(NULL, 2 * (child.pieces + 1) * slot_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1,
-			0);
+	reserved = mmap(NULL, 2 * (child.pieces + 1) * slot_bytes, PROT_NONE,
+			MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	CHECK(reserved != MAP_FAILED);
 	first = ((uint64_t)reserved + child.page_bytes - 1) & ~(child.page_bytes - 1);
 	for (uint32_t i = 0; i < child.pieces; i++) {
 		/* Pieces lie apart, in the wrong order. */
-		void *memory = mmap((void *)(first + 2 * (child.pieces - 1 - i) * slot_bytes), piece_bytes,
-				    PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, child.memory,
-				    (off_t)(i * piece_bytes));
+		void *memory =
+			mmap((void *)(first + 2 * (child.pieces - 1 - i) * slot_bytes), piece_bytes,
+			     PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, child.memory, (off_t)(i * piece_bytes));
 
 		CHECK(memory != MAP_FAILED);
 		child.address[i] = (uint64_t)memory;
@@ -261,7 +261,8 @@ static void make_target(struct host *host, int recover)
 	CHECK_OK(mgd_target_create(&host->region, 1, 1, host->ledger, recover, rig_secret, &host->target, &err), err);
 	host->bulk = rig_stream(host->target, 0);
 	host->urgent = rig_stream(host->target, MGD_STREAM_URGENT);
-	CHECK_OK(mgd_target_arm(host->target, host->guest.uffd, host->mappings, host->guest.pieces, recover, &err), err);
+	CHECK_OK(mgd_target_arm(host->target, host->guest.uffd, host->mappings, host->guest.pieces, recover, &err),
+		 err);
 }
 
 static void open_host_of(struct host *host, uint64_t pages, uint32_t pieces)
@@ -271,9 +272,8 @@ static void open_host_of(struct host *host, uint64_t pages, uint32_t pieces)
 	memset(host, 0, sizeof(*host));
 	start_guest(&host->guest, page_bytes_under_test, size_bytes, pieces);
 	host->blocks = page_bytes_under_test / MGD_BLOCK_BYTES;
-	host->region = (struct mgd_target_region){.memory_fd = host->guest.memory,
-						  .size_bytes = size_bytes,
-						  .host_page_bytes = page_bytes_under_test};
+	host->region = (struct mgd_target_region){
+		.memory_fd = host->guest.memory, .size_bytes = size_bytes, .host_page_bytes = page_bytes_under_test};
 	host->bounds = (struct mgd_frame_bounds){size_bytes / MGD_BLOCK_BYTES, host->blocks};
 	for (uint32_t i = 0; i < pieces; i++)
 		host->mappings[i] = (struct mgd_mapping){.address = host->guest.address[i],
