@@ -106,6 +106,9 @@ class GuestConsole:
         self._swept = None
         await self.command("sweep")
         await self._wait(lambda: self._swept is not None, limit_seconds, "the end of a sweep")
+        return self._last_sweep()
+
+    def _last_sweep(self) -> Swept:
         if self._swept is None:
             raise AssertionError
         return self._swept

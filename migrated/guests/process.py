@@ -1,0 +1,239 @@
+"""The `process` driver: what its two sides share, which is their configuration and the connection to a guest.
+
+The guest is a program that co-operates by way of `migrated.guests.client` or native/include/migrated_guest.h.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import struct
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from migrated.errors import ConfigError, GuestError, TimeoutExceededError
+from migrated.guests.process_wire import HEADER, MAX_REGIONS, Header, Hello, Kind, WireError, message
+
+_RECEIVE_BYTES = 256 << 10
+_PEER = struct.Struct("3i")
+
+
+class ProcessSourceConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """``[guests.NAME]`` of a source: where the guest connects, and on which pages it gets its memory."""
+
+    driver: Literal["process"] = "process"
+    socket: str
+    page_size: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_socket(self.socket)
+
+
+class ProcessTargetConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """``[guests.NAME]`` of a target: how to start the guest; MIGRATED_SOCKET is added to its environment.
+
+    ``next_socket``: the socket of a source agent on this host, where the guest connects once it has arrived whole, so that
+    it can be moved on.  Empty: it goes its own way.
+    """
+
+    driver: Literal["process"] = "process"
+    command: list[str]
+    page_size: str | None = None
+    next_socket: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.command:
+            raise ValueError("command must name the guest's program and its arguments")
+        if self.next_socket:
+            _check_socket(self.next_socket)
+
+
+def _check_socket(path: str) -> None:
+    if not path.startswith("/") or len(path.encode()) > 107:
+        raise ValueError("a socket must be an absolute path of at most 107 bytes")
+
+
+C = TypeVar("C", ProcessSourceConfig, ProcessTargetConfig)
+
+
+def decode_config(name: str, table: dict[str, Any], kind: type[C]) -> C:
+    """A guest's table of the configuration.  Raises ConfigError naming the key."""
+    try:
+        return msgspec.convert(table, kind)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"guests.{name}: {error}") from error
+
+
+def listen(path: str) -> socket.socket:
+    """A Unix socket for guests, in place of a dead one.  Raises GuestError."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            try:
+                probe.connect(path)
+            except (FileNotFoundError, ConnectionRefusedError):
+                with contextlib.suppress(FileNotFoundError):
+                    Path(path).unlink()
+            else:
+                raise GuestError(f"{path}: another agent listens there", code="socket-in-use")
+        sock.bind(path)
+        Path(path).chmod(0o600)
+        sock.listen(8)
+    except OSError as error:
+        sock.close()
+        raise GuestError(f"cannot listen on {path}: {error.strerror}", code="guest-socket") from error
+    except GuestError:
+        sock.close()
+        raise
+    return sock
+
+
+class GuestConnection:
+    """The agent's end of a guest's connection.
+
+    `hello` once, then `request` as often as needed; `close` at the end.  A broken or closed connection fails whatever waits
+    with GuestError ``guest-connection-lost``.
+    """
+
+    def __init__(self, name: str, sock: socket.socket) -> None:
+        self.name = name
+        self.pid = _PEER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))[0]
+        self.closed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._sock = sock
+        self._buffer = bytearray()
+        self._fds: list[int] = []
+        self._sequence = 0
+        self._sending = asyncio.Lock()
+        self._waiting: dict[int, asyncio.Future[tuple[bytes, tuple[int, ...]]]] = {}
+        self._loop = asyncio.get_running_loop()
+        self._waiting[0] = self._loop.create_future()  # the HELLO
+        sock.setblocking(False)
+        self._loop.add_reader(sock.fileno(), self._readable)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can still be asked."""
+        return not self.closed.done()
+
+    async def hello(self, limit_seconds: float) -> tuple[Hello, tuple[int, ...]]:
+        """The guest's first message and the descriptors with it (the caller's from here on)."""
+        payload, fds = await self._answer(0, limit_seconds, "its HELLO")
+        try:
+            return Hello.decode(payload), fds
+        except WireError as error:
+            for fd in fds:
+                os.close(fd)
+            raise GuestError(f"guest {self.name}: {error}", code="guest-protocol") from None
+
+    async def request(
+        self, kind: Kind, payload: bytes = b"", *, fds: tuple[int, ...] = (), limit_seconds: float, what: str
+    ) -> tuple[bytes, tuple[int, ...]]:
+        """Ask; the reply's payload and descriptors (the caller's from here on).  ``what`` names it in errors."""
+        self._sequence += 1
+        sequence = self._sequence
+        self._waiting[sequence] = self._loop.create_future()
+        try:
+            async with asyncio.timeout(limit_seconds):
+                await self.send(kind, payload, fds=fds, sequence=sequence)
+        except TimeoutError:
+            self._waiting.pop(sequence).cancel()
+            self._lose("it does not read")  # half a message may be out
+            raise TimeoutExceededError(f"guest {self.name}: waited {limit_seconds:g} s for {what}") from None
+        return await self._answer(sequence, limit_seconds, what)
+
+    async def send(self, kind: Kind, payload: bytes = b"", *, fds: tuple[int, ...] = (), sequence: int = 0) -> None:
+        """Say something that needs no answer."""
+        data = message(kind, payload, sequence=sequence, descriptors=len(fds))
+        async with self._sending:
+            if not self.alive:
+                raise self._lost()
+            try:
+                sent = socket.send_fds(self._sock, [data[: HEADER.size]], list(fds))
+                await self._loop.sock_sendall(self._sock, data[sent:])
+            except OSError as error:
+                self._lose(error.strerror or str(error))
+                raise self._lost() from error
+
+    async def _answer(self, sequence: int, limit_seconds: float, what: str) -> tuple[bytes, tuple[int, ...]]:
+        answer = self._waiting[sequence]
+        if not self.alive and not answer.done():
+            raise self._lost()
+        try:
+            async with asyncio.timeout(limit_seconds):
+                return await answer
+        except TimeoutError:
+            raise TimeoutExceededError(
+                f"guest {self.name} (process {self.pid}): waited {limit_seconds:g} s for {what}",
+                hint="does every worker of the guest come to a safe point?",
+            ) from None
+        finally:
+            self._waiting.pop(sequence, None)
+
+    def _readable(self) -> None:
+        try:
+            data, fds, _, _ = socket.recv_fds(self._sock, _RECEIVE_BYTES, MAX_REGIONS, socket.MSG_CMSG_CLOEXEC)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self._lose(error.strerror or str(error))
+            return
+        self._fds += fds
+        if not data:
+            self._lose("it closed the connection")
+            return
+        self._buffer += data
+        try:
+            self._dispatch()
+        except WireError as error:
+            self._lose(f"it sent {error}")
+
+    def _dispatch(self) -> None:
+        while len(self._buffer) >= HEADER.size:
+            header = Header.parse(bytes(self._buffer[: HEADER.size]))
+            end = HEADER.size + header.payload_bytes
+            if len(self._buffer) < end:
+                return
+            payload = bytes(self._buffer[HEADER.size : end])
+            del self._buffer[:end]
+            if len(self._fds) < header.descriptors:
+                raise WireError("fewer descriptors than it said")
+            fds = tuple(self._fds[: header.descriptors])
+            del self._fds[: header.descriptors]
+            answer = self._waiting.get(header.sequence)
+            if answer is None or answer.done() or (header.kind is Kind.HELLO) != (header.sequence == 0):
+                for fd in fds:  # nobody waits for it any more
+                    os.close(fd)
+            elif header.kind is Kind.FAIL:
+                text = payload.decode(errors="replace")[:500]
+                answer.set_exception(GuestError(f"guest {self.name} says: {text}"))
+            elif header.kind in (Kind.REPLY, Kind.HELLO):
+                answer.set_result((payload, fds))
+            else:
+                raise WireError(f"a {header.kind.name}, which only an agent may send")
+
+    def _lost(self) -> GuestError:
+        why = self.closed.result() if self.closed.done() else "closed"
+        return GuestError(
+            f"guest {self.name}: the connection to process {self.pid} is lost: {why}", code="guest-connection-lost"
+        )
+
+    def _lose(self, why: str) -> None:
+        if self.closed.done():
+            return
+        self.closed.set_result(why)
+        self._loop.remove_reader(self._sock.fileno())
+        self._sock.close()
+        while self._fds:
+            os.close(self._fds.pop())
+        for answer in self._waiting.values():
+            if not answer.done():
+                answer.set_exception(self._lost())
+                answer.exception()  # somebody may not be waiting yet: no complaint about that
+
+    def close(self) -> None:
+        """Let go; the guest sees the end of the connection.  Idempotent."""
+        self._lose("closed")

@@ -1,0 +1,210 @@
+"""A co-operative guest that is to run here: started on our memory, its faults taken, its state restored, run.
+
+The process outlives the agent: a session of its own, output to a log file.  It keeps a userfaultfd of its own open until it
+is told to forget it, so that our death leaves its threads waiting.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+from pathlib import Path
+
+from migrated.config import Timeouts
+from migrated.errors import GuestError, GuestRefusedError, TimeoutExceededError
+from migrated.guests import process
+from migrated.guests.driver import FaultSource, Mapping, Region, StateChannel, TargetGuest, TargetMemory
+from migrated.guests.pidfd import PidHandle
+from migrated.guests.process_wire import (
+    MAX_PAYLOAD_BYTES,
+    VERSION,
+    Hello,
+    Kind,
+    WireError,
+    decode_addresses,
+    encode_memory,
+)
+from migrated.memory.native import uffd_api, uffd_register
+
+
+class ProcessTarget(TargetGuest):
+    """See `TargetGuest`."""
+
+    def __init__(self, name: str, config: process.ProcessTargetConfig, run_dir: Path, timeouts: Timeouts) -> None:
+        self.name = name
+        self._config = config
+        self._timeouts = timeouts
+        self._socket = run_dir / "guest.sock"
+        self._log = run_dir / "guest.log"
+        self._process: PidHandle | None = None
+        self._connection: process.GuestConnection | None = None
+        self._uffd = -1
+
+    async def check(self, regions: tuple[Region, ...]) -> None:
+        del regions  # what the guest wants it says itself, when it is started
+        if shutil.which(self._config.command[0]) is None:
+            raise GuestError(
+                f"guest {self.name}: {self._config.command[0]} is not there, or not a program",
+                code="guest-start",
+                hint="check the command of this guest in the target's configuration",
+            )
+
+    async def start(self, memory: tuple[TargetMemory, ...]) -> FaultSource:
+        connection, hello = await self._launch()
+        self._refuse_differences(hello, memory)
+        given = {item.region.name: (index, item) for index, item in enumerate(memory)}
+        ordered = [given[region.name] for region in hello.regions]
+        limit = self._timeouts.guest_command
+        reply, surplus = await connection.request(
+            Kind.MEMORY,
+            encode_memory(tuple(item.region.page_bytes for _, item in ordered), incoming=True),
+            fds=tuple(item.memory_fd for _, item in ordered),
+            limit_seconds=limit,
+            what="it to map its memory",
+        )
+        for fd in surplus:
+            os.close(fd)
+        try:
+            addresses = decode_addresses(reply, len(ordered))
+        except WireError as error:
+            raise GuestError(f"guest {self.name}: {error}", code="guest-protocol") from None
+        mappings = tuple(
+            Mapping(index, address, 0, item.region.size_bytes)
+            for (index, item), address in zip(ordered, addresses, strict=True)
+        )
+        _, fds = await connection.request(
+            Kind.UFFD, (1).to_bytes(4, "little"), limit_seconds=limit, what="its userfaultfd"
+        )
+        if len(fds) != 1:
+            for fd in fds:
+                os.close(fd)
+            raise GuestError(f"guest {self.name} sent {len(fds)} userfaultfds", code="guest-protocol")
+        self._uffd = fds[0]
+        uffd_api(self._uffd, faults=True, tracking=True)
+        for mapping in mappings:
+            uffd_register(self._uffd, mapping.address, mapping.length_bytes, missing=True, minor=True, tracking=True)
+        for item in memory:
+            # Registered now: what it touched before is there, what it touches from here on waits for us.
+            if os.fstat(item.memory_fd).st_blocks:
+                raise GuestRefusedError(
+                    f"guest {self.name} touched region {item.region.name} before its memory had arrived",
+                    code="memory-preallocated",
+                    hint="an incoming guest waits for run before it touches its memory",
+                )
+        return FaultSource(pid=connection.pid, uffd=self._uffd, mappings=mappings)
+
+    async def _launch(self) -> tuple[process.GuestConnection, Hello]:
+        """Start the program and wait until it has connected; its end ends the wait."""
+        listener = process.listen(str(self._socket))
+        try:
+            self._process = PidHandle.spawn(
+                ["/usr/bin/env", f"MIGRATED_SOCKET={self._socket}", *self._config.command], pass_fds=(), log=self._log
+            )
+            loop = asyncio.get_running_loop()
+            limit = self._timeouts.guest_start
+            accept = asyncio.ensure_future(loop.sock_accept(listener))
+            died = asyncio.ensure_future(self._process.died())
+            try:
+                await asyncio.wait({accept, died}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+                if not accept.done():
+                    self._fail_start(died, limit)
+                sock, _ = accept.result()
+            finally:
+                for task in (accept, died):
+                    task.cancel()
+                await asyncio.gather(accept, died, return_exceptions=True)
+        finally:
+            listener.close()
+            with contextlib.suppress(FileNotFoundError):
+                self._socket.unlink()
+        self._connection = connection = process.GuestConnection(self.name, sock)
+        hello, fds = await connection.hello(self._timeouts.guest_command)
+        for fd in fds:
+            os.close(fd)
+        return connection, hello
+
+    def _fail_start(self, died: asyncio.Future[str], limit: float) -> None:
+        tail = ""
+        with contextlib.suppress(OSError):
+            tail = self._log.read_text(errors="replace").strip()[-500:]
+        if died.done():
+            raise GuestError(
+                f"guest {self.name}: its program {died.result()} before it connected: {tail or 'it said nothing'}",
+                code="guest-start",
+                hint=f"its output is in {self._log}",
+            )
+        raise TimeoutExceededError(
+            f"guest {self.name}: waited {limit:g} s for it to connect to {self._socket}",
+            hint=f"does it use MIGRATED_SOCKET?  Its output is in {self._log}",
+        )
+
+    def _refuse_differences(self, hello: Hello, memory: tuple[TargetMemory, ...]) -> None:
+        if hello.version != VERSION:
+            raise GuestRefusedError(
+                f"guest {self.name} speaks version {hello.version} of the guest protocol, this agent {VERSION}",
+                code="guest-client-version",
+                hint="build the guest with this version's client",
+            )
+        ours = {region.name: region.size_bytes for region in hello.regions}
+        theirs = {item.region.name: item.region.size_bytes for item in memory}
+        if ours.keys() != theirs.keys():
+            raise GuestRefusedError(
+                f"guest {self.name} has regions {', '.join(sorted(ours))} here, {', '.join(sorted(theirs))} on the source",
+                code="regions-differ",
+                hint="start the same program on both hosts",
+            )
+        for name, size in ours.items():
+            if theirs[name] != size:
+                raise GuestRefusedError(
+                    f"guest {self.name}: region {name} has {size} bytes here, {theirs[name]} on the source",
+                    code="sizes-differ",
+                    hint="start the guest with the same size on both hosts",
+                )
+
+    def _guest(self) -> process.GuestConnection:
+        if self._connection is None:
+            raise GuestError(f"guest {self.name} is not started", code="guest-not-open")
+        return self._connection
+
+    async def load_state(self, channel: StateChannel) -> None:
+        state = bytearray()
+        while piece := await channel.read():
+            state += piece
+            if len(state) > MAX_PAYLOAD_BYTES:
+                raise GuestError(f"guest {self.name}: its state has more than {MAX_PAYLOAD_BYTES} bytes")
+        await self._guest().request(
+            Kind.RESTORE, bytes(state), limit_seconds=self._timeouts.guest_state, what="it to take its state"
+        )
+        await channel.close_write()
+
+    async def resume(self) -> None:
+        await self._guest().request(Kind.RUN, limit_seconds=self._timeouts.guest_command, what="it to run")
+
+    async def release(self) -> None:
+        connection = self._guest()
+        await connection.request(
+            Kind.FORGET, limit_seconds=self._timeouts.guest_command, what="it to close its userfaultfd"
+        )
+        await connection.send(Kind.LEAVE, self._config.next_socket.encode())
+
+    async def kill(self) -> None:
+        if self._process is not None:
+            await self._process.kill(self._timeouts.abort)
+        if self._connection is not None:
+            self._connection.close()
+
+    async def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+        uffd, self._uffd = self._uffd, -1
+        if uffd >= 0:
+            os.close(uffd)
+        if self._process is not None:
+            self._process.close()
+
+    async def died(self) -> str:
+        if self._process is None:
+            raise GuestError(f"guest {self.name} is not started", code="guest-not-open")
+        return await self._process.died()
