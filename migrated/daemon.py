@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import faulthandler
 import fcntl
 import os
 import signal
@@ -50,6 +51,7 @@ def run(role: Role, path: str | None, *, log_level: str = "info", log_format: st
     """
     settings = config.load(path, role)
     for_people = log.configure(level=log_level, fmt=log_format)
+    faulthandler.enable()  # the service manager ends a stuck agent with SIGABRT: say where it was stuck
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_main(settings))

@@ -56,7 +56,7 @@ def run(arguments: list[str] | None = None) -> int:
         # Our reader (head, less) has gone.  Python would complain again when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return failure.DONE
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - no traceback ever reaches a user who did not ask
         failure.tell(error, as_json=as_json)
         if os.environ.get("MIGRATED_DEBUG"):
             traceback.print_exc()

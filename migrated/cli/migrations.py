@@ -76,14 +76,15 @@ def json_flag(function: F) -> F:
 
 def _show(record: Record, *, as_json: bool) -> None:
     if as_json:
-        _print_json(record)
+        print_json(record)
     else:
         from migrated.cli import rendering
 
         rendering.console().print(rendering.summary(record))
 
 
-def _print_json(value: Any) -> None:
+def print_json(value: Any) -> None:
+    """One JSON object, one line."""
     print(msgspec.json.encode(value).decode(), flush=True)
 
 
@@ -106,7 +107,7 @@ async def start(client: Client, *, wait: bool, as_json: bool, **request: Any) ->
     """Move GUEST to another host; prints the migration's id."""
     record = await client.start({key: value for key, value in request.items() if value is not None})
     if not wait:
-        _print_json(record) if as_json else print(record.id)
+        print_json(record) if as_json else print(record.id)
         return failure.DONE
     if not as_json:
         print(record.id, flush=True)
@@ -184,14 +185,14 @@ async def _status_of_one(client: Client, migration: str, *, watch: bool, as_json
     else:
         async for latest in client.events(migration):
             record = latest
-            _print_json(record)
+            print_json(record)
     return failure.exit_code_of_record(record)
 
 
 async def _print_agent(client: Client, *, as_json: bool) -> None:
     about = await client.about()
     if as_json:
-        _print_json({**about, "migrations": await client.migrations()})
+        print_json({**about, "migrations": await client.migrations()})
         return
     from migrated.cli import rendering
 
@@ -228,7 +229,7 @@ async def list_(client: Client, *, everything: bool, as_json: bool) -> int:
     """List migrations: those under way, or all the agent remembers."""
     records = await client.migrations(ended=everything)
     if as_json:
-        _print_json({"migrations": records})
+        print_json({"migrations": records})
         return failure.DONE
     from migrated.cli import rendering
 
@@ -323,7 +324,7 @@ def format_loss(record: Record) -> str:
 
 def _done(record: Record, *, as_json: bool, word: str) -> int:
     if as_json:
-        _print_json(record)
+        print_json(record)
     else:
         print(f"{record.id} {record.guest}: {word} ({record.state.value})")
     return failure.DONE

@@ -29,6 +29,20 @@ def console(*, stderr: bool = False) -> Console:
     return out
 
 
+def plain_table(*columns: str) -> Table:
+    """A table without lines."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in columns[:-1]:
+        table.add_column(name, no_wrap=True)
+    table.add_column(columns[-1], overflow="fold")
+    return table
+
+
+def literal(text: str) -> Text:
+    """Text in which rich is to see no markup."""
+    return Text(text)
+
+
 def state_text(record: Record) -> Text:
     """The state in its colour."""
     return Text(record.state.value, style=_COLOURS.get(record.state, "cyan"))

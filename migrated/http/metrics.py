@@ -59,6 +59,7 @@ class _Totals:
         self.results: collections.Counter[str] = collections.Counter()
         self.faults: collections.Counter[str] = collections.Counter()
         self.latency: dict[str, list[int]] = {kind: [0] * LATENCY_BUCKETS for kind in FAULT_KINDS}
+        self.latency_seconds: collections.defaultdict[str, float] = collections.defaultdict(float)
         self.downtimes: collections.Counter[float] = collections.Counter()
         self.downtime_seconds = 0.0
 
@@ -74,6 +75,8 @@ class _Totals:
             buckets = self.latency.setdefault(kind, [0] * LATENCY_BUCKETS)
             for index, count in enumerate(histogram):
                 buckets[min(index, LATENCY_BUCKETS - 1)] += count
+        for kind, seconds in record.fault_sum_seconds.items():
+            self.latency_seconds[kind] += seconds
         if record.downtime_seconds is not None:
             self.downtimes[_bound(record.downtime_seconds)] += 1
             self.downtime_seconds += record.downtime_seconds
@@ -134,6 +137,8 @@ def _sum(one: _Totals, other: _Totals) -> _Totals:
         result.bytes_by_kind.update(part.bytes_by_kind)
         result.results.update(part.results)
         result.faults.update(part.faults)
+        for kind, seconds in part.latency_seconds.items():
+            result.latency_seconds[kind] += seconds
         result.downtimes.update(part.downtimes)
         result.downtime_seconds += part.downtime_seconds
         for kind, buckets in part.latency.items():
@@ -180,18 +185,16 @@ def _grown(totals: _Totals) -> Iterator[Metric]:
 
 
 def _latency(totals: _Totals) -> Metric:
-    text = "Time to answer a guest's fault, by kind of page; the sum is estimated from the middle of each bucket"
+    text = "Time to answer a guest's fault, by kind of page"
     family = HistogramMetricFamily("migrated_fault_latency_seconds", text, labels=["kind"])
     for kind, buckets in sorted(totals.latency.items()):
         cumulated = 0
-        estimate_seconds = 0.0
         bounds: list[tuple[str, float]] = []
         for index, count in enumerate(buckets):
             cumulated += count
-            estimate_seconds += count * 1.5 * 2**index * 1e-6
             bound = "+Inf" if index == LATENCY_BUCKETS - 1 else repr(2 ** (index + 1) / 1e6)
             bounds.append((bound, float(cumulated)))
-        family.add_metric([kind], bounds, estimate_seconds)
+        family.add_metric([kind], bounds, totals.latency_seconds[kind])
     return family
 
 

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from migrated.cli.host import check, inspect
+from migrated.memory import probe
+
+MEMORY = """
+import ctypes, mmap, os, sys
+fd = os.memfd_create("guest")
+os.ftruncate(fd, 32 << 20)
+memory = mmap.mmap(fd, 32 << 20, flags=mmap.MAP_SHARED)
+private = mmap.mmap(-1, 64 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def guest() -> Iterator[int]:
+    with subprocess.Popen(
+        [sys.executable, "-c", MEMORY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        yield process.pid
+        process.communicate()
+
+
+def need(*, ok: bool, needed: bool = True, role: str = "both") -> probe.Requirement:
+    return probe.Requirement("userfaultfd", role, needed, ok, "something", "" if ok else "run as root")
+
+
+@pytest.mark.parametrize(
+    ("needs", "code"),
+    [
+        ([need(ok=True)], 0),
+        ([need(ok=False)], 1),
+        ([need(ok=False, needed=False)], 0),
+        ([need(ok=True), need(ok=False, role="target")], 1),
+    ],
+)
+def test_check_fails_exactly_when_a_need_does(
+    monkeypatch: pytest.MonkeyPatch, needs: list[probe.Requirement], code: int
+) -> None:
+    monkeypatch.setattr(probe, "requirements", lambda: needs)
+    result = CliRunner().invoke(check, standalone_mode=False)
+    assert result.return_value == code
+    assert ("run as root" in result.output) == any(not one.ok for one in needs)
+
+
+def test_check_of_one_role_leaves_out_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "requirements", lambda: [need(ok=False, role="target"), need(ok=True, role="source")])
+    assert CliRunner().invoke(check, ["--role", "source"], standalone_mode=False).return_value == 0
+
+
+def test_check_of_this_very_host_as_json() -> None:
+    result = CliRunner().invoke(check, ["--json"], standalone_mode=False)
+    answer: dict[str, Any] = json.loads(result.output)
+    assert answer["ok"] == (result.return_value == 0)
+    assert {"name", "role", "needed", "ok", "found", "fix"} == set(answer["requirements"][0])
+
+
+def test_inspect_tells_shared_memory_from_private() -> None:
+    with guest() as pid:
+        result = CliRunner().invoke(inspect, [str(pid), "--json"], standalone_mode=False)
+    assert result.return_value == 0
+    answer: dict[str, Any] = json.loads(result.output)
+    shared, private = answer["memory"]
+    assert shared == {
+        "file": "/memfd:guest (deleted)",
+        "size_bytes": 32 << 20,
+        "page_bytes": mmap.PAGESIZE,
+        "shared": True,
+        "movable": True,
+        "reason": "",
+    }
+    assert (private["movable"], private["shared"]) == (False, False)
+    assert private["size_bytes"] >= 64 << 20
+    assert "share=on" in private["reason"]
+
+
+def test_inspect_for_people() -> None:
+    with guest() as pid:
+        result = CliRunner().invoke(inspect, [str(pid)], standalone_mode=False)
+    assert "/memfd:guest (deleted)" in result.output
+    assert "32 MiB" in result.output
+
+
+def test_inspect_of_a_process_that_is_gone_is_an_error() -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    result = subprocess.run(
+        [sys.executable, "-m", "migrated", "inspect", str(gone.pid)], capture_output=True, text=True
+    )
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"error: process {gone.pid} has ended")

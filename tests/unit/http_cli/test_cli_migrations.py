@@ -1,0 +1,209 @@
+"""The command line as users run it: a process of its own, against a real control socket."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from typing import Any
+
+import pytest
+
+from migrated.agent import StartRequest
+from migrated.record import State
+from tests.unit.http_cli.served import Served
+
+pytest_plugins = ["tests.unit.http_cli.served_fixtures"]
+
+
+def one_object(text: str) -> dict[str, Any]:
+    """All of stdout is one JSON object."""
+    value = json.loads(text)
+    assert isinstance(value, dict)
+    return value
+
+
+async def test_start_prints_the_id_and_nothing_else(source: Served) -> None:
+    code, out, err = await source.cli(
+        "start", "vm1", "--to", "b:7440", "--mode", "postcopy", "--max-bandwidth", "10Gbit"
+    )
+    record = source.agent.record("vm1")
+    assert (code, out, err) == (0, f"{record.id}\n", "")
+    assert (record.mode, record.peer) == ("postcopy", "b:7440")
+
+
+async def test_start_json_prints_one_object(source: Served) -> None:
+    code, out, _ = await source.cli("start", "vm1", "--to", "b:7440", "--json")
+    assert code == 0
+    assert one_object(out)["state"] == "precopy"
+
+
+@pytest.mark.parametrize(
+    ("end", "expected"),
+    [(State.COMPLETED, 0), (State.FAILED, 1), (State.ABORTED, 3)],
+    ids=["done", "failed", "aborted"],
+)
+async def test_start_wait_ends_with_the_summary_and_the_result_as_exit_code(
+    source: Served, end: State, expected: int
+) -> None:
+    process = await source.cli_process("start", "vm1", "--to", "b:7440", "--wait")
+    assert process.stdout is not None
+    migration = (await process.stdout.readline()).decode().strip()
+    await source.agent.move(source.agent.record(migration), end)
+    out, err = await process.communicate()
+    assert process.returncode == expected
+    assert end.value in out.decode()
+    assert "time line" in out.decode()
+    assert f"{migration} vm1: {end.value}" in err.decode()  # plain progress lines: not a terminal
+
+
+async def test_wait_json_prints_only_the_end(source: Served) -> None:
+    await source.agent.start(StartRequest(guest="vm1", to="b:1"))
+    await source.agent.abort("vm1")
+    code, out, err = await source.cli("wait", "vm1", "--json")
+    assert (code, err) == (3, "")
+    assert one_object(out)["state"] == "aborted"
+
+
+async def test_wait_has_a_limit(source: Served) -> None:
+    await source.agent.start(StartRequest(guest="vm1", to="b:1"))
+    code, _, err = await source.cli("wait", "vm1", "--timeout", "0.1", "--quiet")
+    assert code == 1
+    assert "is not over after 0.1 s" in err
+    assert "hint: it goes on" in err
+
+
+async def test_verbs(source: Served) -> None:
+    agent = source.agent
+    record = await agent.start(StartRequest(guest="vm1", to="b:1"))
+    assert (await source.cli("set", record.id, "--max-bandwidth", "500MB"))[0] == 0
+    assert record.max_bandwidth_bytes_per_second == 500_000_000
+    assert (await source.cli("switchover", record.id))[:2] == (0, f"{record.id} vm1: switching over (postcopy)\n")
+    code, out, _ = await source.cli("resume", "vm1", "--to", "c:7440", "--json")
+    assert (code, one_object(out)["peer"]) == (0, "c:7440")
+    await agent.start(StartRequest(guest="vm1", to="b:1"))
+    assert (await source.cli("abort", "vm1"))[0] == 0
+    assert agent.all[-1].state is State.ABORTED
+
+
+async def test_abandon_is_asked_twice(source: Served) -> None:
+    await source.agent.start(StartRequest(guest="vm1", to="b:1"))
+    code, _, err = await source.cli("abandon", "vm1")
+    assert code == 2
+    assert "must be confirmed" in err
+    assert "--confirm vm1" in err
+    assert (await source.cli("abandon", "vm1", "--confirm", "vm2"))[0] == 2
+    assert source.agent.record("vm1").state is State.PRECOPY
+    assert (await source.cli("abandon", "vm1", "--confirm", "vm1"))[0] == 0
+    assert source.agent.record("vm1").state is State.FAILED
+
+
+async def test_list_shows_what_is_under_way_and_all_on_request(source: Served) -> None:
+    code, out, _ = await source.cli("list")
+    assert (code, out) == (0, "no migration is under way; --all shows those that are over\n")
+    record = await source.agent.start(StartRequest(guest="vm1", to="b:1"))
+    assert record.id in (await source.cli("list"))[1]
+    await source.agent.abort("vm1")
+    assert one_object((await source.cli("list", "--json"))[1]) == {"migrations": []}
+    assert one_object((await source.cli("list", "--all", "--json"))[1])["migrations"][0]["state"] == "aborted"
+
+
+async def test_status_of_the_agent_and_of_one_migration(source: Served) -> None:
+    code, out, _ = await source.cli("status")
+    assert code == 0
+    assert out.startswith("source host-a, version ")
+    record = await source.agent.start(StartRequest(guest="vm1", to="b:1"))
+    assert record.id in (await source.cli("status"))[1]
+    everything = one_object((await source.cli("status", "--json"))[1])
+    assert (everything["role"], everything["migrations"][0]["id"]) == ("source", record.id)
+    assert one_object((await source.cli("status", "vm1", "--json"))[1])["id"] == record.id
+    await source.agent.move(record, State.FAILED)
+    assert (await source.cli("status", "vm1"))[0] == 1
+
+
+async def test_status_watch_follows_to_the_end(source: Served) -> None:
+    record = await source.agent.start(StartRequest(guest="vm1", to="b:1"))
+    process = await source.cli_process("status", "vm1", "--watch", "--json")
+    assert process.stdout is not None
+    assert json.loads(await process.stdout.readline())["state"] == "precopy"
+    await source.agent.move(record, State.COMPLETED)
+    assert json.loads(await process.stdout.readline())["state"] == "completed"
+    assert await process.wait() == 0
+
+
+async def test_an_agent_is_picked_by_url_for_looking_only(source: Served) -> None:
+    await source.agent.start(StartRequest(guest="vm1", to="b:1"))
+    assert (await source.cli("status", "vm1", agent=source.status_url))[0] == 0
+    code, _, err = await source.cli("abort", "vm1", agent=source.status_url)
+    assert code == 2
+    assert "read-only" in err
+    assert source.agent.record("vm1").state is State.PRECOPY
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["start", "nobody", "--to", "b:1"], 2, "no guest 'nobody'\n  hint: guests: vm1, other"),
+        (["start", "refused", "--to", "b:1"], 1, "memory is not shared\n  hint: start QEMU with share=on"),
+        (["start", "vm1"], 2, "Missing option '--to'"),
+        (["start", "vm1", "--to", "b"], 2, "the port is missing"),
+        (["start", "vm1", "--to", "b:1", "--max-bandwidth", "10G"], 2, "unknown unit 'G'"),
+        (["start", "vm1", "--to", "b:1", "--mode", "fast"], 2, "'fast' is not one of"),
+        (["start", "vm1", "--to", "b:1", "--streams", "0"], 2, "--streams"),
+        (["abort", "nobody"], 2, "no migration 'nobody'"),
+        (["wait", "nobody"], 2, "no migration 'nobody'"),
+        (["abort", "../../x"], 2, "is neither an id nor a guest's name"),
+        (["set", "vm1"], 2, "nothing to set"),
+        (["fly"], 2, "No such command 'fly'"),
+    ],
+)
+async def test_errors_name_what_is_wrong_and_what_to_do(
+    source: Served, arguments: list[str], code: int, text: str
+) -> None:
+    got, out, err = await source.cli(*arguments)
+    assert (got, out) == (code, "")
+    assert err.startswith("error: ")
+    assert text in err
+
+
+async def test_an_error_is_one_object_too_where_json_is_asked_for(source: Served) -> None:
+    record = await source.agent.start(StartRequest(guest="vm1", to="b:1"))
+    await source.agent.switchover(record.id)
+    code, out, err = await source.cli("abort", "vm1", "--json")
+    assert code == 2
+    assert err.startswith("error: the guest has moved")
+    assert one_object(out)["error"] == {
+        "code": "conflict",
+        "message": "the guest has moved",
+        "hint": "`migrated resume` or `migrated abandon`",
+        "state": "postcopy",
+    }
+
+
+async def test_no_agent_there(source: Served) -> None:
+    code, out, err = await source.cli("list", agent="/nonexistent/control.sock")
+    assert (code, out) == (1, "")
+    assert err.startswith("error: no agent answers at /nonexistent/control.sock\n  hint: start one with")
+
+
+async def test_interrupting_wait_ends_the_watching_only(source: Served) -> None:
+    record = await source.agent.start(StartRequest(guest="vm1", to="b:1"))
+    process = await source.cli_process("wait", "vm1")
+    assert process.stderr is not None
+    await process.stderr.readline()  # the first progress line: it watches
+    process.send_signal(2)
+    async with asyncio.timeout(20):
+        _, err = await process.communicate()
+    assert process.returncode == 130
+    assert f"migrated wait {record.id}" in err.decode()
+    assert "Traceback" not in err.decode()
+    assert record.state is State.PRECOPY
+
+
+async def test_a_reader_that_goes_away_is_no_error(source: Served) -> None:
+    process = await asyncio.create_subprocess_shell(
+        f"{sys.executable} -m migrated status --json --watch --agent {source.settings.state_dir} 2>&1 | head -c1",
+        stdout=asyncio.subprocess.PIPE,
+    )
+    out, _ = await process.communicate()
+    assert b"Traceback" not in out
