@@ -137,7 +137,9 @@ class Monitor:
         """
         deadline = time.monotonic() + limit
         while True:
-            report = await self.migration()
+            # The question has the whole limit too: a QEMU that loads state answers nobody while it waits for a page.
+            left = max(deadline - time.monotonic(), POLL_SECONDS)
+            report = await self.execute("query-migrate", limit=left)
             status = str(report.get("status", "none"))
             if status in wanted:
                 while not self._events.empty():

@@ -36,7 +36,7 @@ from migrated.guests.qmp import Monitor
 from migrated.guests.residence import residences
 from migrated.memory import memfd as memory_memfd
 from migrated.memory.maps import file_key
-from migrated.memory.native import uffd_unregister
+from migrated.memory.native import uffd_register, uffd_unregister
 
 MIB = 1 << 20
 TIMEOUTS = Timeouts()
@@ -367,6 +367,45 @@ async def test_a_userfaultfd_comes_and_goes_without_a_trace(start: StartQemu, tm
         await source.close()
 
 
+async def test_tracking_left_by_an_agent_that_died_is_replaced(start: StartQemu, tmp_path: Path) -> None:
+    qemu = await start(*memory())
+    dead = qemu.source(tmp_path)
+    (mapping,) = (await dead.open()).mappings
+    uffd_register(
+        await dead.tracking_uffd(), mapping.address, mapping.length_bytes, missing=False, minor=False, tracking=True
+    )
+    await dead.close()
+    source = qemu.source(tmp_path)
+    try:
+        await source.open()
+        uffd = await source.tracking_uffd()
+        uffd_register(uffd, mapping.address, mapping.length_bytes, missing=False, minor=False, tracking=True)
+        assert len(injection.userfaultfds(qemu.pid)) == 1
+        await source.release_tracking()
+        assert not injection.userfaultfds(qemu.pid)
+    finally:
+        await source.close()
+    assert await qemu.status() == "running"
+
+
+async def test_a_guest_still_on_its_way_here_is_not_moved_on(start: StartQemu, tmp_path: Path) -> None:
+    qemu = await start(*memory())
+    source = qemu.source(tmp_path)
+    (mapping,) = (await source.open()).mappings
+    process = PidHandle.attach(qemu.pid)
+    uffd = await injection.open_uffd(process, faults=True, tracking=True, hand_over=None)
+    try:
+        uffd_register(uffd.fd, mapping.address, mapping.length_bytes, missing=True, minor=True, tracking=True)
+        with pytest.raises(GuestRefusedError) as caught:
+            await source.tracking_uffd()
+        assert caught.value.code == "guest-migrating"
+        assert injection.userfaultfds(qemu.pid) == [uffd.remote_fd]
+    finally:
+        await source.close()
+        await injection.close_uffd(uffd)
+        process.close()
+
+
 async def test_a_process_without_the_right_gets_it_through_the_device(
     start: StartQemu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -651,7 +690,7 @@ async def test_a_guest_its_owner_has_paused_arrives_paused(move: tuple[Move, con
     assert await status_of(it.target) == "paused"
 
 
-@pytest.mark.parametrize("stage", ["open", "tracking", "quiesced", "paused", "handed-over"])
+@pytest.mark.parametrize("stage", ["open", "tracking", "quiesced", "paused", "monitor-lost", "handed-over"])
 async def test_a_guest_runs_on_after_a_failure_at_any_stage(
     move: tuple[Move, contextlib.AsyncExitStack], stage: str
 ) -> None:
@@ -661,13 +700,15 @@ async def test_a_guest_runs_on_after_a_failure_at_any_stage(
     if stage == "quiesced":
         await it.source.quiesce()
         assert await status_of(it.source) == "paused"
-    if stage in {"paused", "handed-over"}:
+    if stage in {"paused", "monitor-lost", "handed-over"}:
         await it.source.pause(it.near)
     if stage == "handed-over":
         it.copy(ram)
         it.free()
         await it.source.send_state(it.near)
         await asyncio.wait_for(it.loading, 30)
+    if stage == "monitor-lost":
+        await (await it.source._monitor()).close()
     await it.target.kill()
     await it.source.resume()
     await it.source.resume()
