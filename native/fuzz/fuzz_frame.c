@@ -9,10 +9,10 @@
 #include "frame.h"
 
 static const struct mgd_frame_bounds bounds[] = {
-	{ .block_count = 4 * 512, .host_page_blocks = 512 },
-	{ .block_count = 2 * 262144, .host_page_blocks = 262144 },
-	{ .block_count = 1000, .host_page_blocks = 1 },
-	{ .block_count = 1024, .host_page_blocks = 16 },
+	{.block_count = 4 * 512, .host_page_blocks = 512},
+	{.block_count = 2 * 262144, .host_page_blocks = 262144},
+	{.block_count = 1000, .host_page_blocks = 1},
+	{.block_count = 1024, .host_page_blocks = 16},
 };
 
 static void check_promises(const struct mgd_frame *frame)
@@ -22,7 +22,8 @@ static void check_promises(const struct mgd_frame *frame)
 
 	assert(frame->block_count >= 1 && frame->block_count <= MGD_CHUNK_BLOCKS);
 	assert(frame->first_block + frame->block_count <= region->block_count);
-	assert(frame->first_block / MGD_CHUNK_BLOCKS == (frame->first_block + frame->block_count - 1) / MGD_CHUNK_BLOCKS);
+	assert(frame->first_block / MGD_CHUNK_BLOCKS ==
+	       (frame->first_block + frame->block_count - 1) / MGD_CHUNK_BLOCKS);
 	assert(present <= frame->block_count);
 	assert(frame->payload_bytes <= present * MGD_BLOCK_BYTES);
 	for (uint32_t block = 0; block < MGD_CHUNK_BLOCKS; block++) {

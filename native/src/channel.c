@@ -128,7 +128,7 @@ int mgd_channel_send(struct mgd_channel *channel, struct iovec *iov, int count, 
 {
 	advance(&iov, &count, 0);
 	while (count) {
-		struct msghdr message = { .msg_iov = iov, .msg_iovlen = (size_t)(count < IOV_MAX ? count : IOV_MAX) };
+		struct msghdr message = {.msg_iov = iov, .msg_iovlen = (size_t)(count < IOV_MAX ? count : IOV_MAX)};
 		ssize_t sent = sendmsg(channel->fd, &message, MSG_NOSIGNAL);
 
 		if (sent < 0) {
@@ -165,7 +165,7 @@ int mgd_channel_recv(struct mgd_channel *channel, struct iovec *iov, int count, 
 
 	advance(&iov, &count, 0);
 	while (count) {
-		struct msghdr message = { .msg_iov = iov, .msg_iovlen = (size_t)(count < IOV_MAX ? count : IOV_MAX) };
+		struct msghdr message = {.msg_iov = iov, .msg_iovlen = (size_t)(count < IOV_MAX ? count : IOV_MAX)};
 		ssize_t got = recvmsg(channel->fd, &message, 0);
 
 		if (got < 0) {
@@ -184,7 +184,7 @@ int mgd_channel_recv(struct mgd_channel *channel, struct iovec *iov, int count, 
 
 int mgd_channel_readable(struct mgd_channel *channel)
 {
-	struct pollfd poll_fd = { .fd = channel->fd, .events = POLLIN };
+	struct pollfd poll_fd = {.fd = channel->fd, .events = POLLIN};
 
 	return poll(&poll_fd, 1, 0) > 0;
 }

@@ -20,7 +20,8 @@ static void free_buffer(void *buffer)
 	free(*(void **)buffer);
 }
 
-int mgd_digest(int memory_fd, uint64_t offset, uint64_t bytes, const uint8_t *secret, uint64_t *out, struct mgd_error *err)
+int mgd_digest(int memory_fd, uint64_t offset, uint64_t bytes, const uint8_t *secret, uint64_t *out,
+	       struct mgd_error *err)
 {
 	__attribute__((cleanup(free_buffer))) void *buffer = NULL;
 	uint64_t digest = 0;
@@ -34,7 +35,8 @@ int mgd_digest(int memory_fd, uint64_t offset, uint64_t bytes, const uint8_t *se
 		size_t piece = bytes - done < PIECE_BYTES ? (size_t)(bytes - done) : PIECE_BYTES;
 
 		for (size_t have = 0; have < piece;) {
-			ssize_t got = pread(memory_fd, (char *)buffer + have, piece - have, (off_t)(offset + done + have));
+			ssize_t got =
+				pread(memory_fd, (char *)buffer + have, piece - have, (off_t)(offset + done + have));
 
 			if (got < 0 && errno == EINTR)
 				continue;
@@ -48,7 +50,7 @@ int mgd_digest(int memory_fd, uint64_t offset, uint64_t bytes, const uint8_t *se
 		}
 		/* The digest so far and the block's hash, hashed together: depends on every byte and on the order. */
 		for (size_t at = 0; at < piece; at += MGD_BLOCK_BYTES) {
-			uint64_t link[2] = { digest, mgd_block_hash((char *)buffer + at, secret) };
+			uint64_t link[2] = {digest, mgd_block_hash((char *)buffer + at, secret)};
 
 			digest = XXH3_64bits_withSecret(link, sizeof(link), secret, MGD_SECRET_BYTES);
 		}

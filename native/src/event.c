@@ -57,7 +57,7 @@ static int has_room(struct mgd_event_queue *queue)
 void mgd_event_post(struct mgd_event_queue *queue, uint32_t kind, uint32_t stream, uint64_t value,
 		    const struct mgd_error *error)
 {
-	struct mgd_event event = { .kind = kind, .stream = stream, .value = value };
+	struct mgd_event event = {.kind = kind, .stream = stream, .value = value};
 	uint64_t one = 1;
 	ssize_t written;
 

@@ -147,7 +147,8 @@ static int check_pages(const struct mgd_frame *frame, const struct mgd_frame_bou
 		return mgd_fail(err, MGD_ERR_PEER, "page frame: first_block %" PRIu64 ": crosses a chunk",
 				frame->first_block);
 	if (frame->payload_bytes > frame->block_count * MGD_BLOCK_BYTES)
-		return mgd_fail(err, MGD_ERR_PEER, "page frame: payload_bytes %" PRIu32 ": too many", frame->payload_bytes);
+		return mgd_fail(err, MGD_ERR_PEER, "page frame: payload_bytes %" PRIu32 ": too many",
+				frame->payload_bytes);
 	if (!(frame->flags & MGD_FRAME_FINAL)) {
 		if (frame->flags & MGD_FRAME_PAGE_END)
 			return mgd_fail(err, MGD_ERR_PEER, "page frame: PAGE_END without FINAL");
@@ -181,10 +182,12 @@ static int check_pages(const struct mgd_frame *frame, const struct mgd_frame_bou
 static int check_demand(const struct mgd_frame *frame, const struct mgd_frame_bounds *bounds, struct mgd_error *err)
 {
 	if (frame->first_block >= bounds->block_count || frame->first_block % bounds->host_page_blocks)
-		return mgd_fail(err, MGD_ERR_PEER, "demand: first_block %" PRIu64 ": not the start of a page of region %" PRIu32,
+		return mgd_fail(err, MGD_ERR_PEER,
+				"demand: first_block %" PRIu64 ": not the start of a page of region %" PRIu32,
 				frame->first_block, frame->region);
 	if (frame->block_count > bounds->host_page_blocks)
-		return mgd_fail(err, MGD_ERR_PEER, "demand: block_count %" PRIu32 ": more than a page", frame->block_count);
+		return mgd_fail(err, MGD_ERR_PEER, "demand: block_count %" PRIu32 ": more than a page",
+				frame->block_count);
 	return 0;
 }
 
@@ -245,13 +248,15 @@ int mgd_frame_decode_bitmaps(const uint8_t *bitmaps, struct mgd_frame *frame, st
 	present = mgd_frame_present_count(frame);
 	if (!(frame->flags & MGD_FRAME_COMPRESSED)) {
 		if (frame->payload_bytes != present * MGD_BLOCK_BYTES)
-			return mgd_fail(err, MGD_ERR_PEER, "page frame: payload_bytes %" PRIu32 ": %" PRIu32 " blocks are present",
+			return mgd_fail(err, MGD_ERR_PEER,
+					"page frame: payload_bytes %" PRIu32 ": %" PRIu32 " blocks are present",
 					frame->payload_bytes, present);
 		return 0;
 	}
 	/* A sender compresses only where it pays: never as long as the blocks themselves, never nothing. */
 	if (frame->payload_bytes == 0 || frame->payload_bytes >= present * MGD_BLOCK_BYTES)
-		return mgd_fail(err, MGD_ERR_PEER, "page frame: payload_bytes %" PRIu32 ": cannot be %" PRIu32 " blocks compressed",
+		return mgd_fail(err, MGD_ERR_PEER,
+				"page frame: payload_bytes %" PRIu32 ": cannot be %" PRIu32 " blocks compressed",
 				frame->payload_bytes, present);
 	return 0;
 }

@@ -16,9 +16,10 @@ static int check_region(const struct mgd_source_region *region, uint32_t index, 
 {
 	uint64_t page = region->page_bytes, host_page = region->host_page_bytes;
 
-	if (page < MGD_BLOCK_BYTES || host_page < MGD_BLOCK_BYTES || (page & (page - 1)) || (host_page & (host_page - 1)))
-		return mgd_fail(err, MGD_ERR_ARGUMENT, "source: region %" PRIu32 ": page sizes must be powers of two from 4096 on",
-				index);
+	if (page < MGD_BLOCK_BYTES || host_page < MGD_BLOCK_BYTES || (page & (page - 1)) ||
+	    (host_page & (host_page - 1)))
+		return mgd_fail(err, MGD_ERR_ARGUMENT,
+				"source: region %" PRIu32 ": page sizes must be powers of two from 4096 on", index);
 	if (!region->size_bytes || region->size_bytes % page || region->size_bytes % host_page)
 		return mgd_fail(err, MGD_ERR_ARGUMENT,
 				"source: region %" PRIu32 ": %" PRIu64 " bytes: not whole pages on both sides", index,
@@ -45,13 +46,13 @@ struct bitmap_place {
 static void bitmap_places(struct source_region *region, struct bitmap_place places[BITMAP_COUNT])
 {
 	const struct bitmap_place all[BITMAP_COUNT] = {
-		{ &region->marks, region->chunk_count * MGD_CHUNK_BLOCKS }, /* whole chunks, also where the region ends */
-		{ &region->marked_chunks, region->chunk_count },
-		{ &region->scanned, region->page_count },
-		{ &region->unsettled, region->page_count },
-		{ &region->stale, region->host_page_count },
-		{ &region->unclaimed, region->host_page_count },
-		{ &region->hurried, region->host_page_count },
+		{&region->marks, region->chunk_count * MGD_CHUNK_BLOCKS}, /* whole chunks, also where the region ends */
+		{&region->marked_chunks, region->chunk_count},
+		{&region->scanned, region->page_count},
+		{&region->unsettled, region->page_count},
+		{&region->stale, region->host_page_count},
+		{&region->unclaimed, region->host_page_count},
+		{&region->hurried, region->host_page_count},
 	};
 
 	memcpy(places, all, sizeof(all));
@@ -73,7 +74,8 @@ static int region_init(struct mgd_source *source, struct source_region *region, 
 	region->host_page_count = given->size_bytes / given->host_page_bytes;
 	region->fd = fcntl(given->memory_fd, F_DUPFD_CLOEXEC, 0);
 	if (region->fd < 0)
-		return mgd_fail_errno(err, errno, "source: region %" PRIu32 ": descriptor %d", region->index, given->memory_fd);
+		return mgd_fail_errno(err, errno, "source: region %" PRIu32 ": descriptor %d", region->index,
+				      given->memory_fd);
 	region->table = mgd_map_zeros(table_bytes(region), err);
 	if (!region->table)
 		return -1;
@@ -106,9 +108,11 @@ int mgd_source_create(const struct mgd_source_region *regions, uint32_t region_c
 	struct mgd_source *source;
 
 	if (!region_count || region_count > MGD_MAX_REGIONS)
-		return mgd_fail(err, MGD_ERR_ARGUMENT, "source: %" PRIu32 " regions: 1 to %d", region_count, MGD_MAX_REGIONS);
+		return mgd_fail(err, MGD_ERR_ARGUMENT, "source: %" PRIu32 " regions: 1 to %d", region_count,
+				MGD_MAX_REGIONS);
 	if (!stream_count || stream_count > MGD_MAX_STREAMS)
-		return mgd_fail(err, MGD_ERR_ARGUMENT, "source: %" PRIu32 " streams: 1 to %d", stream_count, MGD_MAX_STREAMS);
+		return mgd_fail(err, MGD_ERR_ARGUMENT, "source: %" PRIu32 " streams: 1 to %d", stream_count,
+				MGD_MAX_STREAMS);
 	for (uint32_t i = 0; i < region_count; i++)
 		if (check_region(&regions[i], i, err))
 			return -1;
@@ -342,7 +346,8 @@ int mgd_source_round(struct mgd_source *source, uint64_t round, struct mgd_error
 	if (source->phase != SOURCE_PRECOPY)
 		return mgd_fail(err, MGD_ERR_ARGUMENT, "round: the source is frozen");
 	if (source->torn)
-		return mgd_fail(err, MGD_ERR_ARGUMENT, "round: connections were lost in pre-copy: start a new migration");
+		return mgd_fail(err, MGD_ERR_ARGUMENT,
+				"round: connections were lost in pre-copy: start a new migration");
 	pthread_mutex_lock(&source->lock);
 	result = order_round(source, round, err);
 	pthread_mutex_unlock(&source->lock);
@@ -355,7 +360,8 @@ static int order_barrier(struct mgd_source *source, uint64_t barrier, struct mgd
 		return -1;
 	for (uint32_t i = 0; i < source->stream_count; i++)
 		if (source->streams[i].barrier_seen != source->barrier_generation)
-			return mgd_fail(err, MGD_ERR_ARGUMENT, "barrier: barrier %" PRIu64 " is not written yet", source->barrier);
+			return mgd_fail(err, MGD_ERR_ARGUMENT, "barrier: barrier %" PRIu64 " is not written yet",
+					source->barrier);
 	source->barrier = barrier;
 	source->barrier_generation++;
 	pthread_cond_broadcast(&source->ordered);

@@ -42,7 +42,8 @@ bool source_take_marks(struct mgd_source *source, struct source_region *region, 
 	if (!mgd_bit_clear_atomic(region->marked_chunks, chunk))
 		return false;
 	for (uint32_t word = 0; word < SOURCE_CHUNK_WORDS; word++) {
-		marks[word] = __atomic_exchange_n(&region->marks[chunk * SOURCE_CHUNK_WORDS + word], 0, __ATOMIC_ACQ_REL);
+		marks[word] =
+			__atomic_exchange_n(&region->marks[chunk * SOURCE_CHUNK_WORDS + word], 0, __ATOMIC_ACQ_REL);
 		taken += (uint64_t)__builtin_popcountll(marks[word]);
 	}
 	__atomic_fetch_sub(&source->marked_blocks, taken, __ATOMIC_RELAXED);
@@ -273,7 +274,8 @@ static void stale_from_marks(struct mgd_source *source, struct source_region *re
 		for (uint64_t block = first;; block++) {
 			uint64_t end = first + MGD_CHUNK_BLOCKS;
 
-			block = mgd_bitmap_next_atomic(region->marks, block, end < region->block_count ? end : region->block_count);
+			block = mgd_bitmap_next_atomic(region->marks, block,
+						       end < region->block_count ? end : region->block_count);
 			if (block >= end || block >= region->block_count)
 				break;
 			if (block / region->host_page_blocks != page) {
@@ -299,14 +301,19 @@ static int make_tables_read_only(struct mgd_source *source, struct mgd_error *er
 	return 0;
 }
 
-/* Nothing may be under way on the streams. */
+/* Nothing may be under way on the streams, and none of them lost: what it had not delivered is in the table already. */
 static int require_idle(struct mgd_source *source, const char *what, struct mgd_error *err)
 {
-	bool busy;
+	bool busy, lost = false;
 
 	pthread_mutex_lock(&source->lock);
 	busy = source->round_left != 0;
+	for (uint32_t i = 0; i < source->stream_count; i++)
+		lost |= source->streams[i].started && source->streams[i].ended;
 	pthread_mutex_unlock(&source->lock);
+	if (lost || source->torn)
+		return mgd_fail(err, MGD_ERR_ARGUMENT,
+				"%s: connections were lost in pre-copy: what the target has is unknown", what);
 	if (busy)
 		return mgd_fail(err, MGD_ERR_ARGUMENT, "%s: a round is under way", what);
 	return 0;
@@ -316,8 +323,6 @@ int mgd_source_freeze(struct mgd_source *source, uint64_t *out_stale_pages, stru
 {
 	if (require_precopy(source, "freeze", err) || require_idle(source, "freeze", err))
 		return -1;
-	if (source->torn)
-		return mgd_fail(err, MGD_ERR_ARGUMENT, "freeze: connections were lost in pre-copy: what the target has is unknown");
 	if (make_tables_read_only(source, err))
 		return -1;
 	for (uint32_t i = 0; i < source->region_count; i++)
@@ -356,13 +361,14 @@ static int check_piece(const struct mgd_source *source, uint32_t index, uint64_t
 				source->region_count);
 	all = (source->regions[index].host_page_count + 7) / 8;
 	if (first_page % 8 || first_page / 8 > all || bytes > all - first_page / 8)
-		return mgd_fail(err, MGD_ERR_ARGUMENT, "page map: %zu bytes from page %" PRIu64 ": outside region %" PRIu32, bytes,
-				first_page, index);
+		return mgd_fail(err, MGD_ERR_ARGUMENT,
+				"page map: %zu bytes from page %" PRIu64 ": outside region %" PRIu32, bytes, first_page,
+				index);
 	return 0;
 }
 
-int mgd_source_stale_map(const struct mgd_source *source, uint32_t region, uint64_t first_page, uint8_t *out, size_t bytes,
-			 struct mgd_error *err)
+int mgd_source_stale_map(const struct mgd_source *source, uint32_t region, uint64_t first_page, uint8_t *out,
+			 size_t bytes, struct mgd_error *err)
 {
 	if (check_piece(source, region, first_page, bytes, err))
 		return -1;
@@ -392,8 +398,8 @@ int mgd_source_lacking_begin(struct mgd_source *source, struct mgd_error *err)
 	return 0;
 }
 
-int mgd_source_lacking(struct mgd_source *source, uint32_t index, uint64_t first_page, const uint8_t *bits, size_t bytes,
-		       struct mgd_error *err)
+int mgd_source_lacking(struct mgd_source *source, uint32_t index, uint64_t first_page, const uint8_t *bits,
+		       size_t bytes, struct mgd_error *err)
 {
 	struct source_region *region;
 
@@ -405,8 +411,9 @@ int mgd_source_lacking(struct mgd_source *source, uint32_t index, uint64_t first
 			uint64_t page = first_page + byte * 8 + (uint64_t)__builtin_ctz(left);
 
 			if (page >= region->host_page_count)
-				return mgd_fail(err, MGD_ERR_PEER, "page map: page %" PRIu64 ": region %" PRIu32 " has %" PRIu64,
-						page, index, region->host_page_count);
+				return mgd_fail(err, MGD_ERR_PEER,
+						"page map: page %" PRIu64 ": region %" PRIu32 " has %" PRIu64, page,
+						index, region->host_page_count);
 			set_stale(source, region, page);
 		}
 	}

@@ -26,7 +26,8 @@ static int read_blocks(struct source_stream *stream, const struct source_region 
 		if (got <= 0) {
 			stream->memory_failed = true;
 			if (got < 0)
-				return mgd_fail_errno(err, errno, "guest memory: pread: region %" PRIu32 " at %#" PRIx64,
+				return mgd_fail_errno(err, errno,
+						      "guest memory: pread: region %" PRIu32 " at %#" PRIx64,
 						      region->index, first * MGD_BLOCK_BYTES + have);
 			return mgd_fail(err, MGD_ERR_OS, "guest memory: region %" PRIu32 ": the file ends at %#" PRIx64,
 					region->index, offset + have);
@@ -97,7 +98,7 @@ static int flush(struct source_stream *stream, struct mgd_error *err)
 			size_t bytes = entry->iov_len < piece - taken ? entry->iov_len : (size_t)(piece - taken);
 
 			if (bytes)
-				part[count++] = (struct iovec){ entry->iov_base, bytes };
+				part[count++] = (struct iovec){entry->iov_base, bytes};
 			entry->iov_base = (char *)entry->iov_base + bytes;
 			entry->iov_len -= bytes;
 			if (!entry->iov_len)
@@ -135,7 +136,7 @@ static void note_present(struct source_stream *stream, struct changes *changes, 
 	if (stream->iov_count > 1 && (uint8_t *)last->iov_base + last->iov_len == at)
 		last->iov_len += MGD_BLOCK_BYTES;
 	else
-		stream->iov[stream->iov_count++] = (struct iovec){ at, MGD_BLOCK_BYTES };
+		stream->iov[stream->iov_count++] = (struct iovec){at, MGD_BLOCK_BYTES};
 }
 
 /* Look at blocks first … first+count-1 of a chunk, already in stream->copy.  Pre-copy notes in the table what is going
@@ -215,8 +216,8 @@ static int send_frame(struct source_stream *stream, struct source_region *region
 		frame.present[word] = mgd_bitmap_get64(changes->present, first + word * 64, MGD_CHUNK_BLOCKS);
 		frame.zero[word] = mgd_bitmap_get64(changes->zero, first + word * 64, MGD_CHUNK_BLOCKS);
 	}
-	stream->heads_bytes += mgd_frame_encode(&frame, stream->hashes, source->secret,
-						stream->heads + stream->heads_bytes);
+	stream->heads_bytes +=
+		mgd_frame_encode(&frame, stream->hashes, source->secret, stream->heads + stream->heads_bytes);
 	if (changes->present_count)
 		source_count(source, sent_blocks, changes->present_count);
 	if (changes->zero_count)
@@ -247,13 +248,15 @@ int source_send_chunk(struct source_stream *stream, struct source_region *region
 }
 
 /* The marks of blocks first … first+count-1 of a chunk, as the freeze left them. */
-static void frozen_marks(const struct mgd_source *source, const struct source_region *region, uint64_t chunk, uint32_t first,
-			 uint32_t count, uint64_t marks[SOURCE_CHUNK_WORDS])
+static void frozen_marks(const struct mgd_source *source, const struct source_region *region, uint64_t chunk,
+			 uint32_t first, uint32_t count, uint64_t marks[SOURCE_CHUNK_WORDS])
 {
 	for (uint32_t word = 0; word < SOURCE_CHUNK_WORDS; word++) {
 		uint64_t mask = mgd_word_mask(word, first, count);
 
-		marks[word] = !mask ? 0 : source->whole ? mask : region->marks[chunk * SOURCE_CHUNK_WORDS + word] & mask;
+		marks[word] = !mask	      ? 0
+			      : source->whole ? mask
+					      : region->marks[chunk * SOURCE_CHUNK_WORDS + word] & mask;
 	}
 }
 
@@ -282,7 +285,8 @@ int source_send_pages(struct source_stream *stream, struct source_region *region
 		frozen_marks(stream->source, region, chunk, first, blocks, marks);
 		stream->iov_count = 1;
 		failed = examine(stream, region, chunk, marks, true, &changes, err) ||
-			 send_frame(stream, region, chunk, first, blocks, flags, many ? sequence : 0, &changes, !last, err);
+			 send_frame(stream, region, chunk, first, blocks, flags, many ? sequence : 0, &changes, !last,
+				    err);
 		block += blocks;
 		if (source_flag(&stream->source->stopping) && !failed)
 			failed = mgd_fail(err, MGD_ERR_CLOSED, "page connection: dropped");
@@ -293,7 +297,7 @@ int source_send_pages(struct source_stream *stream, struct source_region *region
 
 int source_send_barrier(struct source_stream *stream, uint64_t barrier, struct mgd_error *err)
 {
-	struct mgd_frame frame = { .kind = MGD_FRAME_BARRIER, .first_block = barrier };
+	struct mgd_frame frame = {.kind = MGD_FRAME_BARRIER, .first_block = barrier};
 
 	stream->iov_count = 1;
 	stream->heads_bytes = mgd_frame_encode(&frame, NULL, stream->source->secret, stream->heads);

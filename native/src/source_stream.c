@@ -120,7 +120,7 @@ static void round_done(struct source_stream *stream, uint64_t round)
 void *source_bulk_main(void *argument)
 {
 	struct source_stream *stream = argument;
-	struct mgd_error error = { 0 };
+	struct mgd_error error = {0};
 	uint64_t value = 0;
 	int failed = 0;
 
@@ -189,14 +189,15 @@ static int next_demand(struct source_stream *stream, struct mgd_error *err)
 {
 	struct mgd_source *source = stream->source;
 	uint8_t header[MGD_FRAME_HEADER_BYTES];
-	struct iovec iov = { header, sizeof(header) };
+	struct iovec iov = {header, sizeof(header)};
 	struct mgd_frame demand;
 
 	if (mgd_channel_recv(stream->channel, &iov, 1, err) ||
 	    mgd_frame_decode_header(header, source->bounds, source->region_count, &demand, err))
 		return -1;
 	if (demand.kind != MGD_FRAME_DEMAND)
-		return mgd_fail(err, MGD_ERR_PEER, "urgent connection: frame of kind %u: only demands come this way", demand.kind);
+		return mgd_fail(err, MGD_ERR_PEER, "urgent connection: frame of kind %u: only demands come this way",
+				demand.kind);
 	if (demand.check != mgd_frame_check(&demand, NULL, source->secret))
 		return mgd_fail(err, MGD_ERR_PEER, "urgent connection: demand: checksum does not fit");
 	if (!wait_serving(source))
@@ -207,7 +208,7 @@ static int next_demand(struct source_stream *stream, struct mgd_error *err)
 void *source_urgent_main(void *argument)
 {
 	struct source_stream *stream = argument;
-	struct mgd_error error = { 0 };
+	struct mgd_error error = {0};
 
 	while (!next_demand(stream, &error))
 		;

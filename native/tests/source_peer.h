@@ -156,7 +156,7 @@ static inline void *peer_main(void *argument)
 	CHECK(payload);
 	while (!peer_is_cut(peer)) {
 		uint8_t header[MGD_FRAME_HEADER_BYTES], bitmaps[2 * 8 * MGD_FRAME_BITMAP_WORDS];
-		struct iovec iov = { header, sizeof(header) };
+		struct iovec iov = {header, sizeof(header)};
 		struct mgd_frame frame;
 		struct mgd_error err;
 
@@ -171,11 +171,11 @@ static inline void *peer_main(void *argument)
 			pthread_mutex_unlock(&peer->lock);
 			continue;
 		}
-		iov = (struct iovec){ bitmaps, mgd_frame_bitmap_bytes(frame.block_count) };
+		iov = (struct iovec){bitmaps, mgd_frame_bitmap_bytes(frame.block_count)};
 		if (mgd_channel_recv(stream->channel, &iov, 1, &err))
 			break;
 		CHECK_OK(mgd_frame_decode_bitmaps(bitmaps, &frame, &err), err);
-		iov = (struct iovec){ payload, frame.payload_bytes };
+		iov = (struct iovec){payload, frame.payload_bytes};
 		if (mgd_channel_recv(stream->channel, &iov, 1, &err))
 			break;
 		if (peer->bounds.host_page_blocks > MGD_CHUNK_BLOCKS && frame.flags & MGD_FRAME_FINAL) {
@@ -237,10 +237,10 @@ static inline void peer_disconnect(struct peer *peer)
 
 static inline void peer_new_source(struct peer *peer)
 {
-	struct mgd_source_region region = { .memory_fd = peer->memory_fd,
-					    .size_bytes = peer->bytes,
-					    .page_bytes = peer->page_bytes,
-					    .host_page_bytes = peer->host_page_bytes };
+	struct mgd_source_region region = {.memory_fd = peer->memory_fd,
+					   .size_bytes = peer->bytes,
+					   .page_bytes = peer->page_bytes,
+					   .host_page_bytes = peer->host_page_bytes};
 	struct mgd_error err;
 
 	CHECK_OK(mgd_source_create(&region, 1, peer->stream_count, peer_secret, &peer->source, &err), err);
@@ -332,8 +332,8 @@ static inline struct timespec peer_deadline(void)
 /* The next event of this kind; events of other kinds fail the test. */
 static inline struct mgd_event peer_event(struct peer *peer, uint32_t kind)
 {
-	struct pollfd poll_fd = { .fd = mgd_source_event_fd(peer->source), .events = POLLIN };
-	struct mgd_event event = { 0 };
+	struct pollfd poll_fd = {.fd = mgd_source_event_fd(peer->source), .events = POLLIN};
+	struct mgd_event event = {0};
 
 	while (!mgd_source_next_event(peer->source, &event))
 		CHECK(poll(&poll_fd, 1, PATIENCE_SECONDS * 1000) == 1);
@@ -379,10 +379,9 @@ static inline void peer_scan(struct peer *peer, int quiesced)
 
 static inline void peer_demand(struct peer *peer, uint64_t page)
 {
-	struct mgd_frame frame = { .kind = MGD_FRAME_DEMAND,
-				   .first_block = page * (peer->host_page_bytes / BLOCK) };
+	struct mgd_frame frame = {.kind = MGD_FRAME_DEMAND, .first_block = page * (peer->host_page_bytes / BLOCK)};
 	uint8_t head[MGD_FRAME_HEAD_MAX_BYTES];
-	struct iovec iov = { head, mgd_frame_encode(&frame, NULL, peer_secret, head) };
+	struct iovec iov = {head, mgd_frame_encode(&frame, NULL, peer_secret, head)};
 	struct mgd_error err;
 
 	CHECK_OK(mgd_channel_send(peer_slot(peer, MGD_STREAM_URGENT)->channel, &iov, 1, &err), err);

@@ -6,22 +6,22 @@
 #include "frame.h"
 
 static const struct mgd_frame_bounds bounds[] = {
-	{ .block_count = 4 * 512, .host_page_blocks = 512 }, /* 2 MiB pages */
-	{ .block_count = 2 * 262144, .host_page_blocks = 262144 }, /* 1 GiB pages */
-	{ .block_count = 1000, .host_page_blocks = 1 }, /* 4 KiB pages */
-	{ .block_count = 1024, .host_page_blocks = 16 }, /* 64 KiB pages */
+	{.block_count = 4 * 512, .host_page_blocks = 512}, /* 2 MiB pages */
+	{.block_count = 2 * 262144, .host_page_blocks = 262144}, /* 1 GiB pages */
+	{.block_count = 1000, .host_page_blocks = 1}, /* 4 KiB pages */
+	{.block_count = 1024, .host_page_blocks = 16}, /* 64 KiB pages */
 };
 static uint8_t secret[MGD_SECRET_BYTES];
 
 static struct mgd_frame sample(void)
 {
-	return (struct mgd_frame){ .kind = MGD_FRAME_PAGES,
-				   .region = 0,
-				   .block_count = 130,
-				   .first_block = 512 + 64,
-				   .payload_bytes = 3 * MGD_BLOCK_BYTES,
-				   .present = { 1, 1ull << 63, 2 },
-				   .zero = { 6, 0, 1 } };
+	return (struct mgd_frame){.kind = MGD_FRAME_PAGES,
+				  .region = 0,
+				  .block_count = 130,
+				  .first_block = 512 + 64,
+				  .payload_bytes = 3 * MGD_BLOCK_BYTES,
+				  .present = {1, 1ull << 63, 2},
+				  .zero = {6, 0, 1}};
 }
 
 static int decode(const uint8_t *head, struct mgd_frame *out, struct mgd_error *err)
@@ -33,8 +33,8 @@ static int decode(const uint8_t *head, struct mgd_frame *out, struct mgd_error *
 
 static int encode_decode(struct mgd_frame frame, struct mgd_frame *out, struct mgd_error *err)
 {
-	uint64_t hashes[MGD_CHUNK_BLOCKS] = { 11, 22, 33 };
-	uint8_t head[MGD_FRAME_HEAD_MAX_BYTES] = { 0 };
+	uint64_t hashes[MGD_CHUNK_BLOCKS] = {11, 22, 33};
+	uint8_t head[MGD_FRAME_HEAD_MAX_BYTES] = {0};
 	uint32_t block_count = frame.block_count;
 
 	if (frame.block_count > MGD_CHUNK_BLOCKS)
@@ -47,7 +47,7 @@ static int encode_decode(struct mgd_frame frame, struct mgd_frame *out, struct m
 static void test_round_trip(void)
 {
 	struct mgd_frame frame = sample(), out;
-	uint64_t hashes[3] = { 11, 22, 33 };
+	uint64_t hashes[3] = {11, 22, 33};
 	uint8_t head[MGD_FRAME_HEAD_MAX_BYTES];
 	struct mgd_error err;
 
@@ -65,7 +65,7 @@ static void test_round_trip(void)
 static void test_check_covers_everything(void)
 {
 	struct mgd_frame frame = sample();
-	uint64_t hashes[3] = { 11, 22, 33 };
+	uint64_t hashes[3] = {11, 22, 33};
 	uint8_t head[MGD_FRAME_HEAD_MAX_BYTES], other[MGD_SECRET_BYTES];
 	size_t bytes = mgd_frame_encode(&frame, hashes, secret, head);
 
@@ -88,8 +88,8 @@ static void test_check_covers_everything(void)
 
 static void test_other_kinds(void)
 {
-	struct mgd_frame barrier = { .kind = MGD_FRAME_BARRIER, .first_block = 7 }, out;
-	struct mgd_frame demand = { .kind = MGD_FRAME_DEMAND, .region = 1, .first_block = 262144 };
+	struct mgd_frame barrier = {.kind = MGD_FRAME_BARRIER, .first_block = 7}, out;
+	struct mgd_frame demand = {.kind = MGD_FRAME_DEMAND, .region = 1, .first_block = 262144};
 	struct mgd_error err;
 
 	CHECK_OK(encode_decode(barrier, &out, &err), err);
@@ -146,7 +146,7 @@ static void test_bad_fields(void)
 static void test_magic_and_version(void)
 {
 	struct mgd_frame frame = sample(), out;
-	uint64_t hashes[3] = { 0 };
+	uint64_t hashes[3] = {0};
 	uint8_t head[MGD_FRAME_HEAD_MAX_BYTES];
 	struct mgd_error err;
 
@@ -160,7 +160,7 @@ static void test_magic_and_version(void)
 
 static void test_final_frames_cover_whole_pages(void)
 {
-	struct mgd_frame out, whole = { .kind = MGD_FRAME_PAGES, .flags = MGD_FRAME_FINAL, .block_count = 512 };
+	struct mgd_frame out, whole = {.kind = MGD_FRAME_PAGES, .flags = MGD_FRAME_FINAL, .block_count = 512};
 	struct mgd_error err;
 
 	CHECK_OK(encode_decode(whole, &out, &err), err);
@@ -176,12 +176,12 @@ static void test_final_frames_cover_whole_pages(void)
 
 static void test_large_page_sequence(void)
 {
-	struct mgd_frame out, last = { .kind = MGD_FRAME_PAGES,
-				       .flags = MGD_FRAME_FINAL | MGD_FRAME_PAGE_END,
-				       .region = 1,
-				       .block_count = 512,
-				       .first_block = 2 * 262144 - 512,
-				       .sequence = 511 };
+	struct mgd_frame out, last = {.kind = MGD_FRAME_PAGES,
+				      .flags = MGD_FRAME_FINAL | MGD_FRAME_PAGE_END,
+				      .region = 1,
+				      .block_count = 512,
+				      .first_block = 2 * 262144 - 512,
+				      .sequence = 511};
 	struct mgd_error err;
 
 	CHECK_OK(encode_decode(last, &out, &err), err);
@@ -199,7 +199,7 @@ static void test_large_page_sequence(void)
 
 static void test_zero_and_hash(void)
 {
-	uint8_t block[MGD_BLOCK_BYTES] = { 0 };
+	uint8_t block[MGD_BLOCK_BYTES] = {0};
 	uint64_t zeros = mgd_block_hash(block, secret);
 
 	CHECK(mgd_block_is_zero(block));

@@ -159,7 +159,7 @@ static void *scribble(void *argument)
 static void test_hash_and_send_see_the_same_bytes(void)
 {
 	struct peer *peer = peer_create(4 * MIB, 2 * MIB, 2 * MIB, 2);
-	struct scribbler scribbler = { .peer = peer };
+	struct scribbler scribbler = {.peer = peer};
 	pthread_t thread;
 
 	peer_connect(peer);
@@ -199,7 +199,7 @@ static void test_many_streams_and_a_region_that_ends_inside_a_chunk(void)
 /* 1 TiB of which nothing is there but two blocks. */
 static void test_sparse_memory_costs_nothing(void)
 {
-	struct mgd_source_region region = { .page_bytes = 4 * KIB, .host_page_bytes = 2 * MIB, .size_bytes = 1024 * GIB };
+	struct mgd_source_region region = {.page_bytes = 4 * KIB, .host_page_bytes = 2 * MIB, .size_bytes = 1024 * GIB};
 	struct mgd_source_stats stats;
 	struct mgd_source *source;
 	struct mgd_error err;
@@ -221,7 +221,8 @@ static void test_sparse_memory_costs_nothing(void)
 static void test_wrong_calls_are_refused(void)
 {
 	struct peer *peer = peer_create(4 * MIB, 4 * KIB, 2 * MIB, 1);
-	struct mgd_source_region region = { .memory_fd = peer->memory_fd, .page_bytes = 4 * KIB, .host_page_bytes = 2 * MIB };
+	struct mgd_source_region region = {
+		.memory_fd = peer->memory_fd, .page_bytes = 4 * KIB, .host_page_bytes = 2 * MIB};
 	struct mgd_source *other;
 	struct mgd_error err;
 	uint64_t stale;
@@ -241,7 +242,7 @@ static void test_wrong_calls_are_refused(void)
 	CHECK_FAILS(mgd_source_stale_map(peer->source, 0, 0, map, 2, &err), err, MGD_ERR_ARGUMENT);
 	CHECK_FAILS(mgd_source_stale_map(peer->source, 1, 0, map, 1, &err), err, MGD_ERR_ARGUMENT);
 	for (int wrong = 0; wrong < 3; wrong++) {
-		const uint64_t sizes[] = { 0, 3 * MIB, 4 * MIB + 1 };
+		const uint64_t sizes[] = {0, 3 * MIB, 4 * MIB + 1};
 
 		region.size_bytes = sizes[wrong];
 		CHECK_FAILS(mgd_source_create(&region, 1, 1, peer_secret, &other, &err), err, MGD_ERR_ARGUMENT);
@@ -268,6 +269,7 @@ static void test_a_lost_stream_is_told(void)
 	struct peer *peer = sent_once(1);
 	struct mgd_error err;
 	struct mgd_event event;
+	uint64_t stale;
 
 	mgd_channel_shutdown(peer_slot(peer, 0)->channel);
 	for (uint64_t block = 0; block < peer_block_count(peer); block++)
@@ -277,6 +279,7 @@ static void test_a_lost_stream_is_told(void)
 	event = peer_event(peer, MGD_EVENT_STREAM_LOST);
 	CHECK_EQUAL(event.stream, 0);
 	CHECK_EQUAL(event.error.kind, MGD_ERR_CLOSED);
+	CHECK_FAILS(mgd_source_freeze(peer->source, &stale, &err), err, MGD_ERR_ARGUMENT);
 	peer_destroy(peer);
 }
 

@@ -31,7 +31,7 @@ static void check_within_5_percent(uint64_t sent, uint64_t expected)
 
 static void test_rate_is_held(void)
 {
-	const uint64_t rates[] = { 1000 * 1000, 125 * 1000 * 1000, 10ull * 1000 * 1000 * 1000 };
+	const uint64_t rates[] = {1000 * 1000, 125 * 1000 * 1000, 10ull * 1000 * 1000 * 1000};
 
 	for (int i = 0; i < 3; i++) {
 		struct mgd_bucket bucket;

@@ -33,7 +33,8 @@ static uint8_t *stale_map(struct peer *peer, size_t *out_bytes)
 	/* In two pieces, as it travels. */
 	CHECK_OK(mgd_source_stale_map(peer->source, 0, 0, map, *out_bytes / 2, &err), err);
 	CHECK_OK(mgd_source_stale_map(peer->source, 0, *out_bytes / 2 * 8, map + *out_bytes / 2,
-				      *out_bytes - *out_bytes / 2, &err), err);
+				      *out_bytes - *out_bytes / 2, &err),
+		 err);
 	return map;
 }
 
@@ -56,13 +57,10 @@ struct grain {
 };
 
 static const struct grain grains[] = {
-	{ 16 * MIB, 2 * MIB, 2 * MIB, 1, 700 },
-	{ 16 * MIB, 4 * KIB, 2 * MIB, 3, 350 },
-	{ 8 * MIB, 4 * KIB, 4 * KIB, 1, 3 },
-	{ 8 * MIB, 2 * MIB, 4 * KIB, 5, 700 },
-	{ 8 * MIB, 4 * KIB, 64 * KIB, 2, 50 },
-	{ 2 * GIB, 2 * MIB, 1 * GIB, 100000, 150000 },
-	{ 2 * GIB, 4 * KIB, 1 * GIB, 999, 30000 },
+	{16 * MIB, 2 * MIB, 2 * MIB, 1, 700},	 {16 * MIB, 4 * KIB, 2 * MIB, 3, 350},
+	{8 * MIB, 4 * KIB, 4 * KIB, 1, 3},	 {8 * MIB, 2 * MIB, 4 * KIB, 5, 700},
+	{8 * MIB, 4 * KIB, 64 * KIB, 2, 50},	 {2 * GIB, 2 * MIB, 1 * GIB, 100000, 150000},
+	{2 * GIB, 4 * KIB, 1 * GIB, 999, 30000},
 };
 #define GRAIN_COUNT (sizeof(grains) / sizeof(grains[0]))
 
@@ -337,14 +335,14 @@ static void test_a_bad_lacking_map_is_refused(void)
 static void check_urgent_refuses(const void *bytes, size_t length)
 {
 	struct peer *peer = peer_create(4 * MIB, 2 * MIB, 2 * MIB, 1);
-	struct iovec iov = { (void *)bytes, length };
+	struct iovec iov = {(void *)bytes, length};
 	struct mgd_error err;
 	struct mgd_event event;
 
 	peer_connect(peer);
 	guest_write(peer, 600, 1);
 	peer_scan(peer, 1);
-	CHECK_OK(mgd_source_freeze(peer->source, &(uint64_t){ 0 }, &err), err);
+	CHECK_OK(mgd_source_freeze(peer->source, &(uint64_t){0}, &err), err);
 	serve(peer, 0);
 	CHECK_OK(mgd_channel_send(peer_slot(peer, MGD_STREAM_URGENT)->channel, &iov, 1, &err), err);
 	event = peer_event(peer, MGD_EVENT_STREAM_LOST);
@@ -358,9 +356,9 @@ static void check_urgent_refuses(const void *bytes, size_t length)
 
 static void test_what_is_no_demand_is_refused(void)
 {
-	struct mgd_frame demand = { .kind = MGD_FRAME_DEMAND, .first_block = 512 };
-	struct mgd_frame barrier = { .kind = MGD_FRAME_BARRIER };
-	struct mgd_frame current = { .kind = MGD_FRAME_DEMAND, .first_block = 0 };
+	struct mgd_frame demand = {.kind = MGD_FRAME_DEMAND, .first_block = 512};
+	struct mgd_frame barrier = {.kind = MGD_FRAME_BARRIER};
+	struct mgd_frame current = {.kind = MGD_FRAME_DEMAND, .first_block = 0};
 	uint8_t head[MGD_FRAME_HEAD_MAX_BYTES];
 	size_t bytes;
 

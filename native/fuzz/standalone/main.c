@@ -45,8 +45,8 @@ static void mutate_one(void)
 {
 	static const uint64_t hashes[MGD_CHUNK_BLOCKS];
 	static const uint8_t secret[MGD_SECRET_BYTES];
-	struct mgd_frame frame = { .kind = (uint8_t)(next_random() % 4), .region = (uint32_t)(next_random() % 5) };
-	uint8_t head[MGD_FRAME_HEAD_MAX_BYTES] = { 0 };
+	struct mgd_frame frame = {.kind = (uint8_t)(next_random() % 4), .region = (uint32_t)(next_random() % 5)};
+	uint8_t head[MGD_FRAME_HEAD_MAX_BYTES] = {0};
 	size_t bytes;
 
 	frame.flags = next_random() % 3 ? 0 : (uint16_t)(next_random() % 16);
