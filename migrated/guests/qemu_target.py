@@ -54,6 +54,7 @@ class QemuTarget(TargetGuest):
         self._timeouts = timeouts
         self.qmp_path = run_dir / f"{name}.qmp"
         self.log_path = run_dir / f"{name}.log"
+        self._owns_files = False  # socket and log are of the process we started, or adopted
         self._link: Monitor | None = None
         self._child: PidHandle | None = None  # what we started
         self._process: PidHandle | None = None  # QEMU: the same, unless the command is a wrapper that forks
@@ -161,6 +162,7 @@ class QemuTarget(TargetGuest):
 
     async def start(self, memory: tuple[TargetMemory, ...]) -> FaultSource:
         self.qmp_path.unlink(missing_ok=True)
+        self._owns_files = True
         self._child = PidHandle.spawn(
             self.command_line(memory), pass_fds=[item.memory_fd for item in memory], log=self.log_path
         )
@@ -189,7 +191,10 @@ class QemuTarget(TargetGuest):
                     hint="try the command by hand; what QEMU said is in the message",
                 )
             try:
-                self._link = await Monitor.connect(self.name, self.qmp_path)
+                # QEMU listens long before it answers: the greeting comes when the whole machine is built.
+                self._link = await Monitor.connect(
+                    self.name, self.qmp_path, greeting_seconds=self._timeouts.guest_start
+                )
                 break
             except GuestError as error:
                 if error.code != "qmp-unreachable":
@@ -299,6 +304,7 @@ class QemuTarget(TargetGuest):
         """
         self = cls(name, config, run_dir, timeouts)
         self.runs = runs
+        self._owns_files = True
         self._process = PidHandle.attach(pid)
         try:
             remote = injection.find_remote(pid, uffd)
@@ -397,7 +403,7 @@ class QemuTarget(TargetGuest):
         for process in (self._process, self._child):
             if process is not None:
                 await process.kill(self._timeouts.abort)
-        if self._child is not None or self._process is not None:
+        if self._owns_files:
             self.qmp_path.unlink(missing_ok=True)
             self.log_path.unlink(missing_ok=True)
 
@@ -442,7 +448,8 @@ def _declared_backends(command: list[str]) -> list[dict[str, Any]]:
             continue
         kind, *options = value.split(",")
         if kind.removeprefix("qom-type=").startswith("memory-backend"):
-            found.append(dict(option.partition("=")[::2] for option in options))
+            pairs = (option.partition("=") for option in options)
+            found.append({key: value if equals else "on" for key, equals, value in pairs})
     return found
 
 

@@ -489,6 +489,16 @@ async def test_a_command_that_cannot_work_is_refused_before_anything_starts(
     assert not list(tmp_path.iterdir())
 
 
+async def test_a_failed_start_leaves_nothing_behind(tmp_path: Path) -> None:
+    target = make_target(tmp_path, ["no-such-program", "{memory:ram}"])
+    with memfd(64 * MIB) as ram, pytest.raises(GuestError) as caught:
+        await target.start((ram,))
+    assert caught.value.code == "guest-start"
+    await target.kill()
+    await target.close()
+    assert not list(tmp_path.iterdir())
+
+
 async def test_a_target_takes_the_faults_of_an_untouched_guest(tmp_path: Path) -> None:
     target = make_target(tmp_path, target_command())
     await target.check(RAM)
