@@ -62,12 +62,29 @@ class QemuSource(SourceGuest):
     # ------------------------------------------------------------ inspection
 
     async def open(self) -> SourceMemory:
+        monitor = await self._attach()
+        await self._refuse_unmovable(monitor)
+        return await self._inspect(monitor)
+
+    async def reopen(self) -> SourceMemory:
+        """`open` for an agent that was restarted in the middle of a migration, and knows from its journal where it stood.
+
+        The guest may be in any state: paused at pre-switchover (then `resume` brings it back) or given up (then its memory
+        is served on, and `release` ends it).  Which of the two is for the journal to say, never for the guest's looks.
+        """
+        memory = await self._inspect(await self._attach())
+        await self._clear_left_tracking()
+        return memory
+
+    async def _attach(self) -> Monitor:
         monitor = await Monitor.connect(self.name, Path(self._config.qmp))
         self._link = monitor
         self._settings = MigrationSettings(monitor)
         self._process = PidHandle.attach(monitor.peer_pid())
-        await self._refuse_unmovable(monitor)
-        pid = self._process.pid
+        return monitor
+
+    async def _inspect(self, monitor: Monitor) -> SourceMemory:
+        pid = self._handle.pid
         found = await qemu_memory.backends(monitor)
         qemu_memory.refuse_private(self.name, found)
         placed = await qemu_memory.place(monitor, pid, found)

@@ -735,6 +735,43 @@ async def test_a_guest_runs_on_after_a_failure_at_any_stage(
     await again.close()
 
 
+@pytest.mark.parametrize("handed_over", [False, True])
+async def test_a_restarted_source_agent_finds_the_guest_where_it_stood(
+    move: tuple[Move, contextlib.AsyncExitStack], handed_over: bool
+) -> None:
+    it, stack = move
+    ram = await it.begin(stack)
+    before = it.source._memory
+    assert before is not None
+    (mapping,) = before.mappings
+    uffd = await it.source.tracking_uffd()
+    uffd_register(uffd, mapping.address, mapping.length_bytes, missing=False, minor=False, tracking=True)
+    await it.source.pause(it.near)
+    if handed_over:
+        it.copy(ram)
+        it.free()
+        await it.source.send_state(it.near)
+        await asyncio.wait_for(it.loading, 30)
+    await it.source.close()
+    again = it.qemu.source(it.folder)
+    stack.push_async_callback(again.close)
+    with pytest.raises(GuestRefusedError):
+        await again.open()
+    await again.close()
+    after = await again.reopen()
+    assert (after.pid, after.regions, after.mappings) == (before.pid, before.regions, before.mappings)
+    assert not injection.userfaultfds(after.pid)
+    if handed_over:
+        os.pread(after.memory_fds[0], MIB, after.file_offsets[0])
+        await again.release()
+        assert it.qemu.process.poll() is not None
+    else:
+        await it.target.kill()
+        await again.resume()
+        assert (await it.console.stats()).errors == 0
+        assert await it.console.verified()
+
+
 async def give_away(it: Move) -> None:
     await it.source.pause(it.near)
     await it.source.send_state(it.near)
