@@ -124,8 +124,9 @@ async def _finish(settings: AgentConfig, stop: asyncio.Event, work: asyncio.Task
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait({work, stopping}, return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()
-    if stop.is_set() and not work.done():
+    if stop.is_set():
         _notify("STOPPING=1", "STATUS=leaving every guest safe")
+    if stop.is_set() and not work.done():
         # The agent keeps this limit itself, wait by wait; twice as long means that it is stuck.
         limit = 2 * settings.timeouts.shutdown
         await asyncio.wait({work}, timeout=limit)

@@ -125,15 +125,13 @@ def _bounded(value: int, text: str, examples: str) -> int:
 def _three_figures(value: float) -> str:
     if value >= 99.95:
         return f"{value:.0f}"
-    return f"{value:.1f}" if value >= 9.995 else f"{value:.2f}".rstrip("0").rstrip(".")
+    return (f"{value:.1f}" if value >= 9.995 else f"{value:.2f}").rstrip("0").rstrip(".")
 
 
 def _format(value: float, base: int, units: tuple[str, ...]) -> str:
-    if value < base:
-        return f"{value:.0f} {units[0]}"
     scaled = value
     index = 0
-    while scaled >= base - 0.5 and index < len(units) - 1:
+    while scaled >= base - 0.5 and index < len(units) - 1:  # no "1000 KB": that is 1 MB
         scaled /= base
         index += 1
-    return f"{_three_figures(scaled)} {units[index]}"
+    return f"{_three_figures(scaled) if index else round(scaled)} {units[index]}"

@@ -229,7 +229,7 @@ async def test_stored_descriptors_come_back_by_name() -> None:
     low = os.pipe()
     read, write = (fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 20) for fd in low)  # above 3, 4, 5
     process = await asyncio.create_subprocess_exec(
-        *("sh", "-c", f'exec 3<&{read} 4>&{write} 5<&{read}; exec "$0" -c "$1"', sys.executable, RETURN),
+        *("bash", "-c", f'exec 3<&{read} 4>&{write} 5<&{read}; exec "$0" -c "$1"', sys.executable, RETURN),
         stdout=asyncio.subprocess.PIPE,
         pass_fds=(read, write),
         env={**os.environ, "LISTEN_FDS": "3", "LISTEN_FDNAMES": "vm1:vm2:vm1"},

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from migrated import log
+
+SYSTEMD = Path(__file__).parents[3] / "systemd"
+UNITS = sorted(SYSTEMD.glob("*.service"))
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
+@pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.stem)
+def test_units_pass_systemd_analyze_verify(unit: Path, tmp_path: Path) -> None:
+    # The program is not installed where the unit looks for it: any executable will do for the check.
+    checked = tmp_path / unit.name
+    checked.write_text(unit.read_text().replace("/usr/local/bin/migrated", sys.executable))
+    result = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", str(checked)], capture_output=True, text=True, timeout=60
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.stem)
+def test_ending_an_agent_never_ends_a_guest(unit: Path) -> None:
+    lines = unit.read_text().splitlines()
+    for line in ("KillMode=process", "OOMPolicy=continue", "RuntimeDirectoryPreserve=yes", "Type=notify"):
+        assert line in lines
+    assert any(line.startswith("FileDescriptorStoreMax=") for line in lines)
+
+
+@pytest.mark.skipif(shutil.which("systemd-sysusers") is None, reason="systemd-sysusers is not installed")
+def test_sysusers_is_understood() -> None:
+    command = ["systemd-sysusers", "--dry-run", str(SYSTEMD / "migrated.sysusers.conf")]
+    assert subprocess.run(command, capture_output=True, timeout=60).returncode == 0
+
+
+def test_secrets_never_reach_a_log() -> None:
+    event = {"event": "hello", "token": b"abc", "peer": {"secret": "x", "name": "b"}}
+    assert log.redact(None, "info", event) == {
+        "event": "hello",
+        "token": "(secret)",
+        "peer": {"secret": "(secret)", "name": "b"},
+    }
