@@ -151,8 +151,13 @@ class AbortedError(MigratedError):
     default_code = "aborted"
 
 
+def named(error: BaseException) -> MigratedError:
+    """Any exception as one of ours: what is not ours becomes ``internal``."""
+    if isinstance(error, MigratedError):
+        return error
+    return MigratedError(f"{type(error).__name__}: {error}", hint="this is a bug: please report it")
+
+
 def hinted(error: BaseException) -> dict[str, Any]:
     """Any exception as ``{code, message, hint}``."""
-    if isinstance(error, MigratedError):
-        return error.as_dict()
-    return {"code": "internal", "message": f"{type(error).__name__}: {error}", "hint": "this is a bug: please report it"}
+    return named(error).as_dict()

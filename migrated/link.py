@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from migrated.errors import ConnectionLostError, MigratedError, PeerError
 from migrated.protocol.heartbeat import Heartbeat
@@ -46,7 +46,8 @@ async def _next(queue: asyncio.Queue[T], end: asyncio.Future[MigratedError]) -> 
         return queue.get_nowait()
     get = asyncio.ensure_future(queue.get())
     try:
-        await asyncio.wait({get, end}, return_when=asyncio.FIRST_COMPLETED)
+        waiting: set[asyncio.Future[Any]] = {get, end}
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         if not get.done():
             raise end.result()
         return get.result()
@@ -137,7 +138,7 @@ class ControlLink:
 
     @property
     def broken(self) -> MigratedError | None:
-        """Why nothing can be sent any more.  (After the peer's Abort something still can: the answer to it.)"""
+        """Why nothing can be sent any more.  After the peer's Abort something still can: the answer to it."""
         return self._broken.result() if self._broken.done() else None
 
     @property
@@ -250,9 +251,7 @@ class ControlLink:
                     )
                 )
                 return
-            if self._heartbeat.due(now):
+            if self._heartbeat.due(now) and self.session.may_send(Ping(self._ping + 1)):
                 self._ping += 1
-                try:
+                with contextlib.suppress(MigratedError):  # the reader reports it
                     await self.send(Ping(self._ping))
-                except MigratedError:
-                    return

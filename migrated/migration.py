@@ -204,5 +204,5 @@ async def quietly(work: Coroutine[Any, Any, Any], log: Any, what: str) -> None:
         await work
     except asyncio.CancelledError:
         raise
-    except Exception as error:  # a clean-up goes on whatever one of its steps meets
+    except Exception as error:  # noqa: BLE001 - a clean-up goes on whatever one of its steps meets
         log.warning("clean-up step failed", step=what, error=str(error))

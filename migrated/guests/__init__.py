@@ -53,13 +53,17 @@ class Residents:
             case "qemu":
                 from migrated.guests import qemu
 
-                qemu.decode_config(name, table, qemu.QemuSourceConfig if source else qemu.QemuTargetConfig)
+                if source:
+                    qemu.decode_config(name, table, qemu.QemuSourceConfig)
+                else:
+                    qemu.decode_config(name, table, qemu.QemuTargetConfig)
             case "process":
                 from migrated.guests import process
 
-                process.decode_config(
-                    name, table, process.ProcessSourceConfig if source else process.ProcessTargetConfig
-                )
+                if source:
+                    process.decode_config(name, table, process.ProcessSourceConfig)
+                else:
+                    process.decode_config(name, table, process.ProcessTargetConfig)
             case other:
                 raise ConfigError(f"{where}.driver: {other!r} is unknown", hint=f"one of {', '.join(DRIVERS)}")
         page_bytes(table, where=where)
@@ -78,11 +82,9 @@ class Residents:
         return self
 
     def _hub(self, name: str, table: dict[str, Any]) -> ProcessHub:
-        from migrated.guests import process
         from migrated.guests.process_source import ProcessHub
 
-        config = process.decode_config(name, table, process.ProcessSourceConfig)
-        hub = self._hubs[name] = ProcessHub(name, config, self.run_dir(name), self._config.timeouts)
+        hub = self._hubs[name] = ProcessHub(name, table, self.run_dir(name), self._config.timeouts)
         return hub
 
     async def __aexit__(

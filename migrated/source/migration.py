@@ -22,15 +22,23 @@ from typing import TYPE_CHECKING
 
 from migrated import __version__
 from migrated.dialing import Dialer
-from migrated.errors import AbortedError, ConflictError, GuestError, MigratedError, PeerError, TimeoutExceededError
+from migrated.errors import (
+    AbortedError,
+    ConflictError,
+    GuestError,
+    MigratedError,
+    PeerError,
+    TimeoutExceededError,
+    named,
+)
 from migrated.link import ControlLink, StatePipe
 from migrated.memory.engine import URGENT, Event, EventKind, SourceEngine
 from migrated.memory.native import lib
 from migrated.memory.tracker import Tracker
 from migrated.migration import Migration, quietly
+from migrated.protocol.bounds import abort_of
 from migrated.protocol.messages import (
     PROTOCOL_VERSION,
-    Abort,
     Aborted,
     BarrierAck,
     Commit,
@@ -116,7 +124,7 @@ class SourceMigration(Migration):
             try:
                 await self.failure.guard(self._until_loaded())
                 await self._require_link().send(Commit())
-            except Exception as error:  # whatever it is, the guest must be brought to a safe place
+            except Exception as error:  # noqa: BLE001 - whatever it is, the guest must be brought to a safe place
                 if not self._session.committed:
                     await self._give_up(self.failure.error or error)
                     return
@@ -291,14 +299,14 @@ class SourceMigration(Migration):
             try:
                 await self.failure.guard(self._until_done())
                 break
-            except Exception as error:  # after COMMIT every failure means the same: pause and reconnect
+            except Exception as error:  # noqa: BLE001 - after COMMIT every failure means the same: pause and reconnect
                 reason = self.failure.error or error
                 if self._all_there:
                     break
                 self.set_state(State.POSTCOPY_PAUSED, reason)
             try:
                 await self._reconnect()
-            except Exception as error:  # only a refusal or the operator's limit leads here
+            except Exception as error:  # noqa: BLE001 - only a refusal or the operator's limit leads here
                 self.set_state(State.FAILED, error)
                 return
         await self._disconnect()
@@ -348,7 +356,7 @@ class SourceMigration(Migration):
                     code="target-lost-guest",
                     hint="COMMIT may have been obeyed: make sure the guest runs nowhere else before you run it here by hand",
                 ) from error
-            except Exception as error:  # tried again until the limit
+            except Exception as error:
                 self.log.info("reconnect failed", error=str(error), next_try_seconds=pause)
                 if self.record.state is State.RECOVERING:
                     self.set_state(State.POSTCOPY_PAUSED, error)
@@ -401,28 +409,30 @@ class SourceMigration(Migration):
     async def _give_up(self, error: BaseException) -> None:
         """The guest runs on here, untracked; the target is told; nothing of ours stays."""
         self.log.warning("giving up", error=str(error))
+        link = self._link
+        # First of all the session must rule out COMMIT: then the guest may run here.
+        if link is not None and link.broken is None and self._session.abort_allowed:
+            with contextlib.suppress(MigratedError):
+                await link.send(abort_of(named(error)))
+        else:
+            self._session.connection_lost()
         if self._guest_touched:
             await quietly(self._guest.resume(), self.log, "resume the guest here")
         await self._stop_tracking()
-        told = False
-        if self._link is not None and self._link.broken is None:
-            told = await self._tell_abort(error)
+        told = link is not None and link.broken is None and await self._confirmed(link)
         await self._disconnect()
         aborted = isinstance(error, AbortedError)
         self.set_state(State.ABORTED if aborted else State.FAILED, error)
         if not told and self._session.must_reconnect:
             await self._settle(error)
 
-    async def _tell_abort(self, error: BaseException) -> bool:
-        link = self._require_link()
-        code = error.code if isinstance(error, MigratedError) else "internal"
+    async def _confirmed(self, link: ControlLink) -> bool:
+        """Whether the target says that nothing of the guest is left there."""
         try:
-            if self._session.abort_allowed:
-                await link.send(Abort(code, f"the source gave up: {error}"[:1000]))
             async with within(self._timeouts.abort, "the target to clean up"):
                 while not isinstance(await link.receive(after_abort=True), Aborted):
                     pass
-        except Exception as problem:  # then it is settled later
+        except Exception as problem:  # noqa: BLE001 - then it is settled later
             self.log.warning("the target did not confirm the abort", error=str(problem))
             return False
         return True
@@ -436,9 +446,10 @@ class SourceMigration(Migration):
                 self._session.reconnected()
                 link.start()
                 await link.send(Resume(PROTOCOL_VERSION, self.session_id, self._token, committed=False))
-                if await self._tell_abort(error):
+                await link.send(abort_of(named(error)))
+                if await self._confirmed(link):
                     self.log.info("settled: nothing is left on the target")
-            except Exception as problem:  # tried again
+            except Exception as problem:  # noqa: BLE001 - tried again
                 self.log.info("cannot settle yet", error=str(problem), next_try_seconds=pause)
             await self._disconnect()
             if self._session.must_reconnect:

@@ -24,6 +24,7 @@ from migrated.errors import (
 )
 from migrated.link import ControlLink, tune
 from migrated.memory.engine import URGENT
+from migrated.protocol.bounds import abort_of
 from migrated.protocol.framing import FrameDecoder
 from migrated.protocol.messages import Abort, Aborted, AnyMessage, Hello, Resume
 from migrated.protocol.preamble import PREAMBLE_BYTES, Preamble, Purpose, VersionMismatchError, decode, refusal
@@ -302,7 +303,7 @@ class TargetAgent:
             migration = self._admit(hello, link)
         except MigratedError as error:
             log.warning("migration refused", guest=hello.guest, peer=link.peer, error=str(error))
-            await link.send(Abort(error.code, error.message, error.hint))
+            await link.send(abort_of(error))
             await link.send(Aborted())
             await link.close()
             return

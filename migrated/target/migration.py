@@ -23,12 +23,14 @@ from migrated.errors import (
     MigratedError,
     PeerError,
     RemoteProtocolError,
+    named,
 )
 from migrated.guests.driver import Region, TargetGuest, TargetMemory
 from migrated.link import ControlLink, StatePipe
 from migrated.memory import memfd
 from migrated.memory.engine import URGENT, Event, EventKind, Histogram, TargetEngine, ledger_bytes
 from migrated.migration import Migration, quietly
+from migrated.protocol.bounds import abort_of
 from migrated.protocol.messages import (
     Abort,
     Aborted,
@@ -128,7 +130,7 @@ class TargetMigration(Migration):
             self.background(self._watch_link(self._link))
             try:
                 await self.failure.guard(self._until_committed())
-            except Exception as error:  # whatever it is, it ends in a named state
+            except Exception as error:  # noqa: BLE001 - whatever it is, it ends in a named state
                 reason = self.failure.error or error
                 if not self.session.committed and not await self._wait_for_word(reason):
                     return
@@ -220,7 +222,7 @@ class TargetMigration(Migration):
             try:
                 await self._reattach()
                 await self.failure.guard(self._converse())
-            except Exception as again:  # wait on, or clean up
+            except Exception as again:  # noqa: BLE001 - wait on, or clean up
                 error = self.failure.error or again
             if self.session.committed:
                 return True
@@ -250,7 +252,7 @@ class TargetMigration(Migration):
                         await self._link.expect(Released, limit_seconds=self._timeouts.release, what="the farewell")
                 else:
                     told_done = self.session.state in (SessionState.DONE, SessionState.CLOSED)
-            except Exception as error:  # after COMMIT every failure means the same: wait for the source
+            except Exception as error:  # noqa: BLE001 - after COMMIT every failure means the same: wait for the source
                 reason = self.failure.error or error
                 if isinstance(reason, GuestError) and reason.code == "guest-died":
                     self.set_state(State.FAILED, reason)
@@ -303,7 +305,7 @@ class TargetMigration(Migration):
         while True:
             try:
                 await self._reattach()
-            except Exception as error:  # the next connection may do better
+            except Exception as error:  # noqa: BLE001 - the next connection may do better
                 self.log.warning("reconnect failed", error=str(error))
                 if self.record.state is State.RECOVERING:
                     self.set_state(State.POSTCOPY_PAUSED, error)
@@ -393,15 +395,15 @@ class TargetMigration(Migration):
         """No process, memory or descriptor of this guest stays here; then the source is told so."""
         self.log.warning("giving up", error=str(error))
         link = self._link
-        code = error.code if isinstance(error, MigratedError) else "internal"
+        reason = named(error)
         if link.broken is None and self.session.abort_allowed:
             with contextlib.suppress(MigratedError):
-                await link.send(Abort(code, str(error)[:1000], getattr(error, "hint", "")))
+                await link.send(abort_of(reason))
         await self._release_everything()
         if link.broken is None and self.session.may_send(Aborted()):
             with contextlib.suppress(MigratedError):
                 await link.send(Aborted())
-        asked = isinstance(error, AbortedError) or code == "aborted"
+        asked = reason.code == AbortedError.default_code
         self.set_state(State.ABORTED if asked else State.FAILED, error)
 
     async def _release_everything(self) -> None:

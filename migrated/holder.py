@@ -1,0 +1,101 @@
+"""A process that does nothing but hold descriptors, for agents without a service manager.
+
+    python -m migrated.holder SOCKET
+
+An agent that is killed leaves its guests' userfaultfds, memfds and ledgers here, under a name a migration; the next agent
+takes them back.  The holder ends when it holds nothing and nobody is connected.
+
+One request a packet (SOCK_SEQPACKET), JSON, with the descriptors beside it:
+``{"op": "keep", "name": …}`` + descriptors, ``{"op": "forget", "name": …}``, ``{"op": "list"}``, ``{"op": "take", "name": …}``.
+Answers: ``{"ok": true, …}``; for ``take`` with the descriptors, which the holder goes on holding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import socket
+import sys
+
+MAX_PACKET_BYTES = 1 << 16
+MAX_FDS = 250  # SCM_MAX_FD is 253
+
+
+class Holder:
+    """Names and descriptors."""
+
+    def __init__(self, path: str) -> None:
+        self._held: dict[str, list[int]] = {}
+        self._selector = selectors.DefaultSelector()
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)  # noqa: PTH108 - pathlib would double this process's size
+        former = os.umask(0o177)
+        self._listener.bind(path)
+        os.umask(former)
+        self._listener.listen(8)
+        self._selector.register(self._listener, selectors.EVENT_READ)
+        self._path = path
+        self._connections = 0
+
+    def run(self) -> None:
+        """Until nothing is held and nobody is there."""
+        served = False
+        while not served or self._held or self._connections:
+            for key, _ in self._selector.select():
+                if key.fileobj is self._listener:
+                    connection, _ = self._listener.accept()
+                    self._selector.register(connection, selectors.EVENT_READ)
+                    self._connections += 1
+                    served = True
+                elif isinstance(key.fileobj, socket.socket):
+                    self._serve(key.fileobj)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path)  # noqa: PTH108 - as above
+
+    def _serve(self, connection: socket.socket) -> None:
+        try:
+            data, fds, _, _ = socket.recv_fds(connection, MAX_PACKET_BYTES, MAX_FDS)
+        except OSError:
+            data, fds = b"", []
+        if not data:
+            self._selector.unregister(connection)
+            connection.close()
+            self._connections -= 1
+            return
+        answer, given = self._answer(data, fds)
+        with contextlib.suppress(OSError):
+            socket.send_fds(connection, [json.dumps(answer).encode()], given)
+
+    def _answer(self, data: bytes, fds: list[int]) -> tuple[dict[str, object], list[int]]:
+        try:
+            request = json.loads(data)
+            name = str(request.get("name", ""))
+            match request["op"]:
+                case "keep":
+                    self._forget(name)
+                    self._held[name] = list(fds)
+                    return {"ok": True}, []
+                case "forget":
+                    self._forget(name)
+                    return {"ok": True}, []
+                case "list":
+                    return {"ok": True, "names": sorted(self._held)}, []
+                case "take":
+                    return {"ok": name in self._held}, self._held.get(name, [])
+                case other:
+                    raise ValueError(f"unknown request {other!r}")
+        except (ValueError, KeyError, AttributeError) as error:
+            for fd in fds:
+                os.close(fd)
+            return {"ok": False, "error": str(error)}, []
+
+    def _forget(self, name: str) -> None:
+        for fd in self._held.pop(name, []):
+            os.close(fd)
+
+
+if __name__ == "__main__":
+    Holder(sys.argv[1]).run()

@@ -1,0 +1,158 @@
+"""What an agent was doing, on disk: enough to come back from its own death.
+
+One small file a migration in the state directory, replaced whole (write, fsync, rename) before each step that another
+agent must know of: the target writes before it says Loaded and before it obeys COMMIT, the source before it touches the
+guest and before it sends COMMIT.  A file is believed only if its checksum fits, it is of this boot, and what it speaks of
+is really there; anything else is reported and set aside as ``NAME.refused``, never acted on.
+
+The files hold the session's token: mode 0600, in a directory of mode 0700.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import msgspec
+import structlog
+
+from migrated.errors import HostError
+from migrated.protocol.messages import Hello
+
+log = structlog.get_logger("migrated.journal")
+
+VERSION = 1
+SUFFIX = ".journal"
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+class TargetEntry(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A migration to here.
+
+    ``stage``: ``setup`` (nothing to save: end what was started), ``loaded`` (only the source knows whether COMMIT was
+    given), ``committed`` (the guest is ours).
+    """
+
+    hello: Hello
+    stage: str
+    peer: str
+    page_bytes: tuple[int, ...] = ()
+    guest: dict[str, int | str | bool] = msgspec.field(default_factory=dict)  # the driver's memento
+    pid: int = 0
+    pid_started: int = 0  # start time of the process, in clock ticks since boot: tells it from a later one
+    started_at: float = 0.0
+
+
+class SourceEntry(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A migration from here.  ``stage``: ``active`` (COMMIT was never sent) or ``committed`` (it may have been)."""
+
+    hello: Hello
+    stage: str
+    target: str  # HOST:PORT
+    page_bytes: tuple[int, ...] = ()  # the target's
+    region_page_bytes: tuple[int, ...] = ()  # ours
+    file_offsets: tuple[int, ...] = ()
+    guest: dict[str, int | str | bool] = msgspec.field(default_factory=dict)
+    pid: int = 0
+    pid_started: int = 0
+    started_at: float = 0.0
+    max_bandwidth: int = 0
+    drain_bandwidth: int = 0
+
+
+E = TypeVar("E", TargetEntry, SourceEntry)
+
+
+class _File(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    version: int
+    boot_id: str
+    entry: msgspec.Raw
+
+
+def process_started(pid: int) -> int:
+    """Start time of a process in clock ticks since boot; 0 when there is none."""
+    try:
+        # The name is in parentheses and may hold anything; what follows the last one is plain.
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+class Journal(Generic[E]):
+    """All entries of one agent."""
+
+    def __init__(self, directory: Path, kind: type[E]) -> None:
+        self.directory = directory
+        self._kind: type[E] = kind
+
+    def _path(self, migration_id: str) -> Path:
+        return self.directory / f"{migration_id}{SUFFIX}"
+
+    def write(self, migration_id: str, entry: E) -> None:
+        """Make it so, durably.  HostError when the disk does not take it: then nothing must be done that needs it."""
+        path = self._path(migration_id)
+        file = _File(version=VERSION, boot_id=_boot_id(), entry=msgspec.Raw(msgspec.json.encode(entry)))
+        body = msgspec.json.encode(file)
+        data = hashlib.sha256(body).hexdigest().encode() + b"\n" + body + b"\n"
+        scratch = path.with_suffix(".new")
+        try:
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            fd = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            try:
+                written = 0
+                while written < len(data):
+                    written += os.write(fd, data[written:])
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            scratch.replace(path)
+            directory = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                scratch.unlink(missing_ok=True)
+            raise HostError(
+                f"the journal {path} cannot be written: {error.strerror}",
+                code="journal",
+                hint="make room in agent.state_dir; without a journal a crash could not be survived",
+            ) from error
+
+    def remove(self, migration_id: str) -> None:
+        """It is over."""
+        with contextlib.suppress(OSError):
+            self._path(migration_id).unlink(missing_ok=True)
+
+    def load(self) -> dict[str, E]:
+        """Every entry that can be believed, by migration id; the others are reported and set aside."""
+        found: dict[str, E] = {}
+        for path in sorted(self.directory.glob(f"*{SUFFIX}")):
+            try:
+                found[path.name.removesuffix(SUFFIX)] = self._read(path)
+            except (OSError, ValueError) as error:
+                log.error("a journal is not believed and was set aside", path=str(path), problem=str(error))  # noqa: TRY400 - expected: no traceback
+                with contextlib.suppress(OSError):
+                    path.replace(path.with_suffix(".refused"))
+        return found
+
+    def _read(self, path: Path) -> E:
+        digest, _, body = path.read_bytes().partition(b"\n")
+        body = body.removesuffix(b"\n")
+        if hashlib.sha256(body).hexdigest().encode() != digest:
+            raise ValueError("its checksum does not fit: it is corrupt")
+        file = msgspec.json.decode(body, type=_File)
+        if file.version != VERSION:
+            raise ValueError(f"it is of version {file.version}, this agent reads {VERSION}")
+        if file.boot_id != _boot_id():
+            raise ValueError("it is from before the last boot: nothing it speaks of is left")
+        entry: E = msgspec.json.decode(file.entry, type=self._kind)
+        return entry
+
+
+def _boot_id() -> str:
+    return BOOT_ID.read_text().strip()
