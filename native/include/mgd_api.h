@@ -75,7 +75,8 @@ int mgd_uffd_open(int user_mode_only, int *out_fd, struct mgd_error *err);
  * tracking: async write-protect.  Whatever is asked for and absent is named in *err (MGD_ERR_UNSUPPORTED). */
 int mgd_uffd_api(int uffd, int faults, int tracking, struct mgd_error *err);
 int mgd_uffd_register(int uffd, uint64_t start, uint64_t length_bytes, int mode, struct mgd_error *err);
-int mgd_uffd_unregister(int uffd, uint64_t start, uint64_t length_bytes, struct mgd_error *err); /* and wakes the range */
+int mgd_uffd_unregister(int uffd, uint64_t start, uint64_t length_bytes,
+			struct mgd_error *err); /* and wakes the range */
 int mgd_uffd_wake(int uffd, uint64_t start, uint64_t length_bytes, struct mgd_error *err);
 
 /* ---------------------------------------------------------------- reaching into an unmodified process (x86-64) */
@@ -101,7 +102,8 @@ struct mgd_tracker;
 /* pagemap_fd: /proc/PID/pagemap; uffd: a descriptor of that process, UFFDIO_API done with tracking.  Takes neither; keeps
  * duplicates.  page_bytes[region]: page size of the memory there.  Registers nothing: see mgd_tracker_arm. */
 int mgd_tracker_create(int pagemap_fd, int uffd, const struct mgd_mapping *mappings, uint32_t mapping_count,
-		       const uint64_t *page_bytes, uint32_t region_count, struct mgd_tracker **out, struct mgd_error *err);
+		       const uint64_t *page_bytes, uint32_t region_count, struct mgd_tracker **out,
+		       struct mgd_error *err);
 /* Register the mappings with WP (unless already_registered) and write-protect them whole, pages not there yet included.
  * The guest must be quiesced. */
 int mgd_tracker_arm(struct mgd_tracker *tracker, int already_registered, struct mgd_error *err);
@@ -183,15 +185,15 @@ int mgd_source_freeze(struct mgd_source *source, uint64_t *out_stale_pages, stru
 
 /* Copy the stale map of a region: one bit a host page, little end first, from page first_page (a multiple of 8) on;
  * bytes: size of out. */
-int mgd_source_stale_map(const struct mgd_source *source, uint32_t region, uint64_t first_page, uint8_t *out, size_t bytes,
-			 struct mgd_error *err);
+int mgd_source_stale_map(const struct mgd_source *source, uint32_t region, uint64_t first_page, uint8_t *out,
+			 size_t bytes, struct mgd_error *err);
 /* Start serving: demands read from the urgent connection are answered on it at once, the bulk streams drain the rest,
  * nearest to the last demand first.  drain = 0: only demands, until called again with drain = 1.  MGD_EVENT_ALL_SENT. */
 int mgd_source_serve(struct mgd_source *source, int drain, struct mgd_error *err);
 /* Reconnect: forget all claims; exactly the pages set in `lacking` (given piecewise like the stale map) are stale. */
 int mgd_source_lacking_begin(struct mgd_source *source, struct mgd_error *err);
-int mgd_source_lacking(struct mgd_source *source, uint32_t region, uint64_t first_page, const uint8_t *bits, size_t bytes,
-		       struct mgd_error *err);
+int mgd_source_lacking(struct mgd_source *source, uint32_t region, uint64_t first_page, const uint8_t *bits,
+		       size_t bytes, struct mgd_error *err);
 /* Crash of the source agent: no hashes survive, every block of a stale page that is not zero is sent, and zero blocks are
  * told.  Call after mgd_source_create, instead of freeze. */
 int mgd_source_freeze_whole(struct mgd_source *source, struct mgd_error *err);
@@ -225,7 +227,8 @@ struct mgd_target_stats {
 	uint64_t faults_current, faults_stale, faults_missing; /* one a page and fault, duplicates not counted */
 	uint64_t faults_duplicate;
 	uint64_t faults_held; /* waiting for a stale page right now */
-	uint64_t fault_thread_heartbeat_ns; /* CLOCK_MONOTONIC of the fault thread's last turn (it turns at least every second) */
+	uint64_t
+		fault_thread_heartbeat_ns; /* CLOCK_MONOTONIC of the fault thread's last turn (it turns at least every second) */
 	struct mgd_fault_histogram latency_current, latency_stale, latency_missing;
 };
 
@@ -234,8 +237,9 @@ struct mgd_target;
 uint64_t mgd_ledger_bytes(const struct mgd_target_region *regions, uint32_t region_count);
 /* ledger_fd: a memfd of at least mgd_ledger_bytes.  Duplicated.  recover = 0: a fresh ledger is laid out in it.
  * recover = 1: it must hold the ledger of the same regions (checked); half-received pages go back to stale. */
-int mgd_target_create(const struct mgd_target_region *regions, uint32_t region_count, uint32_t stream_count, int ledger_fd,
-		      int recover, const uint8_t *secret, struct mgd_target **out, struct mgd_error *err);
+int mgd_target_create(const struct mgd_target_region *regions, uint32_t region_count, uint32_t stream_count,
+		      int ledger_fd, int recover, const uint8_t *secret, struct mgd_target **out,
+		      struct mgd_error *err);
 void mgd_target_destroy(struct mgd_target *target);
 int mgd_target_event_fd(const struct mgd_target *target);
 int mgd_target_next_event(struct mgd_target *target, struct mgd_event *out);
@@ -252,18 +256,18 @@ void mgd_target_drop_streams(struct mgd_target *target);
 int mgd_target_arm(struct mgd_target *target, int uffd, const struct mgd_mapping *mappings, uint32_t mapping_count,
 		   int recovered, struct mgd_error *err);
 /* Populate pages ahead of the data, in `threads` threads: pages whose bit is set (piecewise as above). */
-int mgd_target_populate(struct mgd_target *target, uint32_t region, uint64_t first_page, const uint8_t *bits, size_t bytes,
-			uint32_t threads, struct mgd_error *err);
+int mgd_target_populate(struct mgd_target *target, uint32_t region, uint64_t first_page, const uint8_t *bits,
+			size_t bytes, uint32_t threads, struct mgd_error *err);
 
 /* Stale map, piecewise; then _switchover: every page not stale is current, held faults are served, demands go out. */
-int mgd_target_stale_map(struct mgd_target *target, uint32_t region, uint64_t first_page, const uint8_t *bits, size_t bytes,
-			 struct mgd_error *err);
+int mgd_target_stale_map(struct mgd_target *target, uint32_t region, uint64_t first_page, const uint8_t *bits,
+			 size_t bytes, struct mgd_error *err);
 int mgd_target_switchover(struct mgd_target *target, struct mgd_error *err);
 /* Start background CONTINUE (after the guest runs). */
 int mgd_target_background(struct mgd_target *target, struct mgd_error *err);
 /* What is still lacking, one bit a host page, piecewise as above. */
-int mgd_target_lacking(const struct mgd_target *target, uint32_t region, uint64_t first_page, uint8_t *out, size_t bytes,
-		       struct mgd_error *err);
+int mgd_target_lacking(const struct mgd_target *target, uint32_t region, uint64_t first_page, uint8_t *out,
+		       size_t bytes, struct mgd_error *err);
 /* Poison what is still stale, so that the guest gets a memory error instead of waiting for ever. *out_pages: how many. */
 int mgd_target_poison_stale(struct mgd_target *target, uint64_t *out_pages, struct mgd_error *err);
 /* Every page is current: stop the fault server, unregister, wake.  The guest is free of us.  Refused (ARGUMENT) earlier. */
@@ -272,4 +276,5 @@ int mgd_target_release(struct mgd_target *target, struct mgd_error *err);
 /* ---------------------------------------------------------------- for tests and the final sweep */
 
 /* Keyed hash of `bytes` of memory at offset of a file, block by block, holes not populated: digest of a region. */
-int mgd_digest(int memory_fd, uint64_t offset, uint64_t bytes, const uint8_t *secret, uint64_t *out, struct mgd_error *err);
+int mgd_digest(int memory_fd, uint64_t offset, uint64_t bytes, const uint8_t *secret, uint64_t *out,
+	       struct mgd_error *err);
