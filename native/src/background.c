@@ -80,7 +80,7 @@ static void pass(struct mgd_target *target, bool *out_missed)
 		struct mgd_alias *alias;
 		uint64_t run = 0, limit;
 
-		page = mgd_ledger_next_known(ledger, page);
+		page = mgd_ledger_next_known(ledger, page, ledger->page_count);
 		if (page >= ledger->page_count)
 			return;
 		alias = mgd_target_alias_of(target, page);

@@ -73,8 +73,8 @@ static int check_geometry(const struct mgd_ledger_header *header, const struct m
 /* A ledger found: count it, and take back what its last owner had in hand.  Whoever waits will fault again. */
 static int take_over(struct mgd_ledger *ledger, struct mgd_error *err)
 {
-	for (uint64_t page = mgd_ledger_next_known(ledger, 0); page < ledger->page_count;
-	     page = mgd_ledger_next_known(ledger, page + 1)) {
+	for (uint64_t page = mgd_ledger_next_known(ledger, 0, ledger->page_count); page < ledger->page_count;
+	     page = mgd_ledger_next_known(ledger, page + 1, ledger->page_count)) {
 		uint8_t byte = mgd_ledger_get(ledger, page);
 
 		switch (mgd_page_state(byte)) {
@@ -316,15 +316,15 @@ bool mgd_ledger_unpoison(struct mgd_ledger *ledger, uint64_t page)
 	return true;
 }
 
-uint64_t mgd_ledger_next_known(const struct mgd_ledger *ledger, uint64_t page)
+uint64_t mgd_ledger_next_known(const struct mgd_ledger *ledger, uint64_t page, uint64_t end)
 {
-	while (page < ledger->page_count) {
+	while (page < end) {
 		/* At the first page of each 4 KiB of ledger, ask the file before reading: reading a hole would fill it. */
 		if (page % LEDGER_HEADER_BYTES == 0) {
 			off_t data = lseek(ledger->fd, (off_t)(LEDGER_HEADER_BYTES + page), SEEK_DATA);
 
 			if (data < 0 && errno == ENXIO)
-				return ledger->page_count;
+				return end;
 			if (data > (off_t)(LEDGER_HEADER_BYTES + page)) {
 				page = (uint64_t)data - LEDGER_HEADER_BYTES;
 				continue;
@@ -334,5 +334,5 @@ uint64_t mgd_ledger_next_known(const struct mgd_ledger *ledger, uint64_t page)
 			return page;
 		page++;
 	}
-	return ledger->page_count;
+	return end;
 }

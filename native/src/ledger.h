@@ -82,8 +82,8 @@ bool mgd_ledger_removed(struct mgd_ledger *ledger, uint64_t page);
 bool mgd_ledger_poison(struct mgd_ledger *ledger, uint64_t page); /* not while it is claimed */
 bool mgd_ledger_unpoison(struct mgd_ledger *ledger, uint64_t page); /* back to stale: poisoning failed */
 
-/* The first page at or after `page` that may be other than absent; page_count when there is none.  Skips holes of the
- * ledger file, so that absent memory costs nothing. */
-uint64_t mgd_ledger_next_known(const struct mgd_ledger *ledger, uint64_t page);
+/* The first page in [page, end) that may be other than absent; end when there is none.  Skips holes of the ledger file,
+ * so that absent memory costs nothing. */
+uint64_t mgd_ledger_next_known(const struct mgd_ledger *ledger, uint64_t page, uint64_t end);
 
 #endif

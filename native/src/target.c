@@ -109,8 +109,9 @@ static int map_alias(struct mgd_alias *alias, const struct mgd_target_region *re
 		return -1;
 	}
 	alias->memory = memory;
-	/* A child of ours must never hold the guest's memory. */
+	/* Neither a child of ours nor a core file of ours may hold the guest's memory. */
 	(void)madvise(memory, region->size_bytes, MADV_DONTFORK);
+	(void)madvise(memory, region->size_bytes, MADV_DONTDUMP);
 	return 0;
 }
 
@@ -119,8 +120,8 @@ static int take_back_claims(struct mgd_target *target, struct mgd_error *err)
 {
 	struct mgd_ledger *ledger = &target->ledger;
 
-	for (uint64_t page = mgd_ledger_next_known(ledger, 0); page < ledger->page_count;
-	     page = mgd_ledger_next_known(ledger, page + 1)) {
+	for (uint64_t page = mgd_ledger_next_known(ledger, 0, ledger->page_count); page < ledger->page_count;
+	     page = mgd_ledger_next_known(ledger, page + 1, ledger->page_count)) {
 		uint8_t byte = mgd_ledger_get(ledger, page);
 		struct mgd_alias *alias = mgd_target_alias_of(target, page);
 

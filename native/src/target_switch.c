@@ -89,8 +89,8 @@ int mgd_target_lacking(const struct mgd_target *target, uint32_t region, uint64_
 	from = alias->first + first_page;
 	end = alias->page_count - first_page < (uint64_t)bytes * 8 ? alias->first + alias->page_count
 								   : from + (uint64_t)bytes * 8;
-	for (uint64_t page = mgd_ledger_next_known(ledger, from); page < end;
-	     page = mgd_ledger_next_known(ledger, page + 1))
+	for (uint64_t page = mgd_ledger_next_known(ledger, from, end); page < end;
+	     page = mgd_ledger_next_known(ledger, page + 1, end))
 		if (mgd_page_state(mgd_ledger_get(ledger, page)) == MGD_PAGE_STALE)
 			out[(page - from) / 8] |= (uint8_t)(1u << ((page - from) % 8));
 	return 0;
@@ -120,8 +120,8 @@ int mgd_target_poison_stale(struct mgd_target *target, uint64_t *out_pages, stru
 	if (mgd_ledger_phase(ledger) != MGD_PHASE_SWITCHED || atomic_load(&target->uffd) < 0)
 		return mgd_fail(err, MGD_ERR_ARGUMENT, "poison: only armed and after the switch-over");
 	mgd_receiver_drop_all(target);
-	for (uint64_t page = mgd_ledger_next_known(ledger, 0); page < ledger->page_count;
-	     page = mgd_ledger_next_known(ledger, page + 1)) {
+	for (uint64_t page = mgd_ledger_next_known(ledger, 0, ledger->page_count); page < ledger->page_count;
+	     page = mgd_ledger_next_known(ledger, page + 1, ledger->page_count)) {
 		struct mgd_alias *alias = mgd_target_alias_of(target, page);
 		uint64_t fits, address = mgd_resolve_address(target, alias, page - alias->first, &fits);
 		int code;

@@ -104,10 +104,10 @@ static void absent_memory_costs_nothing_to_walk(void)
 
 	CHECK_EQUAL(ftruncate(fd, (off_t)mgd_ledger_bytes(&large, 1)), 0);
 	CHECK_OK(mgd_ledger_open(&ledger, fd, &large, 1, false, &err), err);
-	CHECK_EQUAL(mgd_ledger_next_known(&ledger, 0), pages);
+	CHECK_EQUAL(mgd_ledger_next_known(&ledger, 0, pages), pages);
 	mgd_ledger_received(&ledger, pages / 2 + 5);
-	CHECK_EQUAL(mgd_ledger_next_known(&ledger, 0), pages / 2 + 5);
-	CHECK_EQUAL(mgd_ledger_next_known(&ledger, pages / 2 + 6), pages);
+	CHECK_EQUAL(mgd_ledger_next_known(&ledger, 0, pages), pages / 2 + 5);
+	CHECK_EQUAL(mgd_ledger_next_known(&ledger, pages / 2 + 6, pages), pages);
 	/* Nothing but the header and the page with something in it is there. */
 	CHECK_EQUAL(lseek(fd, 4096, SEEK_DATA), (off_t)(4096 + pages / 2));
 	mgd_ledger_close(&ledger);
