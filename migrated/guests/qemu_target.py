@@ -8,14 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import os
-import re
-import shutil
 from pathlib import Path
-from typing import Any
-
-import msgspec
 
 from migrated.config import Timeouts
 from migrated.errors import GuestError, GuestRefusedError, MigratedError, RemoteProtocolError
@@ -29,6 +23,7 @@ from migrated.guests.qemu import (
     QemuTargetConfig,
     parse_preface,
 )
+from migrated.guests.qemu_command import check_command, command_line, locked, preallocated, regions_differ
 from migrated.guests.qemu_relay import StateRelay
 from migrated.guests.qemu_source import hand_over
 from migrated.guests.qmp import Monitor
@@ -39,10 +34,6 @@ from migrated.memory.native import uffd_register
 _STREAM = "migrated-state"
 _POLL_SECONDS = 0.02
 _LOG_TAIL_BYTES = 2000
-
-_MEMORY = re.compile(r"\{memory:([^{}]*)\}")
-_SIZE = re.compile(r"^(\d+)([bkmgtpe]?)$", re.IGNORECASE)
-_ON = frozenset({"on", "yes", "true", "y"})
 
 
 class QemuTarget(TargetGuest):
@@ -66,74 +57,13 @@ class QemuTarget(TargetGuest):
     # ------------------------------------------------------------ before the start
 
     async def check(self, regions: tuple[Region, ...]) -> None:
-        command = self._config.command
-        if shutil.which(command[0]) is None:
-            raise GuestRefusedError(
-                f"guest {self.name}: there is no program {command[0]} on this host",
-                code="guest-command-missing",
-                hint="install it, or correct the command of this guest in the target's configuration",
-            )
-        self._refuse_options(command)
-        wanted = {region.name: region.size_bytes for region in regions}
-        named = set(_MEMORY.findall(" ".join(command)))
-        if named != wanted.keys():
-            raise self._regions_differ(
-                f"the source has {_names(wanted)}, the command here has {_names(named)} (as {{memory:ID}})"
-            )
-        for backend in _declared_backends(command):
-            name = str(backend.get("id", ""))
-            if name not in wanted:
-                continue
-            if str(backend.get("prealloc", "off")).lower() in _ON:
-                raise self._preallocated(f"memory backend {name} has prealloc=on")
-            if str(backend.get("share", "off")).lower() not in _ON:
-                raise GuestRefusedError(
-                    f"guest {self.name}: memory backend {name} in the command lacks share=on", code="memory-not-shared"
-                )
-            size = _parse_size(backend.get("size"))
-            if size is not None and size != wanted[name]:
-                raise self._regions_differ(f"{name} has {wanted[name]} bytes on the source and {size} here")
+        check_command(self.name, self._config.command, regions)
         if await self._somebody_listens():
             raise GuestRefusedError(
                 f"guest {self.name} is on this host already: a QEMU answers on {self.qmp_path}",
                 code="guest-exists",
                 hint="end that QEMU first, or give the incoming guest another name",
             )
-
-    def _refuse_options(self, command: list[str]) -> None:
-        for argument in command[1:]:
-            option = argument.lstrip("-") if argument.startswith("-") else ""
-            if option == "mem-prealloc":
-                raise self._preallocated(f"the command has {argument}")
-            if option in {"incoming", "daemonize", "loadvm", "snapshot"}:
-                raise GuestRefusedError(
-                    f"guest {self.name}: the command has {argument}, which does not fit a guest started by the agent",
-                    code="guest-command",
-                    hint="leave it out; -incoming defer -S is added by the agent",
-                )
-            if "mem-lock=on" in argument or argument == "mlock=on":
-                raise self._locked(f"the command has {argument}")
-
-    def _regions_differ(self, why: str) -> GuestRefusedError:
-        return GuestRefusedError(
-            f"guest {self.name}: its memory backends differ between the hosts: {why}",
-            code="regions-differ",
-            hint="both QEMU commands need memory backends of the same ids and sizes",
-        )
-
-    def _preallocated(self, why: str) -> GuestRefusedError:
-        return GuestRefusedError(
-            f"guest {self.name}: its memory is mapped before it has arrived ({why})",
-            code="memory-preallocated",
-            hint="remove prealloc=on and -mem-prealloc from the command: the agent reserves the memory beforehand",
-        )
-
-    def _locked(self, why: str) -> GuestRefusedError:
-        return GuestRefusedError(
-            f"guest {self.name}: its memory is locked, so that it is mapped before it has arrived ({why})",
-            code="memory-locked",
-            hint="remove mem-lock=on from the command; huge pages are never swapped anyway",
-        )
 
     async def _somebody_listens(self) -> bool:
         try:
@@ -149,22 +79,13 @@ class QemuTarget(TargetGuest):
 
     # ------------------------------------------------------------ start
 
-    def command_line(self, memory: tuple[TargetMemory, ...]) -> list[str]:
-        """The configured command with the placeholders filled in."""
-        paths = {item.region.name: f"/proc/self/fd/{item.memory_fd}" for item in memory}
-        line = [
-            _MEMORY.sub(lambda match: paths[match[1]], argument).replace("{qmp}", str(self.qmp_path))
-            for argument in self._config.command
-        ]
-        if not any("{qmp}" in argument for argument in self._config.command):
-            line += ["-qmp", f"unix:{self.qmp_path},server=on,wait=off"]
-        return [*line, "-incoming", "defer", "-S"]
-
     async def start(self, memory: tuple[TargetMemory, ...]) -> FaultSource:
         self.qmp_path.unlink(missing_ok=True)
         self._owns_files = True
         self._child = PidHandle.spawn(
-            self.command_line(memory), pass_fds=[item.memory_fd for item in memory], log=self.log_path
+            command_line(self._config.command, memory, self.qmp_path),
+            pass_fds=[item.memory_fd for item in memory],
+            log=self.log_path,
         )
         try:
             async with asyncio.timeout(self._timeouts.guest_start):
@@ -226,11 +147,11 @@ class QemuTarget(TargetGuest):
         here = {backend.name: backend.size_bytes for backend in found}
         wanted = {region.name: region.size_bytes for region in regions}
         if here != wanted:
-            raise self._regions_differ(f"the source has {_sizes(wanted)}, QEMU here has {_sizes(here)}")
+            raise regions_differ(self.name, f"the source has {_sizes(wanted)}, QEMU here has {_sizes(here)}")
         qemu_memory.refuse_private(self.name, found)
         for backend in found:
             if backend.prealloc:
-                raise self._preallocated(f"memory backend {backend.name} has prealloc=on")
+                raise preallocated(self.name, f"memory backend {backend.name} has prealloc=on")
 
     async def _mappings(self, memory: tuple[TargetMemory, ...]) -> tuple[Mapping, ...]:
         """Where QEMU maps our memory: each region whole and once."""
@@ -244,8 +165,9 @@ class QemuTarget(TargetGuest):
             covered = sum(area.end - area.start for area in ours)
             whole = covered == item.region.size_bytes and starts - ends == {0} and ends - starts == {covered}
             if not whole or not all(area.shared for area in ours):
-                raise self._regions_differ(
-                    f"QEMU maps {covered} of the {item.region.size_bytes} bytes made for {item.region.name}, or not as one"
+                raise regions_differ(
+                    self.name,
+                    f"QEMU maps {covered} of the {item.region.size_bytes} bytes made for {item.region.name}, or not as one",
                 )
             found += [Mapping(index, area.start, area.offset, area.end - area.start) for area in ours]
         keys = frozenset(file_key(item.memory_fd) for item in memory)
@@ -262,9 +184,9 @@ class QemuTarget(TargetGuest):
         keys = frozenset(file_key(item.memory_fd) for item in memory)
         for state in await asyncio.to_thread(residences, self._qemu.pid, keys):
             if "lo" in state.flags:
-                raise self._locked(f"{state.area.path}")
+                raise locked(self.name, f"{state.area.path}")
             if state.present_bytes:
-                raise self._preallocated(f"{state.present_bytes} bytes are there already")
+                raise preallocated(self.name, f"{state.present_bytes} bytes are there already")
 
     def _with_log(self, error: MigratedError) -> MigratedError:
         """The error, with the last words of QEMU in its message."""
@@ -425,37 +347,5 @@ class QemuTarget(TargetGuest):
         return await self._qemu.died()
 
 
-def _names(names: Any) -> str:
-    return ", ".join(sorted(names)) or "none"
-
-
 def _sizes(sizes: dict[str, int]) -> str:
     return ", ".join(f"{name} of {size} bytes" for name, size in sorted(sizes.items())) or "none"
-
-
-def _declared_backends(command: list[str]) -> list[dict[str, Any]]:
-    """The -object memory-backend-… of a command, keyed options and JSON alike; what cannot be read is QEMU's to judge."""
-    found: list[dict[str, Any]] = []
-    for flag, value in itertools.pairwise(command):
-        if flag not in {"-object", "--object"}:
-            continue
-        if value.startswith("{"):
-            # {memory:ID} is legal inside a JSON string.
-            with contextlib.suppress(msgspec.DecodeError):
-                table = msgspec.json.decode(value)
-                if isinstance(table, dict) and str(table.get("qom-type", "")).startswith("memory-backend"):
-                    found.append({key: "on" if item is True else item for key, item in table.items()})
-            continue
-        kind, *options = value.split(",")
-        if kind.removeprefix("qom-type=").startswith("memory-backend"):
-            pairs = (option.partition("=") for option in options)
-            found.append({key: value if equals else "on" for key, equals, value in pairs})
-    return found
-
-
-def _parse_size(value: object) -> int | None:
-    """A size as QEMU reads it: a number is bytes, a suffix a power of 1024.  None: not readable here."""
-    match = _SIZE.match(str(value)) if value is not None else None
-    if match is None:
-        return None
-    return int(match[1]) << (10 * "bkmgtpe".index(match[2].lower() or "b"))

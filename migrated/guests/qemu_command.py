@@ -1,0 +1,137 @@
+"""The command line of an incoming QEMU: what in it cannot work, and the command with its placeholders filled in.
+
+What the options do not show (a wrapper script, a configuration file) is seen in the running QEMU by qemu_target.py, which
+raises the same refusals.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from migrated.errors import GuestRefusedError
+from migrated.guests.driver import Region, TargetMemory
+
+_MEMORY = re.compile(r"\{memory:([^{}]*)\}")
+_SIZE = re.compile(r"^(\d+)([bkmgtpe]?)$", re.IGNORECASE)
+_ON = frozenset({"on", "yes", "true", "y"})
+
+
+def regions_differ(guest: str, why: str) -> GuestRefusedError:
+    """The two sides' memory backends do not fit."""
+    return GuestRefusedError(
+        f"guest {guest}: its memory backends differ between the hosts: {why}",
+        code="regions-differ",
+        hint="both QEMU commands need memory backends of the same ids and sizes",
+    )
+
+
+def preallocated(guest: str, why: str) -> GuestRefusedError:
+    """Pages would be mapped, and so never fault, before they have arrived."""
+    return GuestRefusedError(
+        f"guest {guest}: its memory is mapped before it has arrived ({why})",
+        code="memory-preallocated",
+        hint="remove prealloc=on and -mem-prealloc from the command: the agent reserves the memory beforehand",
+    )
+
+
+def locked(guest: str, why: str) -> GuestRefusedError:
+    """Locking maps everything at once."""
+    return GuestRefusedError(
+        f"guest {guest}: its memory is locked, so that it is mapped before it has arrived ({why})",
+        code="memory-locked",
+        hint="remove mem-lock=on from the command; huge pages are never swapped anyway",
+    )
+
+
+def check_command(guest: str, command: list[str], regions: tuple[Region, ...]) -> None:
+    """Raises GuestRefusedError if this command cannot take a guest with the source's ``regions``."""
+    if shutil.which(command[0]) is None:
+        raise GuestRefusedError(
+            f"guest {guest}: there is no program {command[0]} on this host",
+            code="guest-command-missing",
+            hint="install it, or correct the command of this guest in the target's configuration",
+        )
+    _refuse_options(guest, command)
+    wanted = {region.name: region.size_bytes for region in regions}
+    named = set(_MEMORY.findall(" ".join(command)))
+    if named != wanted.keys():
+        raise regions_differ(
+            guest, f"the source has {_names(wanted)}, the command here has {_names(named)} (as {{memory:ID}})"
+        )
+    for backend in _declared_backends(command):
+        name = str(backend.get("id", ""))
+        if name not in wanted:
+            continue
+        if str(backend.get("prealloc", "off")).lower() in _ON:
+            raise preallocated(guest, f"memory backend {name} has prealloc=on")
+        if str(backend.get("share", "off")).lower() not in _ON:
+            raise GuestRefusedError(
+                f"guest {guest}: memory backend {name} in the command lacks share=on", code="memory-not-shared"
+            )
+        size = _parse_size(backend.get("size"))
+        if size is not None and size != wanted[name]:
+            raise regions_differ(guest, f"{name} has {wanted[name]} bytes on the source and {size} here")
+
+
+def _refuse_options(guest: str, command: list[str]) -> None:
+    for argument in command[1:]:
+        option = argument.lstrip("-") if argument.startswith("-") else ""
+        if option == "mem-prealloc":
+            raise preallocated(guest, f"the command has {argument}")
+        if option in {"incoming", "daemonize", "loadvm", "snapshot"}:
+            raise GuestRefusedError(
+                f"guest {guest}: the command has {argument}, which does not fit a guest started by the agent",
+                code="guest-command",
+                hint="leave it out; -incoming defer -S is added by the agent",
+            )
+        if "mem-lock=on" in argument or argument == "mlock=on":
+            raise locked(guest, f"the command has {argument}")
+
+
+def command_line(command: list[str], memory: tuple[TargetMemory, ...], qmp: Path) -> list[str]:
+    """The configured command with the placeholders filled in, and what makes it an incoming one."""
+    paths = {item.region.name: f"/proc/self/fd/{item.memory_fd}" for item in memory}
+    line = [_MEMORY.sub(lambda match: paths[match[1]], argument).replace("{qmp}", str(qmp)) for argument in command]
+    if not any("{qmp}" in argument for argument in command):
+        line += ["-qmp", f"unix:{qmp},server=on,wait=off"]
+    return [*line, "-incoming", "defer", "-S"]
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)) or "none"
+
+
+def _declared_backends(command: list[str]) -> list[dict[str, Any]]:
+    """The -object memory-backend-… of a command, keyed options and JSON alike; what cannot be read is QEMU's to judge."""
+    found: list[dict[str, Any]] = []
+    for flag, value in itertools.pairwise(command):
+        if flag not in {"-object", "--object"}:
+            continue
+        if value.startswith("{"):
+            # {memory:ID} is legal inside a JSON string.
+            with contextlib.suppress(msgspec.DecodeError):
+                table = msgspec.json.decode(value)
+                if isinstance(table, dict) and str(table.get("qom-type", "")).startswith("memory-backend"):
+                    found.append({key: "on" if item is True else item for key, item in table.items()})
+            continue
+        kind, *options = value.split(",")
+        if kind.removeprefix("qom-type=").startswith("memory-backend"):
+            pairs = (option.partition("=") for option in options)
+            found.append({key: value if equals else "on" for key, equals, value in pairs})
+    return found
+
+
+def _parse_size(value: object) -> int | None:
+    """A size as QEMU reads it: a number is bytes, a suffix a power of 1024.  None: not readable here."""
+    match = _SIZE.match(str(value)) if value is not None else None
+    if match is None:
+        return None
+    return int(match[1]) << (10 * "bkmgtpe".index(match[2].lower() or "b"))
