@@ -33,8 +33,8 @@ from migrated.guests.process_wire import (
     decode_addresses,
     encode_memory,
 )
-from migrated.guests.qemu_areas import areas, file_key, mapped_elsewhere
 from migrated.memory import memfd
+from migrated.memory.maps import areas, file_key, mapped_elsewhere
 from migrated.memory.native import uffd_api
 
 _log = structlog.get_logger(__name__)
@@ -219,12 +219,12 @@ class ProcessSource(SourceGuest):
         pid = resident.connection.pid
         self._process = PidHandle.attach(pid)
         keys = frozenset(file_key(fd) for fd in resident.memory_fds)
-        mapped = {area.start for area in areas(pid) if (area.device, area.inode) in keys}
+        mapped = {area.start for area in areas(pid) if area.key in keys}
         if not mapped.issuperset(resident.addresses):
             raise GuestRefusedError(f"guest {self.name} does not map its memory where it said", code="guest-protocol")
-        for other, command in await asyncio.to_thread(mapped_elsewhere, keys, pid):
+        for other in await asyncio.to_thread(mapped_elsewhere, keys, (pid, os.getpid())):
             raise GuestRefusedError(
-                f"guest {self.name}: its memory is also mapped by process {other} ({command}), whose writes cannot be seen",
+                f"guest {self.name}: its memory is also mapped by {other}, whose writes cannot be seen",
                 code="memory-mapped-elsewhere",
                 hint="end that process, or have it let go of the memory",
             )

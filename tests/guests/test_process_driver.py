@@ -1,0 +1,271 @@
+"""A co-operative guest is a process of its own, and moves between two real agents while it checks its memory."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from migrated.config import Timeouts
+from migrated.demo.pair import AgentPair
+from migrated.errors import GuestError, GuestRefusedError, TimeoutExceededError
+from migrated.guests.console import GuestConsole
+from migrated.guests.driver import Region, TargetMemory
+from migrated.guests.process import ProcessTargetConfig
+from migrated.guests.process_source import ProcessHub, ProcessSource
+from migrated.guests.process_target import ProcessTarget
+from migrated.memory import memfd
+from migrated.memory.tracker import Tracker
+
+ROOT = Path(__file__).parents[2]
+MIB = 1 << 20
+SIZE = 16 * MIB
+LIMIT = 30.0
+
+
+class Pipe:
+    """A state channel within the test."""
+
+    def __init__(self) -> None:
+        self.pieces: asyncio.Queue[bytes] = asyncio.Queue()
+
+    async def read(self) -> bytes:
+        return await self.pieces.get()
+
+    async def write(self, data: bytes) -> None:
+        await self.pieces.put(data)
+
+    async def close_write(self) -> None:
+        await self.pieces.put(b"")
+
+
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A directory with a path short enough for Unix sockets."""
+    with tempfile.TemporaryDirectory(prefix="mg") as name:
+        yield Path(name)
+
+
+@pytest.fixture(scope="session")
+def c_example(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The C example, compiled with every warning an error."""
+    if shutil.which("gcc") is None:
+        pytest.skip("no gcc")
+    out = tmp_path_factory.mktemp("example") / "process_guest"
+    command = ["gcc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread", "-I", str(ROOT / "native/include")]
+    command += ["-I", str(ROOT / "migrated/guests/images"), "-o", str(out)]
+    subprocess.run([*command, str(ROOT / "native/examples/process_guest.c")], check=True, timeout=60)
+    return str(out)
+
+
+@pytest.fixture(params=["python", "c"])
+def program(request: pytest.FixtureRequest, python: str) -> list[str]:
+    """The command line of a self-checking guest, up to its options."""
+    if request.param == "c":
+        return [request.getfixturevalue("c_example"), "--threads", "2", "--rate", "20000"]
+    return [python, "-m", "migrated.guests.example", "--rate", "500"]
+
+
+class Guest:
+    """A guest process started by the test."""
+
+    def __init__(self, command: list[str], socket: Path, console: Path, size: int = SIZE) -> None:
+        self.process = subprocess.Popen(
+            [*command, "--size", str(size // MIB), "--console", str(console)],
+            env={**os.environ, "MIGRATED_SOCKET": str(socket)},
+            cwd=ROOT,
+        )
+        self.console_path = console
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(timeout=LIMIT)
+
+
+@contextlib.asynccontextmanager
+async def hub_and_guest(
+    short: Path, program: list[str], *, page_size: str = "4K"
+) -> AsyncIterator[tuple[ProcessHub, Guest, GuestConsole]]:
+    table: dict[str, Any] = {"driver": "process", "socket": str(short / "p.sock"), "page_size": page_size}
+    guest = Guest(program, short / "p.sock", short / "con")
+    console = GuestConsole()
+    try:
+        async with ProcessHub("p", table, short, Timeouts()) as hub:
+            await hub.wait_connected(LIMIT)
+            await console.attach(short / "con")
+            yield hub, guest, console
+    finally:
+        guest.end()
+        await console.close()
+
+
+def written(bitmaps: list[bytes]) -> int:
+    return sum(int.from_bytes(bitmap, "little").bit_count() for bitmap in bitmaps)
+
+
+async def test_the_source_driver_tracks_pauses_and_resumes_a_guest(short: Path, program: list[str]) -> None:
+    async with hub_and_guest(short, program) as (hub, _, console):
+        await console.stats(LIMIT)
+        source = ProcessSource("p", hub)
+        memory = await source.open()
+        assert [region.size_bytes for region in memory.regions] == [SIZE]
+        assert not source.needs_quiesced_scans
+        tracker = Tracker(memory, await source.tracking_uffd())
+        tracker.arm()
+        await console.stats(LIMIT)
+        assert written(tracker.scan()) > 0
+        await source.pause(Pipe())
+        tracker.scan()
+        assert written(tracker.scan()) == 0  # nothing is written between two looks at a paused guest
+        pipe = Pipe()
+        await source.send_state(pipe)
+        assert await pipe.read()
+        await source.resume()
+        await console.stats(LIMIT)
+        tracker.disarm()
+        tracker.close()
+        await source.release_tracking()
+        assert await console.verified()
+        await source.close()
+
+
+async def test_a_guest_survives_its_agent_and_shows_its_memory_to_the_next(short: Path, program: list[str]) -> None:
+    table: dict[str, Any] = {"driver": "process", "socket": str(short / "p.sock"), "page_size": "4K"}
+    guest = Guest(program, short / "p.sock", short / "con")
+    console = GuestConsole()
+    try:
+        async with ProcessHub("p", table, short, Timeouts()) as hub:
+            first = await hub.wait_connected(LIMIT)
+            inode = os.fstat(first.memory_fds[0]).st_ino
+            await console.attach(short / "con")
+            await console.stats(LIMIT)
+        await console.stats(LIMIT)  # runs on without an agent
+        async with ProcessHub("p", table, short, Timeouts()) as hub:
+            again = await hub.wait_connected(LIMIT)
+            assert os.fstat(again.memory_fds[0]).st_ino == inode
+            assert await console.verified()
+    finally:
+        guest.end()
+        await console.close()
+
+
+async def test_the_end_of_a_guest_is_told_and_its_absence_refused(short: Path, program: list[str]) -> None:
+    async with hub_and_guest(short, program) as (hub, guest, _):
+        source = ProcessSource("p", hub)
+        await source.open()
+        guest.process.send_signal(signal.SIGKILL)
+        assert "ended" in await asyncio.wait_for(source.died(), LIMIT)
+        await source.close()
+        with pytest.raises(GuestError) as caught:
+            await asyncio.wait_for(connection_ended(hub), LIMIT)
+            await ProcessSource("p", hub).open()
+        assert caught.value.code == "guest-not-connected"
+
+
+async def connection_ended(hub: ProcessHub) -> None:
+    if hub.resident is not None:
+        await asyncio.shield(hub.resident.connection.closed)
+
+
+async def test_a_released_guest_ends(short: Path, program: list[str]) -> None:
+    async with hub_and_guest(short, program) as (hub, guest, console):
+        await console.stats(LIMIT)
+        source = ProcessSource("p", hub)
+        await source.open()
+        await source.pause(Pipe())
+        await source.release()
+        await source.close()
+        assert guest.process.wait(timeout=LIMIT) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "code"), [("other", SIZE, "regions-differ"), ("ram", SIZE * 2, "sizes-differ")]
+)
+async def test_regions_that_differ_are_refused_by_name(
+    short: Path, program: list[str], name: str, size: int, code: str
+) -> None:
+    config = ProcessTargetConfig(command=[*program, "--size", str(SIZE // MIB), "--console", str(short / "con")])
+    target = ProcessTarget("p", config, short, Timeouts())
+    fd = memfd.allocate(size, 4096, "ram")
+    try:
+        region = Region(name, size, 4096)
+        await target.check((region,))
+        with pytest.raises(GuestRefusedError) as caught:
+            await target.start((TargetMemory(region, fd),))
+        assert caught.value.code == code
+    finally:
+        await target.kill()
+        await target.close()
+        os.close(fd)
+
+
+async def test_a_program_that_ends_before_it_connects_is_told_with_its_words(short: Path) -> None:
+    target = ProcessTarget("p", ProcessTargetConfig(command=["sh", "-c", "echo no luck; exit 3"]), short, Timeouts())
+    with pytest.raises(GuestError, match=r"exited with status 3.*no luck"):
+        await target.start(())
+    await target.close()
+
+
+async def test_a_program_that_never_connects_meets_a_limit(short: Path) -> None:
+    config = ProcessTargetConfig(command=["sleep", "60"])
+    target = ProcessTarget("p", config, short, Timeouts(guest_start=0.5))
+    with pytest.raises(TimeoutExceededError, match="connect"):
+        await target.start(())
+    await target.kill()
+    await target.close()
+
+
+@pytest.mark.parametrize("mode", ["hybrid", "precopy", "postcopy"])
+async def test_a_guest_moves_there_and_loses_nothing(short: Path, program: list[str], mode: str) -> None:
+    await move(short, program, mode, "4K", "4K")
+
+
+@pytest.mark.hugepages
+@pytest.mark.parametrize(("source_pages", "target_pages"), [("4K", "2M"), ("2M", "2M"), ("2M", "4K")])
+async def test_a_guest_moves_between_page_sizes(
+    short: Path, program: list[str], huge_pages: Callable[[int], None], source_pages: str, target_pages: str
+) -> None:
+    huge_pages((source_pages + target_pages).count("2M") * SIZE // (2 * MIB))
+    await move(short, program, "hybrid", source_pages, target_pages)
+
+
+async def move(short: Path, program: list[str], mode: str, source_pages: str, target_pages: str) -> None:
+    command = [*program, "--size", str(SIZE // MIB), "--console", str(short / "con2")]
+    pair = AgentPair(
+        short,
+        source_guests={"p": {"driver": "process", "socket": str(short / "p.sock"), "page_size": source_pages}},
+        target_guests={"p": {"driver": "process", "command": command, "page_size": target_pages}},
+    )
+    console = GuestConsole()
+    guest = None
+    try:
+        async with pair:
+            guest = Guest(program, short / "p.sock", short / "con")
+            await console.attach(short / "con")
+            before = await console.stats(LIMIT)
+            started = await pair.source.request(
+                "POST", "/v1/migrations", {"guest": "p", "to": pair.address, "mode": mode}
+            )
+            attached = asyncio.ensure_future(console.attach(short / "con2", LIMIT))
+            record = await pair.source.wait(started["id"], limit_seconds=60)
+            assert record["state"] == "completed", (record, pair.source.log_tail(), pair.target.log_tail())
+            await attached
+            after = await console.stats(LIMIT)
+            assert after.operations >= before.operations
+            assert await console.verified()
+            assert guest.process.wait(timeout=LIMIT) == 0  # what was left on the source has ended
+            await console.command("quit")
+    finally:
+        if guest is not None:
+            guest.end()
+        await console.close()
