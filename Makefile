@@ -39,8 +39,7 @@ PACKAGES := \
 	gcc:gcc libc6-dev:/usr/include/stdio.h cmake:cmake ninja-build:ninja \
 	libxxhash-dev:/usr/include/xxhash.h libzstd-dev:/usr/include/zstd.h libssl-dev:/usr/include/openssl/ssl.h \
 	python3:python3 python3-venv:/usr/share/doc/python3-venv python3-dev:/usr/share/doc/python3-dev \
-	util-linux:flock iproute2:ip cpio:cpio kmod:modprobe procps:sysctl \
-	qemu-system-x86:qemu-system-x86_64 qemu-utils:qemu-img
+	util-linux:flock iproute2:ip qemu-system-x86:qemu-system-x86_64
 # For `make test` and `make bench` only.
 TEST_PACKAGES := clang:clang clang-format:clang-format iperf3:iperf3 systemd:systemd-analyze openssl:openssl
 
