@@ -106,11 +106,18 @@ static int receive_barrier(struct mgd_receiver *receiver, struct mgd_error *err)
 	}
 	receiver->barrier_seen = true;
 	receiver->barrier = number;
+	/* A stream may be ahead of another: what has arrived on all is the least. */
 	for (uint32_t i = 0; i < target->stream_count; i++) {
 		struct mgd_receiver *other = target->receivers[i];
 
-		complete = complete && other && other->barrier_seen && other->barrier == number;
+		complete = complete && other && other->barrier_seen;
+		if (complete && other->barrier < number)
+			number = other->barrier;
 	}
+	if (complete && number >= target->barrier_next)
+		target->barrier_next = number + 1;
+	else
+		complete = false;
 	pthread_mutex_unlock(&target->barrier_lock);
 	if (complete)
 		mgd_event_post(&target->events, MGD_EVENT_BARRIER, receiver->stream, number, NULL);
@@ -528,6 +535,7 @@ void mgd_receiver_drop_all(struct mgd_target *target)
 		pthread_mutex_unlock(&target->barrier_lock);
 		destroy(dropped[i]);
 	}
+	target->barrier_next = 0;
 }
 
 bool mgd_receiver_any_writing(const struct mgd_target *target)

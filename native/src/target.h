@@ -53,6 +53,7 @@ struct mgd_target {
 	/* The last slot is the urgent connection. */
 	struct mgd_receiver *receivers[MGD_MAX_STREAMS + 1];
 	pthread_mutex_t barrier_lock;
+	uint64_t barrier_next; /* the least number not told yet */
 
 	_Atomic int uffd; /* -1 until armed; mappings are in place before it is set */
 	struct mgd_mapping *mappings;

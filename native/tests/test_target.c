@@ -142,13 +142,14 @@ static void barrier_waits_for_every_bulk_stream(void)
 	struct bench bench;
 
 	open_bench(&bench, MGD_BLOCK_BYTES, PAGES * MGD_BLOCK_BYTES);
+	/* One stream is ahead: each barrier is told when the last stream has it. */
 	rig_send_barrier(bench.bulk[0], 1);
 	rig_send_barrier(bench.bulk[0], 2);
 	rig_send_barrier(bench.bulk[1], 1);
+	CHECK_EQUAL(rig_event(bench.target, MGD_EVENT_BARRIER).value, 1);
+	CHECK_EQUAL(mgd_target_next_event(bench.target, &event), 0);
 	rig_send_barrier(bench.bulk[1], 2);
 	CHECK_EQUAL(rig_event(bench.target, MGD_EVENT_BARRIER).value, 2);
-	while (mgd_target_next_event(bench.target, &event))
-		CHECK_EQUAL(event.kind, MGD_EVENT_BARRIER);
 	rig_send_barrier(bench.bulk[1], 2);
 	lost(&bench, 1, MGD_ERR_PEER, "barrier: number 2 after 2");
 	close_bench(&bench);
