@@ -1,0 +1,319 @@
+// SPDX-License-Identifier: MIT
+/*
+ * Source engine, dirty tracker and target engine together: two regions of our own memory move while a thread writes them,
+ * and the digests agree.  Once over ordinary pages, once over 2 MiB pages where the pool has them.
+ */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <fcntl.h>
+#include <linux/memfd.h>
+#include <poll.h>
+#include <pthread.h>
+#include <stdbool.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "check.h"
+
+#define REGIONS 2
+#define STREAMS 3
+#define MIB (1024ull * 1024)
+#define PATIENCE_MS 60000
+
+static const uint64_t sizes[REGIONS] = {24 * MIB, 10 * MIB};
+
+struct move {
+	uint64_t page_bytes[REGIONS]; /* of both sides */
+	int from[REGIONS], to[REGIONS], ledger, uffd, pagemap;
+	uint8_t *memory[REGIONS];
+	struct mgd_tracker *tracker;
+	struct mgd_source *source;
+	struct mgd_target *target;
+	uint8_t secret[MGD_SECRET_BYTES];
+	bool stop;
+};
+
+static int memory_of(uint64_t bytes, uint64_t page_bytes)
+{
+	int fd = memfd_create("memory", MFD_CLOEXEC | (page_bytes > 4096 ? MFD_HUGETLB | MFD_HUGE_2MB : 0));
+
+	CHECK(fd >= 0 && !ftruncate(fd, (off_t)bytes));
+	return fd;
+}
+
+static void write_word(struct move *move, uint64_t random, uint64_t version)
+{
+	uint32_t region = random % 7 < 5 ? 0 : 1;
+	uint64_t *words = (uint64_t *)move->memory[region];
+
+	/* The upper half of a region stays almost empty. */
+	__atomic_store_n(&words[(random >> 8) % (sizes[region] / 8 / (random % 64 ? 2 : 1))], version,
+			 __ATOMIC_RELAXED);
+}
+
+static uint64_t next_random(uint64_t *state)
+{
+	*state ^= *state << 13;
+	*state ^= *state >> 7;
+	*state ^= *state << 17;
+	return *state;
+}
+
+static void *keep_writing(void *argument)
+{
+	struct move *move = argument;
+	uint64_t state = 88172645463325252ull, version = 1;
+
+	while (!__atomic_load_n(&move->stop, __ATOMIC_RELAXED))
+		write_word(move, next_random(&state), ++version);
+	return NULL;
+}
+
+static void start_tracking(struct move *move)
+{
+	struct mgd_mapping mappings[REGIONS];
+	struct mgd_error err;
+
+	for (uint32_t i = 0; i < REGIONS; i++)
+		mappings[i] = (struct mgd_mapping){
+			.region = i, .address = (uint64_t)move->memory[i], .length_bytes = sizes[i]};
+	CHECK_OK(mgd_uffd_open(0, &move->uffd, &err), err);
+	CHECK_OK(mgd_uffd_api(move->uffd, 0, 1, &err), err);
+	move->pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+	CHECK(move->pagemap >= 0);
+	CHECK_OK(mgd_tracker_create(move->pagemap, move->uffd, mappings, REGIONS, move->page_bytes, REGIONS,
+				    &move->tracker, &err),
+		 err);
+	CHECK_OK(mgd_tracker_arm(move->tracker, 0, &err), err);
+}
+
+static void connect_engines(struct move *move)
+{
+	struct mgd_error err;
+
+	for (uint32_t i = 0; i <= STREAMS; i++) {
+		uint32_t stream = i == STREAMS ? MGD_STREAM_URGENT : i;
+		int pair[2];
+
+		CHECK(!socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair));
+		CHECK_OK(mgd_target_add_stream(move->target, stream, pair[1], &err), err);
+		CHECK_OK(mgd_source_add_stream(move->source, stream, pair[0], &err), err);
+	}
+}
+
+static void create_engines(struct move *move)
+{
+	struct mgd_source_region from[REGIONS];
+	struct mgd_target_region to[REGIONS];
+	struct mgd_error err;
+
+	for (int i = 0; i < REGIONS; i++) {
+		from[i] = (struct mgd_source_region){.memory_fd = move->from[i],
+						     .size_bytes = sizes[i],
+						     .page_bytes = move->page_bytes[i],
+						     .host_page_bytes = move->page_bytes[i]};
+		to[i] = (struct mgd_target_region){
+			.memory_fd = move->to[i], .size_bytes = sizes[i], .host_page_bytes = move->page_bytes[i]};
+	}
+	move->ledger = memory_of((mgd_ledger_bytes(to, REGIONS) + 4095) / 4096 * 4096, 4096);
+	CHECK_OK(mgd_source_create(from, REGIONS, STREAMS, move->secret, &move->source, &err), err);
+	CHECK_OK(mgd_target_create(to, REGIONS, STREAMS, move->ledger, 0, move->secret, &move->target, &err), err);
+}
+
+static void await_source(struct move *move, uint32_t kind)
+{
+	struct pollfd poll_fd = {.fd = mgd_source_event_fd(move->source), .events = POLLIN};
+	struct mgd_event event;
+
+	while (!mgd_source_next_event(move->source, &event))
+		CHECK(poll(&poll_fd, 1, PATIENCE_MS) == 1);
+	if (event.error.kind)
+		fprintf(stderr, "source: %s\n", event.error.message);
+	CHECK_EQUAL(event.kind, kind);
+}
+
+static void await_target(struct move *move, uint32_t kind)
+{
+	struct pollfd poll_fd = {.fd = mgd_target_event_fd(move->target), .events = POLLIN};
+	struct mgd_event event;
+
+	while (!mgd_target_next_event(move->target, &event))
+		CHECK(poll(&poll_fd, 1, PATIENCE_MS) == 1);
+	if (event.error.kind)
+		fprintf(stderr, "target: %s\n", event.error.message);
+	CHECK_EQUAL(event.kind, kind);
+}
+
+static void round_of(struct move *move, uint64_t round)
+{
+	struct mgd_error err;
+	uint64_t bytes;
+
+	CHECK_OK(mgd_source_round(move->source, round, &err), err);
+	await_source(move, MGD_EVENT_ROUND_DONE);
+	CHECK_OK(mgd_source_scan(move->source, move->tracker, 0, &bytes, &err), err);
+}
+
+static void switch_over(struct move *move)
+{
+	uint64_t stale, bytes;
+	struct mgd_error err;
+
+	CHECK_OK(mgd_source_scan(move->source, move->tracker, 1, &bytes, &err), err);
+	CHECK_OK(mgd_source_barrier(move->source, 1, &err), err);
+	await_target(move, MGD_EVENT_BARRIER);
+	CHECK_OK(mgd_source_freeze(move->source, &stale, &err), err);
+	CHECK(stale > 0);
+	for (uint32_t i = 0; i < REGIONS; i++) {
+		uint8_t map[24 * MIB / 4096 / 8];
+		size_t map_bytes = (sizes[i] / move->page_bytes[i] + 7) / 8;
+
+		CHECK_OK(mgd_source_stale_map(move->source, i, 0, map, map_bytes, &err), err);
+		CHECK_OK(mgd_target_stale_map(move->target, i, 0, map, map_bytes, &err), err);
+	}
+	CHECK_OK(mgd_target_switchover(move->target, &err), err);
+	CHECK_OK(mgd_source_serve(move->source, 1, &err), err);
+	await_source(move, MGD_EVENT_ALL_SENT);
+	await_target(move, MGD_EVENT_ALL_CURRENT);
+}
+
+static void check_digests(struct move *move)
+{
+	for (int i = 0; i < REGIONS; i++) {
+		struct mgd_error err;
+		uint64_t from, to;
+
+		CHECK_OK(mgd_digest(move->from[i], 0, sizes[i], move->secret, &from, &err), err);
+		CHECK_OK(mgd_digest(move->to[i], 0, sizes[i], move->secret, &to, &err), err);
+		CHECK(from == to);
+	}
+}
+
+static void open_memory(struct move *move, uint64_t first_page_bytes)
+{
+	fill_secret(move->secret);
+	move->page_bytes[0] = first_page_bytes;
+	move->page_bytes[1] = 4096;
+	for (int i = 0; i < REGIONS; i++) {
+		move->from[i] = memory_of(sizes[i], move->page_bytes[i]);
+		move->to[i] = memory_of(sizes[i], move->page_bytes[i]);
+		move->memory[i] = mmap(NULL, sizes[i], PROT_READ | PROT_WRITE, MAP_SHARED, move->from[i], 0);
+		CHECK(move->memory[i] != MAP_FAILED);
+	}
+}
+
+static void close_memory(struct move *move)
+{
+	for (int i = 0; i < REGIONS; i++) {
+		munmap(move->memory[i], sizes[i]);
+		close(move->from[i]);
+		close(move->to[i]);
+	}
+	close(move->ledger);
+	close(move->pagemap);
+	close(move->uffd);
+}
+
+static void move_memory(uint64_t first_page_bytes)
+{
+	struct move move = {.stop = false};
+	uint64_t state = 7;
+	struct mgd_source_stats stats;
+	struct mgd_error err;
+	pthread_t writer;
+
+	open_memory(&move, first_page_bytes);
+	for (uint64_t version = 1; version < 2000; version++) /* before anybody looks */
+		write_word(&move, next_random(&state), version);
+	start_tracking(&move);
+	create_engines(&move);
+	connect_engines(&move);
+	CHECK(!pthread_create(&writer, NULL, keep_writing, &move));
+	CHECK_OK(mgd_source_mark_populated(move.source, move.tracker, &err), err);
+	mgd_source_stats(move.source, &stats);
+	CHECK(stats.dirty_bytes > 0);
+	for (uint64_t round = 1; round <= 4; round++)
+		round_of(&move, round);
+	__atomic_store_n(&move.stop, true, __ATOMIC_RELAXED);
+	pthread_join(writer, NULL);
+	switch_over(&move);
+	check_digests(&move);
+	CHECK_OK(mgd_tracker_disarm(move.tracker, &err), err);
+	mgd_source_destroy(move.source);
+	mgd_target_destroy(move.target);
+	mgd_tracker_destroy(move.tracker);
+	close_memory(&move);
+}
+
+static void test_memory_moves_over_ordinary_pages(void)
+{
+	move_memory(4096);
+}
+
+static bool pool_has(uint64_t pages)
+{
+	unsigned long long available = 0;
+	FILE *file = fopen("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages", "r");
+
+	if (!file)
+		return false;
+	if (fscanf(file, "%llu", &available) != 1)
+		available = 0;
+	fclose(file);
+	return available >= pages;
+}
+
+static void test_memory_moves_over_huge_pages(void)
+{
+	move_memory(2 * MIB);
+}
+
+/* hugetlbfs does not say where its data is: what is mapped is all, unless the file holds more than that. */
+static void test_only_populated_huge_pages_are_marked(void)
+{
+	struct move move = {.stop = false};
+	struct mgd_source_stats stats;
+	struct mgd_error err;
+
+	open_memory(&move, 2 * MIB);
+	move.memory[0][3 * 2 * MIB] = 1;
+	move.memory[0][9 * 2 * MIB + 4711] = 1;
+	start_tracking(&move);
+	create_engines(&move);
+	CHECK_OK(mgd_source_mark_populated(move.source, move.tracker, &err), err);
+	mgd_source_stats(move.source, &stats);
+	CHECK_EQUAL(stats.dirty_bytes, 2 * 2 * MIB);
+	/* A page of the file that nobody has mapped: it might hold data. */
+	CHECK(!fallocate(move.from[0], 0, 5 * 2 * MIB, 2 * MIB));
+	CHECK_OK(mgd_source_mark_populated(move.source, move.tracker, &err), err);
+	mgd_source_stats(move.source, &stats);
+	CHECK_EQUAL(stats.dirty_bytes, sizes[0]);
+	CHECK_OK(mgd_tracker_disarm(move.tracker, &err), err);
+	mgd_source_destroy(move.source);
+	mgd_target_destroy(move.target);
+	mgd_tracker_destroy(move.tracker);
+	close_memory(&move);
+}
+
+int main(void)
+{
+	struct mgd_features features;
+	struct mgd_error err;
+
+	CHECK_OK(mgd_probe(&features, &err), err);
+	if (!features.has_userfaultfd || !features.pagemap_scan || !features.wp_async) {
+		printf("no dirty tracking on this kernel, or no right to userfaultfd\n");
+		return SKIPPED;
+	}
+	RUN(test_memory_moves_over_ordinary_pages);
+	if (pool_has(2 * sizes[0] / (2 * MIB))) {
+		RUN(test_memory_moves_over_huge_pages);
+		RUN(test_only_populated_huge_pages_are_marked);
+	} else {
+		printf("fewer than %llu free 2 MiB pages: not over huge pages\n", 2 * sizes[0] / (2 * MIB));
+	}
+	return 0;
+}
