@@ -21,7 +21,7 @@ import structlog
 from migrated.config import Timeouts
 from migrated.errors import GuestError, GuestRefusedError, MigratedError, TimeoutExceededError
 from migrated.guests import process
-from migrated.guests.driver import Mapping, Region, SourceGuest, SourceMemory, StateChannel
+from migrated.guests.driver import Mapping, Memento, Region, SourceGuest, SourceMemory, StateChannel
 from migrated.guests.pidfd import PidHandle
 from migrated.guests.process_wire import (
     HELLO_DIRECT_IO,
@@ -296,6 +296,24 @@ class ProcessSource(SourceGuest):
     async def resume(self) -> None:
         await self._ask(Kind.RUN, "it to run on here")
 
+    def memento(self) -> Memento:
+        pid = self._process.pid if self._process is not None else 0
+        return {"started": process.started_at(pid)}
+
+    async def reclaim(self, memento: Memento) -> None:
+        # The guest closed its userfaultfd when the agent before us was gone; what is left is to let it run.
+        del memento
+        self._resident = await self._hub.wait_connected(self._timeouts.guest_start)
+        await self.resume()
+
+    async def adopt(self, pid: int, memento: Memento) -> None:
+        resident = self._hub.resident
+        if resident is not None and resident.connection.pid == pid:
+            self._resident = resident
+        if process.started_at(pid) == memento.get("started"):
+            with contextlib.suppress(GuestError):  # ended just now
+                self._process = PidHandle.attach(pid)
+
     async def release(self) -> None:
         if self._process is None or self._process.poll() is not None:
             return
@@ -317,6 +335,4 @@ class ProcessSource(SourceGuest):
             self._process.close()
 
     async def died(self) -> str:
-        if self._process is None:
-            raise GuestError(f"guest {self.name} is not open", code="guest-not-open")
-        return await self._process.died()
+        return "ended while no agent watched it" if self._process is None else await self._process.died()

@@ -10,12 +10,13 @@ import asyncio
 import contextlib
 import os
 import shutil
+import socket
 from pathlib import Path
 
 from migrated.config import Timeouts
 from migrated.errors import GuestError, GuestRefusedError, TimeoutExceededError
 from migrated.guests import process
-from migrated.guests.driver import FaultSource, Mapping, Region, StateChannel, TargetGuest, TargetMemory
+from migrated.guests.driver import FaultSource, Mapping, Memento, Region, StateChannel, TargetGuest, TargetMemory
 from migrated.guests.pidfd import PidHandle
 from migrated.guests.process_wire import (
     MAX_PAYLOAD_BYTES,
@@ -26,7 +27,9 @@ from migrated.guests.process_wire import (
     decode_addresses,
     encode_memory,
 )
+from migrated.memory.maps import find_mappings
 from migrated.memory.native import uffd_api, uffd_register
+from migrated.waiting import within
 
 
 class ProcessTarget(TargetGuest):
@@ -41,6 +44,7 @@ class ProcessTarget(TargetGuest):
         self._process: PidHandle | None = None
         self._connection: process.GuestConnection | None = None
         self._uffd = -1
+        self._return: asyncio.Task[None] | None = None  # of a guest whose agent was restarted
 
     async def check(self, regions: tuple[Region, ...]) -> None:
         del regions  # what the guest wants it says itself, when it is started
@@ -163,7 +167,12 @@ class ProcessTarget(TargetGuest):
                     hint="start the guest with the same size on both hosts",
                 )
 
-    def _guest(self) -> process.GuestConnection:
+    async def _guest(self, limit_seconds: float | None = None) -> process.GuestConnection:
+        """The connection; after `adopt` it is waited for, since the guest comes back by itself."""
+        if self._return is not None:
+            limit = self._timeouts.guest_command if limit_seconds is None else limit_seconds
+            async with within(limit, "it to connect again", who=f"guest {self.name}"):
+                await asyncio.shield(self._return)
         if self._connection is None:
             raise GuestError(f"guest {self.name} is not started", code="guest-not-open")
         return self._connection
@@ -174,16 +183,16 @@ class ProcessTarget(TargetGuest):
             state += piece
             if len(state) > MAX_PAYLOAD_BYTES:
                 raise GuestError(f"guest {self.name}: its state has more than {MAX_PAYLOAD_BYTES} bytes")
-        await self._guest().request(
+        await (await self._guest()).request(
             Kind.RESTORE, bytes(state), limit_seconds=self._timeouts.guest_state, what="it to take its state"
         )
         await channel.close_write()
 
     async def resume(self) -> None:
-        await self._guest().request(Kind.RUN, limit_seconds=self._timeouts.guest_command, what="it to run")
+        await (await self._guest()).request(Kind.RUN, limit_seconds=self._timeouts.guest_command, what="it to run")
 
     async def release(self) -> None:
-        connection = self._guest()
+        connection = await self._guest()
         await connection.request(
             Kind.FORGET, limit_seconds=self._timeouts.guest_command, what="it to close its userfaultfd"
         )
@@ -195,7 +204,41 @@ class ProcessTarget(TargetGuest):
         if self._connection is not None:
             self._connection.close()
 
+    def memento(self) -> Memento:
+        pid = self._process.pid if self._process is not None else 0
+        return {"started": process.started_at(pid)}
+
+    async def adopt(self, pid: int, uffd: int, memory: tuple[TargetMemory, ...], memento: Memento) -> FaultSource:
+        if process.started_at(pid) != memento.get("started"):
+            raise GuestError(f"guest {self.name}: its process {pid} has ended", code="guest-gone")
+        self._process = PidHandle.attach(pid)
+        found = tuple(find_mappings(pid, item.memory_fd, region=index) for index, item in enumerate(memory))
+        if not all(found):
+            raise GuestError(f"guest {self.name}: process {pid} does not map its memory", code="guest-gone")
+        self._uffd = uffd
+        self._return = asyncio.ensure_future(self._take_back(process.listen(str(self._socket)), len(memory)))
+        self._return.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return FaultSource(pid=pid, uffd=uffd, mappings=tuple(mapping for part in found for mapping in part))
+
+    async def _take_back(self, listener: socket.socket, regions: int) -> None:
+        """The guest connects again as soon as none of its pages keeps it from doing so."""
+        try:
+            sock, _ = await asyncio.get_running_loop().sock_accept(listener)
+        finally:
+            listener.close()
+            self._socket.unlink(missing_ok=True)
+        self._connection = connection = process.GuestConnection(self.name, sock)
+        limit = self._timeouts.guest_command
+        _, fds = await connection.hello(limit)
+        for fd in fds:
+            os.close(fd)
+        pages = encode_memory(tuple(0 for _ in range(regions)), incoming=True)
+        await connection.request(Kind.MEMORY, pages, limit_seconds=limit, what="it to go on with its memory")
+
     async def close(self) -> None:
+        if self._return is not None:
+            self._return.cancel()
+            await asyncio.gather(self._return, return_exceptions=True)
         if self._connection is not None:
             self._connection.close()
         uffd, self._uffd = self._uffd, -1

@@ -61,7 +61,17 @@ def c_example(tmp_path_factory: pytest.TempPathFactory) -> str:
     if shutil.which("gcc") is None:
         pytest.skip("no gcc")
     out = tmp_path_factory.mktemp("example") / "process_guest"
-    command = ["gcc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread", "-I", str(ROOT / "native/include")]
+    command = [
+        "gcc",
+        "-std=gnu11",
+        "-O2",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-pthread",
+        "-I",
+        str(ROOT / "native/include"),
+    ]
     command += ["-I", str(ROOT / "migrated/guests/images"), "-o", str(out)]
     subprocess.run([*command, str(ROOT / "native/examples/process_guest.c")], check=True, timeout=60)
     return str(out)
@@ -166,8 +176,8 @@ async def test_the_end_of_a_guest_is_told_and_its_absence_refused(short: Path, p
         guest.process.send_signal(signal.SIGKILL)
         assert "ended" in await asyncio.wait_for(source.died(), LIMIT)
         await source.close()
+        await asyncio.wait_for(connection_ended(hub), LIMIT)
         with pytest.raises(GuestError) as caught:
-            await asyncio.wait_for(connection_ended(hub), LIMIT)
             await ProcessSource("p", hub).open()
         assert caught.value.code == "guest-not-connected"
 
@@ -256,10 +266,12 @@ async def move(short: Path, program: list[str], mode: str, source_pages: str, ta
             started = await pair.source.request(
                 "POST", "/v1/migrations", {"guest": "p", "to": pair.address, "mode": mode}
             )
-            attached = asyncio.ensure_future(console.attach(short / "con2", LIMIT))
-            record = await pair.source.wait(started["id"], limit_seconds=60)
+            try:
+                record = await pair.source.wait(started["id"], limit_seconds=40)
+            except TimeoutExceededError:
+                pytest.fail(f"{pair.source.log_tail()}\n{pair.target.log_tail()}")
             assert record["state"] == "completed", (record, pair.source.log_tail(), pair.target.log_tail())
-            await attached
+            await console.attach(short / "con2", LIMIT)
             after = await console.stats(LIMIT)
             assert after.operations >= before.operations
             assert await console.verified()

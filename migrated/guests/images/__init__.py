@@ -199,7 +199,7 @@ def _kernel_package() -> str:
     hint = "apt-get update (the package lists are not here), or put vmlinuz into the cache"
     for line in _run(["apt-cache", "depends", KERNEL_PACKAGE], BUILD_SECONDS).splitlines():
         words = line.split()
-        if len(words) == 2 and words[0] == "Depends:" and words[1].startswith("linux-image-"):  # noqa: PLR2004
+        if len(words) == 2 and words[0] == "Depends:" and words[1].startswith("linux-image-"):
             return words[1]
     message = f"apt knows no package {KERNEL_PACKAGE}"
     raise HostError(message, code="guest-kernel", hint=hint)
