@@ -55,14 +55,13 @@ static void map_run(struct mgd_target *target, struct mgd_alias *alias, uint64_t
 		case EEXIST:
 			break;
 		case EFAULT: /* a hole */
+		case ENXIO: /* not mapped by the guest */
 			page++;
 			count--;
 			break;
 		case EAGAIN: /* the fault thread has an event to read */
 			pause_ns(200000);
 			break;
-		case ENXIO: /* no mapping of it in the guest */
-			return;
 		default:
 			*out_missed = true;
 			mgd_resolve_report(target, alias, page, code);

@@ -167,7 +167,12 @@ static int route_frame(struct mgd_receiver *receiver, struct mgd_error *err)
 	receiver->first_page = frame->first_block / receiver->alias->page_blocks;
 	receiver->page_count = last / receiver->alias->page_blocks - receiver->first_page + 1;
 	if (!(frame->flags & MGD_FRAME_FINAL)) {
-		memset(receiver->route, ROUTE_IN_PLACE, receiver->page_count);
+		for (uint64_t i = 0; i < receiver->page_count; i++) {
+			if (mgd_page_state(mgd_ledger_get(&target->ledger, ledger_page(receiver, i))) == MGD_PAGE_STALE)
+				return mgd_fail(err, MGD_ERR_PEER, "page frame: page %llu comes after the stale map",
+						(unsigned long long)(receiver->first_page + i));
+			receiver->route[i] = ROUTE_IN_PLACE;
+		}
 		return 0;
 	}
 	if (receiver->page_open && receiver->alias->page_blocks <= MGD_CHUNK_BLOCKS)
@@ -304,8 +309,8 @@ static void map_run(struct mgd_receiver *receiver, uint64_t page, uint64_t count
 		int code = mgd_resolve(target, receiver->alias, receiver->first_page + at, end - at, &done);
 
 		at += done;
-		if (code == EFAULT) {
-			at++; /* a hole: left to the fault that wants it */
+		if (code == EFAULT || code == ENXIO) {
+			at++; /* a hole: left to the fault that wants it; or not mapped by the guest, or nothing armed yet */
 			continue;
 		}
 		if (code == ESRCH || code == ENOENT || code == EIO)

@@ -306,6 +306,8 @@ static void a_damaged_frame_leaves_a_blank_page_blank(void)
 
 static void frames_out_of_their_time_end_the_stream(void)
 {
+	const uint8_t bit_of_page_0 = 1;
+	struct mgd_error err = {0};
 	struct bench bench;
 	uint32_t stale[1] = {0};
 
@@ -314,6 +316,14 @@ static void frames_out_of_their_time_end_the_stream(void)
 	lost(&bench, 0, MGD_ERR_PEER, "FINAL before the switch-over");
 	rig_send_all(bench.urgent, 0, 0, 1, 0, 1);
 	lost(&bench, MGD_STREAM_URGENT, MGD_ERR_PEER, "pre-copy frame on the urgent connection");
+	mgd_target_drop_streams(bench.target);
+	close(bench.bulk[0]);
+	bench.bulk[0] = rig_stream(bench.target, 0);
+	close(bench.bulk[1]);
+	bench.bulk[1] = rig_stream(bench.target, 1);
+	CHECK_OK(mgd_target_stale_map(bench.target, 0, 0, &bit_of_page_0, 1, &err), err);
+	rig_send_all(bench.bulk[0], 0, 0, 1, 0, 1);
+	lost(&bench, 0, MGD_ERR_PEER, "comes after the stale map");
 	switch_over(&bench, stale, 1);
 	rig_send_all(bench.bulk[1], 0, 0, 1, 0, 1);
 	lost(&bench, 1, MGD_ERR_PEER, "late frame after switch-over");
@@ -444,6 +454,22 @@ static void what_the_agent_asks_wrongly_is_refused(void)
 	close_bench(&bench);
 }
 
+static void a_pool_too_small_is_named_at_the_start(void)
+{
+	struct mgd_target_region region = {.size_bytes = 16 * 1024 * GIB, .host_page_bytes = 2 * MIB};
+	struct mgd_target *target = NULL;
+	struct mgd_error err = {0};
+	int ledger = memfd_create("ledger", MFD_CLOEXEC);
+
+	if (rig_pool(2 * MIB) < 0)
+		return; /* no such pages on this machine */
+	region.memory_fd = rig_memfd(2 * MIB, region.size_bytes);
+	CHECK_EQUAL(ftruncate(ledger, (off_t)mgd_ledger_bytes(&region, 1)), 0);
+	CHECK_FAILS(mgd_target_create(&region, 1, 1, ledger, 0, rig_secret, &target, &err), err, MGD_ERR_POOL);
+	close(region.memory_fd);
+	close(ledger);
+}
+
 static void populated_pages_have_memory(void)
 {
 	uint8_t bits[PAGES / 8];
@@ -480,6 +506,7 @@ int main(void)
 	RUN(a_page_larger_than_a_chunk_comes_in_order_on_one_connection);
 	RUN(a_ledger_is_taken_over);
 	RUN(what_the_agent_asks_wrongly_is_refused);
+	RUN(a_pool_too_small_is_named_at_the_start);
 	RUN(populated_pages_have_memory);
 	return 0;
 }
