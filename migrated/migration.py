@@ -192,7 +192,7 @@ class Migration:
                 self.all_mapped.set()
             case EventKind.STREAM_LOST | EventKind.FAILED:
                 error = event.error or MigratedError(f"stream {event.stream} ended")
-                self.log.warning("engine", event=event.kind.name, stream=event.stream, error=str(error))
+                self.log.warning("engine", kind=event.kind.name, stream=event.stream, error=str(error))
                 self.failure.set(error)
             case _:
                 pass
