@@ -105,13 +105,14 @@ static int flush(struct source_stream *stream, struct mgd_error *err)
 				from++;
 			taken += bytes;
 		}
-		if (mgd_channel_send(stream->channel, part, count, err))
-			return -1;
+		/* Counted first: whoever has seen the data arrive finds it in the figures. */
 		source_count(source, wire_bytes, piece);
 		if (stream->number == MGD_STREAM_URGENT)
 			source_count(source, demand_bytes, piece);
 		else if (stream->claim_region)
 			source_count(source, drain_bytes, piece);
+		if (mgd_channel_send(stream->channel, part, count, err))
+			return -1;
 		left -= piece;
 	}
 	stream->heads_bytes = 0;
