@@ -2,7 +2,7 @@
 /*
  * The target engine, as its own files see it.
  *
- *   receive.c     one thread a connection: frames → alias, pages → current, CONTINUE on arrival
+ *   receive.c     one thread a connection; receive_pages.c: frames → alias, pages → current, CONTINUE on arrival
  *   fault.c       one thread: faults of the guest → CONTINUE, or a demand to the source
  *   background.c  one thread: CONTINUE of current pages nobody has touched yet
  *   populate.c    some threads: memory for pages that are about to come

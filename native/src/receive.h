@@ -1,0 +1,47 @@
+/* SPDX-License-Identifier: MIT */
+/* A connection's receiver: what receive.c (connection, frames) and receive_pages.c (what a frame does to pages) share. */
+#ifndef MGD_RECEIVE_H
+#define MGD_RECEIVE_H
+
+#include <sys/uio.h>
+
+#include "target.h"
+
+enum route { ROUTE_DROP, ROUTE_SCRATCH, ROUTE_IN_PLACE };
+
+struct mgd_receiver {
+	struct mgd_target *target;
+	uint32_t stream; /* or MGD_STREAM_URGENT */
+	struct mgd_channel *channel;
+	pthread_t thread;
+	_Atomic bool stopping, writing;
+	bool barrier_seen; /* under barrier_lock, as is: */
+	uint64_t barrier;
+
+	/* The page of several frames under way (host pages larger than a chunk). */
+	bool page_open;
+	uint64_t open_page; /* the ledger's number */
+	uint32_t next_sequence;
+	enum route open_route;
+
+	/* The frame under way. */
+	struct mgd_frame frame;
+	struct mgd_alias *alias;
+	uint64_t first_page, page_count; /* of the alias; pages the frame touches */
+	uint8_t route[MGD_CHUNK_BLOCKS]; /* enum route, by page of the frame */
+	bool routed; /* route is that of this frame */
+	bool claimed; /* by this frame, page for page where route is not DROP */
+	uint32_t present_count;
+	uint8_t *at[MGD_CHUNK_BLOCKS]; /* where present block i has been read to */
+	uint64_t hashes[MGD_CHUNK_BLOCKS];
+	struct iovec iov[MGD_CHUNK_BLOCKS];
+	uint8_t *scratch; /* MGD_CHUNK_BLOCKS blocks */
+};
+
+/* Header and bitmaps are in receiver->frame and checked, the payload is still in the socket: take it, and put it where it
+ * belongs.  After an error mgd_receive_give_up puts things back. */
+int mgd_receive_frame_pages(struct mgd_receiver *receiver, struct mgd_error *err);
+/* The connection ends: nothing of a FINAL frame that was not complete may stay, and its pages are anybody's again. */
+void mgd_receive_give_up(struct mgd_receiver *receiver);
+
+#endif
