@@ -1,7 +1,7 @@
 """What an agent was doing, on disk: enough to come back from its own death.
 
 One small file a migration in the state directory, replaced whole (write, fsync, rename) before each step that another
-agent must know of: the target writes before it says Loaded and before it obeys COMMIT, the source before it touches the
+agent must know of: the target writes before it says Loaded and when it obeys COMMIT, the source before it touches the
 guest and before it sends COMMIT.  A file is believed only if its checksum fits, it is of this boot, and what it speaks of
 is really there; anything else is reported and set aside as ``NAME.refused``, never acted on.
 
@@ -33,7 +33,7 @@ class TargetEntry(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """A migration to here.
 
     ``stage``: ``setup`` (nothing to save: end what was started), ``loaded`` (only the source knows whether COMMIT was
-    given), ``committed`` (the guest is ours).
+    given), ``committed`` (the guest is ours), ``running`` (and has been told so).
     """
 
     hello: Hello
@@ -72,11 +72,17 @@ class _File(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     entry: msgspec.Raw
 
 
+def process_lives(pid: int, started: int) -> bool:
+    """Whether the process an entry speaks of is still there (and not a later one with its number, or a zombie)."""
+    return pid > 0 and started > 0 and process_started(pid) == started
+
+
 def process_started(pid: int) -> int:
-    """Start time of a process in clock ticks since boot; 0 when there is none."""
+    """Start time of a process in clock ticks since boot; 0 when there is none, or only a zombie of it."""
     try:
         # The name is in parentheses and may hold anything; what follows the last one is plain.
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return 0 if fields[0] in "ZX" else int(fields[19])
     except (OSError, IndexError, ValueError):
         return 0
 

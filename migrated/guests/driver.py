@@ -12,6 +12,9 @@ import abc
 import dataclasses
 from typing import Protocol
 
+#: Plain values of a driver's own, kept in the journal.
+Memento = dict[str, int | str | bool]
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Mapping:
@@ -143,6 +146,21 @@ class SourceGuest(abc.ABC):
         """After `done`: the guest runs elsewhere and needs nothing of ours; end what is left of it here."""
 
     @abc.abstractmethod
+    def memento(self) -> Memento:
+        """What a restarted agent needs to take this guest up again (`reclaim`, `adopt`), beside its pid and memory."""
+
+    @abc.abstractmethod
+    async def reclaim(self, memento: Memento) -> None:
+        """In a new object, after the agent was restarted before COMMIT: run on here, untracked, whatever was under way."""
+
+    @abc.abstractmethod
+    async def adopt(self, pid: int, memento: Memento) -> None:
+        """In a new object, after the agent was restarted after COMMIT: so that `release` and `died` work.
+
+        ``pid`` may have ended meanwhile; its memory is in other hands.
+        """
+
+    @abc.abstractmethod
     async def close(self) -> None:
         """Let go of descriptors and connections.  Does not touch the guest.  Idempotent."""
 
@@ -184,6 +202,17 @@ class TargetGuest(abc.ABC):
     @abc.abstractmethod
     async def kill(self) -> None:
         """End the guest process (before COMMIT only) and wait until it is gone.  Idempotent."""
+
+    @abc.abstractmethod
+    def memento(self) -> Memento:
+        """What a restarted agent needs to take this guest up again (`adopt`), beside its pid, memory and userfaultfd."""
+
+    @abc.abstractmethod
+    async def adopt(self, pid: int, uffd: int, memory: tuple[TargetMemory, ...], memento: Memento) -> FaultSource:
+        """In a new object, after the agent was restarted: take back the guest process.  ``uffd`` becomes the driver's.
+
+        Must not wait for the guest: it may be waiting for a page.  GuestError ``guest-gone`` when ``pid`` is not it.
+        """
 
     @abc.abstractmethod
     async def close(self) -> None:

@@ -24,6 +24,9 @@ TARGET_CAPABILITIES = frozenset({"x-ignore-shared", "events", "return-path", "la
 #: tls-creds would wrap a socket pair that never leaves this host.
 SOURCE_PARAMETERS: dict[str, object] = {"downtime-limit": 2_000_000, "max-bandwidth": 1 << 40, "tls-creds": ""}
 
+#: QEMU's own (5.2 and newer), for a guest whose former values are not known any more.
+DEFAULT_PARAMETERS: dict[str, object] = {"downtime-limit": 300, "max-bandwidth": 128 << 20}
+
 _PREFACE = struct.Struct("<4sBBH")
 _PREFACE_MAGIC = b"MGQS"
 _PREFACE_VERSION = 1
@@ -113,6 +116,19 @@ class MigrationSettings:
             if old:
                 await self._monitor.execute("migrate-set-parameters", {name: parameters[name] for name in old})
                 self._parameters = old
+
+    async def undo_unknown(self) -> None:
+        """Put QEMU's defaults in place of what an agent that died left set.
+
+        Left alone, x-ignore-shared would make a later migration by hand arrive without its memory.
+        """
+        states = {c["capability"]: bool(c["state"]) for c in await self._monitor.execute("query-migrate-capabilities")}
+        if states.get("x-ignore-shared"):
+            self._capabilities = {name: False for name in SOURCE_CAPABILITIES if states.get(name)}
+        now = await self._monitor.execute("query-migrate-parameters")
+        if now.get("downtime-limit") == SOURCE_PARAMETERS["downtime-limit"]:
+            self._parameters = dict(DEFAULT_PARAMETERS)
+        await self.restore()
 
     async def restore(self, monitor: Monitor | None = None) -> None:
         """Put back what `apply` changed; ``monitor``: a new session, where the old one was lost."""

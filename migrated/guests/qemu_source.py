@@ -21,7 +21,7 @@ from pathlib import Path
 from migrated.config import Timeouts
 from migrated.errors import GuestError, GuestRefusedError, MigratedError, TimeoutExceededError
 from migrated.guests import injection, qemu_memory
-from migrated.guests.driver import SourceGuest, SourceMemory, StateChannel
+from migrated.guests.driver import Memento, SourceGuest, SourceMemory, StateChannel
 from migrated.guests.pidfd import PidHandle
 from migrated.guests.qemu import SOURCE_CAPABILITIES, SOURCE_PARAMETERS, MigrationSettings, QemuSourceConfig, preface
 from migrated.guests.qemu_relay import StateRelay
@@ -299,6 +299,19 @@ class QemuSource(SourceGuest):
         except TimeoutExceededError:
             # The guest runs elsewhere: what is left here must not.
             await process.kill(self._timeouts.release)
+
+    def memento(self) -> Memento:
+        return {"runs": self._runs}
+
+    async def reclaim(self, memento: Memento) -> None:
+        await self.reopen()
+        self._runs = bool(memento.get("runs", True))
+        await self.resume()
+        await MigrationSettings(await self._monitor()).undo_unknown()
+
+    async def adopt(self, pid: int, memento: Memento) -> None:
+        del memento  # what it was is of no use any more
+        self._process = PidHandle.attach(pid)
 
     async def close(self) -> None:
         await self._end_relay()

@@ -14,7 +14,7 @@ from pathlib import Path
 from migrated.config import Timeouts
 from migrated.errors import GuestError, GuestRefusedError, MigratedError, RemoteProtocolError
 from migrated.guests import injection, qemu_memory
-from migrated.guests.driver import FaultSource, Mapping, Region, StateChannel, TargetGuest, TargetMemory
+from migrated.guests.driver import FaultSource, Mapping, Memento, Region, StateChannel, TargetGuest, TargetMemory
 from migrated.guests.pidfd import PidHandle
 from migrated.guests.qemu import (
     PREFACE_BYTES,
@@ -206,40 +206,28 @@ class QemuTarget(TargetGuest):
 
     # ------------------------------------------------------------ a restarted agent
 
-    @classmethod
-    async def adopt(
-        cls,
-        name: str,
-        config: QemuTargetConfig,
-        run_dir: Path,
-        timeouts: Timeouts,
-        *,
-        pid: int,
-        uffd: int,
-        memory: tuple[TargetMemory, ...],
-        runs: bool = True,
-    ) -> tuple[QemuTarget, FaultSource]:
-        """Take back an incoming QEMU that an agent before us started.  ``uffd`` becomes the driver's.
+    def memento(self) -> Memento:
+        return {"runs": self.runs}
 
-        ``runs``: as the driver before had it (`QemuTarget.runs`).  Raises GuestError ``guest-gone`` when process ``pid``
-        is not the one that maps ``memory``, or no longer holds the userfaultfd.
-        """
-        self = cls(name, config, run_dir, timeouts)
-        self.runs = runs
-        self._owns_files = True
-        self._process = PidHandle.attach(pid)
+    async def adopt(self, pid: int, uffd: int, memory: tuple[TargetMemory, ...], memento: Memento) -> FaultSource:
+        process = PidHandle.attach(pid)
         try:
             remote = injection.find_remote(pid, uffd)
             if remote is None:
                 raise GuestError(
-                    f"guest {name}: process {pid} does not hold the userfaultfd of this migration", code="guest-gone"
+                    f"guest {self.name}: process {pid} does not hold the userfaultfd of this migration",
+                    code="guest-gone",
                 )
+            self._process = process
             mappings = await self._mappings(memory)
         except BaseException:
-            self._process.close()
+            self._process = None
+            process.close()
             raise
-        self._uffd = injection.InjectedUffd(self._process, uffd, remote, 0.0)
-        return self, FaultSource(pid=pid, uffd=uffd, mappings=mappings)
+        self.runs = bool(memento.get("runs", True))
+        self._owns_files = True
+        self._uffd = injection.InjectedUffd(process, uffd, remote, 0.0)
+        return FaultSource(pid=pid, uffd=uffd, mappings=mappings)
 
     @property
     def _qemu(self) -> PidHandle:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncIterator
 
 import structlog
@@ -12,11 +13,15 @@ from migrated import guests
 from migrated.address import parse_address
 from migrated.agent import Health, SetRequest, StartRequest
 from migrated.config import AgentConfig
-from migrated.errors import ConflictError, NotFoundError
+from migrated.errors import ConflictError, GuestError, MigratedError, NotFoundError
+from migrated.guests.driver import Region, SourceMemory
+from migrated.journal import Journal, SourceEntry
+from migrated.keeper import keeper_for
 from migrated.record import Record
 from migrated.roster import Roster
-from migrated.source.migration import SourceMigration
+from migrated.source.migration import Recovered, SourceMigration
 from migrated.source.options import Options
+from migrated.survival import Legacy, Survival
 
 log = structlog.get_logger("migrated.source")
 
@@ -32,6 +37,8 @@ class SourceAgent:
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = False
         self._residents = guests.Residents(config)
+        self._keeper = keeper_for(config.state_dir)
+        self._journal = Journal(config.state_dir / "journal", SourceEntry)
 
     def guests(self) -> list[str]:
         """Names, as configured."""
@@ -73,14 +80,80 @@ class SourceAgent:
             )
         table = self.config.guests[request.guest]
         guest = self._residents.source_guest(request.guest)
+        session_id = os.urandom(16)
         migration = SourceMigration(
-            guest_name=request.guest, driver=table["driver"], guest=guest, options=options, config=self.config
+            guest_name=request.guest,
+            driver=table["driver"],
+            guest=guest,
+            options=options,
+            config=self.config,
+            session_id=session_id,
+            survival=Survival(self._journal, self._keeper, session_id.hex()[:12]),
         )
+        self._launch(migration)
+        return migration.record
+
+    def _launch(self, migration: SourceMigration) -> None:
         self._roster.add(migration)
         task = asyncio.ensure_future(migration.run())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        return migration.record
+
+    # ------------------------------------------------------------ after an agent that died
+
+    async def _take_back(self) -> None:
+        """Go on with what an agent before us left, guest by guest."""
+        for migration_id, entry, fds in await Legacy(self._journal, self._keeper).take():
+            survival = Survival(self._journal, self._keeper, migration_id)
+            try:
+                self._launch(self._revive(entry, fds, survival))
+            except (MigratedError, OSError) as error:
+                for fd in fds:
+                    with contextlib.suppress(OSError):
+                        os.close(fd)
+                # The entry stays: it is all there is to find the guest by, and a repaired configuration may need it.
+                log.error(  # noqa: TRY400 - expected: no traceback
+                    "a migration of the agent before cannot go on",
+                    migration=migration_id,
+                    guest=entry.hello.guest,
+                    stage=entry.stage,
+                    error=str(error),
+                )
+
+    def _revive(self, entry: SourceEntry, fds: list[int], survival: Survival[SourceEntry]) -> SourceMigration:
+        hello = entry.hello
+        table = self.config.guests.get(hello.guest)
+        if table is None:
+            raise NotFoundError(f"{hello.guest} is no longer configured in {self.config.path}", code="unknown-guest")
+        regions = tuple(Region(region.name, region.size_bytes, region.page_bytes) for region in hello.regions)
+        if entry.stage == "committed" and len(fds) != len(regions):
+            raise GuestError(
+                f"{len(fds)} memory descriptors were kept, {len(regions)} are needed: the frozen memory is lost",
+                code="no-descriptors",
+                hint="on the target, `migrated abandon` ends the waiting with memory errors in the guest",
+            )
+        memory = SourceMemory(
+            pid=entry.pid, regions=regions, mappings=(), memory_fds=tuple(fds), file_offsets=entry.file_offsets
+        )
+        options = Options(
+            target=parse_address(entry.target),
+            mode=hello.mode,
+            downtime_limit_seconds=self.config.migration.downtime_limit_ms / 1000,
+            max_rounds=self.config.migration.max_rounds,
+            streams=hello.streams,
+            max_bandwidth=entry.max_bandwidth,
+            drain_bandwidth=entry.drain_bandwidth,
+        )
+        return SourceMigration(
+            guest_name=hello.guest,
+            driver=hello.driver,
+            guest=self._residents.source_guest(hello.guest),
+            options=options,
+            config=self.config,
+            session_id=hello.session,
+            survival=survival,
+            legacy=Recovered(entry, memory),
+        )
 
     async def abort(self, migration_id: str) -> Record:
         """See Agent."""
@@ -131,6 +204,7 @@ class SourceAgent:
     async def run(self, stop: asyncio.Event) -> None:
         """Until ``stop``: then abort what can be aborted, and stay until nothing post-copy needs this process."""
         async with self._residents:
+            await self._take_back()
             await stop.wait()
             self._stopping = True
             for migration in self._roster.active:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import time
 from collections.abc import AsyncIterator
@@ -31,6 +32,7 @@ from migrated.errors import (
     TimeoutExceededError,
     named,
 )
+from migrated.journal import SourceEntry, process_started
 from migrated.link import ControlLink, StatePipe
 from migrated.memory.engine import URGENT, Event, EventKind, SourceEngine
 from migrated.memory.native import lib
@@ -71,6 +73,26 @@ if TYPE_CHECKING:
     from migrated.config import AgentConfig
     from migrated.guests.driver import SourceGuest, SourceMemory
     from migrated.source.options import Options
+    from migrated.survival import Survival
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Recovered:
+    """What is left of a migration whose agent died: the entry and, after COMMIT, the frozen memory."""
+
+    entry: SourceEntry
+    memory: SourceMemory
+
+    @property
+    def committed(self) -> bool:
+        """Whether COMMIT was sent, or may have been."""
+        return self.entry.stage == "committed"
+
+    def session(self) -> Session:
+        """The session as it stood."""
+        state = SessionState.PAUSED if self.committed else SessionState.UNSETTLED
+        ready = Ready(self.entry.page_bytes) if self.entry.page_bytes else None
+        return Session(Role.SOURCE, state=state, hello=self.entry.hello, ready=ready)
 
 
 class SourceMigration(Migration):
@@ -79,9 +101,18 @@ class SourceMigration(Migration):
     role = "source"
 
     def __init__(
-        self, *, guest_name: str, driver: str, guest: SourceGuest, options: Options, config: AgentConfig
+        self,
+        *,
+        guest_name: str,
+        driver: str,
+        guest: SourceGuest,
+        options: Options,
+        config: AgentConfig,
+        session_id: bytes,
+        survival: Survival[SourceEntry],
+        legacy: Recovered | None = None,
     ) -> None:
-        self.session_id = os.urandom(16)
+        self.session_id = session_id
         super().__init__(
             Record(
                 id=self.session_id.hex()[:12],
@@ -91,15 +122,19 @@ class SourceMigration(Migration):
                 peer=str(options.target),
                 driver=driver,
                 max_bandwidth_bytes_per_second=options.max_bandwidth,
+                state=State.POSTCOPY_PAUSED if legacy is not None and legacy.committed else State.SETUP,
             )
         )
         self.options = options
         self._guest = guest
         self._config = config
         self._timeouts = config.timeouts
-        self._token = os.urandom(32)
-        self._secret = os.urandom(lib.MGD_SECRET_BYTES)
-        self._session = Session(Role.SOURCE)
+        self._survival = survival
+        self._legacy = legacy
+        self._entry = legacy.entry if legacy is not None else None
+        self._token = legacy.entry.hello.token if legacy is not None else os.urandom(32)
+        self._secret = legacy.entry.hello.block_secret if legacy is not None else os.urandom(lib.MGD_SECRET_BYTES)
+        self._session = legacy.session() if legacy is not None else Session(Role.SOURCE)
         self._dialer = Dialer(options.target, session_id=self.session_id, token=self._token, timeouts=config.timeouts)
         self._link: ControlLink | None = None
         self._pipe = StatePipe()
@@ -121,8 +156,12 @@ class SourceMigration(Migration):
         """The whole migration; ends in a final state, never raises."""
         ticker = asyncio.ensure_future(self.tick())
         try:
+            if self._legacy is not None:
+                await self._go_on(self._legacy)
+                return
             try:
                 await self.failure.guard(self._until_loaded())
+                await self._note("committed")
                 await self._require_link().send(Commit())
             except Exception as error:  # noqa: BLE001 - whatever it is, the guest must be brought to a safe place
                 if not self._session.committed:
@@ -156,25 +195,45 @@ class SourceMigration(Migration):
         self._pipe.attach(link)
         link.start()
         self.background(self._watch_link(link))
-        await link.send(
-            Hello(
-                version=PROTOCOL_VERSION,
-                session=self.session_id,
-                token=self._token,
-                guest=self.record.guest,
-                driver=self.record.driver,
-                mode=self.options.mode,
-                streams=self.options.streams,
-                block_secret=self._secret,
-                regions=tuple(RegionInfo(r.name, r.size_bytes, r.page_bytes) for r in memory.regions),
-                agent=f"migrated {__version__}",
-            )
+        hello = Hello(
+            version=PROTOCOL_VERSION,
+            session=self.session_id,
+            token=self._token,
+            guest=self.record.guest,
+            driver=self.record.driver,
+            mode=self.options.mode,
+            streams=self.options.streams,
+            block_secret=self._secret,
+            regions=tuple(RegionInfo(r.name, r.size_bytes, r.page_bytes) for r in memory.regions),
+            agent=f"migrated {__version__}",
         )
+        self._entry = SourceEntry(
+            hello=hello,
+            stage="active",
+            target=str(self.options.target),
+            file_offsets=memory.file_offsets,
+            pid=memory.pid,
+            pid_started=process_started(memory.pid),
+            started_at=self.record.started_at,
+            max_bandwidth=self.options.max_bandwidth,
+            drain_bandwidth=self.options.drain_bandwidth,
+        )
+        await link.send(hello)
         ready = await link.expect(
             Ready, limit_seconds=self._timeouts.guest_start + self._timeouts.handshake, what="the target to be ready"
         )
         self.record.page_size = max(ready.page_bytes)
+        self._entry.page_bytes = ready.page_bytes
         return ready.page_bytes
+
+    async def _note(self, stage: str) -> None:
+        """Write down how far we are: before the guest is touched, and before COMMIT is sent."""
+        if self._entry is None:
+            raise MigratedError("nothing to note yet: this is a bug")
+        self._entry.stage = stage
+        self._entry.target = str(self._dialer.address)
+        self._entry.guest = self._guest.memento()
+        await self._survival.write(self._entry)
 
     async def _open_streams(self) -> None:
         engine = self._require_engine()
@@ -184,7 +243,10 @@ class SourceMigration(Migration):
 
     async def _arm(self, memory: SourceMemory) -> Tracker:
         """Attach dirty tracking.  With direct I/O about, the guest is quiesced for it (design, Pinned buffers)."""
+        await self._survival.hold(memory.memory_fds)
+        await self._note("active")
         uffd = await self._guest.tracking_uffd()
+        await self._note("active")  # with the descriptor's number in the guest, so that it can be closed there
         tracker = self._tracker = Tracker(memory, uffd)
         async with self._quiesced(needed=self._guest.needs_quiesced_scans):
             await asyncio.to_thread(tracker.arm)
@@ -294,11 +356,13 @@ class SourceMigration(Migration):
 
     # ------------------------------------------------------------ after COMMIT
 
-    async def _after_commit(self) -> None:
+    async def _after_commit(self, *, connected: bool = True) -> None:
         while True:
             try:
-                await self.failure.guard(self._until_done())
-                break
+                if connected:
+                    await self.failure.guard(self._until_done())
+                    break
+                connected = True
             except Exception as error:  # noqa: BLE001 - after COMMIT every failure means the same: pause and reconnect
                 reason = self.failure.error or error
                 if self._all_there:
@@ -311,6 +375,7 @@ class SourceMigration(Migration):
                 return
         await self._disconnect()
         await quietly(self._guest.release(), self.log, "release the guest")
+        await self._survival.over()
         self.record.error = None
         self.set_state(State.COMPLETED)
 
@@ -323,7 +388,7 @@ class SourceMigration(Migration):
         if not self._running_there:
             await link.expect(Running, limit_seconds=self._timeouts.guest_command * 2, what="the guest to run there")
             self._running_there = True
-        if self.record.downtime_seconds is None:
+        if self.record.downtime_seconds is None and self._paused_at > 0:
             self.record.downtime_seconds = time.monotonic() - self._paused_at
         self.set_state(State.POSTCOPY)
         if not self._all_there:
@@ -421,10 +486,34 @@ class SourceMigration(Migration):
         await self._stop_tracking()
         told = link is not None and link.broken is None and await self._confirmed(link)
         await self._disconnect()
+        if told or not self._session.must_reconnect:
+            await self._survival.over()
         aborted = isinstance(error, AbortedError)
         self.set_state(State.ABORTED if aborted else State.FAILED, error)
         if not told and self._session.must_reconnect:
             await self._settle(error)
+
+    async def _go_on(self, legacy: Recovered) -> None:
+        """After a restart of the agent."""
+        if not legacy.committed:
+            error = MigratedError(
+                "the source agent was restarted before COMMIT: the guest runs on here",
+                code="agent-restarted",
+                hint="start the migration again",
+            )
+            await quietly(self._guest.reclaim(legacy.entry.guest), self.log, "run the guest on here")
+            self.set_state(State.FAILED, error)
+            await self._settle(error)
+            return
+        self.record.page_size = max(legacy.entry.page_bytes)
+        self.record.total_bytes = sum(region.size_bytes for region in legacy.memory.regions)
+        await quietly(self._guest.adopt(legacy.entry.pid, legacy.entry.guest), self.log, "find the paused guest")
+        engine = self._engine = SourceEngine(legacy.memory, legacy.entry.page_bytes, self.options.streams, self._secret)
+        engine.watch(asyncio.get_running_loop(), self.on_engine_event)
+        engine.set_bandwidth(self.options.max_bandwidth, self.options.drain_bandwidth)
+        await asyncio.to_thread(engine.freeze_whole)
+        self.log.warning("the frozen memory is found again after a restart of the agent")
+        await self._after_commit(connected=False)
 
     async def _confirmed(self, link: ControlLink) -> bool:
         """Whether the target says that nothing of the guest is left there."""
@@ -455,6 +544,7 @@ class SourceMigration(Migration):
             if self._session.must_reconnect:
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, self._timeouts.reconnect_interval_limit)
+        await self._survival.over()
 
     async def _stop_tracking(self) -> None:
         engine, tracker = self._engine, self._tracker

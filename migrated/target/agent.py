@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 import time
 from collections.abc import AsyncIterator
@@ -17,23 +18,29 @@ from migrated.dialing import heartbeat
 from migrated.errors import (
     ConfigError,
     ConflictError,
+    GuestError,
     GuestRefusedError,
     MigratedError,
     NotFoundError,
     RemoteProtocolError,
 )
+from migrated.guests.driver import Region, TargetMemory
+from migrated.guests.pidfd import PidHandle
+from migrated.journal import Journal, TargetEntry, process_lives
+from migrated.keeper import keeper_for
 from migrated.link import ControlLink, tune
 from migrated.memory.engine import URGENT
 from migrated.protocol.bounds import abort_of
 from migrated.protocol.framing import FrameDecoder
-from migrated.protocol.messages import Abort, Aborted, AnyMessage, Hello, Resume
+from migrated.protocol.messages import Abort, Aborted, AnyMessage, Hello, Ready, Resume
 from migrated.protocol.preamble import PREAMBLE_BYTES, Preamble, Purpose, VersionMismatchError, decode, refusal
 from migrated.protocol.session import Session
 from migrated.protocol.transitions import Role
 from migrated.protocol.transitions import State as SessionState
 from migrated.record import Record
 from migrated.roster import Roster
-from migrated.target.migration import TargetMigration
+from migrated.survival import Legacy, Survival
+from migrated.target.migration import Recovered, TargetMigration
 from migrated.waiting import within
 
 log = structlog.get_logger("migrated.target")
@@ -55,6 +62,8 @@ class TargetAgent:
         self._connections: set[asyncio.Task[None]] = set()
         self._stopping = False
         self._residents = guests.Residents(config)
+        self._keeper = keeper_for(config.state_dir)
+        self._journal = Journal(config.state_dir / "journal", TargetEntry)
         self.bound: tuple[str, int] | None = None  # where we listen, once we do (port 0: any free one)
 
     # ------------------------------------------------------------ what the outside asks
@@ -129,6 +138,7 @@ class TargetAgent:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Listen until ``stop``; abort what can be; stay while a guest here still lacks pages."""
+        await self._take_back()
         listener = await self._listen()
         accepting = asyncio.ensure_future(self._accept(listener))
         try:
@@ -144,6 +154,80 @@ class TargetAgent:
             listener.close()
             for task in list(self._connections):
                 task.cancel()
+
+    # ------------------------------------------------------------ after an agent that died
+
+    async def _take_back(self) -> None:
+        """Go on with what an agent before us left, guest by guest."""
+        for migration_id, entry, fds in await Legacy(self._journal, self._keeper).take():
+            survival = Survival(self._journal, self._keeper, migration_id)
+            try:
+                if entry.stage == "setup":
+                    await self._end_left_over(entry)
+                    raise GuestError("it had not come far: the guest runs on at its source", code="agent-restarted")
+                await self._revive(entry, fds, survival)
+            except (MigratedError, OSError) as error:
+                for fd in fds:
+                    with contextlib.suppress(OSError):
+                        os.close(fd)
+                await survival.over()
+                log.error(  # noqa: TRY400 - expected: no traceback
+                    "a migration of the agent before cannot go on",
+                    migration=migration_id,
+                    guest=entry.hello.guest,
+                    stage=entry.stage,
+                    error=str(error),
+                )
+
+    async def _end_left_over(self, entry: TargetEntry) -> None:
+        if process_lives(entry.pid, entry.pid_started):
+            process = PidHandle.attach(entry.pid)
+            try:
+                await process.kill(self.config.timeouts.abort)
+            finally:
+                process.close()
+
+    async def _revive(self, entry: TargetEntry, fds: list[int], survival: Survival[TargetEntry]) -> None:
+        hello = entry.hello
+        if not process_lives(entry.pid, entry.pid_started):
+            raise GuestError(f"the guest process {entry.pid} has ended", code="guest-died")
+        if len(fds) != 2 + len(hello.regions) or len(entry.page_bytes) != len(hello.regions):
+            raise GuestError(
+                f"{len(fds)} descriptors were kept, {2 + len(hello.regions)} are needed", code="no-descriptors"
+            )
+        if hello.guest not in self.config.guests:
+            raise GuestError(f"{hello.guest} is no longer configured in {self.config.path}", code="unknown-guest")
+        uffd, ledger_fd, *memory_fds = fds
+        memory = tuple(
+            TargetMemory(Region(region.name, region.size_bytes, page), fd)
+            for region, page, fd in zip(hello.regions, entry.page_bytes, memory_fds, strict=True)
+        )
+        for piece in memory:
+            if os.fstat(piece.memory_fd).st_size != piece.region.size_bytes:
+                raise GuestError(
+                    f"the memory kept for region {piece.region.name} has another size", code="no-descriptors"
+                )
+        guest = self._residents.target_guest(hello.guest)
+        faults = await guest.adopt(entry.pid, uffd, memory, entry.guest)
+        state = SessionState.WAITING if entry.stage == "loaded" else SessionState.PAUSED
+        session = Session(Role.TARGET, state=state, hello=hello, ready=Ready(entry.page_bytes))
+        migration = TargetMigration(
+            hello,
+            guest=guest,
+            page_bytes=None,
+            session=session,
+            link=None,
+            config=self.config,
+            survival=survival,
+            legacy=Recovered(entry, memory, ledger_fd, faults),
+        )
+        self._launch(migration)
+
+    def _launch(self, migration: TargetMigration) -> None:
+        self._roster.add(migration)
+        task = asyncio.ensure_future(migration.run())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _drained(self) -> None:
         limit = self.config.timeouts.shutdown
@@ -307,10 +391,7 @@ class TargetAgent:
             await link.send(Aborted())
             await link.close()
             return
-        self._roster.add(migration)
-        task = asyncio.ensure_future(migration.run())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._launch(migration)
 
     def _admit(self, hello: Hello, link: ControlLink) -> TargetMigration:
         table = self.config.guests.get(hello.guest)
@@ -346,6 +427,7 @@ class TargetAgent:
             session=link.session,
             link=link,
             config=self.config,
+            survival=Survival(self._journal, self._keeper, hello.session.hex()[:12]),
         )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import hmac
 import os
 import time
@@ -19,13 +20,15 @@ from typing import TYPE_CHECKING
 from migrated.errors import (
     AbortedError,
     ConflictError,
+    ConnectionLostError,
     GuestError,
     MigratedError,
     PeerError,
     RemoteProtocolError,
     named,
 )
-from migrated.guests.driver import Region, TargetGuest, TargetMemory
+from migrated.guests.driver import FaultSource, Region, TargetGuest, TargetMemory
+from migrated.journal import TargetEntry, process_started
 from migrated.link import ControlLink, StatePipe
 from migrated.memory import memfd
 from migrated.memory.engine import URGENT, Event, EventKind, Histogram, TargetEngine, ledger_bytes
@@ -60,10 +63,12 @@ from migrated.waiting import within
 if TYPE_CHECKING:
     from migrated.config import AgentConfig
     from migrated.protocol.session import Session
+    from migrated.survival import Survival
 
 #: How long a page connection may wait for the engine it belongs to.
 STREAM_WAIT_SECONDS = 10.0
-RESUME_TRIES = 3
+#: Between two tries to run the guest after COMMIT.
+RESUME_PAUSE_SECONDS = 0.2
 
 #: What a target answers a Resume with.
 STANDING = {
@@ -71,6 +76,16 @@ STANDING = {
     SessionState.RESUMING_RUNNING: "running",
     SessionState.RESUMING_DONE: "done",
 }
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Recovered:
+    """What is left of a migration whose agent died."""
+
+    entry: TargetEntry
+    memory: tuple[TargetMemory, ...]
+    ledger_fd: int
+    faults: FaultSource
 
 
 class TargetMigration(Migration):
@@ -85,8 +100,10 @@ class TargetMigration(Migration):
         guest: TargetGuest,
         page_bytes: int | None,
         session: Session,
-        link: ControlLink,
+        link: ControlLink | None,
         config: AgentConfig,
+        survival: Survival[TargetEntry],
+        legacy: Recovered | None = None,
     ) -> None:
         super().__init__(
             Record(
@@ -94,9 +111,10 @@ class TargetMigration(Migration):
                 guest=hello.guest,
                 role=self.role,
                 mode=hello.mode,
-                peer=link.peer,
+                peer=link.peer if link is not None else "",
                 driver=hello.driver,
                 total_bytes=sum(region.size_bytes for region in hello.regions),
+                state=State.SETUP if legacy is None else State.POSTCOPY_PAUSED,
             )
         )
         self.hello = hello
@@ -105,9 +123,13 @@ class TargetMigration(Migration):
         self._page_bytes = page_bytes
         self._config = config
         self._timeouts = config.timeouts
-        self._link = link
+        self._survival = survival
+        self._legacy = legacy
+        self._entry = TargetEntry(hello=hello, stage="setup", peer=self.record.peer, started_at=self.record.started_at)
+        self._current_link = link
         self._pipe = StatePipe()
-        self._pipe.attach(link)
+        if link is not None:
+            self._pipe.attach(link)
         self._engine: TargetEngine | None = None
         self._memory: tuple[TargetMemory, ...] = ()
         self._ledger_fd = -1
@@ -127,9 +149,12 @@ class TargetMigration(Migration):
         """The whole migration; ends in a final state, never raises."""
         ticker = asyncio.ensure_future(self.tick())
         try:
-            self.background(self._watch_link(self._link))
             try:
-                await self.failure.guard(self._until_committed())
+                if self._legacy is not None:
+                    await self._recover(self._legacy)
+                else:
+                    self.background(self._watch_link(self._link))
+                    await self.failure.guard(self._until_committed())
             except Exception as error:  # noqa: BLE001 - whatever it is, it ends in a named state
                 reason = self.failure.error or error
                 if not self.session.committed and not await self._wait_for_word(reason):
@@ -152,6 +177,11 @@ class TargetMigration(Migration):
         engine.watch(asyncio.get_running_loop(), self.on_engine_event)
         async with within(self._timeouts.guest_start, f"the incoming process of {hello.guest} to start"):
             faults = await self._guest.start(self._memory)
+        # Should we die from here on, the next agent finds the guest, its memory and its faults.
+        await self._survival.hold([faults.uffd, self._ledger_fd, *(piece.memory_fd for piece in self._memory)])
+        self._entry.pid, self._entry.pid_started = faults.pid, process_started(faults.pid)
+        self._entry.page_bytes = tuple(piece.region.page_bytes for piece in self._memory)
+        await self._note("setup")
         engine.arm(faults.uffd, faults.mappings)
         self.background(self._watch_guest())
         load = self.background(self._load_state())
@@ -184,8 +214,35 @@ class TargetMigration(Migration):
     async def _load_state(self) -> None:
         await self._guest.load_state(self._pipe)
         await self._mapped.wait()
+        self._entry.guest = self._guest.memento()
+        await self._note("loaded")
         await self._link.send(Loaded())
         self.log.info("guest state loaded")
+
+    async def _note(self, stage: str) -> None:
+        """Write down how far we are."""
+        self._entry.stage = stage
+        self._entry.peer = self.record.peer
+        await self._survival.write(self._entry)
+
+    async def _recover(self, legacy: Recovered) -> None:
+        """Take the guest back from an agent that died: its memory, its ledger, its faults; then go on where that one was."""
+        self._entry = legacy.entry
+        self._memory, self._ledger_fd = legacy.memory, legacy.ledger_fd
+        self.record.page_size = max(legacy.entry.page_bytes)
+        hello = self.hello
+        engine = self._engine = TargetEngine(
+            self._memory, hello.streams, self._ledger_fd, hello.block_secret, recover=True
+        )
+        engine.watch(asyncio.get_running_loop(), self.on_engine_event)
+        engine.arm(legacy.faults.uffd, legacy.faults.mappings, recovered=True)
+        self.background(self._watch_guest())
+        self._mapped.set()
+        self._streams_wanted.set()
+        self.refresh()
+        self.log.warning("taken back after a restart of the agent", stage=legacy.entry.stage)
+        if not self.session.committed:
+            raise ConnectionLostError("the agent was restarted", code="agent-restarted")
 
     async def _converse(self) -> None:
         """Obey the source until it says COMMIT."""
@@ -233,28 +290,20 @@ class TargetMigration(Migration):
 
     async def _after_commit(self) -> None:
         engine = self._require_engine()
-        await self._resume_guest()
-        if self._paused_at is not None and self.record.downtime_seconds is None:
-            self.record.downtime_seconds = time.monotonic() - self._paused_at
+        running = self.background(self._run_guest())
         engine.background()
-        told_done = False
-        while not told_done:
+        while True:
             try:
-                if self.session.state is SessionState.COMMITTED:
-                    await self._link.send(Running())
-                if self.session.connected:
-                    self.set_state(State.POSTCOPY)
-                await self.failure.guard(self._until_current())
+                await self.failure.guard(self._until_current(running))
                 if self.session.state is SessionState.POSTCOPY:
                     await self._link.send(Done())
-                    told_done = True
                     with contextlib.suppress(MigratedError):
                         await self._link.expect(Released, limit_seconds=self._timeouts.release, what="the farewell")
-                else:
-                    told_done = self.session.state in (SessionState.DONE, SessionState.CLOSED)
+                break
             except Exception as error:  # noqa: BLE001 - after COMMIT every failure means the same: wait for the source
                 reason = self.failure.error or error
                 if isinstance(reason, GuestError) and reason.code == "guest-died":
+                    await self._survival.over()
                     self.set_state(State.FAILED, reason)
                     return
                 if self._all_in():
@@ -263,21 +312,34 @@ class TargetMigration(Migration):
                 await self._reattach_forever()
         await self._finish()
 
-    async def _resume_guest(self) -> None:
-        for attempt in range(1, RESUME_TRIES + 1):
-            try:
-                await self._guest.resume()
-            except MigratedError as error:
-                self.log.warning("the guest does not run yet", error=str(error), attempt=attempt)
-                if attempt == RESUME_TRIES:
-                    self.failure.set(error)
-                await asyncio.sleep(0.2)
-            else:
-                self.log.info("the guest runs here")
-                return
+    async def _run_guest(self) -> None:
+        """Run the guest, and go on trying: what it first touches may be a page that waits for a broken network.
 
-    async def _until_current(self) -> None:
+        The journal is written beside it: the guest waits for nothing, and until "committed" is written a restarted agent
+        would ask the source, which would say COMMIT once more.
+        """
+        if self._entry.stage != "running":
+            noted = self.background(quietly(self._note("committed"), self.log, "write the journal"))
+            while True:
+                try:
+                    await self._guest.resume()
+                    break
+                except MigratedError as error:
+                    self.log.warning("the guest does not run yet", error=str(error))
+                    await asyncio.sleep(RESUME_PAUSE_SECONDS)
+            await noted
+            self.log.info("the guest runs here")
+            self.background(quietly(self._note("running"), self.log, "write the journal"))
+        if self._paused_at is not None and self.record.downtime_seconds is None:
+            self.record.downtime_seconds = time.monotonic() - self._paused_at
+
+    async def _until_current(self, running: asyncio.Task[None]) -> None:
         """Until every page is here and mapped; the engine does the work."""
+        await asyncio.shield(running)
+        if self.session.state is SessionState.COMMITTED:
+            await self._link.send(Running())
+        if self.session.connected:
+            self.set_state(State.POSTCOPY)
         await self.all_current.wait()
         await self.all_mapped.wait()
 
@@ -291,6 +353,7 @@ class TargetMigration(Migration):
         self.refresh()
         await asyncio.to_thread(engine.release)
         await quietly(self._guest.release(), self.log, "release the guest")
+        await self._survival.over()
         self.record.error = None
         self.set_state(State.COMPLETED)
 
@@ -315,7 +378,8 @@ class TargetMigration(Migration):
     async def _close_link(self) -> None:
         if self._engine is not None and self._engine.alive:
             await asyncio.to_thread(self._engine.drop_streams)
-        await self._link.close()
+        if self._current_link is not None:
+            await self._current_link.close()
         self.session.connection_lost()
 
     async def _reattach(self) -> None:
@@ -327,7 +391,7 @@ class TargetMigration(Migration):
             link = self._reattached.get_nowait()
         self.failure.clear()
         self.set_state(State.RECOVERING)
-        self._link = link
+        self._current_link = link
         self.record.peer = link.peer
         self.session.reconnected()
         self._pipe.attach(link)
@@ -394,13 +458,13 @@ class TargetMigration(Migration):
     async def _clean_up(self, error: BaseException) -> None:
         """No process, memory or descriptor of this guest stays here; then the source is told so."""
         self.log.warning("giving up", error=str(error))
-        link = self._link
+        link = self._current_link
         reason = named(error)
-        if link.broken is None and self.session.abort_allowed:
+        if link is not None and link.broken is None and self.session.abort_allowed:
             with contextlib.suppress(MigratedError):
                 await link.send(abort_of(reason))
         await self._release_everything()
-        if link.broken is None and self.session.may_send(Aborted()):
+        if link is not None and link.broken is None and self.session.may_send(Aborted()):
             with contextlib.suppress(MigratedError):
                 await link.send(Aborted())
         asked = reason.code == AbortedError.default_code
@@ -410,6 +474,7 @@ class TargetMigration(Migration):
         await self.stop_background()
         await quietly(self._guest.kill(), self.log, "end the guest process")
         await self._let_go_of_memory()
+        await self._survival.over()
 
     async def _let_go_of_memory(self) -> None:
         if self._engine is not None:
@@ -426,7 +491,8 @@ class TargetMigration(Migration):
         if self._engine is not None and self._engine.alive:
             self.refresh()
         await self._let_go_of_memory()
-        await self._link.close()
+        if self._current_link is not None:
+            await self._current_link.close()
         self.session.connection_lost()
         await quietly(self._guest.close(), self.log, "close the guest's connections")
 
@@ -440,7 +506,7 @@ class TargetMigration(Migration):
 
     async def _watch_link(self, link: ControlLink) -> None:
         error = await link.wait_lost()
-        if link is self._link:
+        if link is self._current_link:
             self.failure.set(error)
 
     def on_engine_event(self, event: Event) -> None:
@@ -524,6 +590,12 @@ class TargetMigration(Migration):
             return True
         heartbeat = self._engine.stats().fault_thread_heartbeat_ns
         return heartbeat == 0 or now_ns - heartbeat <= limit_ns
+
+    @property
+    def _link(self) -> ControlLink:
+        if self._current_link is None:
+            raise ConnectionLostError("the source has not dialled yet")
+        return self._current_link
 
     def _require_engine(self) -> TargetEngine:
         if self._engine is None:

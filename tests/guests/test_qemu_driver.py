@@ -807,9 +807,8 @@ async def test_a_restarted_agent_takes_the_incoming_guest_back(move: tuple[Move,
     await asyncio.wait_for(it.loading, 30)
     uffd = os.dup(it.faults.uffd)
     await it.target.close()
-    adopted, faults = await QemuTarget.adopt(
-        "vm", it.target._config, it.folder, TIMEOUTS, pid=it.faults.pid, uffd=uffd, memory=(ram,), runs=it.target.runs
-    )
+    adopted = QemuTarget("vm", it.target._config, it.folder, TIMEOUTS)
+    faults = await adopted.adopt(it.faults.pid, uffd, (ram,), it.target.memento())
     stack.push_async_callback(adopted.close)
     stack.push_async_callback(adopted.kill)
     assert faults.mappings == it.faults.mappings
@@ -827,6 +826,6 @@ async def test_a_process_that_is_not_the_guest_is_not_adopted(start: StartQemu, 
     with memfd(64 * MIB) as ram:
         config = QemuTargetConfig(command=target_command())
         with pytest.raises(GuestError):
-            await QemuTarget.adopt("vm", config, tmp_path, TIMEOUTS, pid=qemu.pid, uffd=uffd.fd, memory=(ram,))
+            await QemuTarget("vm", config, tmp_path, TIMEOUTS).adopt(qemu.pid, uffd.fd, (ram,), {})
     await injection.close_uffd(uffd)
     process.close()
