@@ -19,7 +19,7 @@ from migrated.config import Timeouts
 from migrated.demo.pair import AgentPair
 from migrated.errors import GuestError, GuestRefusedError, TimeoutExceededError
 from migrated.guests.console import GuestConsole
-from migrated.guests.driver import Region, TargetMemory
+from migrated.guests.driver import FaultSource, Region, TargetMemory
 from migrated.guests.process import ProcessTargetConfig
 from migrated.guests.process_source import ProcessHub, ProcessSource
 from migrated.guests.process_target import ProcessTarget
@@ -167,6 +167,60 @@ async def test_a_guest_survives_its_agent_and_shows_its_memory_to_the_next(short
     finally:
         guest.end()
         await console.close()
+
+
+async def test_a_guest_paused_when_its_agent_died_is_made_to_run_by_the_next(short: Path, program: list[str]) -> None:
+    table: dict[str, Any] = {"driver": "process", "socket": str(short / "p.sock"), "page_size": "4K"}
+    guest = Guest(program, short / "p.sock", short / "con")
+    console = GuestConsole()
+    try:
+        async with ProcessHub("p", table, short, Timeouts()) as hub:
+            await hub.wait_connected(LIMIT)
+            await console.attach(short / "con")
+            await console.stats(LIMIT)
+            source = ProcessSource("p", hub)
+            tracker = Tracker(await source.open(), await source.tracking_uffd())
+            tracker.arm()
+            await source.pause(Pipe())
+            memento = source.memento()
+            tracker.close()  # as the end of the agent's process would do: nothing is disarmed
+            await source.close()
+        async with ProcessHub("p", table, short, Timeouts()) as hub:
+            source = ProcessSource("p", hub)
+            await source.reclaim(memento)
+            await console.stats(LIMIT)
+            assert await console.verified()
+            await source.close()
+    finally:
+        guest.end()
+        await console.close()
+
+
+async def test_an_incoming_guest_is_taken_back_by_a_restarted_agent(short: Path, python: str) -> None:
+    command = [python, "-m", "migrated.guests.example", "--size", str(SIZE // MIB), "--console", str(short / "con")]
+    config = ProcessTargetConfig(command=command)
+    fd = memfd.allocate(SIZE, 4096, "ram")
+    memory = (TargetMemory(Region("ram", SIZE, 4096), fd),)
+    first = ProcessTarget("p", config, short, Timeouts())
+    faults = await first.start(memory)
+    uffd = os.dup(faults.uffd)  # what a descriptor store would hold
+    memento = first.memento()
+    await first.close()
+    second = ProcessTarget("p", config, short, Timeouts())
+    try:
+        with pytest.raises(GuestError) as caught:
+            await second.adopt(faults.pid, uffd, memory, {**memento, "started": 1})
+        assert caught.value.code == "guest-gone"
+        assert await second.adopt(faults.pid, uffd, memory, memento) == FaultSource(faults.pid, uffd, faults.mappings)
+        pipe = Pipe()
+        await pipe.write(bytes(32 + 4 * SIZE // 4096))
+        await pipe.close_write()
+        await asyncio.wait_for(second.load_state(pipe), LIMIT)
+    finally:
+        await second.kill()
+        await second.close()
+        os.close(fd)
+    assert "killed" in await second.died() or "ended" in await second.died()
 
 
 async def test_the_end_of_a_guest_is_told_and_its_absence_refused(short: Path, program: list[str]) -> None:
