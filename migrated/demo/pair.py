@@ -32,7 +32,15 @@ def free_port(host: str = "127.0.0.1") -> int:
 class AgentProcess:
     """One agent: its configuration file, its process, its control socket."""
 
-    def __init__(self, role: str, directory: Path, table: dict[str, Any], *, prefix: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        role: str,
+        directory: Path,
+        table: dict[str, Any],
+        *,
+        prefix: tuple[str, ...] = (),
+        program: tuple[str, ...] = (sys.executable, "-m", "migrated"),
+    ) -> None:
         self.role = role
         self.directory = directory
         self.state_dir = directory / role
@@ -40,7 +48,7 @@ class AgentProcess:
         self.log_path = directory / f"{role}.log"
         self.table = table
         self.process: asyncio.subprocess.Process | None = None
-        self._prefix = prefix  # such as ("ip", "netns", "exec", "ns1")
+        self._command = (*prefix, *program)  # prefix: such as ("ip", "netns", "exec", "ns1")
 
     @property
     def socket(self) -> Path:
@@ -60,8 +68,8 @@ class AgentProcess:
         self.config_path.write_text(to_toml({"agent": {"state_dir": str(self.state_dir)}, **self.table}))
         with self.log_path.open("ab") as log:
             self.process = await asyncio.create_subprocess_exec(
-                *self._prefix,
-                *(sys.executable, "-m", "migrated", self.role, "--config", str(self.config_path)),
+                *self._command,
+                *(self.role, "--config", str(self.config_path)),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

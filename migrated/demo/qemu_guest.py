@@ -34,6 +34,7 @@ class QemuGuest:
     disk: Path | None = None
     disk_options: str = "cache=none"
     extra: tuple[str, ...] = ()
+    qmp: Path | None = None  # QMP socket of the first QEMU; default: beside everything else
 
     @property
     def backends(self) -> tuple[str, ...]:
@@ -83,7 +84,7 @@ class QemuGuest:
     @property
     def source_qmp(self) -> Path:
         """QMP socket of the first QEMU."""
-        return self.directory / f"{self.name}.qmp"
+        return self.qmp or self.directory / f"{self.name}.qmp"
 
     @property
     def source_serial(self) -> Path:

@@ -76,6 +76,8 @@ class GuestConsole:
 
     def attach_streams(self, key: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Use pipes that are there already (a process guest's standard input and output)."""
+        if (former := self._writers.get(key)) is not None:
+            former.close()  # a guest that came back to a host listens on the path of its earlier stay
         self._writers[key] = writer
         self._current = key
         task = asyncio.create_task(self._read(reader), name=f"console {self.name}")

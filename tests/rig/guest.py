@@ -1,0 +1,193 @@
+"""A self-checking QEMU guest that moves between two hosts, and says after every move whether its memory is whole."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from migrated.demo import cache_directory
+from migrated.demo.pair import short_directory
+from migrated.demo.qemu_guest import QemuGuest, RunningQemu
+from migrated.guests.console import GuestConsole, Load
+from migrated.waiting import within
+from tests.rig import traces
+from tests.rig.host import Host
+
+MIB = 1 << 20
+NAME = "vm"
+MOVE_SECONDS = 90.0
+GONE_SECONDS = 20.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Move:
+    """A migration that is over: the record of either side."""
+
+    source: dict[str, Any]
+    target: dict[str, Any]
+
+
+class MovingGuest:
+    """The guest, on ``hosts[at]`` now.  Made by `moving_guest`."""
+
+    def __init__(self, guest: QemuGuest, hosts: tuple[Host, Host], page_bytes: tuple[int, int]) -> None:
+        first = hosts[0]
+        # Where the agent would put the monitor of a guest that arrived: so the first host's source agent finds the guest by
+        # one path, whether it was started here or came back.
+        self.guest = dataclasses.replace(guest, qmp=first.qmp(guest.name))
+        self.name = guest.name
+        self.hosts = hosts
+        self.at = 0
+        self.qemu = RunningQemu(self.guest)
+        for index, (host, pages) in enumerate(zip(hosts, page_bytes, strict=True)):
+            host.source_guests[self.name] = self.guest.source_table(host.qmp(self.name))
+            host.target_guests[self.name] = dataclasses.replace(guest, target_page_bytes=pages).target_table(index)
+
+    @property
+    def console(self) -> GuestConsole:
+        """Its serial console, on whichever host it is."""
+        return self.qemu.console
+
+    @property
+    def here(self) -> Host:
+        """Where it runs."""
+        return self.hosts[self.at]
+
+    @property
+    def there(self) -> Host:
+        """Where it would move next."""
+        return self.hosts[1 - self.at]
+
+    @property
+    def pids(self) -> list[int]:
+        """Its QEMU processes on both hosts: one, except during a migration."""
+        return traces.qemus(self.guest.directory)
+
+    async def start(self) -> None:
+        """Boot it on the first host."""
+        self.here.qmp(self.name).parent.mkdir(parents=True)
+        await self.qemu.start(prefix=self.here.prefix)
+
+    # ------------------------------------------------------------ moves
+
+    async def begin(self, **options: Any) -> str:
+        """Start a migration to the other host; its id."""
+        await self.there.target()
+        body = {"guest": self.name, "to": self.there.address, **options}
+        return str((await (await self.here.source()).request("POST", "/v1/migrations", body))["id"])
+
+    async def arrive(self, migration: str, limit_seconds: float = MOVE_SECONDS) -> Move:
+        """Wait until a migration under way is completed, follow the guest to its new console, and check its memory."""
+        source, target = await self.here.source(), await self.there.target()
+        attach = asyncio.ensure_future(self.console.attach(self.guest.target_serial(1 - self.at), limit_seconds))
+        try:
+            record = await source.wait(migration, limit_seconds=limit_seconds)
+            assert record["state"] == "completed", self.explain(record)
+            other = await target.wait(migration, limit_seconds=limit_seconds)
+            assert other["state"] == "completed", self.explain(other)
+            await attach
+        finally:
+            attach.cancel()
+        self.at = 1 - self.at
+        await self.alone()
+        return Move(record, other)
+
+    async def move(self, *, limit_seconds: float = MOVE_SECONDS, **options: Any) -> Move:
+        """One whole move, its memory checked on arrival."""
+        before = await self.console.stats()
+        migration = await self.begin(**options)
+        move = await self.arrive(migration, limit_seconds)
+        await self.assert_sound(before)
+        return move
+
+    async def fail(self, *, limit_seconds: float = MOVE_SECONDS, **options: Any) -> dict[str, Any]:
+        """A migration that must not succeed: the source's record.  The guest runs on here as if nothing had been."""
+        before = await self.console.stats()
+        migration = await self.begin(**options)
+        record = await (await self.here.source()).wait(migration, limit_seconds=limit_seconds)
+        assert record["state"] in {"failed", "aborted"}, record
+        await self.alone()
+        await self.assert_sound(before)
+        return record
+
+    # ------------------------------------------------------------ what must be true
+
+    async def assert_sound(self, since: Load) -> None:
+        """It runs, it has done something since, and every block of its memory is what it wrote."""
+        swept = await self.console.sweep()
+        after = await self.console.stats()
+        assert (swept.wrong, swept.errors, after.errors, self.console.corrupt) == (0, 0, 0, [])
+        assert swept.blocks * 4096 > self.guest.memory_bytes // 4
+        assert after.operations > since.operations
+        assert after.seconds > since.seconds
+
+    async def alone(self) -> None:
+        """Wait until one QEMU is left, and see that nothing of ours is in it."""
+        async with within(GONE_SECONDS, "the other QEMU to end"):
+            while len(self.pids) != 1:  # noqa: ASYNC110 - processes tell nobody of their end
+                await asyncio.sleep(0.02)
+        (pid,) = self.pids
+        assert traces.userfaultfds(pid) == []
+
+    def explain(self, record: dict[str, Any]) -> str:
+        """A record that is not as it should be, and the ends of the logs."""
+        told = [f"{record['role']}: {record['state']} {record.get('error')}"]
+        for host in self.hosts:
+            for role in ("source", "target"):
+                told += [f"{host.name} {role}: {event}" for event in host.events(role)[-8:]]
+        return "\n".join(told)
+
+    async def stop(self) -> None:
+        """End agents and guest, and see that the agents had nothing to complain of."""
+        try:
+            for host in self.hosts:
+                await host.stop()
+        finally:
+            await self.qemu.stop()
+            traces.end_processes(self.guest.directory)
+        complaints = [event for host in self.hosts for event in host.complaints()]
+        assert not complaints, complaints
+
+
+@contextlib.contextmanager
+def _short_directory() -> Any:
+    path = Path(tempfile.mkdtemp(prefix="mgt-", dir=short_directory()))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.asynccontextmanager
+async def moving_guest(
+    *,
+    page_bytes: tuple[int, int] = (2 * MIB, 2 * MIB),
+    hosts: Sequence[dict[str, Any]] = ({}, {}),
+    config: dict[str, Any] | None = None,
+    **guest: Any,
+) -> AsyncIterator[MovingGuest]:
+    """A booted guest on the first of two hosts.
+
+    ``guest``: fields of `QemuGuest`; ``page_bytes`` and ``hosts`` (arguments of `Host`): for the first and the second host;
+    ``config``: sections for all agents.
+    """
+    with _short_directory() as directory:
+        options = {"name": NAME, "memory_bytes": 128 * MIB, "cache": cache_directory(), **guest}
+        where = tuple(
+            Host(directory, name, **{"config": config, **arguments})
+            for name, arguments in zip("ab", hosts, strict=True)
+        )
+        moving = MovingGuest(
+            QemuGuest(directory=directory, page_bytes=page_bytes[0], **options), (where[0], where[1]), page_bytes
+        )
+        try:
+            await moving.start()
+            yield moving
+        finally:
+            await moving.stop()

@@ -1,0 +1,87 @@
+"""A host: a directory of its own, perhaps a network namespace, and both agents."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from migrated.demo.pair import AgentProcess, free_port
+
+PROGRAM = (sys.executable, "-m", "migrated")
+
+
+class Host:
+    """``name`` under ``directory`` (a short path: sockets live there).  Agents start when first asked for.
+
+    ``prefix`` goes before the agents' commands (``ip netns exec …``, ``setpriv …``), ``program`` is what is run as the
+    target agent instead of ``migrated``.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        name: str,
+        *,
+        prefix: tuple[str, ...] = (),
+        program: tuple[str, ...] = PROGRAM,
+        listen: str = "127.0.0.1",
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        self.name = name
+        self.directory = directory / name
+        self.directory.mkdir()
+        self.prefix = prefix
+        self.address = f"{listen}:{free_port() if listen == '127.0.0.1' else 7440}"
+        self.source_guests: dict[str, dict[str, Any]] = {}
+        self.target_guests: dict[str, dict[str, Any]] = {}
+        common: dict[str, Any] = {"tls": {"insecure": True}, "http": {"status": ""}, **(config or {})}
+        self._source = AgentProcess("source", self.directory, {**common, "guests": self.source_guests}, prefix=prefix)
+        self._target = AgentProcess(
+            "target",
+            self.directory,
+            {**common, "listen": {"address": self.address}, "guests": self.target_guests},
+            prefix=prefix,
+            program=program,
+        )
+
+    def qmp(self, guest: str) -> Path:
+        """The QMP socket of a guest that arrived here."""
+        return self._target.state_dir / "guests" / guest / f"{guest}.qmp"
+
+    async def source(self) -> AgentProcess:
+        """The source agent, running."""
+        if self._source.process is None:
+            await self._source.start()
+        return self._source
+
+    async def target(self) -> AgentProcess:
+        """The target agent, running."""
+        if self._target.process is None:
+            await self._target.start()
+        return self._target
+
+    async def stop(self) -> None:
+        """End both agents, as a service manager does."""
+        await self._source.stop()
+        await self._target.stop()
+
+    def events(self, role: str) -> list[dict[str, Any]]:
+        """What an agent has logged so far; a line that is no JSON as ``{"event": line, "level": "error"}``."""
+        agent = self._source if role == "source" else self._target
+        if not agent.log_path.exists():
+            return []
+        return [_event(line) for line in agent.log_path.read_text(errors="replace").splitlines() if line]
+
+    def complaints(self) -> list[dict[str, Any]]:
+        """Everything either agent logged as an error: bugs say so there."""
+        return [event for role in ("source", "target") for event in self.events(role) if event["level"] == "error"]
+
+
+def _event(line: str) -> dict[str, Any]:
+    try:
+        event: dict[str, Any] = json.loads(line)
+    except ValueError:
+        return {"event": line, "level": "error"}
+    return {"level": "", **event}

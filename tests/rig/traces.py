@@ -1,0 +1,88 @@
+"""What is left of a guest on this machine: processes, userfaultfds, and whoever still holds its memory.
+
+Looked up by things only ours (a directory made for the test, an inode), so that it is right whoever else works here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+QEMU = "qemu-system"
+
+
+def _pids() -> Iterator[int]:
+    return (int(entry) for entry in os.listdir("/proc") if entry.isdigit())
+
+
+def command_line(pid: int) -> str:
+    """Of a process; empty when it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def processes(directory: Path) -> dict[int, str]:
+    """Living processes with ``directory`` in their command line, ourselves excluded."""
+    lines = {pid: command_line(pid) for pid in _pids() if pid != os.getpid()}
+    return {pid: line for pid, line in lines.items() if f"{directory}/" in line}
+
+
+def qemus(directory: Path) -> list[int]:
+    """The QEMU processes of the guests that live in ``directory``."""
+    return sorted(pid for pid, line in processes(directory).items() if QEMU in line.split(" ")[0])
+
+
+def userfaultfds(pid: int) -> list[int]:
+    """Numbers of the userfaultfds that a process holds."""
+    folder = Path(f"/proc/{pid}/fd")
+    found = []
+    for entry in os.listdir(folder):
+        with contextlib.suppress(OSError):
+            if "userfaultfd" in os.readlink(folder / entry):
+                found.append(int(entry))
+    return found
+
+
+def memory_files(pid: int) -> set[tuple[int, int]]:
+    """(device, inode) of the memfds that a process holds open."""
+    found = set()
+    folder = Path(f"/proc/{pid}/fd")
+    with contextlib.suppress(OSError):
+        for entry in os.listdir(folder):
+            with contextlib.suppress(OSError):
+                if os.readlink(folder / entry).startswith("/memfd:"):
+                    status = os.stat(folder / entry)
+                    found.add((status.st_dev, status.st_ino))
+    return found
+
+
+def holders(files: set[tuple[int, int]]) -> dict[int, str]:
+    """Processes that hold or map any of these memfds: while there are none, their pages are back in the pool."""
+    found = {}
+    for pid in _pids():
+        if memory_files(pid) & files or _mapped(pid) & files:
+            found[pid] = command_line(pid)
+    return found
+
+
+def _mapped(pid: int) -> set[tuple[int, int]]:
+    found = set()
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines():
+            fields = line.split(maxsplit=5)
+            if len(fields) == 6 and fields[5].startswith("/memfd:"):
+                major, minor = (int(part, 16) for part in fields[3].split(":"))
+                found.add((os.makedev(major, minor), int(fields[4])))
+    return found
+
+
+def end_processes(directory: Path) -> None:
+    """Kill what is left of a test, by pid: only processes that name its directory."""
+    for pid in processes(directory):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
