@@ -17,7 +17,7 @@ import pytest
 
 from migrated.config import Timeouts
 from migrated.demo.pair import AgentPair
-from migrated.errors import GuestError, GuestRefusedError, TimeoutExceededError
+from migrated.errors import GuestError, GuestRefusedError, MigratedError, TimeoutExceededError
 from migrated.guests.console import GuestConsole
 from migrated.guests.driver import FaultSource, Region, TargetMemory
 from migrated.guests.process import ProcessTargetConfig
@@ -330,6 +330,51 @@ async def move(short: Path, program: list[str], mode: str, source_pages: str, ta
             assert after.operations >= before.operations
             assert await console.verified()
             assert guest.process.wait(timeout=LIMIT) == 0  # what was left on the source has ended
+            await console.command("quit")
+    finally:
+        if guest is not None:
+            guest.end()
+        await console.close()
+
+
+async def test_a_guest_of_two_regions_moves_on_from_where_it_arrived(short: Path, program: list[str]) -> None:
+    there, back = short / "1", short / "2"
+    there.mkdir()
+    back.mkdir()
+
+    def target(console: str, next_socket: Path | None) -> dict[str, dict[str, Any]]:
+        command = [*program, "--regions", "2", "--size", str(SIZE // MIB), "--console", str(short / console)]
+        table: dict[str, Any] = {"driver": "process", "command": command, "page_size": "4K"}
+        return {"p": table if next_socket is None else {**table, "next_socket": str(next_socket)}}
+
+    def source(socket: Path) -> dict[str, dict[str, Any]]:
+        return {"p": {"driver": "process", "socket": str(socket), "page_size": "4K"}}
+
+    console = GuestConsole()
+    guest = None
+    try:
+        async with (
+            AgentPair(there, source_guests=source(short / "a"), target_guests=target("con2", short / "b")) as first,
+            AgentPair(back, source_guests=source(short / "b"), target_guests=target("con3", None)) as second,
+        ):
+            guest = Guest([*program, "--regions", "2"], short / "a", short / "con")
+            await console.attach(short / "con")
+            await console.stats(LIMIT)
+            assert (await first.migrate("p"))["state"] == "completed"
+            await console.attach(short / "con2", LIMIT)
+            await console.stats(LIMIT)
+            async with asyncio.timeout(LIMIT):
+                while True:  # it connects to the next agent by itself
+                    try:
+                        record = await second.migrate("p")
+                    except MigratedError as error:
+                        record = {"state": "failed", "error": {"code": error.code}}
+                    if (record.get("error") or {}).get("code") != "guest-not-connected":
+                        break
+            assert record["state"] == "completed", record
+            await console.attach(short / "con3", LIMIT)
+            await console.stats(LIMIT)
+            assert await console.verified()
             await console.command("quit")
     finally:
         if guest is not None:
