@@ -1,0 +1,122 @@
+"""``python -m benchmarks``: measure, print the tables, write build/bench/{results.json,results.md,comparison.svg}."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import platform
+import signal
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import click
+
+from benchmarks import comparison, figures
+from benchmarks.guest import LOADS
+from benchmarks.network import RATES
+from benchmarks.report import Section
+from benchmarks.settings import MIB, Settings
+from migrated.errors import MigratedError
+from migrated.units import parse_size
+
+SECTIONS: dict[str, Callable[[Settings], Awaitable[Section]]] = {
+    "limit": figures.limit,
+    "after": figures.after,
+    "downtime": figures.downtime,
+    "throughput": figures.throughput,
+    "faults": figures.faults,
+    "pace": figures.pace,
+    "comparison": comparison.run,
+}
+COMPARED = ("idle", "sparse", "hot", "dense")
+OUTPUT = Path("build/bench")
+
+
+def _choice(allowed: tuple[str, ...], text: str, what: str) -> tuple[str, ...]:
+    chosen = tuple(word.strip() for word in text.split(",") if word.strip())
+    for word in chosen:
+        if word not in allowed:
+            raise click.UsageError(f"unknown {what} {word!r}: one of {', '.join(allowed)}")
+    return chosen
+
+
+@click.command()
+@click.option("--quick", is_flag=True, help="small guests, one run, fewer paths and loads: under five minutes")
+@click.option("--only", default="", help=f"sections, separated by commas: {', '.join(SECTIONS)}")
+@click.option("--runs", type=click.IntRange(1, 100), help="moves a figure (default: BENCH_RUNS, or 5)")
+@click.option("--memory", default="", help="size of the guest (default 1G)")
+@click.option("--large", default="", help="size of the larger guest of `downtime` (default 4G)")
+@click.option("--paths", default="", help=f"of {', '.join(RATES)}")
+@click.option("--loads", default="", help=f"of {', '.join(COMPARED)}")
+@click.option("--limit", default=60.0, help="seconds after which a move is given up")
+@click.option("--output", type=click.Path(path_type=Path), default=OUTPUT, help="where results go")
+def main(
+    *,
+    quick: bool,
+    only: str,
+    runs: int | None,
+    memory: str,
+    large: str,
+    paths: str,
+    loads: str,
+    limit: float,
+    output: Path,
+) -> None:
+    """Measure migrated beside QEMU's own migration, iperf3 and a bare fault handler.  Needs root and KVM."""
+    lacking = [what for what, there in _needs() if not there]
+    if lacking:
+        raise click.ClickException(f"this machine lacks {', '.join(lacking)}")
+    settings = Settings(
+        runs=runs or int(os.environ.get("BENCH_RUNS", "1" if quick else "5")),
+        memory_bytes=parse_size(memory or ("512M" if quick else "1G")),
+        large_bytes=parse_size(large or ("2G" if quick else "4G")),
+        paths=_choice(tuple(RATES), paths or ("loopback,10g" if quick else ",".join(RATES)), "path"),
+        loads=_choice(COMPARED, loads or ("sparse" if quick else ",".join(COMPARED)), "load"),
+        quick=quick,
+        limit_seconds=limit,
+        output=output,
+        host=_host(),
+    )
+    chosen = _choice(tuple(SECTIONS), only, "section") or tuple(SECTIONS)
+    sys.exit(asyncio.run(_measure(settings, chosen)))
+
+
+async def _measure(settings: Settings, chosen: tuple[str, ...]) -> int:
+    task = asyncio.current_task()
+    if task is not None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)  # namespaces and pages are put back
+    failed = 0
+    for name in chosen:
+        try:
+            section = await SECTIONS[name](settings)
+        except (MigratedError, OSError, TimeoutError, subprocess.SubprocessError) as error:
+            settings.note(f"{name}: {type(error).__name__}: {error}")
+            failed = 1
+            continue
+        print(section.markdown(), flush=True)
+    print(f"results: {settings.output}/results.json")
+    return failed
+
+
+def _needs() -> tuple[tuple[str, bool], ...]:
+    return (
+        ("root", os.geteuid() == 0),
+        ("KVM (/dev/kvm)", os.access("/dev/kvm", os.R_OK | os.W_OK)),
+        ("network namespaces (ip)", Path("/proc/self/ns/net").exists()),
+    )
+
+
+def _host() -> dict[str, str | int]:
+    return {
+        "kernel": platform.release(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count() or 0,
+        "memory_mib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // MIB,
+        "loads": str(LOADS),
+    }
+
+
+if __name__ == "__main__":
+    main()

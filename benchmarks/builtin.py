@@ -1,0 +1,206 @@
+"""One move by QEMU's own migration, pre-copy or post-copy, of the same guest on the same memory."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from qemu.qmp import EventListener, QMPClient, QMPError
+
+from benchmarks.guest import LOADS, MIB, Watched, guest_at_work
+from benchmarks.meter import Meter
+from benchmarks.network import Link
+from benchmarks.sample import Sample
+from migrated.errors import MigratedError, TimeoutExceededError
+from migrated.waiting import within
+
+PORT = 7450
+POLL_SECONDS = 0.02
+#: No limit of ours: QEMU's own default would hold it back.
+BANDWIDTH = 10 << 30
+CAPABILITIES = {
+    "qemu-precopy": ("events",),
+    "qemu-postcopy": ("events", "postcopy-ram", "postcopy-preempt", "return-path"),
+}
+
+
+class Machine:
+    """A QEMU's monitor, and when it stopped or went on."""
+
+    def __init__(self, client: QMPClient) -> None:
+        self._client = client
+        self._events = EventListener(("STOP", "RESUME"))
+        client.register_listener(self._events)
+        self.seen: dict[str, float] = {}
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def connected(cls, path: Path, limit_seconds: float = 20) -> AsyncIterator[Machine]:
+        """To a QEMU that may still be starting."""
+        client = QMPClient("bench")
+        async with within(limit_seconds, f"QEMU on {path}"):
+            while True:
+                try:
+                    await client.connect(str(path))
+                    break
+                except (QMPError, OSError):
+                    await asyncio.sleep(POLL_SECONDS)
+        try:
+            yield cls(client)
+        finally:
+            with contextlib.suppress(QMPError, OSError, EOFError, TimeoutError):
+                await asyncio.wait_for(client.disconnect(), 5)
+
+    async def execute(self, command: str, arguments: dict[str, object] | None = None) -> Any:
+        """One command."""
+        return await asyncio.wait_for(self._client.execute(command, arguments), 20)
+
+    async def prepare(self, system: str, downtime_limit_ms: float, streams: int) -> None:
+        """Capabilities and limits; both sides get the same."""
+        wanted = [*CAPABILITIES[system]]
+        parameters: dict[str, object] = {"max-bandwidth": BANDWIDTH, "downtime-limit": int(downtime_limit_ms)}
+        if system == "qemu-precopy" and streams > 1:
+            wanted.append("multifd")
+            parameters["multifd-channels"] = streams
+        capabilities = [{"capability": name, "state": True} for name in wanted]
+        await self.execute("migrate-set-capabilities", {"capabilities": capabilities})
+        await self.execute("migrate-set-parameters", parameters)
+
+    def collect(self) -> None:
+        """Note the wall clock of STOP and RESUME, as QEMU stamped them."""
+        for event in self._events.clear():
+            stamp: Any = event["timestamp"]
+            self.seen[str(event["event"])] = stamp["seconds"] + stamp["microseconds"] / 1e6
+
+    async def when(self, event: str, limit_seconds: float = 10) -> float:
+        """The wall clock of an event, waiting for it."""
+        async with within(limit_seconds, f"QEMU's {event}"):
+            while event not in self.seen:
+                self.collect()
+                await asyncio.sleep(POLL_SECONDS)
+        return self.seen[event]
+
+
+async def move(
+    link: Link,
+    load: str,
+    *,
+    system: str,
+    memory_bytes: int,
+    page_bytes: int = 2 * MIB,
+    limit_seconds: float = 60,
+    downtime_limit_ms: float = 50,
+    streams: int = 1,
+    guest_load: dict[str, Any] | None = None,
+) -> Sample:
+    """Move a guest under ``load`` once.  ``streams`` > 1: pre-copy with multifd."""
+    sample = Sample(system=system, path=link.name, load=load, memory_bytes=memory_bytes)
+    async with guest_at_work(
+        link, guest_load or LOADS[load], memory_bytes=memory_bytes, page_bytes=page_bytes
+    ) as watched:
+        incoming = dataclasses.replace(watched.guest, name="in", extra=(*watched.guest.extra, "-incoming", "defer"))
+        log = watched.guest.directory / "in.log"
+        with log.open("wb") as output:
+            process = await asyncio.create_subprocess_exec(
+                *link.target_prefix,
+                *incoming.source_command(),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        try:
+            async with (
+                Machine.connected(watched.guest.source_qmp) as source,
+                Machine.connected(incoming.source_qmp) as target,
+            ):
+                for machine in (source, target):
+                    await machine.prepare(system, downtime_limit_ms, streams)
+                await watched.console.attach(watched.guest.source_serial)
+                await _move(sample, watched, incoming.source_serial, source, target, process.pid, link, limit_seconds)
+        except (MigratedError, QMPError, OSError, TimeoutError) as error:
+            sample.outcome = f"{type(error).__name__}: {error}"
+            sample.details["target_log"] = log.read_text(errors="replace")[-1000:]
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await asyncio.wait_for(process.wait(), 10)
+    return sample
+
+
+async def _move(
+    sample: Sample,
+    watched: Watched,
+    arrived: Path,
+    source: Machine,
+    target: Machine,
+    target_pid: int,
+    link: Link,
+    limit_seconds: float,
+) -> None:
+    await watched.observe()
+    sample.operations_before = watched.operations_before
+    await target.execute("migrate-incoming", {"uri": f"tcp:{link.target_address}:{PORT}"})
+    await watched.console.attach(arrived)
+    meter = Meter()
+    meter.watch(watched.pid)
+    meter.watch(target_pid)
+    wire = link.wire_bytes(watched.pid)
+    began = time.monotonic()
+    async with meter:
+        await source.execute("migrate", {"uri": f"tcp:{link.target_address}:{PORT}"})
+        switched, report = await _follow(sample, source, began, limit_seconds)
+        if report["status"] != "completed":
+            sample.wire_bytes = link.wire_bytes(watched.pid) - wire
+            sample.outcome = f"no end in {limit_seconds:g} s"
+            sample.details["ram"] = report.get("ram")
+            sample.cpu_seconds = meter.cpu_seconds
+            return
+        await _completed(target, limit_seconds)
+        sample.total_seconds = time.monotonic() - began
+    sample.wire_bytes = link.wire_bytes(watched.pid) - wire
+    sample.downtime_seconds = await target.when("RESUME") - await source.when("STOP")
+    sample.stall_seconds = await watched.stall_seconds(sample.downtime_seconds)
+    sample.operations_during = watched.console.operations_per_second(began, switched)
+    sample.cpu_seconds = meter.cpu_seconds
+    sample.extra_memory_bytes = meter.peak_memory_bytes
+    sample.details = {key: report.get(key) for key in ("total-time", "downtime", "setup-time", "ram")}
+    sample.verified = await watched.verify()
+
+
+async def _follow(sample: Sample, source: Machine, began: float, limit_seconds: float) -> tuple[float, dict[str, Any]]:
+    """To the end, starting post-copy after the first pass where it is meant; when pre-copy ended, and the last report."""
+    switched = 0.0
+    while True:
+        report: dict[str, Any] = await source.execute("query-migrate")
+        source.collect()
+        status = report.get("status")
+        if status in ("failed", "cancelled"):
+            raise MigratedError(f"QEMU's migration {status}: {report.get('error-desc', '')}")
+        passes = report.get("ram", {}).get("dirty-sync-count", 0)
+        if sample.system == "qemu-postcopy" and not switched and status == "active" and passes > 1:
+            await source.execute("migrate-start-postcopy")
+            switched = time.monotonic()
+        if status == "completed" or time.monotonic() - began > limit_seconds:
+            return switched or time.monotonic(), report
+        await asyncio.sleep(POLL_SECONDS)
+
+
+async def _completed(target: Machine, limit_seconds: float) -> None:
+    """The incoming side ends a little later than the source thinks."""
+    async with within(limit_seconds, "the incoming QEMU to complete"):
+        while True:
+            status = (await target.execute("query-migrate")).get("status")
+            if status == "completed":
+                return
+            if status == "failed":
+                raise MigratedError("the incoming QEMU failed")
+            await asyncio.sleep(POLL_SECONDS)
+
+
+__all__ = ["Machine", "TimeoutExceededError", "move"]

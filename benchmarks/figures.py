@@ -1,0 +1,314 @@
+"""Single figures: downtime by size, throughput, the guest's pace, fault latencies, bytes after the switch-over."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from benchmarks import builtin, delta, external, iperf
+from benchmarks.network import link
+from benchmarks.pool import warm_pages
+from benchmarks.report import Section, mebibytes, milliseconds, rate, ratio
+from benchmarks.sample import Sample, median, medians
+from benchmarks.settings import MIB, Settings
+from migrated.errors import PoolError
+from migrated.memory.engine import Histogram
+
+GIB = 1 << 30
+NATIVE = Path(__file__).parent.parent / "native"
+
+
+async def downtime(settings: Settings) -> Section:
+    """A guest that writes as fast as it can, in two sizes."""
+    section = Section(
+        "downtime",
+        "Downtime under constant writes, by size",
+        ("memory", "downtime", "longest", "longest stall", "stale pages", "memory verified"),
+        notes=["Hybrid mode, loopback; the guest rewrites random blocks as fast as it can."],
+    )
+    for size in (settings.memory_bytes, settings.large_bytes):
+        samples = []
+        with warm_pages(2 * size, 2 * MIB):
+            for number in range(settings.runs):
+                with link("loopback") as made:
+                    sample = await external.move(made, "max", memory_bytes=size, mode="hybrid")
+                settings.say("loopback", "max", f"migrated {size // MIB} MiB", number, sample)
+                samples.append(sample)
+        result = medians(samples)
+        longest = max((s.downtime_seconds or 0 for s in samples), default=0)
+        section.rows.append(
+            (
+                *(mebibytes(size), milliseconds(result["downtime_seconds"]), milliseconds(longest)),
+                *(milliseconds(result["stall_seconds"]), _detail(samples, "stale_pages")),
+                f"{result['verified']} of {result['runs']}",
+            )
+        )
+        section.data.append({"size": size, **result, "samples": _plain(samples)})
+        settings.save(section)
+    return section
+
+
+async def throughput(settings: Settings) -> Section:
+    """Pre-copy of a guest that writes nothing, against iperf3 over as many connections, just before it."""
+    section = Section(
+        "throughput",
+        "Pre-copy throughput against iperf3",
+        ("path", "streams", "iperf3", "migrated", "of iperf3", "QEMU pre-copy", "memory verified"),
+        notes=[
+            (
+                "First round of an idle guest (all of its memory is other than zero), wire bytes by its time; the guest's "
+                "virtual processor spins on one of the cores in all three. QEMU: bytes by total time; two streams: multifd."
+            )
+        ],
+    )
+    with warm_pages(2 * settings.memory_bytes, 2 * MIB):
+        for path in ("loopback",) if settings.quick else tuple(path for path in settings.paths if path != "1g"):
+            for streams in (1, 2):
+                limits, ours, theirs, ratios, samples = [], [], [], [], []
+                for number in range(settings.runs):
+                    with link(path) as made:
+                        limit = 0.0
+
+                        async def before(made: Any = made, streams: int = streams) -> None:
+                            nonlocal limit
+                            limit = await iperf.bytes_per_second(made, streams)
+
+                        sample = await external.move(
+                            made, "idle", memory_bytes=settings.memory_bytes, before=before, streams=streams
+                        )
+                        settings.say(path, "idle", f"migrated x{streams}", number, sample)
+                        samples.append(sample)
+                        other = await builtin.move(
+                            made, "idle", system="qemu-precopy", memory_bytes=settings.memory_bytes, streams=streams
+                        )
+                        settings.say(path, "idle", f"qemu-precopy x{streams}", number, other)
+                    limits.append(limit)
+                    first = next(iter(sample.details.get("rounds", [])), None)
+                    if first is not None and first["seconds"]:
+                        ours.append(sample.details["transferred_bytes"] / first["seconds"])
+                        ratios.append(ours[-1] / limit)
+                    if other.total_seconds and other.wire_bytes:
+                        theirs.append(other.wire_bytes / other.total_seconds)
+                section.rows.append(
+                    (
+                        *(path, str(streams), rate(median(limits)), rate(median(ours)), ratio(median(ratios))),
+                        *(rate(median(theirs)), f"{sum(s.verified for s in samples)} of {len(samples)}"),
+                    )
+                )
+                section.data.append(
+                    {
+                        "path": path,
+                        "streams": streams,
+                        "iperf3": limits,
+                        "migrated": ours,
+                        "qemu": theirs,
+                        "ratio": ratios,
+                    }
+                )
+                settings.save(section)
+    return section
+
+
+async def pace(settings: Settings) -> Section:
+    """How much pre-copy slows a guest that does nothing but write."""
+    section = Section(
+        "pace",
+        "The guest's pace during pre-copy",
+        ("system", "operations before", "during", "pace", "memory verified"),
+        notes=[
+            (
+                "1 Gbit/s link, so that copying leaves processor time; the guest rewrites a hot set (1/64 of memory, and one "
+                "block in ten anywhere) as fast as it can."
+            )
+        ],
+    )
+    with warm_pages(2 * settings.memory_bytes, 2 * MIB):
+        samples: dict[str, list[Sample]] = {"migrated": []} if settings.quick else {"migrated": [], "qemu-postcopy": []}
+        for number in range(settings.runs):
+            for system, kept in samples.items():
+                with link("1g") as made:
+                    if system == "migrated":
+                        sample = await external.move(made, "maxhot", memory_bytes=settings.memory_bytes)
+                    else:
+                        sample = await builtin.move(
+                            made, "maxhot", system=system, memory_bytes=settings.memory_bytes, limit_seconds=120
+                        )
+                settings.say("1g", "maxhot", system, number, sample)
+                kept.append(sample)
+    for system, kept in samples.items():
+        before, during = median(s.operations_before for s in kept), median(s.operations_during for s in kept)
+        section.rows.append(
+            (
+                *(system, f"{before or 0:.0f}/s", f"{during or 0:.0f}/s", ratio(median(s.pace for s in kept))),
+                f"{sum(s.verified for s in kept)} of {len(kept)}",
+            )
+        )
+        section.data.append({"system": system, "samples": _plain(kept)})
+    settings.save(section)
+    return section
+
+
+async def faults(settings: Settings) -> Section:
+    """Demanded pages while the drain runs, held back so that there are enough of them."""
+    section = Section(
+        "faults",
+        "Faults after the switch-over, 10 Gbit/s link, drain running",
+        ("page", "kind", "faults", "p50", "p99", "longest", "stale blocks a page", "longest stall", "memory verified"),
+        notes=[
+            (
+                "From the fault's arrival at the fault server to UFFDIO_CONTINUE done, all runs together; quantiles within the "
+                "bucket (a factor of two). 2 MiB pages: 5 000 random blocks a second, the drain limited to 100 Mbit/s so that "
+                "the guest meets stale pages at all. 1 GiB pages: 20 000 blocks a second, drain unlimited."
+            )
+        ],
+    )
+    cases: tuple[tuple[int, dict[str, Any], dict[str, Any]], ...] = (
+        (2 * MIB, {"pattern": "sparse", "rate": 5_000, "sweep_seconds": 0}, {"drain_bandwidth": "100Mbit"}),
+        (GIB, {"pattern": "sparse", "rate": 20_000, "sweep_seconds": 0}, {}),
+    )
+    for page, load, options in cases:
+        size = max(settings.memory_bytes, page)
+        samples = []
+        try:
+            with warm_pages(2 * size, page):
+                for number in range(settings.runs):
+                    with link("10g") as made:
+                        sample = await external.move(
+                            made, "sparse", memory_bytes=size, page_bytes=page, guest_load=load, **options
+                        )
+                    settings.say("10g", f"{page // MIB} MiB pages", "migrated", number, sample)
+                    samples.append(sample)
+        except PoolError as error:
+            section.notes.append(f"{page // MIB} MiB pages: not measured, {error.message}.")
+            continue
+        _fault_rows(section, page, samples)
+        settings.save(section)
+    return section
+
+
+def _fault_rows(section: Section, page: int, samples: list[Sample]) -> None:
+    ended = [s for s in samples if s.outcome == "completed"]
+    for kind in ("current", "stale", "missing"):
+        whole = Histogram(0, 0, 0, (0,) * 32)
+        for sample in ended:
+            buckets = tuple(sample.details["faults_by_kind_us"][kind])
+            longest = int(sample.details["fault_seconds"]["max"] * 1e9)
+            whole += Histogram(sum(buckets), 0, longest if sum(buckets) else 0, buckets)
+        if whole.count == 0:
+            continue
+        blocks = median(_blocks_a_page(s) for s in ended)
+        section.rows.append(
+            (
+                *(mebibytes(page), kind, str(whole.count), milliseconds(whole.quantile_seconds(0.5))),
+                *(milliseconds(whole.quantile_seconds(0.99)), milliseconds(whole.max_ns * 1e-9), f"{blocks or 0:.1f}"),
+                *(
+                    milliseconds(median(s.stall_seconds for s in ended)),
+                    f"{sum(s.verified for s in ended)} of {len(samples)}",
+                ),
+            )
+        )
+    section.data.append({"page": page, "samples": _plain(samples)})
+
+
+def _blocks_a_page(sample: Sample) -> float | None:
+    kinds = sample.details.get("bytes_by_kind", {})
+    pages = sample.details.get("stale_pages", 0)
+    return (kinds["demand"] + kinds["drain"]) / 4096 / pages if pages else None
+
+
+async def after(settings: Settings) -> Section:
+    """Bytes after the switch-over against the blocks that really changed."""
+    section = Section(
+        "after",
+        "Bytes after the switch-over",
+        ("page", "stale pages", "blocks changed", "bytes of them", "on the wire", "ratio", "memory verified"),
+        notes=[
+            (
+                "Both engines over loopback, on memory the benchmark writes itself, so that what changed is known exactly; as "
+                "many blocks again are rewritten with what they held, and must not travel."
+            )
+        ],
+    )
+    for page, pages, changed in ((2 * MIB, 32, 1), (2 * MIB, 32, 8), (2 * MIB, 32, 128), (GIB, 1, 2621)):
+        try:
+            with warm_pages(2 * page * pages, page):
+                result = await asyncio.to_thread(
+                    delta.bytes_after_switchover,
+                    pages=pages,
+                    page_bytes=page,
+                    blocks_per_page=changed,
+                    touched_per_page=changed,
+                )
+        except PoolError as error:
+            section.notes.append(f"{page // MIB} MiB pages: not measured, {error.message}.")
+            continue
+        settings.note(f"after: {result}")
+        section.rows.append(
+            (
+                *(mebibytes(page), str(result["stale_pages"]), str(result["changed_blocks"])),
+                *(f"{result['changed_bytes'] / 1024:.0f} KiB", f"{result['wire_bytes'] / 1024:.0f} KiB"),
+                *(f"{result['ratio']:.3f}", "yes" if result["verified"] else "NO"),
+            )
+        )
+        section.data.append(result)
+    settings.save(section)
+    return section
+
+
+async def limit(settings: Settings) -> Section:
+    """One minor fault on a page that is current, against the least that answers it."""
+    section = Section(
+        "limit",
+        "A fault on a current 2 MiB page, seen by the thread that faults",
+        ("server", "faults", "p50", "p99", "longest"),
+        notes=["Both in one process, in turn; a touch every 0.2 ms. Bare: poll, read, UFFDIO_CONTINUE, nothing else."],
+    )
+    program = await asyncio.to_thread(_build, settings.output)
+    pages, turns = 64, max(5, settings.runs)
+    with warm_pages(pages * 2 * MIB, 2 * MIB):
+        process = await asyncio.create_subprocess_exec(
+            str(program), str(pages), str(turns), stdout=asyncio.subprocess.PIPE
+        )
+        output, _ = await asyncio.wait_for(process.communicate(), 120)
+    result = json.loads(output)
+    for name, label in (("bare", "bare C"), ("engine", "migrated")):
+        one = result[name]
+        section.rows.append(
+            (label, str(one["count"]), *(f"{one[key]:.0f} µs" for key in ("p50_us", "p99_us", "max_us")))
+        )
+    section.notes.append(
+        f"p50 against the bare handler's: {result['engine']['p50_us'] / result['bare']['p50_us']:.2f}."
+    )
+    section.data.append(result)
+    settings.note(f"limit: {result}")
+    settings.save(section)
+    return section
+
+
+def _build(output: Path) -> Path:
+    output.mkdir(parents=True, exist_ok=True)
+    program = output / "fault_limit"
+    sources = [str(path) for path in sorted((NATIVE / "src").glob("*.c"))]
+    subprocess.run(
+        [
+            *("gcc", "-std=gnu11", "-O2", "-D_GNU_SOURCE", f"-I{NATIVE / 'include'}", f"-I{NATIVE / 'src'}"),
+            *("-o", str(program), str(Path(__file__).parent / "fault_limit.c"), *sources, "-lpthread", "-lzstd"),
+        ],
+        check=True,
+        timeout=120,
+    )
+    return program
+
+
+def _detail(samples: list[Sample], name: str) -> str:
+    value = median(s.details.get(name) for s in samples)
+    return "-" if value is None else f"{value:.0f}"
+
+
+def _plain(samples: list[Sample]) -> list[Any]:
+    return [msgspec.to_builtins(sample) for sample in samples]

@@ -1,0 +1,167 @@
+"""The guest of every benchmark: the boot-sector load under KVM, which checks its memory and sees its own stalls.
+
+Its time is the processor's time stamp counter.  QEMU moves the counter's value with the guest, so the time between the
+source's last look at it and the target's start is not in what the guest sees: `Watched.stall_seconds` is the larger of
+what the guest saw and the downtime.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.network import Link
+from migrated.demo import cache_directory
+from migrated.demo.pair import short_directory
+from migrated.demo.pool import huge_pages
+from migrated.demo.qemu_guest import QemuGuest, RunningQemu
+from migrated.guests.console import GuestConsole, Load
+
+MIB = 1 << 20
+#: What the guest does: blocks of 4 KiB rewritten a second, where.  ``max``: as fast as it can.
+LOADS: dict[str, dict[str, Any]] = {
+    "idle": {"pattern": "idle", "sweep_seconds": 0},
+    "sparse": {"pattern": "sparse", "rate": 20_000, "sweep_seconds": 0},
+    "hot": {"pattern": "hot", "rate": 50_000, "sweep_seconds": 0},
+    "dense": {"pattern": "dense", "rate": 50_000, "sweep_seconds": 0},
+    "slow": {"pattern": "sparse", "rate": 2_000, "sweep_seconds": 0},
+    "max": {"pattern": "sparse", "rate": 0, "sweep_seconds": 0},
+    "maxhot": {"pattern": "hot", "rate": 0, "sweep_seconds": 0},
+}
+BEFORE_SECONDS = 1.0
+
+
+class TimedConsole(GuestConsole):
+    """Keeps when each LOAD line came, by our clock: where in the move it belongs."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.timed: list[tuple[float, Load]] = []
+
+    def _take(self, text: str) -> None:
+        before = self._loads
+        super()._take(text)
+        if self._loads > before and self._load is not None:
+            self.timed.append((time.monotonic(), self._load))
+
+    def operations_per_second(self, start: float, end: float) -> float | None:
+        """Between the first and the last line of an interval, if it holds two; by the guest's own time."""
+        inside = [load for at, load in self.timed if start <= at <= end]
+        if len(inside) < 2 or inside[-1].seconds <= inside[0].seconds:
+            return None
+        return (inside[-1].operations - inside[0].operations) / (inside[-1].seconds - inside[0].seconds)
+
+
+@dataclasses.dataclass
+class Watched:
+    """A guest at work on the source's side of a link."""
+
+    guest: QemuGuest
+    running: RunningQemu
+    console: TimedConsole
+    operations_before: float | None = None
+
+    @property
+    def pid(self) -> int:
+        """Of the QEMU it runs in."""
+        if self.running.process is None:
+            raise RuntimeError("the guest's QEMU is not running")
+        return self.running.process.pid
+
+    async def observe(self) -> None:
+        """Take its pace before the move, and let it count stalls anew."""
+        start = time.monotonic()
+        await self.console.wait_for(lambda _: time.monotonic() - start > BEFORE_SECONDS, 30, "the load's pace")
+        self.operations_before = self.console.operations_per_second(start, time.monotonic())
+        await self.console.command("reset")
+        await self.console.stats()
+
+    async def verify(self) -> bool:
+        """Have it check all its memory now."""
+        return await self.console.verified()
+
+    async def stall_seconds(self, downtime_seconds: float | None) -> float:
+        """The longest since `observe`, or the downtime, whichever is longer."""
+        load = await self.console.stats()
+        return max(load.stall_ms / 1000, downtime_seconds or 0.0)
+
+
+@contextlib.asynccontextmanager
+async def guest_at_work(
+    link: Link, load: str | dict[str, Any], *, memory_bytes: int, page_bytes: int = 2 * MIB
+) -> AsyncIterator[Watched]:
+    """Boot it on the source's side, with huge pages for both sides; ends it, its files and its pages afterwards."""
+    directory = Path(tempfile.mkdtemp(prefix="mgb-", dir=short_directory()))
+    try:
+        guest = QemuGuest(
+            directory=directory,
+            cache=cache_directory(),
+            name="bench",
+            kind="boot",
+            accel="kvm",
+            memory_bytes=memory_bytes,
+            page_bytes=page_bytes,
+            load=LOADS[load] if isinstance(load, str) else load,
+            extra=("-name", "bench,debug-threads=on"),
+        )
+        await asyncio.to_thread(guest.source_command)
+        with huge_pages(2 * memory_bytes, page_bytes):
+            running = RunningQemu(guest)
+            running.console = console = TimedConsole(guest.name)
+            try:
+                await running.start(prefix=link.source_prefix)
+                yield Watched(guest, running, console)
+            finally:
+                await running.stop()
+                await end_arrived(directory)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def arrived_pids(directory: Path) -> list[int]:
+    """The guest processes a target agent has started below ``directory``."""
+    pids = []
+    for path in directory.glob("target/guests/*/*.pid"):
+        with contextlib.suppress(OSError, ValueError):
+            pids.append(int(path.read_text()))
+    return pids
+
+
+async def end_arrived(directory: Path) -> None:
+    """End what the target agent started, and wait until it (and so its huge pages) is gone."""
+    for pid in arrived_pids(directory):
+        try:
+            handle = os.pidfd_open(pid)
+        except ProcessLookupError:
+            continue
+        try:
+            if _belongs(pid, directory):
+                os.kill(pid, 9)
+                await _gone(handle)
+        except (OSError, TimeoutError):
+            continue
+        finally:
+            os.close(handle)
+
+
+def _belongs(pid: int, directory: Path) -> bool:
+    """Whether the process is the guest of this benchmark, and not somebody else who has its number by now."""
+    return str(directory).encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+async def _gone(pidfd: int) -> None:
+    loop = asyncio.get_running_loop()
+    done = asyncio.Event()
+    loop.add_reader(pidfd, done.set)
+    try:
+        await asyncio.wait_for(done.wait(), 10)
+    finally:
+        loop.remove_reader(pidfd)

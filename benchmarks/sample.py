@@ -1,0 +1,69 @@
+"""One move and what it showed; many moves and their medians."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import msgspec
+
+
+class Sample(msgspec.Struct, kw_only=True):
+    """One move.  None: not measured, or it never came to it (see ``outcome``)."""
+
+    system: str  # "migrated", "qemu-precopy", "qemu-postcopy"
+    path: str
+    load: str
+    memory_bytes: int
+    outcome: str = "completed"  # or "no end in N s", or an error's text
+    verified: bool = False  # the guest checked all its memory after the move, and found it as it had written it
+    total_seconds: float | None = None
+    setup_seconds: float | None = None  # before: starting the incoming guest and the handshake
+    downtime_seconds: float | None = None  # from the source's STOP to the target's RESUME
+    stall_seconds: float | None = None  # longest gap between two turns of the guest's loop, on its own counter
+    operations_before: float | None = None  # blocks a second
+    operations_during: float | None = None  # blocks a second, while pre-copy went on
+    wire_bytes: int | None = None
+    cpu_seconds: float | None = None
+    extra_memory_bytes: int | None = None
+    details: dict[str, Any] = msgspec.field(default_factory=dict)
+
+    @property
+    def pace(self) -> float | None:
+        """The guest's operations during pre-copy against before: 1 is undisturbed."""
+        if not self.operations_before or self.operations_during is None:
+            return None
+        return self.operations_during / self.operations_before
+
+
+FIGURES = (
+    "total_seconds",
+    "setup_seconds",
+    "downtime_seconds",
+    "stall_seconds",
+    "wire_bytes",
+    "cpu_seconds",
+    "extra_memory_bytes",
+    "pace",
+)
+
+
+def medians(samples: Sequence[Sample]) -> dict[str, Any]:
+    """Of the moves that ended; with how many there were, ended, and were found whole."""
+    ended = [sample for sample in samples if sample.outcome == "completed"]
+    result: dict[str, Any] = {
+        "runs": len(samples),
+        "ended": len(ended),
+        "verified": sum(sample.verified for sample in ended),
+        "outcomes": sorted({sample.outcome for sample in samples if sample.outcome != "completed"}),
+    }
+    for name in FIGURES:
+        result[name] = median(getattr(sample, name) for sample in ended)
+    return result
+
+
+def median(values: Iterable[float | None]) -> float | None:
+    """Of those that are there."""
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None

@@ -1,0 +1,60 @@
+"""What one run of the benchmarks is to do, and where its results go."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.report import Section, milliseconds, seconds, svg
+from benchmarks.sample import Sample
+
+MIB = 1 << 20
+
+
+@dataclasses.dataclass
+class Settings:
+    """From the command line."""
+
+    quick: bool
+    runs: int
+    memory_bytes: int
+    paths: tuple[str, ...]
+    loads: tuple[str, ...]
+    limit_seconds: float  # of one move
+    large_bytes: int  # the larger guest of `downtime`
+    output: Path
+    host: dict[str, str | int]
+    sections: dict[str, Section] = dataclasses.field(default_factory=dict)
+    started: float = dataclasses.field(default_factory=time.monotonic)
+
+    def say(self, path: str, load: str, system: str, number: int, sample: Sample) -> None:
+        """One line a move, while it goes on."""
+        good = "memory verified" if sample.verified else "MEMORY NOT VERIFIED"
+        what = (
+            f"{seconds(sample.total_seconds)}, down {milliseconds(sample.downtime_seconds)}, "
+            f"stall {milliseconds(sample.stall_seconds)}, {good}"
+            if sample.outcome == "completed"
+            else sample.outcome.splitlines()[0]
+        )
+        self.note(f"{path} {load} {system} {number + 1}: {what}")
+
+    def note(self, text: str) -> None:
+        """A line of progress."""
+        print(f"[{time.monotonic() - self.started:6.1f} s] {text}", file=sys.stderr, flush=True)
+
+    def save(self, section: Section) -> None:
+        """Write all results so far: an interrupted run keeps what it has measured."""
+        self.sections[section.name] = section
+        self.output.mkdir(parents=True, exist_ok=True)
+        data = {
+            "host": self.host,
+            "runs": self.runs,
+            "sections": {name: dataclasses.asdict(one) for name, one in self.sections.items()},
+        }
+        (self.output / "results.json").write_text(json.dumps(data, indent=1))
+        (self.output / "results.md").write_text("\n".join(one.markdown() for one in self.sections.values()))
+        if "comparison" in self.sections:
+            (self.output / "comparison.svg").write_text(svg(self.sections["comparison"].data))
