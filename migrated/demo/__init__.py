@@ -21,14 +21,14 @@ from rich.console import Console
 
 from migrated.demo.pair import AgentPair, short_directory
 from migrated.demo.pool import huge_pages
-#from migrated.demo.process_guest import RunningProcess
+from migrated.demo.process_guest import RunningProcess
 from migrated.demo.qemu_guest import QEMU, QemuGuest, RunningQemu
 from migrated.demo.show import Show
 from migrated.errors import HostError, MigratedError
 
 MIB = 1 << 20
 QEMU_MEMORY_BYTES = 512 * MIB
-PROCESS_MEMORY_BYTES = 128 * MIB
+PROCESS_MEMORY_BYTES = 64 * MIB
 
 
 def cache_directory() -> Path:
@@ -101,7 +101,6 @@ async def _qemu_demo(show: Show, mode: str) -> dict[str, Any]:
             source_guests={guest.name: guest.source_table()},
             target_guests={guest.name: guest.target_table()},
         )
-        stack.push_async_callback(_end_arrived, directory)
         await stack.enter_async_context(pair)
         return await _move(
             show,
@@ -112,13 +111,6 @@ async def _qemu_demo(show: Show, mode: str) -> dict[str, Any]:
             arrived=guest.target_serial(),
             about={"kind": "qemu-linux-tcg", "memory_bytes": guest.memory_bytes, "page_size": guest.page_bytes},
         )
-
-
-async def _end_arrived(directory: Path) -> None:
-    """End the guest that arrived: the demo's, found by the pid the target agent wrote beside its sockets."""
-    for path in directory.glob("target/guests/*/*.pid"):
-        with contextlib.suppress(ProcessLookupError, ValueError):
-            os.kill(int(path.read_text()), 9)
 
 
 async def _process_demo(show: Show, mode: str) -> dict[str, Any]:
@@ -161,6 +153,7 @@ async def _move(
     migration = await pair.start(guest, mode=mode)
     show.step(f"migration {migration}: {pair.source.role} agent → {pair.address}, mode {mode}")
     attach = asyncio.ensure_future(console.attach(arrived, 60))
+    target: dict[str, Any] = {}
     try:
         record = await show.follow(pair.source.events(migration))
         if record["state"] != "completed":
@@ -176,8 +169,12 @@ async def _move(
     finally:
         attach.cancel()
     show.step("the guest runs on the target and needs neither agent; it now checks all of its memory")
-    after = await console.stats()
-    swept = await console.sweep()
+    try:
+        after = await console.stats()
+        swept = await console.sweep()
+    finally:
+        with contextlib.suppress(MigratedError):
+            await console.command("quit")
     verified = (
         swept.wrong == 0 and swept.errors == 0 and after.errors == 0 and after.operations > before.operations
     ) and not console.corrupt

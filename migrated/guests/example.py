@@ -129,6 +129,7 @@ class Console:
         self._listener: socket.socket | None = None
         self._peer: socket.socket | None = None
         self._input = b""
+        self._ready = b""  # told again to whoever connects later
         if path is not None:
             Path(path).unlink(missing_ok=True)
             self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -139,6 +140,8 @@ class Console:
     def say(self, kind: str, **fields: float) -> None:
         """One line; lost where nobody listens or reads."""
         line = f"{kind} {json.dumps(fields)}\n"
+        if kind == "READY":
+            self._ready = line.encode()
         if self._listener is None:
             sys.stdout.write(line)
             sys.stdout.flush()
@@ -157,6 +160,7 @@ class Console:
         if self._listener is not None and self._listener.fileno() in ready:
             self._peer, _ = self._listener.accept()
             self._peer.setblocking(False)
+            self._peer.send(self._ready)
             return []
         if not ready:
             return []

@@ -67,6 +67,8 @@ if TYPE_CHECKING:
 
 #: How long a page connection may wait for the engine it belongs to.
 STREAM_WAIT_SECONDS = 10.0
+#: Codes of errors that say that there is no guest any more.
+GUEST_OVER = frozenset({"guest-died", "guest-gone"})
 #: Between two tries to run the guest after COMMIT.
 RESUME_PAUSE_SECONDS = 0.2
 
@@ -302,7 +304,7 @@ class TargetMigration(Migration):
                 break
             except Exception as error:  # noqa: BLE001 - after COMMIT every failure means the same: wait for the source
                 reason = self.failure.error or error
-                if isinstance(reason, GuestError) and reason.code == "guest-died":
+                if isinstance(reason, GuestError) and reason.code in GUEST_OVER:
                     await self._survival.over()
                     self.set_state(State.FAILED, reason)
                     return
@@ -588,6 +590,8 @@ class TargetMigration(Migration):
         """Whether the fault thread has turned lately (it does at least every second)."""
         if self._engine is None or not self._engine.alive or not self._streams_wanted.is_set():
             return True
+        if self.failure.error is not None and named(self.failure.error).code in GUEST_OVER:
+            return True  # the thread has ended with the guest
         heartbeat = self._engine.stats().fault_thread_heartbeat_ns
         return heartbeat == 0 or now_ns - heartbeat <= limit_ns
 

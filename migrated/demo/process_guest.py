@@ -1,0 +1,79 @@
+"""The co-operative guest of the demo: no root, no QEMU, no huge pages needed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from migrated.guests.client import ENVIRONMENT
+from migrated.guests.console import GuestConsole
+from migrated.waiting import within
+
+MIB = 1 << 20
+
+
+class RunningProcess:
+    """``python -m migrated.guests.example`` below the source agent, and its console."""
+
+    def __init__(self, directory: Path, *, memory_bytes: int, name: str = "demo", rate: int = 2000) -> None:
+        self.name = name
+        self.memory_bytes = memory_bytes
+        self.console = GuestConsole(name)
+        self.process: asyncio.subprocess.Process | None = None
+        self._directory = directory
+        self._rate = rate
+        self._log = directory / f"{name}.guest.log"
+
+    @property
+    def socket(self) -> Path:
+        """Where the source agent listens for the guest."""
+        return self._directory / f"{self.name}.sock"
+
+    @property
+    def target_console(self) -> Path:
+        """The console of the guest once it has arrived."""
+        return self._directory / f"{self.name}.1.tty"
+
+    def _command(self, console: Path) -> list[str]:
+        size = str(self.memory_bytes // MIB)
+        return [
+            *(sys.executable, "-m", "migrated.guests.example", "--size", size, "--rate", str(self._rate)),
+            *("--console", str(console)),
+        ]
+
+    def source_table(self) -> dict[str, Any]:
+        """``[guests.NAME]`` of the source."""
+        return {"driver": "process", "socket": str(self.socket), "page_size": "4K"}
+
+    def target_table(self) -> dict[str, Any]:
+        """``[guests.NAME]`` of the target."""
+        return {"driver": "process", "page_size": "4K", "command": self._command(self.target_console)}
+
+    async def start(self) -> None:
+        """Start it; returns when it has filled its memory.  The source agent must be there."""
+        console = self._directory / f"{self.name}.tty"
+        with self._log.open("wb") as log:
+            self.process = await asyncio.create_subprocess_exec(
+                *self._command(console),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, ENVIRONMENT: str(self.socket)},
+                start_new_session=True,
+            )
+        await self.console.attach(console)
+        await self.console.wait_booted()
+
+    async def stop(self) -> None:
+        """Let go of the console, end the first process if it is still there."""
+        await self.console.close()
+        process, self.process = self.process, None
+        if process is not None and process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            async with within(10, "the guest to end"):
+                await process.wait()
