@@ -23,6 +23,8 @@ BIN := $(VENV)/bin
 STAMPS := build/stamps
 # One build at a time in a checkout, whoever asks.
 LOCK := flock build/lock
+# Guest images (Debian's kernel, our init) stay in the checkout too.
+export MIGRATED_CACHE ?= $(CURDIR)/build/cache
 
 NATIVE := $(shell find native -name '*.[ch]' -not -path '*/examples/*') native/CMakeLists.txt native/build_ffi.py
 CORE := $(wildcard native/src/*.[ch] native/include/mgd_api.h native/include/migrated.h) \
@@ -39,22 +41,24 @@ PACKAGES := \
 	gcc:gcc libc6-dev:/usr/include/stdio.h cmake:cmake ninja-build:ninja \
 	libxxhash-dev:/usr/include/xxhash.h libzstd-dev:/usr/include/zstd.h libssl-dev:/usr/include/openssl/ssl.h \
 	python3:python3 python3-venv:/usr/share/doc/python3-venv python3-dev:/usr/share/doc/python3-dev \
-	util-linux:flock iproute2:ip qemu-system-x86:qemu-system-x86_64
+	util-linux:flock
+# For real guests: without them, and without the right to install them, the demo says so and moves a co-operative guest.
+GUEST_PACKAGES := iproute2:ip qemu-system-x86:qemu-system-x86_64
 # For `make test` and `make bench` only.
 TEST_PACKAGES := clang:clang clang-format:clang-format iperf3:iperf3 systemd:systemd-analyze openssl:openssl
 
 deps:
-	@.ci/deps $(PACKAGES) $(if $(WITHOUT_TEST_PACKAGES),,$(TEST_PACKAGES))
+	@.ci/deps $(PACKAGES) $(GUEST_PACKAGES) $(if $(WITHOUT_TEST_PACKAGES),,$(TEST_PACKAGES))
 
 # `make demo` does without what only tests need.
 $(STAMPS)/deps: Makefile .ci/deps
 	@mkdir -p $(STAMPS)
-	@.ci/deps $(PACKAGES)
+	@.ci/deps $(PACKAGES) -- $(GUEST_PACKAGES)
 	@touch $@
 
 $(STAMPS)/test-deps: Makefile .ci/deps
 	@mkdir -p $(STAMPS)
-	@.ci/deps $(PACKAGES) $(TEST_PACKAGES)
+	@.ci/deps $(PACKAGES) $(GUEST_PACKAGES) $(TEST_PACKAGES)
 	@touch $@
 
 # ---------------------------------------------------------------- .venv
