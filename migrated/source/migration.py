@@ -66,7 +66,7 @@ from migrated.protocol.transitions import State as SessionState
 from migrated.rates import Rates
 from migrated.record import Record, State
 from migrated.source.convergence import Convergence, RoundResult, Verdict
-from migrated.waiting import within
+from migrated.waiting import in_thread, within
 
 if TYPE_CHECKING:
     from migrated.address import Address
@@ -249,7 +249,7 @@ class SourceMigration(Migration):
         await self._note("active")  # with the descriptor's number in the guest, so that it can be closed there
         tracker = self._tracker = Tracker(memory, uffd)
         async with self._quiesced(needed=self._guest.needs_quiesced_scans):
-            await asyncio.to_thread(tracker.arm)
+            await in_thread(tracker.arm)
         return tracker
 
     @contextlib.asynccontextmanager
@@ -268,7 +268,7 @@ class SourceMigration(Migration):
         """Rounds until the policy says enough; returns whether the rest is to be sent while paused."""
         if self.options.mode == "postcopy":
             return False
-        await asyncio.to_thread(engine.mark_populated, tracker)
+        await in_thread(engine.mark_populated, tracker)
         policy = Convergence(
             self.options.mode,
             downtime_limit_seconds=self.options.downtime_limit_seconds,
@@ -298,7 +298,7 @@ class SourceMigration(Migration):
                 # Direct I/O: what was reported since the arming is compared once more after a scan with no I/O in flight.
                 quiesced_round_done = True
                 async with self._quiesced(needed=True):
-                    await asyncio.to_thread(engine.scan, tracker, quiesced=True)
+                    await in_thread(functools.partial(engine.scan, tracker, quiesced=True))
                 verdict = Verdict.ROUND
         await self._barrier(engine)
         self.log.info("pre-copy over", rounds=number, verdict=verdict.value)
@@ -313,7 +313,7 @@ class SourceMigration(Migration):
         while await self.rounds_done.get() != number:
             pass
         seconds = time.monotonic() - started
-        written = await asyncio.to_thread(engine.scan, tracker, quiesced=not self._guest.needs_quiesced_scans)
+        written = await in_thread(engine.scan, tracker, quiesced=not self._guest.needs_quiesced_scans)
         self._rates.dirty(written, time.monotonic())
         self.log.info("round", number=number, dirty_bytes=dirty_before, seconds=round(seconds, 4), written=written)
         return RoundResult(number, dirty_before, seconds, engine.stats().dirty_bytes)
@@ -337,13 +337,13 @@ class SourceMigration(Migration):
         await self._guest.pause(self._pipe)
         self._paused_at = self._guest.paused_at or self._paused_at
         if self.options.mode == "postcopy":
-            await asyncio.to_thread(engine.mark_populated, tracker)
-        await asyncio.to_thread(engine.scan, tracker, quiesced=True)
+            await in_thread(engine.mark_populated, tracker)
+        await in_thread(functools.partial(engine.scan, tracker, quiesced=True))
         if finish:
             engine.start_round(self.record.round + 1)
             await self.rounds_done.get()
             await self._barrier(engine)
-        stale = await asyncio.to_thread(engine.freeze)
+        stale = await in_thread(engine.freeze)
         self.record.stale_pages = stale
         await link.send(Switchover(stale))
         for region, first_page, bits in engine.stale_maps():
@@ -401,7 +401,7 @@ class SourceMigration(Migration):
 
     async def _disconnect(self) -> None:
         if self._engine is not None:
-            await asyncio.to_thread(self._engine.drop_streams)
+            await in_thread(self._engine.drop_streams)
         if self._link is not None:
             await self._link.close()
         self._session.connection_lost()
@@ -511,7 +511,7 @@ class SourceMigration(Migration):
         engine = self._engine = SourceEngine(legacy.memory, legacy.entry.page_bytes, self.options.streams, self._secret)
         engine.watch(asyncio.get_running_loop(), self.on_engine_event)
         engine.set_bandwidth(self.options.max_bandwidth, self.options.drain_bandwidth)
-        await asyncio.to_thread(engine.freeze_whole)
+        await in_thread(engine.freeze_whole)
         self.log.warning("the frozen memory is found again after a restart of the agent")
         await self._after_commit(connected=False)
 
@@ -549,10 +549,10 @@ class SourceMigration(Migration):
     async def _stop_tracking(self) -> None:
         engine, tracker = self._engine, self._tracker
         if engine is not None:
-            await asyncio.to_thread(engine.drop_streams)
+            await in_thread(engine.drop_streams)
         if tracker is not None:
             self._tracker = None
-            await quietly(asyncio.to_thread(tracker.disarm), self.log, "disarm dirty tracking")
+            await quietly(in_thread(tracker.disarm), self.log, "disarm dirty tracking")
             tracker.close()
         await quietly(self._guest.release_tracking(), self.log, "release dirty tracking")
 
