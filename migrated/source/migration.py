@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import AsyncIterator
@@ -162,6 +163,8 @@ class SourceMigration(Migration):
             try:
                 await self.failure.guard(self._until_loaded())
                 await self._note("committed")
+                if self.failure.error is not None:  # while that was written
+                    raise self.failure.error
                 await self._require_link().send(Commit())
             except Exception as error:  # noqa: BLE001 - whatever it is, the guest must be brought to a safe place
                 if not self._session.committed:
@@ -250,6 +253,7 @@ class SourceMigration(Migration):
         tracker = self._tracker = Tracker(memory, uffd)
         async with self._quiesced(needed=self._guest.needs_quiesced_scans):
             await in_thread(tracker.arm)
+        self.log.info("tracking writes", quiesced=self._guest.needs_quiesced_scans)
         return tracker
 
     @contextlib.asynccontextmanager
@@ -299,6 +303,7 @@ class SourceMigration(Migration):
                 quiesced_round_done = True
                 async with self._quiesced(needed=True):
                     await in_thread(functools.partial(engine.scan, tracker, quiesced=True))
+                self.log.info("quiesced scan", rounds=number)
                 verdict = Verdict.ROUND
         await self._barrier(engine)
         self.log.info("pre-copy over", rounds=number, verdict=verdict.value)
@@ -313,7 +318,9 @@ class SourceMigration(Migration):
         while await self.rounds_done.get() != number:
             pass
         seconds = time.monotonic() - started
-        written = await in_thread(engine.scan, tracker, quiesced=not self._guest.needs_quiesced_scans)
+        written = await in_thread(
+            functools.partial(engine.scan, tracker, quiesced=not self._guest.needs_quiesced_scans)
+        )
         self._rates.dirty(written, time.monotonic())
         self.log.info("round", number=number, dirty_bytes=dirty_before, seconds=round(seconds, 4), written=written)
         return RoundResult(number, dirty_before, seconds, engine.stats().dirty_bytes)
@@ -481,6 +488,9 @@ class SourceMigration(Migration):
                 await link.send(abort_of(named(error)))
         else:
             self._session.connection_lost()
+        if not await self._committed_struck_out():
+            self.set_state(State.FAILED, error)
+            return
         if self._guest_touched:
             await quietly(self._guest.resume(), self.log, "resume the guest here")
         await self._stop_tracking()
@@ -492,6 +502,23 @@ class SourceMigration(Migration):
         self.set_state(State.ABORTED if aborted else State.FAILED, error)
         if not told and self._session.must_reconnect:
             await self._settle(error)
+
+    async def _committed_struck_out(self) -> bool:
+        """Make sure that no journal says COMMIT before the guest runs on: the next agent would believe it."""
+        if self._entry is None or self._entry.stage != "committed":
+            return True
+        try:
+            await self._note("active")
+        except MigratedError as problem:
+            try:
+                self._survival.strike()
+            except OSError:
+                self.log.error(  # noqa: TRY400 - expected: no traceback
+                    "the guest stays paused: the journal says COMMIT, which was not sent, and cannot be changed",
+                    error=str(problem),
+                )
+                return False
+        return True
 
     async def _go_on(self, legacy: Recovered) -> None:
         """After a restart of the agent."""
