@@ -190,7 +190,8 @@ int mgd_target_create(const struct mgd_target_region *regions, uint32_t region_c
 	target->alias_count = region_count;
 	target->stream_count = stream_count;
 	memcpy(target->secret, secret, MGD_SECRET_BYTES);
-	target->kick_fd = target->uffd = target->ledger.fd = target->events.fd = -1;
+	target->kick_fd = target->ledger.fd = target->events.fd = -1;
+	atomic_init(&target->uffd, -1);
 	for (uint32_t i = 0; i < MGD_MAX_REGIONS; i++)
 		target->aliases[i].memory_fd = -1;
 	pthread_mutex_init(&target->barrier_lock, NULL);

@@ -136,6 +136,13 @@ static inline void peer_apply(struct peer_stream *stream, const struct mgd_frame
 	pthread_mutex_unlock(&peer->lock);
 }
 
+static inline void peer_stop_after(struct peer *peer, uint64_t finals)
+{
+	pthread_mutex_lock(&peer->lock);
+	peer->stop_after_finals = finals;
+	pthread_mutex_unlock(&peer->lock);
+}
+
 static inline bool peer_is_cut(struct peer *peer)
 {
 	bool cut;
@@ -215,7 +222,7 @@ static inline void peer_connect_one(struct peer *peer, uint32_t number)
 
 static inline void peer_connect(struct peer *peer)
 {
-	peer->cut = false;
+	peer->cut = false; /* no thread of an earlier connection is left */
 	for (uint32_t i = 0; i < peer->stream_count; i++)
 		peer_connect_one(peer, i);
 	peer_connect_one(peer, MGD_STREAM_URGENT);
@@ -406,20 +413,22 @@ static inline bool peer_piece_absent(const struct peer *peer, uint64_t at, uint6
 	return !memchr(resident, 1, bytes / BLOCK);
 }
 
-/* Read, not touched through the mapping: a hole must stay one, or a sparse guest would fill this machine. */
+/* Read, not touched through the mapping: a hole must stay one, or a sparse guest would fill this machine.  In pieces small
+ * enough that a sparse guest costs what it holds. */
+#define PEER_CHECK_BYTES (64 * KIB)
 static inline void peer_check_same(const struct peer *peer)
 {
-	uint8_t *copy = malloc(2 * MIB);
+	uint8_t *copy = malloc(PEER_CHECK_BYTES);
 
 	CHECK(copy);
-	for (uint64_t at = 0; at < peer->bytes; at += 2 * MIB) {
-		uint64_t piece = peer->bytes - at < 2 * MIB ? peer->bytes - at : 2 * MIB;
+	for (uint64_t at = 0; at < peer->bytes; at += PEER_CHECK_BYTES) {
+		uint64_t piece = peer->bytes - at < PEER_CHECK_BYTES ? peer->bytes - at : PEER_CHECK_BYTES;
 
 		if (peer_piece_absent(peer, at, piece))
 			continue;
 		CHECK_EQUAL(pread(peer->memory_fd, copy, piece, (off_t)at), piece);
 		if (memcmp(copy, peer->mirror + at, piece)) {
-			fprintf(stderr, "memory differs in the 2 MiB at %#llx\n", (unsigned long long)at);
+			fprintf(stderr, "memory differs in the 64 KiB at %#llx\n", (unsigned long long)at);
 			abort();
 		}
 	}

@@ -266,12 +266,12 @@ static void test_reconnect_goes_on_from_what_is_lacking(void)
 		uint8_t *map = stale_map(peer, &bytes);
 
 		/* The network fails half-way, wherever that is. */
-		peer->stop_after_finals = (stale + 1) / 2;
+		peer_stop_after(peer, (stale + 1) / 2);
 		serve(peer, 1);
-		peer_wait(peer, &peer->final_pages, peer->stop_after_finals);
+		peer_wait(peer, &peer->final_pages, (stale + 1) / 2);
 		peer_disconnect(peer);
 		forget_events(peer);
-		peer->stop_after_finals = 0;
+		peer_stop_after(peer, 0);
 		lacking = tell_lacking(peer, map, bytes);
 		CHECK_EQUAL(peer_stats(peer).stale_pages_left, lacking);
 		CHECK_EQUAL(peer->final_pages + lacking, stale);
