@@ -130,9 +130,8 @@ class Journal(Generic[E]):
             ) from error
 
     def remove(self, migration_id: str) -> None:
-        """It is over."""
-        with contextlib.suppress(OSError):
-            self._path(migration_id).unlink(missing_ok=True)
+        """It is over.  Raises OSError."""
+        self._path(migration_id).unlink(missing_ok=True)
 
     def load(self) -> dict[str, E]:
         """Every entry that can be believed, by migration id; the others are reported and set aside."""

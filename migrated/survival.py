@@ -34,9 +34,16 @@ class Survival(Generic[E]):
         """Write the entry durably.  HostError."""
         await asyncio.to_thread(self._journal.write, self._id, entry)
 
+    def strike(self) -> None:
+        """Remove the entry alone.  OSError when it cannot be: then it would be believed after a restart."""
+        self._journal.remove(self._id)
+
     async def over(self) -> None:
         """Nothing of this migration need survive any more."""
-        self._journal.remove(self._id)
+        try:
+            self.strike()
+        except OSError as error:
+            log.warning("a journal entry cannot be removed", migration=self._id, error=str(error))
         await self._keeper.forget(PREFIX + self._id)
 
 

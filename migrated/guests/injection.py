@@ -11,7 +11,6 @@ by us and handed over by whatever channel the process offers, carries the right;
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import ctypes
 import dataclasses
@@ -24,6 +23,7 @@ from pathlib import Path
 from migrated.errors import GuestError, GuestRefusedError, MigratedError
 from migrated.guests.pidfd import PidHandle, open_files
 from migrated.memory.native import inject_syscall, uffd_api
+from migrated.waiting import in_thread
 
 _SYS_CLOSE = 3
 _SYS_IOCTL = 16
@@ -100,9 +100,15 @@ async def open_uffd(process: PidHandle, *, faults: bool, tracking: bool, hand_ov
     ``hand_over`` is used when the process lacks the right.  Raises GuestRefusedError (``cannot-inject``,
     ``no-userfaultfd``) or what UFFDIO_API says of a kernel that lacks a feature.
     """
-    remote, stopped = await asyncio.to_thread(remote_syscall, process, _SYS_USERFAULTFD, _FLAGS)
+
+    def undo(made: tuple[int, float]) -> None:
+        if made[0] >= 0:
+            with contextlib.suppress(MigratedError):
+                remote_syscall(process, _SYS_CLOSE, made[0])
+
+    remote, stopped = await in_thread(remote_syscall, process, _SYS_USERFAULTFD, _FLAGS, undo=undo)
     if remote == -errno.EPERM and hand_over is not None:
-        remote, stopped = await _through_device(process, hand_over)
+        remote, stopped = await _through_device(process, hand_over, undo)
     if remote < 0:
         raise GuestRefusedError(
             f"process {process.pid} cannot make a userfaultfd: {os.strerror(-remote)}",
@@ -117,7 +123,7 @@ async def open_uffd(process: PidHandle, *, faults: bool, tracking: bool, hand_ov
         if fd >= 0:
             os.close(fd)
         with contextlib.suppress(MigratedError):
-            await asyncio.to_thread(remote_syscall, process, _SYS_CLOSE, remote)
+            await in_thread(remote_syscall, process, _SYS_CLOSE, remote)
         if isinstance(error, OSError):
             raise GuestRefusedError(
                 f"cannot take the userfaultfd of process {process.pid}: {error.strerror}", code="cannot-inject"
@@ -126,7 +132,9 @@ async def open_uffd(process: PidHandle, *, faults: bool, tracking: bool, hand_ov
     return InjectedUffd(process, fd, remote, stopped)
 
 
-async def _through_device(process: PidHandle, hand_over: HandOver) -> tuple[int, float]:
+async def _through_device(
+    process: PidHandle, hand_over: HandOver, undo: Callable[[tuple[int, float]], None]
+) -> tuple[int, float]:
     try:
         device = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
@@ -142,8 +150,8 @@ async def _through_device(process: PidHandle, hand_over: HandOver) -> tuple[int,
             handed = set(_numbers(process.pid, str(DEVICE))) - before
             if len(handed) != 1:
                 raise GuestError(f"process {process.pid} did not receive {DEVICE}", code="cannot-inject")
-            return await asyncio.to_thread(
-                remote_syscall, process, _SYS_IOCTL, handed.pop(), _USERFAULTFD_IOC_NEW, _FLAGS
+            return await in_thread(
+                remote_syscall, process, _SYS_IOCTL, handed.pop(), _USERFAULTFD_IOC_NEW, _FLAGS, undo=undo
             )
         finally:
             await take_back()
@@ -158,7 +166,7 @@ async def close_uffd(uffd: InjectedUffd) -> None:
     """
     try:
         if uffd.process.poll() is None and same_file(uffd.process.pid, uffd.remote_fd, uffd.fd):
-            await asyncio.to_thread(remote_syscall, uffd.process, _SYS_CLOSE, uffd.remote_fd)
+            await in_thread(remote_syscall, uffd.process, _SYS_CLOSE, uffd.remote_fd)
     except GuestRefusedError:
         if uffd.process.poll() is None:
             raise
@@ -169,4 +177,4 @@ async def close_uffd(uffd: InjectedUffd) -> None:
 async def close_remote(process: PidHandle, number: int) -> None:
     """Close a userfaultfd that nobody of ours holds any more (left by an agent that died)."""
     if number in userfaultfds(process.pid):
-        await asyncio.to_thread(remote_syscall, process, _SYS_CLOSE, number)
+        await in_thread(remote_syscall, process, _SYS_CLOSE, number)

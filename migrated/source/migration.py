@@ -483,11 +483,11 @@ class SourceMigration(Migration):
         self.log.warning("giving up", error=str(error))
         link = self._link
         # First of all the session must rule out COMMIT: then the guest may run here.
-        if link is not None and link.broken is None and self._session.abort_allowed:
+        if link is None or link.broken is not None:
+            self._session.connection_lost()
+        elif self._session.abort_allowed:
             with contextlib.suppress(MigratedError):
                 await link.send(abort_of(named(error)))
-        else:
-            self._session.connection_lost()
         if not await self._committed_struck_out():
             self.set_state(State.FAILED, error)
             return

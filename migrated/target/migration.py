@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import hmac
 import os
 import time
@@ -58,7 +59,7 @@ from migrated.protocol.messages import (
 from migrated.protocol.transitions import State as SessionState
 from migrated.rates import Rates
 from migrated.record import Faults, FaultSeconds, Record, State
-from migrated.waiting import within
+from migrated.waiting import in_thread, within
 
 if TYPE_CHECKING:
     from migrated.config import AgentConfig
@@ -202,8 +203,9 @@ class TargetMigration(Migration):
         try:
             memory = []
             for region in regions:
-                fd, page_bytes = await asyncio.to_thread(
-                    memfd.reserve, region.size_bytes, self._page_bytes, name=region.name
+                fd, page_bytes = await in_thread(
+                    functools.partial(memfd.reserve, region.size_bytes, self._page_bytes, name=region.name),
+                    undo=lambda reserved: os.close(reserved[0]),
                 )
                 fds.append(fd)
                 memory.append(TargetMemory(Region(region.name, region.size_bytes, page_bytes), fd))
@@ -353,7 +355,7 @@ class TargetMigration(Migration):
         engine = self._require_engine()
         await self._close_link()
         self.refresh()
-        await asyncio.to_thread(engine.release)
+        await in_thread(engine.release)
         await quietly(self._guest.release(), self.log, "release the guest")
         await self._survival.over()
         self.record.error = None
@@ -379,7 +381,7 @@ class TargetMigration(Migration):
 
     async def _close_link(self) -> None:
         if self._engine is not None and self._engine.alive:
-            await asyncio.to_thread(self._engine.drop_streams)
+            await in_thread(self._engine.drop_streams)
         if self._current_link is not None:
             await self._current_link.close()
         self.session.connection_lost()
@@ -552,7 +554,7 @@ class TargetMigration(Migration):
                 code="confirm",
                 hint=f"`migrated abandon {self.id} --confirm {self.record.guest}`",
             )
-        pages = await asyncio.to_thread(self._require_engine().poison_stale)
+        pages = await in_thread(self._require_engine().poison_stale)
         self.log.error("abandoned", poisoned_pages=pages)
 
     # ------------------------------------------------------------ figures
