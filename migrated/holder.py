@@ -3,7 +3,10 @@
     python -m migrated.holder SOCKET
 
 An agent that is killed leaves its guests' userfaultfds, memfds and ledgers here, under a name a migration; the next agent
-takes them back.  The holder ends when it holds nothing and nobody is connected.
+takes them back.  The holder ends when it holds nothing and nobody is connected, or when nobody ever comes.
+
+The process that was started ends, with status 0, as soon as the socket is there; the holder is a child of it, and so of
+nobody: whoever started it need not wait for its end.
 
 One request a packet (SOCK_SEQPACKET), JSON, with the descriptors beside it:
 ``{"op": "keep", "name": …}`` + descriptors, ``{"op": "forget", "name": …}``, ``{"op": "list"}``, ``{"op": "take", "name": …}``.
@@ -21,6 +24,8 @@ import sys
 
 MAX_PACKET_BYTES = 1 << 16
 MAX_FDS = 250  # SCM_MAX_FD is 253
+#: Whoever had us started has died if nobody has come for so long.
+FIRST_SECONDS = 60.0
 
 
 class Holder:
@@ -35,16 +40,19 @@ class Holder:
         former = os.umask(0o177)
         self._listener.bind(path)
         os.umask(former)
-        self._listener.listen(8)
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._path = path
         self._connections = 0
 
     def run(self) -> None:
         """Until nothing is held and nobody is there."""
+        self._listener.listen(8)
         served = False
         while not served or self._held or self._connections:
-            for key, _ in self._selector.select():
+            ready = self._selector.select(None if served else FIRST_SECONDS)
+            if not ready:
+                break
+            for key, _ in ready:
                 if key.fileobj is self._listener:
                     connection, _ = self._listener.accept()
                     self._selector.register(connection, selectors.EVENT_READ)
@@ -77,6 +85,7 @@ class Holder:
                 case "keep":
                     self._forget(name)
                     self._held[name] = list(fds)
+                    fds = []
                     return {"ok": True}, []
                 case "forget":
                     self._forget(name)
@@ -87,10 +96,11 @@ class Holder:
                     return {"ok": name in self._held}, self._held.get(name, [])
                 case other:
                     raise ValueError(f"unknown request {other!r}")
-        except (ValueError, KeyError, AttributeError) as error:
-            for fd in fds:
-                os.close(fd)
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             return {"ok": False, "error": str(error)}, []
+        finally:
+            for fd in fds:  # what was not to be kept
+                os.close(fd)
 
     def _forget(self, name: str) -> None:
         for fd in self._held.pop(name, []):
@@ -98,4 +108,10 @@ class Holder:
 
 
 if __name__ == "__main__":
-    Holder(sys.argv[1]).run()
+    holder = Holder(sys.argv[1])
+    if os.fork():
+        os._exit(0)
+    null = os.open("/dev/null", os.O_RDWR)
+    os.dup2(null, 1)  # whoever started us reads there until the end
+    os.dup2(null, 2)
+    holder.run()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import socket
@@ -21,6 +22,7 @@ import structlog
 
 from migrated import service
 from migrated.errors import HostError
+from migrated.waiting import in_thread
 
 log = structlog.get_logger("migrated.keeper")
 
@@ -83,22 +85,30 @@ class HolderKeeper:
 
     async def _start(self) -> None:
         """The holder, in a session of its own: it must not die with us."""
-        process = subprocess.Popen(  # noqa: ASYNC220 - it does not wait for the child
-            [sys.executable, "-m", "migrated.holder", str(self._path)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
         try:
             async with asyncio.timeout(START_SECONDS):
-                while not self._connect():
-                    if process.poll() is not None:
-                        raise HostError(
-                            f"the holder of descriptors ended at once, with status {process.returncode}", code="holder"
-                        )
+                # Not the event loop's subprocess: under uvloop the end of the pipe is not seen while the holder lives.
+                done = await in_thread(
+                    functools.partial(
+                        subprocess.run,
+                        [sys.executable, "-m", "migrated.holder", str(self._path)],
+                        check=False,
+                        stdin=subprocess.DEVNULL,
+                        capture_output=True,
+                        start_new_session=True,
+                        timeout=START_SECONDS,
+                    )
+                )
+                if done.returncode:
+                    raise HostError(
+                        f"no holder of descriptors can be started on {self._path}: status {done.returncode}, "
+                        f"{done.stderr.decode(errors='replace').strip().rpartition(chr(10))[2] or 'not a word'}",
+                        code="holder",
+                        hint="agent.state_dir must be a directory of this user's, with room",
+                    )
+                while not self._connect():  # noqa: ASYNC110 - a socket tells nobody that it listens
                     await asyncio.sleep(0.01)
-        except TimeoutError as error:
+        except (TimeoutError, subprocess.TimeoutExpired) as error:
             raise HostError(f"the holder of descriptors does not answer on {self._path}", code="holder") from error
 
     def _ask(self, request: dict[str, str], fds: Sequence[int] = ()) -> tuple[dict[str, Any], list[int]]:

@@ -140,6 +140,7 @@ class TargetMigration(Migration):
         self._mapped = asyncio.Event()
         self._reattached: asyncio.Queue[ControlLink] = asyncio.Queue()
         self._paused_at: float | None = None
+        self._abandoned = 0  # pages poisoned since their source is lost
         self._rates = Rates()
 
     def authentic(self, token: bytes) -> bool:
@@ -313,7 +314,8 @@ class TargetMigration(Migration):
                 if self._all_in():
                     break  # nobody is needed any more; a source that asks again is told so
                 self.set_state(State.POSTCOPY_PAUSED, reason)
-                await self._reattach_forever()
+                if not await self._reattach_or_all_in():
+                    break
         await self._finish()
 
     async def _run_guest(self) -> None:
@@ -359,7 +361,15 @@ class TargetMigration(Migration):
         await quietly(self._guest.release(), self.log, "release the guest")
         await self._survival.over()
         self.record.error = None
-        self.set_state(State.COMPLETED)
+        if self._abandoned:
+            error = MigratedError(
+                f"abandoned: {self._abandoned} pages of {self.record.guest} never arrived",
+                code="abandoned",
+                hint="the guest runs here and gets a memory error where it touches one of them",
+            )
+            self.set_state(State.FAILED, error)
+        else:
+            self.set_state(State.COMPLETED)
 
     # ------------------------------------------------------------ reconnect
 
@@ -367,6 +377,25 @@ class TargetMigration(Migration):
         """The agent has a new control connection for this session, its first message a Resume."""
         self._reattached.put_nowait(link)
         self.failure.set(MigratedError(f"{link.peer} dials again", code="reconnected"))
+
+    async def _reattach_or_all_in(self) -> bool:
+        """Wait for the source; False when nobody is needed any more: the last page was in, or the rest was abandoned."""
+
+        async def all_in() -> None:
+            await self.all_current.wait()
+            await self.all_mapped.wait()
+
+        back = asyncio.ensure_future(self._reattach_forever())
+        enough = asyncio.ensure_future(all_in())
+        try:
+            await asyncio.wait({back, enough}, return_when=asyncio.FIRST_COMPLETED)
+            if back.done():
+                back.result()
+            return back.done()
+        finally:
+            for task in (back, enough):
+                task.cancel()
+            await asyncio.wait({back, enough})
 
     async def _reattach_forever(self) -> None:
         while True:
@@ -554,8 +583,8 @@ class TargetMigration(Migration):
                 code="confirm",
                 hint=f"`migrated abandon {self.id} --confirm {self.record.guest}`",
             )
-        pages = await in_thread(self._require_engine().poison_stale)
-        self.log.error("abandoned", poisoned_pages=pages)
+        self._abandoned = await in_thread(self._require_engine().poison_stale)
+        self.log.error("abandoned", poisoned_pages=self._abandoned)
 
     # ------------------------------------------------------------ figures
 
