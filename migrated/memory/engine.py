@@ -191,6 +191,10 @@ class SourceEngine(_Engine):
         """Mark all memory that exists.  Blocks."""
         self._call("mark_populated", tracker.handle)
 
+    def marked_maps(self) -> Iterator[tuple[int, int, bytes]]:
+        """Pieces ``(region, first_page, bits)``: host pages the next round may send.  Pre-copy only; blocks shortly."""
+        return self._maps("marked_map")
+
     def scan(self, tracker: Tracker, *, quiesced: bool) -> int:
         """Mark what was written since the last scan; returns how many bytes of pages that is.  Blocks (well under 1 ms a GiB)."""
         out = ffi.new("uint64_t *")
@@ -217,9 +221,12 @@ class SourceEngine(_Engine):
 
     def stale_maps(self) -> Iterator[tuple[int, int, bytes]]:
         """Pieces ``(region, first_page, bits)``."""
+        return self._maps("stale_map")
+
+    def _maps(self, name: str) -> Iterator[tuple[int, int, bytes]]:
         for region, count in enumerate(self._page_counts):
             for first, bits in _pieces(
-                count, functools.partial(lambda r, f, b, n: self._call("stale_map", r, f, b, n), region)
+                count, functools.partial(lambda r, f, b, n: self._call(name, r, f, b, n), region)
             ):
                 yield region, first, bits
 

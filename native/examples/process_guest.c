@@ -67,7 +67,7 @@ static void *work(void *argument)
 	struct worker *w = argument;
 	struct guest_load *all = w->all;
 	uint64_t rate = all->rate / all->threads, started, last, written = 0, swept = 0;
-	const struct timespec nap = { 0, 1000000 };
+	const struct timespec nap = {0, 1000000};
 
 	if (migrated_safe_point(&all->guest))
 		return NULL;
@@ -164,7 +164,8 @@ __attribute__((format(printf, 2, 3))) static void say(struct guest_load *all, co
 	if (all->listener < 0) {
 		fwrite(line, 1, (size_t)n, stdout);
 		fflush(stdout);
-	} else if (all->peer >= 0 && send(all->peer, line, (size_t)n, MSG_NOSIGNAL | MSG_DONTWAIT) < 0 && errno != EAGAIN) {
+	} else if (all->peer >= 0 && send(all->peer, line, (size_t)n, MSG_NOSIGNAL | MSG_DONTWAIT) < 0 &&
+		   errno != EAGAIN) {
 		close(all->peer);
 		all->peer = -1;
 	}
@@ -211,7 +212,8 @@ static void say_corrupt(struct guest_load *all)
 		if (!all->workers[i].load.errors)
 			continue;
 		said = 1;
-		say(all, "CORRUPT {\"block\":%llu,\"word\":%llu,\"found\":\"%llx\",\"wanted\":\"%llx\",\"counter\":%llu}\n",
+		say(all,
+		    "CORRUPT {\"block\":%llu,\"word\":%llu,\"found\":\"%llx\",\"wanted\":\"%llx\",\"counter\":%llu}\n",
 		    (unsigned long long)m->index, (unsigned long long)m->word, (unsigned long long)m->found,
 		    (unsigned long long)m->wanted, (unsigned long long)m->counter);
 	}
@@ -221,8 +223,8 @@ static void say_corrupt(struct guest_load *all)
 static char next_command(struct guest_load *all, int wait_ms)
 {
 	static char first;
-	struct pollfd watched[2] = { { .fd = all->listener, .events = POLLIN },
-				     { .fd = all->listener < 0 ? all->console_in : all->peer, .events = POLLIN } };
+	struct pollfd watched[2] = {{.fd = all->listener, .events = POLLIN},
+				    {.fd = all->listener < 0 ? all->console_in : all->peer, .events = POLLIN}};
 	char c;
 
 	if (poll(watched, 2, wait_ms) <= 0)
@@ -256,7 +258,7 @@ static char next_command(struct guest_load *all, int wait_ms)
 
 static int listen_on(const char *path)
 {
-	struct sockaddr_un address = { .sun_family = AF_UNIX };
+	struct sockaddr_un address = {.sun_family = AF_UNIX};
 	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
 
 	if (fd < 0 || strlen(path) >= sizeof(address.sun_path))
@@ -279,7 +281,8 @@ static void talk(struct guest_load *all)
 			say(all, "READY {\"blocks\":%llu}\n", (unsigned long long)all->blocks);
 			ready = 1;
 		}
-		if (ready && now_ns() - reported >= REPORT_NS && !__atomic_load_n(&all->guest.paused, __ATOMIC_ACQUIRE)) {
+		if (ready && now_ns() - reported >= REPORT_NS &&
+		    !__atomic_load_n(&all->guest.paused, __ATOMIC_ACQUIRE)) {
 			reported = now_ns();
 			report(all, started);
 		}
@@ -321,11 +324,12 @@ static int fail(const char *what)
 
 int main(int argc, char **argv)
 {
-	static const struct option options[] = { { "size", 1, 0, 's' },	   { "rate", 1, 0, 'r' },  { "pattern", 1, 0, 'p' },
-						 { "threads", 1, 0, 't' }, { "sweep", 1, 0, 'w' }, { "regions", 1, 0, 'n' },
-						 { "console", 1, 0, 'c' }, { 0, 0, 0, 0 } };
-	static const char *const patterns[] = { "sparse", "hot", "dense", "idle" };
-	static struct guest_load all = { .threads = 1, .region_count = 1, .sweep_seconds = 10, .listener = -1, .peer = -1 };
+	static const struct option options[] = {{"size", 1, 0, 's'},	{"rate", 1, 0, 'r'},  {"pattern", 1, 0, 'p'},
+						{"threads", 1, 0, 't'}, {"sweep", 1, 0, 'w'}, {"regions", 1, 0, 'n'},
+						{"console", 1, 0, 'c'}, {0, 0, 0, 0}};
+	static const char *const patterns[] = {"sparse", "hot", "dense", "idle"};
+	static struct guest_load all = {
+		.threads = 1, .region_count = 1, .sweep_seconds = 10, .listener = -1, .peer = -1};
 	uint64_t size_mib = 64, each;
 	enum sc_pattern pattern = SC_SPARSE;
 	const char *console = NULL;
@@ -384,13 +388,13 @@ int main(int argc, char **argv)
 
 		w->all = &all;
 		w->first = i * each;
-		w->load = (struct sc_load){ .block = block_at,
-					    .context = w,
-					    .expected = all.expected + w->first,
-					    .blocks = each,
-					    .first_index = w->first,
-					    .pattern = pattern,
-					    .random = now_ns() | 1 };
+		w->load = (struct sc_load){.block = block_at,
+					   .context = w,
+					   .expected = all.expected + w->first,
+					   .blocks = each,
+					   .first_index = w->first,
+					   .pattern = pattern,
+					   .random = now_ns() | 1};
 	}
 	if (migrated_guest_init(&all.guest, NULL, all.regions, all.region_count, all.threads, 0))
 		return fail("MIGRATED_SOCKET");

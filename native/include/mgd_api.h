@@ -168,6 +168,10 @@ void mgd_source_drop_streams(struct mgd_source *source);
 /* First round: mark everything that may be other than zero.  Uses mgd_tracker_present, and the file's own account of what
  * it holds (SEEK_DATA on shmem, st_blocks on hugetlbfs): memory that exists nowhere is never read. */
 int mgd_source_mark_populated(struct mgd_source *source, struct mgd_tracker *tracker, struct mgd_error *err);
+/* Copy the map of host pages with anything marked (what the next round may send), piecewise like the stale map below: so
+ * that the target can have memory ready for them.  Before a round, in pre-copy. */
+int mgd_source_marked_map(const struct mgd_source *source, uint32_t region, uint64_t first_page, uint8_t *out,
+			  size_t bytes, struct mgd_error *err);
 /* Scan; mark what was reported for the next round and in the set "since the last quiesced scan".  quiesced: no I/O of the
  * guest is in flight: everything of that set is marked to be compared again, and the set starts anew, empty.
  * *out_bytes: memory reported by this scan. */

@@ -132,6 +132,10 @@ void source_mark_blocks(struct mgd_source *source, struct source_region *region,
 bool source_take_marks(struct mgd_source *source, struct source_region *region, uint64_t chunk,
 		       uint64_t marks[SOURCE_CHUNK_WORDS]);
 
+/* The first marked block at or after `block`; region->block_count when there is none. */
+uint64_t source_next_marked(const struct source_region *region, uint64_t block);
+int source_require_precopy(const struct mgd_source *source, const char *what, struct mgd_error *err);
+
 /* source_send.c: each returns 0 or -1 with *err; all frames of a stream go through these. */
 int source_send_chunk(struct source_stream *stream, struct source_region *region, uint64_t chunk,
 		      const uint64_t marks[SOURCE_CHUNK_WORDS], struct mgd_error *err);

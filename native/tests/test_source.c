@@ -59,6 +59,43 @@ static void test_reading_populates_nothing(void)
 	peer_destroy(peer);
 }
 
+/* What the target is told to have memory ready for: every page with a mark, no other, taken back with the marks. */
+static void test_marked_pages_are_told_before_they_are_sent(void)
+{
+	const uint64_t host_pages[] = {4 * KIB, 64 * KIB, 2 * MIB, 4 * MIB};
+	const uint64_t blocks[] = {0, 17, 511, 1030, 1535, 3071};
+
+	for (size_t i = 0; i < sizeof(host_pages) / sizeof(host_pages[0]); i++) {
+		struct peer *peer = peer_create(12 * MIB, 4 * KIB, host_pages[i], 2);
+		uint8_t map[12 * MIB / (4 * KIB) / 8] = {0}, expected[sizeof(map)] = {0};
+		size_t bytes = (12 * MIB / host_pages[i] + 7) / 8, half = bytes / 2;
+		struct mgd_error err;
+
+		peer_connect(peer);
+		for (size_t block = 0; block < sizeof(blocks) / sizeof(blocks[0]); block++) {
+			uint64_t page = blocks[block] * BLOCK / host_pages[i];
+
+			guest_write(peer, blocks[block], 1);
+			expected[page / 8] |= (uint8_t)(1 << page % 8);
+		}
+		memset(peer->tracker.report, 0, peer->tracker.words * 8);
+		mark_populated(peer);
+		CHECK_OK(mgd_source_marked_map(peer->source, 0, 0, map, half, &err), err);
+		CHECK_OK(mgd_source_marked_map(peer->source, 0, half * 8, map + half, bytes - half, &err), err);
+		CHECK(!memcmp(map, expected, bytes));
+		peer_round(peer, 1);
+		CHECK_OK(mgd_source_marked_map(peer->source, 0, 0, map, bytes, &err), err);
+		memset(expected, 0, sizeof(expected));
+		CHECK(!memcmp(map, expected, bytes));
+		CHECK_FAILS(mgd_source_marked_map(peer->source, 0, 4, map, 1, &err), err, MGD_ERR_ARGUMENT);
+		CHECK_FAILS(mgd_source_marked_map(peer->source, 0, 0, map, bytes + 1, &err), err, MGD_ERR_ARGUMENT);
+		CHECK_FAILS(mgd_source_marked_map(peer->source, 1, 0, map, 1, &err), err, MGD_ERR_ARGUMENT);
+		CHECK_OK(mgd_source_freeze(peer->source, &(uint64_t){0}, &err), err);
+		CHECK_FAILS(mgd_source_marked_map(peer->source, 0, 0, map, bytes, &err), err, MGD_ERR_ARGUMENT);
+		peer_destroy(peer);
+	}
+}
+
 static void test_unchanged_blocks_are_not_sent(void)
 {
 	struct peer *peer = sent_once(2);
@@ -300,6 +337,7 @@ int main(void)
 {
 	RUN(test_zero_and_absent_blocks_are_not_sent);
 	RUN(test_reading_populates_nothing);
+	RUN(test_marked_pages_are_told_before_they_are_sent);
 	RUN(test_unchanged_blocks_are_not_sent);
 	RUN(test_only_changed_blocks_of_a_huge_page_are_sent);
 	RUN(test_a_block_that_becomes_zero_is_told);
