@@ -1,0 +1,136 @@
+"""Guests of every shape: regions, page sizes, many moves, writes that outrun the network, disks that write into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from migrated.guests.images import build_disk
+from tests.rig.guest import MIB, MovingGuest, moving_guest
+from tests.rig.pages import PagesUnavailableError, more_pages
+
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.hugepages,
+    pytest.mark.guest,
+    pytest.mark.usefixtures("page_pool"),
+]
+
+GIB = 1024 * MIB
+MOVES = 10
+#: A load that a move can follow, and one that writes as fast as the guest can, all over its memory.
+CALM: dict[str, str | int] = {"rate": 2000, "pattern": "hot", "sweep_seconds": 0}
+RELENTLESS: dict[str, str | int] = {"rate": 0, "pattern": "sparse", "sweep_seconds": 10}
+
+
+async def test_one_guest_moves_ten_times_there_and_back() -> None:
+    async with moving_guest(kind="boot", load=CALM) as guest:
+        started = await guest.console.stats()
+        pids = {*guest.pids}
+        for number in range(MOVES):
+            mode = ("hybrid", "postcopy", "precopy")[number % 3]
+            await guest.move(mode=mode, downtime_limit_ms=2000)
+            pids.update(guest.pids)
+        assert len(pids) == MOVES + 1  # each time a new QEMU
+        assert (await guest.console.stats()).operations > started.operations
+        for host in guest.hosts:
+            records = (await (await host.source()).request("GET", "/v1/migrations"))["migrations"]
+            assert [record["state"] for record in records] == ["completed"] * (MOVES // 2)
+
+
+@pytest.mark.parametrize("mode", ["hybrid", "postcopy"])
+async def test_two_numa_regions_arrive_each_in_its_place(mode: str) -> None:
+    async with moving_guest(kind="boot", load=CALM, regions=2, memory_bytes=192 * MIB) as guest:
+        move = await guest.move(mode=mode)
+        assert move.target["total_bytes"] == guest.guest.memory_bytes
+        await guest.move(mode=mode)
+
+
+@pytest.mark.parametrize("mode", ["hybrid", "precopy", "postcopy"])
+async def test_small_pages_become_huge_ones_and_small_again(mode: str) -> None:
+    async with moving_guest(kind="boot", load=CALM, page_bytes=(4096, 2 * MIB)) as guest:
+        there = await guest.move(mode=mode, downtime_limit_ms=2000)
+        assert there.target["page_size"] == 2 * MIB
+        back = await guest.move(mode=mode, downtime_limit_ms=2000)
+        assert back.target["page_size"] == 4096
+
+
+@pytest.mark.parametrize("load", [CALM, RELENTLESS], ids=["calm", "relentless"])
+async def test_a_linux_guest_goes_from_small_pages_to_huge_ones(load: dict[str, str | int]) -> None:
+    load = {"rate": load["rate"] or "max", "pattern": load["pattern"]}
+    async with moving_guest(kind="linux", load=load, memory_bytes=192 * MIB, page_bytes=(4096, 2 * MIB)) as guest:
+        await guest.move()
+
+
+@pytest.fixture
+def two_gigantic_pages(page_pool: None) -> Iterator[None]:
+    try:
+        with more_pages(2, GIB):
+            yield
+    except PagesUnavailableError as error:
+        pytest.skip(f"no 1 GiB page for each side: {error}")
+
+
+@pytest.mark.parametrize("mode", ["hybrid", "postcopy"])
+async def test_a_guest_on_one_gibibyte_page_arrives_whole(two_gigantic_pages: None, mode: str, fast_accel: str) -> None:
+    async with moving_guest(kind="boot", accel=fast_accel, load=CALM, memory_bytes=GIB, page_bytes=(GIB, GIB)) as guest:
+        move = await guest.move(mode=mode)
+        assert move.source["page_size"] == GIB
+        assert move.source["stale_pages"] <= 1
+
+
+async def test_writes_that_outrun_precopy_fail_it_and_hybrid_moves_the_guest_all_the_same(accel: str) -> None:
+    async with moving_guest(kind="boot", accel=accel, load=RELENTLESS, memory_bytes=256 * MIB) as guest:
+        record = await guest.fail(mode="precopy", downtime_limit_ms=1)
+        assert record["state"] == "failed"
+        assert record["error"]["code"] == "not-converging"
+        assert "writes faster than it can be sent" in record["error"]["message"]
+        assert "hybrid" in record["error"]["hint"]
+        target = await (await guest.there.target()).record(record["id"])
+        assert target["state"] == "failed"
+        # `fail` has seen that one QEMU is left, on the source and without a userfaultfd: so it can be tracked anew.
+        move = await guest.move(mode="hybrid")
+        assert move.source["stale_pages"] > 0
+
+
+async def test_a_linux_guest_that_never_stops_writing_arrives_in_hybrid_mode() -> None:
+    load: dict[str, str | int] = {"size": "60%", "rate": "max", "pattern": "sparse"}
+    async with moving_guest(kind="linux", load=load, memory_bytes=192 * MIB) as guest:
+        move = await guest.move(mode="hybrid")
+        assert move.target["faults"]["stale"] > 0
+
+
+# ---------------------------------------------------------------- direct I/O
+
+
+async def _reads_go_on(guest: MovingGuest) -> None:
+    before = await guest.console.stats()
+    await guest.console.wait_for(lambda load: load.disk_reads > before.disk_reads, 30, "disk reads to go on")
+
+
+@pytest.mark.parametrize("mode", ["hybrid", "precopy", "postcopy"])
+async def test_direct_disk_reads_in_flight_lose_nothing(tmp_path: Path, mode: str) -> None:
+    """What a disk writes into pinned memory no fault reports: the scans are quiesced then."""
+    disk = build_disk(tmp_path / "disk", 32 * MIB)
+    load: dict[str, str | int] = {"size": "50%", "rate": 500, "pattern": "hot", "disk": "/dev/vda"}
+    async with moving_guest(
+        kind="linux", load=load, memory_bytes=192 * MIB, disk=disk, disk_options="cache=none"
+    ) as guest:
+        await _reads_go_on(guest)
+        await guest.move(mode=mode, downtime_limit_ms=2000)
+        await _reads_go_on(guest)
+        armed = [event for event in guest.hosts[0].events("source") if event["event"] == "tracking writes"]
+        assert [event["quiesced"] for event in armed] == [True]
+        scans = [event for event in guest.hosts[0].events("source") if event["event"] == "quiesced scan"]
+        assert len(scans) == (0 if mode == "postcopy" else 1)
+        await guest.move(mode=mode, downtime_limit_ms=2000)
+        await _reads_go_on(guest)
+
+
+async def test_a_guest_without_direct_reads_is_not_stopped_for_its_scans() -> None:
+    async with moving_guest(kind="boot", load=CALM) as guest:
+        await guest.move()
+        armed = [event for event in guest.hosts[0].events("source") if event["event"] == "tracking writes"]
+        assert [event["quiesced"] for event in armed] == [False]

@@ -1,0 +1,85 @@
+"""Two network namespaces joined by a veth pair: two hosts, as far as TCP can tell.
+
+Names carry our pid.  They are taken away on every way out; those of a test run that was killed, by the next one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import os
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+
+_COMMAND_SECONDS = 10
+_PREFIX = "mgt-"
+_numbers = itertools.count()
+
+
+def ip(*arguments: str) -> str:
+    """Run ip(8); AssertionError with what it said when it fails."""
+    return _run("ip", *arguments)
+
+
+def _run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_COMMAND_SECONDS, check=False)
+    assert done.returncode == 0, f"{' '.join(command)}: {done.stderr.strip()}"
+    return done.stdout
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Namespaces:
+    """Names and addresses of the two sides."""
+
+    names: tuple[str, str]
+    addresses: tuple[str, str]
+
+    @property
+    def hosts(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Arguments of `Host` for either side."""
+        first, second = (
+            {"prefix": ("ip", "netns", "exec", name), "listen": address}
+            for name, address in zip(self.names, self.addresses, strict=True)
+        )
+        return first, second
+
+    def limit(self, side: int, rate: str) -> None:
+        """Let ``side`` send at most so much (tc(8)'s words: ``200mbit``)."""
+        shape = ["tbf", "rate", rate, "burst", "128kb", "latency", "100ms"]
+        _run("tc", "-n", self.names[side], "qdisc", "replace", "dev", "link", "root", *shape)
+
+    def sent_bytes(self, side: int) -> int:
+        """What has left a side through the link."""
+        path = "/sys/class/net/link/statistics/tx_bytes"
+        return int(ip("netns", "exec", self.names[side], "cat", path))
+
+
+def _forget_the_dead() -> None:
+    """Namespaces whose maker lives no more."""
+    for line in ip("netns", "list").splitlines():
+        name = line.split()[0]
+        with contextlib.suppress(ValueError, IndexError):
+            if name.startswith(_PREFIX) and not os.path.exists(f"/proc/{int(name.split('-')[1])}"):
+                ip("netns", "delete", name)
+
+
+@contextlib.contextmanager
+def namespaces() -> Iterator[Namespaces]:
+    """Two of them, up and able to reach each other."""
+    _forget_the_dead()
+    number = next(_numbers)
+    first, second = f"{_PREFIX}{os.getpid()}-{number}a", f"{_PREFIX}{os.getpid()}-{number}b"
+    # Addresses live in the namespaces only, so every pair may use the same ones.
+    addresses = ("10.74.40.1", "10.74.40.2")
+    with contextlib.ExitStack() as undo:
+        for name in (first, second):
+            ip("netns", "add", name)
+            undo.callback(ip, "netns", "delete", name)
+        ip("link", "add", "link", "netns", first, "type", "veth", "peer", "name", "link", "netns", second)
+        for name, address in zip((first, second), addresses, strict=True):
+            ip("-n", name, "address", "add", f"{address}/30", "dev", "link")
+            ip("-n", name, "link", "set", "link", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield Namespaces((first, second), addresses)
