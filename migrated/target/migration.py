@@ -68,6 +68,8 @@ if TYPE_CHECKING:
 
 #: How long a page connection may wait for the engine it belongs to.
 STREAM_WAIT_SECONDS = 10.0
+#: Zeroing a huge page that was never used takes the hypervisor's time more than ours: two at once pay.
+POPULATE_THREADS = 2
 #: Codes of errors that say that there is no guest any more.
 GUEST_OVER = frozenset({"guest-died", "guest-gone"})
 #: Between two tries to run the guest after COMMIT.
@@ -168,6 +170,9 @@ class TargetMigration(Migration):
             ticker.cancel()
             await self._let_go()
             self._over = True
+            while not self._reattached.empty():  # dialled while we came to the end, when nobody waited for it any more
+                late = self._reattached.get_nowait()
+                await quietly(self.answer_late(late), self.log, "answer a source that dialled at the end")
 
     async def _until_committed(self) -> None:
         hello = self.hello
@@ -256,7 +261,7 @@ class TargetMigration(Migration):
             message = await self._link.receive()
             match message:
                 case Populated(region=region, first_page=first_page, bits=bits):
-                    engine.populate(region, first_page, bits)
+                    engine.populate(region, first_page, bits, POPULATE_THREADS)
                 case Round(number=number, dirty_bytes=dirty_bytes):
                     self.record.round = number
                     self.record.remaining_bytes = dirty_bytes
