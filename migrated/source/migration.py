@@ -50,6 +50,7 @@ from migrated.protocol.messages import (
     Lacking,
     LackingEnd,
     Loaded,
+    Populated,
     Ready,
     RegionInfo,
     Released,
@@ -273,6 +274,8 @@ class SourceMigration(Migration):
         if self.options.mode == "postcopy":
             return False
         await in_thread(engine.mark_populated, tracker)
+        for region, first_page, bits in engine.marked_maps():
+            await self._require_link().send(Populated(region, first_page, bits))
         policy = Convergence(
             self.options.mode,
             downtime_limit_seconds=self.options.downtime_limit_seconds,
