@@ -152,7 +152,7 @@ class MovingGuest:
             await self.qemu.stop()
             traces.end_processes(self.guest.directory)
         complaints = [event for host in self.hosts for event in host.complaints()]
-        assert not complaints, complaints
+        assert not complaints, "\n".join(str(event.get("exception", event["event"])) for event in complaints)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from typing import Any
 
 _COMMAND_SECONDS = 10
 _PREFIX = "mgt-"
+_DEVICE = "cable"
 _numbers = itertools.count()
 
 
@@ -48,11 +49,11 @@ class Namespaces:
     def limit(self, side: int, rate: str) -> None:
         """Let ``side`` send at most so much (tc(8)'s words: ``200mbit``)."""
         shape = ["tbf", "rate", rate, "burst", "128kb", "latency", "100ms"]
-        _run("tc", "-n", self.names[side], "qdisc", "replace", "dev", "link", "root", *shape)
+        _run("tc", "-n", self.names[side], "qdisc", "replace", "dev", _DEVICE, "root", *shape)
 
     def sent_bytes(self, side: int) -> int:
         """What has left a side through the link."""
-        path = "/sys/class/net/link/statistics/tx_bytes"
+        path = f"/sys/class/net/{_DEVICE}/statistics/tx_bytes"
         return int(ip("netns", "exec", self.names[side], "cat", path))
 
 
@@ -77,9 +78,9 @@ def namespaces() -> Iterator[Namespaces]:
         for name in (first, second):
             ip("netns", "add", name)
             undo.callback(ip, "netns", "delete", name)
-        ip("link", "add", "link", "netns", first, "type", "veth", "peer", "name", "link", "netns", second)
+        ip("link", "add", "name", _DEVICE, "netns", first, "type", "veth", "peer", "name", _DEVICE, "netns", second)
         for name, address in zip((first, second), addresses, strict=True):
-            ip("-n", name, "address", "add", f"{address}/30", "dev", "link")
-            ip("-n", name, "link", "set", "link", "up")
+            ip("-n", name, "address", "add", f"{address}/30", "dev", _DEVICE)
+            ip("-n", name, "link", "set", _DEVICE, "up")
             ip("-n", name, "link", "set", "lo", "up")
         yield Namespaces((first, second), addresses)
