@@ -88,7 +88,7 @@ class HolderKeeper:
         try:
             async with asyncio.timeout(START_SECONDS):
                 # Not the event loop's subprocess: under uvloop the end of the pipe is not seen while the holder lives.
-                done = await in_thread(
+                done: subprocess.CompletedProcess[bytes] = await in_thread(
                     functools.partial(
                         subprocess.run,
                         [sys.executable, "-m", "migrated.holder", str(self._path)],

@@ -16,10 +16,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import functools
 import os
 import time
-from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 from migrated import __version__
@@ -43,20 +41,17 @@ from migrated.protocol.bounds import abort_of
 from migrated.protocol.messages import (
     PROTOCOL_VERSION,
     Aborted,
-    BarrierAck,
     Commit,
     Done,
     Hello,
     Lacking,
     LackingEnd,
     Loaded,
-    Populated,
     Ready,
     RegionInfo,
     Released,
     Resume,
     Resumed,
-    Round,
     Running,
     StaleMap,
     StaleMapEnd,
@@ -67,7 +62,8 @@ from migrated.protocol.transitions import Role
 from migrated.protocol.transitions import State as SessionState
 from migrated.rates import Rates
 from migrated.record import Record, State
-from migrated.source.convergence import Convergence, RoundResult, Verdict
+from migrated.source import figures
+from migrated.source.precopy import PreCopy
 from migrated.waiting import in_thread, within
 
 if TYPE_CHECKING:
@@ -143,9 +139,7 @@ class SourceMigration(Migration):
         self._engine: SourceEngine | None = None
         self._tracker: Tracker | None = None
         self._memory: SourceMemory | None = None
-        self._barriers = 0
         self._paused_at = 0.0
-        self._guest_touched = False  # paused or quiesced by us at least once: resume() is due on failure
         self._running_there = False
         self._all_there = False
         self._switch_now = asyncio.Event()
@@ -189,9 +183,9 @@ class SourceMigration(Migration):
         engine.set_bandwidth(self.options.max_bandwidth, self.options.drain_bandwidth)
         await self._open_streams()
         self.set_state(State.PRECOPY)
-        tracker = await self._arm(memory)
-        finish = await self._precopy(engine, tracker)
-        await self._switch_over(engine, tracker, finish=finish)
+        precopy = await self._track(memory, engine)
+        finish = await precopy.run() if self.options.mode != "postcopy" else False
+        await self._switch_over(engine, precopy, finish=finish)
 
     async def _greet(self, memory: SourceMemory) -> tuple[int, ...]:
         """Hello → Ready; returns the target's page sizes."""
@@ -245,114 +239,42 @@ class SourceMigration(Migration):
         for stream, fd in (*enumerate(bulk), (URGENT, urgent)):
             engine.add_stream(stream, fd)
 
-    async def _arm(self, memory: SourceMemory) -> Tracker:
-        """Attach dirty tracking.  With direct I/O about, the guest is quiesced for it (design, Pinned buffers)."""
+    async def _track(self, memory: SourceMemory, engine: SourceEngine) -> PreCopy:
+        """Attach dirty tracking; from here on the guest is touched."""
         await self._survival.hold(memory.memory_fds)
         await self._note("active")
         uffd = await self._guest.tracking_uffd()
-        await self._note("active")  # with the descriptor's number in the guest, so that it can be closed there
-        tracker = self._tracker = Tracker(memory, uffd)
-        async with self._quiesced(needed=self._guest.needs_quiesced_scans):
-            await in_thread(tracker.arm)
-        self.log.info("tracking writes", quiesced=self._guest.needs_quiesced_scans)
-        return tracker
-
-    @contextlib.asynccontextmanager
-    async def _quiesced(self, *, needed: bool) -> AsyncIterator[None]:
-        if not needed:
-            yield
-            return
-        self._guest_touched = True
-        await self._guest.quiesce()
-        try:
-            yield
-        finally:
-            await self._guest.unquiesce()
-
-    async def _precopy(self, engine: SourceEngine, tracker: Tracker) -> bool:
-        """Rounds until the policy says enough; returns whether the rest is to be sent while paused."""
-        if self.options.mode == "postcopy":
-            return False
-        await in_thread(engine.mark_populated, tracker)
-        for region, first_page, bits in engine.marked_maps():
-            await self._require_link().send(Populated(region, first_page, bits))
-        policy = Convergence(
-            self.options.mode,
-            downtime_limit_seconds=self.options.downtime_limit_seconds,
-            max_rounds=self.options.max_rounds,
+        await self._note("active")  # with what the driver has left in the guest
+        self._tracker = Tracker(memory, uffd)
+        precopy = PreCopy(
+            engine=engine,
+            tracker=self._tracker,
+            guest=self._guest,
+            link=self._require_link(),
+            options=self.options,
+            record=self.record,
+            rates=self._rates,
+            rounds_done=self.rounds_done,
+            switch_now=self._switch_now,
+            barrier_seconds=self._timeouts.switchover,
+            log=self.log,
         )
-        verdict = Verdict.ROUND
-        number = 0
-        quiesced_round_done = not self._guest.needs_quiesced_scans
-        while verdict is Verdict.ROUND:
-            number += 1
-            result = await self._round(engine, tracker, number)
-            policy.downtime_limit_seconds = self.options.downtime_limit_seconds
-            policy.max_rounds = self.options.max_rounds
-            verdict = policy.after(result)
-            if self._switch_now.is_set() and verdict in (Verdict.ROUND, Verdict.GIVE_UP):
-                verdict = Verdict.FINISH if self.options.mode == "precopy" else Verdict.POSTCOPY
-            if verdict is Verdict.GIVE_UP:
-                raise MigratedError(
-                    f"{self.record.guest} writes faster than it can be sent: after {number} rounds "
-                    f"{result.dirty_bytes >> 20} MiB are left, "
-                    f"about {policy.estimate_seconds(result.dirty_bytes) * 1000:.0f} ms of downtime",
-                    code="not-converging",
-                    hint="use mode hybrid, or raise --downtime-limit, --max-rounds or --max-bandwidth; "
-                    "or end pre-copy yourself with `migrated switchover`",
-                )
-            if verdict is not Verdict.ROUND and not quiesced_round_done:
-                # Direct I/O: what was reported since the arming is compared once more after a scan with no I/O in flight.
-                quiesced_round_done = True
-                async with self._quiesced(needed=True):
-                    await in_thread(functools.partial(engine.scan, tracker, quiesced=True))
-                self.log.info("quiesced scan", rounds=number)
-                verdict = Verdict.ROUND
-        await self._barrier(engine)
-        self.log.info("pre-copy over", rounds=number, verdict=verdict.value)
-        return verdict is Verdict.FINISH
+        await precopy.arm()
+        return precopy
 
-    async def _round(self, engine: SourceEngine, tracker: Tracker, number: int) -> RoundResult:
-        dirty_before = engine.stats().dirty_bytes
-        self.record.round = number
-        await self._require_link().send(Round(number, dirty_before))
-        started = time.monotonic()
-        engine.start_round(number)
-        while await self.rounds_done.get() != number:
-            pass
-        seconds = time.monotonic() - started
-        written = await in_thread(
-            functools.partial(engine.scan, tracker, quiesced=not self._guest.needs_quiesced_scans)
-        )
-        self._rates.dirty(written, time.monotonic())
-        self.log.info("round", number=number, dirty_bytes=dirty_before, seconds=round(seconds, 4), written=written)
-        return RoundResult(number, dirty_before, seconds, engine.stats().dirty_bytes)
-
-    async def _barrier(self, engine: SourceEngine) -> None:
-        """Everything sent so far is in the target's memory when this returns."""
-        self._barriers += 1
-        engine.barrier(self._barriers)
-        ack = await self._require_link().expect(
-            BarrierAck, limit_seconds=self._timeouts.switchover, what="the barrier to be acknowledged"
-        )
-        if ack.barrier != self._barriers:
-            raise PeerError(f"barrier {self._barriers} was answered with {ack.barrier}", code="protocol-remote")
-
-    async def _switch_over(self, engine: SourceEngine, tracker: Tracker, *, finish: bool) -> None:
+    async def _switch_over(self, engine: SourceEngine, precopy: PreCopy, *, finish: bool) -> None:
         """Pause, last scan, stale map, guest state; returns when the target has loaded it."""
         link = self._require_link()
         self.set_state(State.SWITCHOVER)
-        self._guest_touched = True
         self._paused_at = time.monotonic()
         await self._guest.pause(self._pipe)
         self._paused_at = self._guest.paused_at or self._paused_at
         if self.options.mode == "postcopy":
-            await in_thread(engine.mark_populated, tracker)
-        await in_thread(functools.partial(engine.scan, tracker, quiesced=True))
+            await in_thread(engine.mark_populated, precopy.tracker)
+        await precopy.scan(quiesced=True)
         if finish:
-            engine.start_round(self.record.round + 1)
-            await self.rounds_done.get()
-            await self._barrier(engine)
+            await precopy.send_marked(self.record.round + 1)
+            await precopy.barrier()
         stale = await in_thread(engine.freeze)
         self.record.stale_pages = stale
         await link.send(Switchover(stale))
@@ -494,7 +416,7 @@ class SourceMigration(Migration):
         if not await self._committed_struck_out():
             self.set_state(State.FAILED, error)
             return
-        if self._guest_touched:
+        if self._tracker is not None:
             await quietly(self._guest.resume(), self.log, "resume the guest here")
         await self._stop_tracking()
         told = link is not None and link.broken is None and await self._confirmed(link)
@@ -680,25 +602,7 @@ class SourceMigration(Migration):
         engine = self._engine
         if engine is None or not engine.alive:
             return
-        stats = engine.stats()
-        record = self.record
-        record.transferred_bytes = stats.wire_bytes
-        self._rates.sent(stats.wire_bytes, time.monotonic())
-        record.throughput_bytes_per_second = self._rates.throughput
-        record.dirty_bytes_per_second = self._rates.dirty_rate
-        if self._session.committed:
-            record.remaining_bytes = stats.stale_pages_left * record.page_size
-        else:
-            record.remaining_bytes = stats.dirty_bytes
-        record.bytes_by_kind = {
-            "payload": stats.payload_bytes,
-            "header": stats.header_bytes,
-            "zero": stats.zero_blocks * 4096,
-            "unchanged": stats.unchanged_blocks * 4096,
-            "compression_saved": stats.compression_saved_bytes,
-            "demand": stats.demand_bytes,
-            "drain": stats.drain_bytes,
-        }
+        figures.update(self.record, engine.stats(), self._rates, frozen=self._session.committed)
 
     def _require_engine(self) -> SourceEngine:
         if self._engine is None:

@@ -32,7 +32,7 @@ from migrated.guests.driver import FaultSource, Region, TargetGuest, TargetMemor
 from migrated.journal import TargetEntry, process_started
 from migrated.link import ControlLink, StatePipe
 from migrated.memory import memfd
-from migrated.memory.engine import URGENT, Event, EventKind, Histogram, TargetEngine, ledger_bytes
+from migrated.memory.engine import URGENT, Event, EventKind, TargetEngine, ledger_bytes
 from migrated.migration import Migration, quietly
 from migrated.protocol.bounds import abort_of
 from migrated.protocol.messages import (
@@ -58,7 +58,8 @@ from migrated.protocol.messages import (
 )
 from migrated.protocol.transitions import State as SessionState
 from migrated.rates import Rates
-from migrated.record import Faults, FaultSeconds, Record, State
+from migrated.record import Record, State
+from migrated.target import figures
 from migrated.waiting import in_thread, within
 
 if TYPE_CHECKING:
@@ -598,29 +599,7 @@ class TargetMigration(Migration):
         engine = self._engine
         if engine is None or not engine.alive:
             return
-        stats = engine.stats()
-        record = self.record
-        record.transferred_bytes = stats.wire_bytes
-        self._rates.sent(stats.wire_bytes, time.monotonic())
-        record.throughput_bytes_per_second = self._rates.throughput
-        if self._mapped.is_set():
-            record.remaining_bytes = stats.stale_pages * record.page_size
-        record.faults = Faults(current=stats.faults_current, stale=stats.faults_stale, missing=stats.faults_missing)
-        by_kind: dict[str, Histogram] = {
-            "current": stats.latency_current,
-            "stale": stats.latency_stale,
-            "missing": stats.latency_missing,
-        }
-        total = stats.latency_current + stats.latency_stale + stats.latency_missing
-        record.fault_seconds = FaultSeconds(
-            p50=total.quantile_seconds(0.5),
-            p99=total.quantile_seconds(0.99),
-            max=total.max_ns * 1e-9,
-            histogram_log2_us=list(total.buckets),
-        )
-        record.faults_by_kind_us = {kind: list(histogram.buckets) for kind, histogram in by_kind.items()}
-        record.fault_sum_seconds = {kind: histogram.total_ns * 1e-9 for kind, histogram in by_kind.items()}
-        record.bytes_by_kind = {"payload": stats.payload_bytes, "header": stats.wire_bytes - stats.payload_bytes}
+        figures.update(self.record, engine.stats(), self._rates, mapped=self._mapped.is_set())
 
     def fault_server_alive(self, now_ns: int, limit_ns: int) -> bool:
         """Whether the fault thread has turned lately (it does at least every second)."""

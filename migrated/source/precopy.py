@@ -1,0 +1,143 @@
+"""Pre-copy: rounds while the guest runs, until the policy says enough.
+
+Each round sends what is marked; the scan after it marks what was written meanwhile.  With direct I/O about (design: pinned
+buffers) the first arming and one scan at the end are made with the guest quiesced, and what was reported in between is
+compared again; without it any scan is as good as a quiesced one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import time
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any
+
+from migrated.errors import MigratedError, PeerError
+from migrated.protocol.messages import BarrierAck, Populated, Round
+from migrated.source.convergence import Convergence, RoundResult, Verdict
+from migrated.waiting import in_thread
+
+if TYPE_CHECKING:
+    from migrated.guests.driver import SourceGuest
+    from migrated.link import ControlLink
+    from migrated.memory.engine import SourceEngine
+    from migrated.memory.tracker import Tracker
+    from migrated.rates import Rates
+    from migrated.record import Record
+    from migrated.source.options import Options
+
+
+@dataclasses.dataclass(kw_only=True)
+class PreCopy:
+    """Of one migration.  ``rounds_done`` yields the number of each finished round; ``switch_now`` ends pre-copy."""
+
+    engine: SourceEngine
+    tracker: Tracker
+    guest: SourceGuest
+    link: ControlLink
+    options: Options
+    record: Record
+    rates: Rates
+    rounds_done: asyncio.Queue[int]
+    switch_now: asyncio.Event
+    barrier_seconds: float
+    log: Any
+    _barriers: int = 0
+
+    async def arm(self) -> None:
+        """Start tracking."""
+        quiesced = self.guest.needs_quiesced_scans
+        async with self._quiesced() if quiesced else contextlib.nullcontext():
+            await in_thread(self.tracker.arm)
+        self.log.info("tracking writes", quiesced=quiesced)
+
+    async def run(self) -> bool:
+        """Rounds; returns whether what is left is to be sent while the guest is paused (else: after the switch-over).
+
+        Raises MigratedError ``not-converging`` in mode precopy.
+        """
+        await in_thread(self.engine.mark_populated, self.tracker)
+        for region, first_page, bits in self.engine.marked_maps():
+            await self.link.send(Populated(region, first_page, bits))
+        policy = Convergence(
+            self.options.mode,
+            downtime_limit_seconds=self.options.downtime_limit_seconds,
+            max_rounds=self.options.max_rounds,
+        )
+        settled = not self.guest.needs_quiesced_scans
+        verdict = Verdict.ROUND
+        number = 0
+        while verdict is Verdict.ROUND:
+            number += 1
+            result = await self.round(number)
+            verdict = self._judge(policy, result)
+            if verdict is not Verdict.ROUND and not settled:
+                settled = True
+                async with self._quiesced():
+                    await self.scan(quiesced=True)
+                self.log.info("quiesced scan", rounds=number)
+                verdict = Verdict.ROUND
+        await self.barrier()
+        self.log.info("pre-copy over", rounds=number, verdict=verdict.value)
+        return verdict is Verdict.FINISH
+
+    def _judge(self, policy: Convergence, result: RoundResult) -> Verdict:
+        policy.downtime_limit_seconds = self.options.downtime_limit_seconds  # both may have been changed meanwhile
+        policy.max_rounds = self.options.max_rounds
+        verdict = policy.after(result)
+        if self.switch_now.is_set() and verdict in (Verdict.ROUND, Verdict.GIVE_UP):
+            return Verdict.FINISH if self.options.mode == "precopy" else Verdict.POSTCOPY
+        if verdict is Verdict.GIVE_UP:
+            raise MigratedError(
+                f"{self.record.guest} writes faster than it can be sent: after {result.number} rounds "
+                f"{result.dirty_bytes >> 20} MiB are left, "
+                f"about {policy.estimate_seconds(result.dirty_bytes) * 1000:.0f} ms of downtime",
+                code="not-converging",
+                hint="use mode hybrid, or raise --downtime-limit, --max-rounds or --max-bandwidth; "
+                "or end pre-copy yourself with `migrated switchover`",
+            )
+        return verdict
+
+    async def round(self, number: int) -> RoundResult:
+        """Send what is marked, then see what was written meanwhile."""
+        marked = self.engine.stats().dirty_bytes
+        self.record.round = number
+        await self.link.send(Round(number, marked))
+        started = time.monotonic()
+        await self.send_marked(number)
+        seconds = time.monotonic() - started
+        written = await self.scan(quiesced=not self.guest.needs_quiesced_scans)
+        self.rates.dirty(written, time.monotonic())
+        self.log.info("round", number=number, dirty_bytes=marked, seconds=round(seconds, 4), written=written)
+        return RoundResult(number, marked, seconds, self.engine.stats().dirty_bytes)
+
+    async def send_marked(self, number: int) -> None:
+        """One round of the engine."""
+        self.engine.start_round(number)
+        while await self.rounds_done.get() != number:
+            pass
+
+    async def scan(self, *, quiesced: bool) -> int:
+        """Mark what was written; returns how many bytes of pages were reported."""
+        return await in_thread(functools.partial(self.engine.scan, self.tracker, quiesced=quiesced))
+
+    async def barrier(self) -> None:
+        """Everything sent so far is in the target's memory when this returns."""
+        self._barriers += 1
+        self.engine.barrier(self._barriers)
+        ack = await self.link.expect(
+            BarrierAck, limit_seconds=self.barrier_seconds, what="the barrier to be acknowledged"
+        )
+        if ack.barrier != self._barriers:
+            raise PeerError(f"barrier {self._barriers} was answered with {ack.barrier}", code="protocol-remote")
+
+    @contextlib.asynccontextmanager
+    async def _quiesced(self) -> AsyncIterator[None]:
+        await self.guest.quiesce()
+        try:
+            yield
+        finally:
+            await self.guest.unquiesce()
