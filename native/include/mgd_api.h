@@ -259,7 +259,8 @@ void mgd_target_drop_streams(struct mgd_target *target);
  * switch-over is held until it.  recovered: wake the whole range first, so that waiting threads fault again. */
 int mgd_target_arm(struct mgd_target *target, int uffd, const struct mgd_mapping *mappings, uint32_t mapping_count,
 		   int recovered, struct mgd_error *err);
-/* Populate pages ahead of the data, in `threads` threads: pages whose bit is set (piecewise as above). */
+/* Populate pages ahead of the data, in `threads` threads of low priority: pages whose bit is set (piecewise as above).
+ * From the switch-over on, only those among them that are stale: holes stay holes. */
 int mgd_target_populate(struct mgd_target *target, uint32_t region, uint64_t first_page, const uint8_t *bits,
 			size_t bytes, uint32_t threads, struct mgd_error *err);
 

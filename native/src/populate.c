@@ -5,11 +5,16 @@
  *
  * MADV_POPULATE_WRITE, not fallocate: on hugetlbfs fallocate zeroes page after page under the file's lock.  Whoever else
  * needs a page before its turn takes it the same way; the kernel sees to it that it is zeroed once.
+ *
+ * The threads are of low priority: where processors are scarce, receiving goes first, and takes its memory itself.  After
+ * the switch-over only stale pages are still worth it; the rest has no data to come, and a hole is better left one.
  */
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
+#include <unistd.h>
 
 #include "error.h"
 #include "target.h"
@@ -19,6 +24,8 @@
 #endif
 
 #define STEP_PAGES 64 /* one word of the bitmap: what a thread takes at a time */
+#define LARGE_PAGE_BYTES (1ull << 30) /* from here on a page is a step of its own */
+#define NICE 10
 #define MAX_THREADS 16
 
 struct piece {
@@ -78,7 +85,10 @@ static bool take_word(struct mgd_populator *populator, struct mgd_alias **out_al
 		if (piece->next_word < piece->words) {
 			*out_alias = piece->alias;
 			*out_page = piece->first_page + STEP_PAGES * piece->next_word;
-			*out_bits = piece->bits[piece->next_word++];
+			*out_bits = piece->bits[piece->next_word];
+			if (piece->alias->page_bytes >= LARGE_PAGE_BYTES)
+				*out_bits &= -*out_bits;
+			piece->bits[piece->next_word] &= ~*out_bits;
 			found = true;
 			break;
 		}
@@ -94,8 +104,14 @@ static bool take_word(struct mgd_populator *populator, struct mgd_alias **out_al
 static bool wanted(struct mgd_target *target, const struct mgd_alias *alias, uint64_t page, uint64_t bits,
 		   uint64_t index)
 {
-	return index < STEP_PAGES && (bits >> index & 1) &&
-	       !(mgd_ledger_get(&target->ledger, alias->first + page + index) & MGD_PAGE_BACKED);
+	uint8_t byte;
+
+	if (index >= STEP_PAGES || !(bits >> index & 1))
+		return false;
+	byte = mgd_ledger_get(&target->ledger, alias->first + page + index);
+	if (mgd_ledger_phase(&target->ledger) == MGD_PHASE_SWITCHED && mgd_page_state(byte) != MGD_PAGE_STALE)
+		return false;
+	return !(byte & MGD_PAGE_BACKED);
 }
 
 static int populate_word(struct mgd_populator *populator, struct mgd_alias *alias, uint64_t page, uint64_t bits,
@@ -142,6 +158,8 @@ static void *run(void *argument)
 	uint64_t page, bits;
 	bool failed;
 
+	/* Of this thread only (Linux); without it the threads merely compete. */
+	(void)setpriority(PRIO_PROCESS, (id_t)gettid(), getpriority(PRIO_PROCESS, 0) + NICE);
 	do {
 		failed = false;
 		while (!failed && !atomic_load(&populator->stop) && take_word(populator, &alias, &page, &bits))

@@ -489,6 +489,26 @@ static void populated_pages_have_memory(void)
 	close_bench(&bench);
 }
 
+/* Once the stale map is known, memory is for what is to come: a page that is current as a hole stays one. */
+static void after_the_switchover_only_stale_pages_are_populated(void)
+{
+	uint8_t bits[PAGES / 8], stale[PAGES / 8] = {0};
+	struct mgd_error err = {0};
+	struct bench bench;
+
+	open_bench(&bench, MGD_BLOCK_BYTES, PAGES * MGD_BLOCK_BYTES);
+	memset(bits, 0xff, sizeof(bits));
+	stale[2] = 0xff; /* pages 16 … 23 */
+	CHECK_OK(mgd_target_stale_map(bench.target, 0, 0, stale, sizeof(stale), &err), err);
+	CHECK_OK(mgd_target_switchover(bench.target, &err), err);
+	CHECK_OK(mgd_target_populate(bench.target, 0, 0, bits, sizeof(bits), 2, &err), err);
+	CHECK_EQUAL(rig_event(bench.target, MGD_EVENT_POPULATED).error.kind, MGD_ERR_NONE);
+	CHECK_EQUAL(lseek(bench.memory, 0, SEEK_DATA), 16 * MGD_BLOCK_BYTES);
+	CHECK_EQUAL(lseek(bench.memory, 16 * MGD_BLOCK_BYTES, SEEK_HOLE), 24 * MGD_BLOCK_BYTES);
+	CHECK_EQUAL(lseek(bench.memory, 24 * MGD_BLOCK_BYTES, SEEK_DATA), -1);
+	close_bench(&bench);
+}
+
 int main(void)
 {
 	alarm(110);
@@ -508,5 +528,6 @@ int main(void)
 	RUN(what_the_agent_asks_wrongly_is_refused);
 	RUN(a_pool_too_small_is_named_at_the_start);
 	RUN(populated_pages_have_memory);
+	RUN(after_the_switchover_only_stale_pages_are_populated);
 	return 0;
 }
