@@ -6,12 +6,27 @@
 #include <xxhash.h>
 
 #include "frame.h"
+#include "hash.h"
 
 _Static_assert(MGD_SECRET_BYTES >= XXH3_SECRET_SIZE_MIN, "the key is as long as XXH3 asks for");
 
+uint64_t mgd_block_hash_generic(const void *block, const uint8_t *secret)
+{
+	return XXH3_64bits_withSecret(block, MGD_BLOCK_BYTES, secret, MGD_SECRET_BYTES);
+}
+
+static uint64_t best_hash(const void *block, const uint8_t *secret)
+{
+#ifdef __x86_64__
+	if (__builtin_cpu_supports("avx2"))
+		return mgd_block_hash_avx2(block, secret);
+#endif
+	return mgd_block_hash_generic(block, secret);
+}
+
 uint64_t mgd_block_hash(const void *block, const uint8_t *secret)
 {
-	uint64_t hash = XXH3_64bits_withSecret(block, MGD_BLOCK_BYTES, secret, MGD_SECRET_BYTES);
+	uint64_t hash = best_hash(block, secret);
 
 	return hash ? hash : 1; /* 0 is taken: the target has zeros */
 }

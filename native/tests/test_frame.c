@@ -4,6 +4,7 @@
 
 #include "check.h"
 #include "frame.h"
+#include "hash.h"
 
 static const struct mgd_frame_bounds bounds[] = {
 	{.block_count = 4 * 512, .host_page_blocks = 512}, /* 2 MiB pages */
@@ -211,8 +212,29 @@ static void test_zero_and_hash(void)
 	}
 }
 
+/* Two hosts with different processors must agree, and the table of one must be readable by the other. */
+static void test_every_build_of_the_hash_says_the_same(void)
+{
+	uint8_t secret[MGD_SECRET_BYTES], block[MGD_BLOCK_BYTES];
+	uint64_t state = 1;
+
+	fill_secret(secret);
+	for (int turn = 0; turn < 100; turn++) {
+		for (size_t i = 0; i < sizeof(block); i++) {
+			state = state * 6364136223846793005ull + 1442695040888963407ull;
+			block[i] = turn < 50 ? (uint8_t)(state >> 56) : (uint8_t)(i % (size_t)turn);
+		}
+		CHECK(mgd_block_hash_generic(block, secret) == mgd_block_hash(block, secret));
+#ifdef __x86_64__
+		if (__builtin_cpu_supports("avx2"))
+			CHECK(mgd_block_hash_avx2(block, secret) == mgd_block_hash_generic(block, secret));
+#endif
+	}
+}
+
 int main(void)
 {
+	RUN(test_every_build_of_the_hash_says_the_same);
 	fill_secret(secret);
 	RUN(test_round_trip);
 	RUN(test_check_covers_everything);
