@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Sequence
 from typing import Generic, TypeVar
@@ -11,6 +10,7 @@ import structlog
 
 from migrated.journal import Journal, SourceEntry, TargetEntry
 from migrated.keeper import Keeper
+from migrated.waiting import in_thread
 
 E = TypeVar("E", TargetEntry, SourceEntry)
 PREFIX = "migrated-"
@@ -32,7 +32,7 @@ class Survival(Generic[E]):
 
     async def write(self, entry: E) -> None:
         """Write the entry durably.  HostError."""
-        await asyncio.to_thread(self._journal.write, self._id, entry)
+        await in_thread(self._journal.write, self._id, entry)
 
     def strike(self) -> None:
         """Remove the entry alone.  OSError when it cannot be: then it would be believed after a restart."""

@@ -18,6 +18,7 @@ from migrated.errors import MigratedError
 from migrated.guests.driver import Mapping, SourceMemory, TargetMemory
 from migrated.memory.native import call, error_from, ffi, lib
 from migrated.memory.tracker import Tracker
+from migrated.waiting import in_thread
 
 URGENT: int = lib.MGD_STREAM_URGENT
 
@@ -113,9 +114,14 @@ class _Engine:
             self._loop = None
 
     async def close(self) -> None:
-        """`unwatch`, then `destroy` in a thread."""
+        """`unwatch`, then `destroy` in a thread.
+
+        The handle is taken away here, in the loop's thread: figures are asked for there, and never beside the destruction.
+        """
         self.unwatch()
-        await asyncio.to_thread(self.destroy)
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            await in_thread(self._function("destroy"), handle)
 
     def _stats(self, struct: str) -> Any:
         raw = ffi.new(f"struct {struct} *")

@@ -297,7 +297,8 @@ class SourceMigration(Migration):
                 connected = True
             except Exception as error:  # noqa: BLE001 - after COMMIT every failure means the same: pause and reconnect
                 reason = self.failure.error or error
-                if self._all_there:
+                # Done may have been read and not yet been taken from the queue when the failure came: it counts.
+                if self._all_there or self._session.state in (SessionState.DONE, SessionState.CLOSED):
                     break
                 self.set_state(State.POSTCOPY_PAUSED, reason)
             try:
@@ -383,6 +384,7 @@ class SourceMigration(Migration):
         resumed = await link.expect(Resumed, limit_seconds=limit, what="the target to say where it stands")
         engine = self._require_engine()
         engine.lacking_begin()
+        lacking = resumed.lacking_pages > 0
         while True:
             async with within(limit, "the map of lacking pages"):
                 message = await link.receive()
@@ -391,10 +393,11 @@ class SourceMigration(Migration):
             if not isinstance(message, Lacking):
                 raise PeerError(f"{type(message).__name__} among the lacking pages", code="protocol-remote")
             engine.lacking(message.region, message.first_page, message.bits)
+            lacking = True
         self.record.stale_pages = resumed.lacking_pages
         self._running_there = resumed.state != "loaded"
         self._all_there = resumed.state == "done"
-        if not self._all_there:
+        if lacking:  # a target that has everything may have closed its side: it only wants to say Done
             await self._open_streams()
             engine.serve(drain=True)
         if not self._running_there:

@@ -462,7 +462,8 @@ class TargetMigration(Migration):
         try:
             limit = self._timeouts.handshake
             resume = await link.expect(Resume, limit_seconds=limit, what="the source to resume the session")
-            if self.session.may_send(Resumed("done", 0)) and resume.committed:
+            # It may have completed without a source to say Done to: then that is said now.
+            if resume.committed and self.record.state is State.COMPLETED and self.session.state in STANDING:
                 await self._tell_standing(link)
                 if self.session.may_send(Done()):
                     await link.send(Done())
