@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import click
+import uvloop
 
 from benchmarks import comparison, figures
 from benchmarks.guest import LOADS
@@ -24,6 +25,7 @@ from migrated.units import parse_size
 SECTIONS: dict[str, Callable[[Settings], Awaitable[Section]]] = {
     "limit": figures.limit,
     "after": figures.after,
+    "engines": figures.engines,
     "downtime": figures.downtime,
     "throughput": figures.throughput,
     "faults": figures.faults,
@@ -80,7 +82,7 @@ def main(
         host=_host(),
     )
     chosen = _choice(tuple(SECTIONS), only, "section") or tuple(SECTIONS)
-    sys.exit(asyncio.run(_measure(settings, chosen)))
+    sys.exit(uvloop.run(_measure(settings, chosen)))
 
 
 async def _measure(settings: Settings, chosen: tuple[str, ...]) -> int:

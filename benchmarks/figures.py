@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from benchmarks import builtin, delta, external, iperf
+from benchmarks import builtin, delta, external, iperf, plane
 from benchmarks.network import link
 from benchmarks.pool import warm_pages
 from benchmarks.report import Section, mebibytes, milliseconds, rate, ratio
@@ -111,6 +111,49 @@ async def throughput(settings: Settings) -> Section:
                     }
                 )
                 settings.save(section)
+    return section
+
+
+async def engines(settings: Settings) -> Section:
+    """The data plane alone against iperf3 over as many connections, nothing else on the machine."""
+    section = Section(
+        "engines",
+        "The two engines alone against iperf3, loopback",
+        ("streams", "iperf3", "engines", "of iperf3", "pages not there before", "CPU, both sides", "memory verified"),
+        notes=[
+            (
+                "Both engines in one process, no guest, no agents: from the start of a round over memory that is all other "
+                "than zero to the barrier on the target. The copy's pages are there before, as they are when they could be "
+                "populated in time; the other figure includes zeroing them. CPU: seconds a GB."
+            )
+        ],
+    )
+    size = settings.memory_bytes
+    with warm_pages(2 * size, 2 * MIB):
+        for streams in (1, 2):
+            limits, results = [], []
+            for _ in range(settings.runs):
+                with link("loopback") as made:
+                    limits.append(await iperf.bytes_per_second(made, streams))
+                for populated in (True, False):
+                    result = await asyncio.to_thread(
+                        plane.first_round, size_bytes=size, page_bytes=2 * MIB, streams=streams, populated=populated
+                    )
+                    settings.note(f"engines: iperf3 {rate(limits[-1])}, {result}")
+                    results.append(result)
+            there = [r for r in results if r["populated"]]
+            bare = [r for r in results if not r["populated"]]
+            ratios = [r["bytes_per_second"] / limit for r, limit in zip(there, limits, strict=True)]
+            section.rows.append(
+                (
+                    *(str(streams), rate(median(limits)), rate(median(r["bytes_per_second"] for r in there))),
+                    *(ratio(median(ratios)), rate(median(r["bytes_per_second"] for r in bare))),
+                    ratio(median(r["cpu_seconds_per_gigabyte"] for r in there)),
+                    f"{sum(r['verified'] for r in results)} of {len(results)}",
+                )
+            )
+            section.data.append({"streams": streams, "iperf3": limits, "results": results})
+            settings.save(section)
     return section
 
 
