@@ -3,6 +3,9 @@
 `ControlLink` owns one TCP connection.  A reader task feeds the session and sorts what comes out: heartbeats are answered
 here, guest-state bytes go to the `StatePipe`, everything else waits in order for `receive`.  Whatever ends the connection
 (close, reset, silence, a broken rule, the peer's Abort) is kept in `lost` and raised from every later call.
+
+A slow driver stops the reader (back pressure), and a peer that is slow to read stops `send`.  Neither is silence:
+heartbeats never wait for room, and while the reader waits for the driver nobody is blamed for not being heard.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import contextlib
 import socket
 from typing import Any, TypeVar
 
-from migrated.errors import ConnectionLostError, MigratedError, PeerError
+from migrated.errors import ConnectionLostError, MigratedError, PeerError, named
 from migrated.protocol.heartbeat import Heartbeat
 from migrated.protocol.messages import Abort, AnyMessage, Ping, Pong, StateChunk, StateEnd
 from migrated.protocol.session import Session
@@ -22,6 +25,8 @@ READ_BYTES = 1 << 18
 STATE_PIECE_BYTES = 1 << 18
 #: State bytes waiting for a slow driver before the link stops reading.
 STATE_QUEUE_PIECES = 64
+#: With so much unsent there is no need for heartbeats of ours: what is queued says that we live.
+UNSENT_BYTES = 1 << 16
 
 M = TypeVar("M")
 T = TypeVar("T")
@@ -122,6 +127,7 @@ class ControlLink:
         self._ping = 0
         self._heard_at = asyncio.get_running_loop().time()
         self._received = received
+        self._feeding = False  # the reader waits for the driver to take guest state
         peer = writer.get_extra_info("peername")
         self.peer = f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else str(peer or "local")
 
@@ -214,21 +220,20 @@ class ControlLink:
                     await self._sort(message)
         except (OSError, ConnectionError) as error:
             self._lose(ConnectionLostError(f"the connection to {self.peer} broke: {error}"))
-        except MigratedError as error:
-            self._lose(error)
+        except Exception as error:  # noqa: BLE001 - one that is not ours is a bug: it ends this session, named
+            self._lose(named(error))
 
     async def _sort(self, message: AnyMessage) -> None:
         match message:
             case Ping(sequence=sequence):
-                await self.send(Pong(sequence))
+                self._say(Pong(sequence))
             case Pong():
                 pass
             case StateChunk(data=data):
-                if data and self.state_pipe is not None:
-                    await self.state_pipe.feed(data)
+                if data:
+                    await self._feed(data)
             case StateEnd():
-                if self.state_pipe is not None:
-                    await self.state_pipe.feed(b"")
+                await self._feed(b"")
             case Abort(code=code, message=text, hint=hint):
                 # Told to the one who receives (it may have to clean up and answer), and to whoever waits.
                 self._inbox.put_nowait(message)
@@ -237,11 +242,33 @@ class ControlLink:
             case _:
                 self._inbox.put_nowait(message)
 
+    async def _feed(self, data: bytes) -> None:
+        if self.state_pipe is None:
+            return
+        self._feeding = True
+        try:
+            await self.state_pipe.feed(data)
+        finally:
+            self._feeding = False
+
+    def _say(self, message: Ping | Pong) -> None:
+        """Send a heartbeat without waiting; not at all where that would only lengthen a queue."""
+        if self._broken.done() or self._writer.transport.get_write_buffer_size() > UNSENT_BYTES:
+            return
+        if self.session.may_send(message):
+            self._writer.write(self.session.send(message))
+
     async def _beat(self) -> None:
         loop = asyncio.get_running_loop()
         while not self._broken.done():
             await asyncio.sleep(max(0.01, self._heartbeat.next_at() - loop.time()))
             now = loop.time()
+            if self._writer.is_closing() and not self._broken.done():
+                self._lose(ConnectionLostError(f"the connection to {self.peer} broke"))
+                return
+            if self._feeding:
+                self._heard_at = now
+                self._heartbeat.heard(now)
             if self._heartbeat.expired(now):
                 self._lose(
                     ConnectionLostError(
@@ -251,7 +278,6 @@ class ControlLink:
                     )
                 )
                 return
-            if self._heartbeat.due(now) and self.session.may_send(Ping(self._ping + 1)):
+            if self._heartbeat.due(now):
                 self._ping += 1
-                with contextlib.suppress(MigratedError):  # the reader reports it
-                    await self.send(Ping(self._ping))
+                self._say(Ping(self._ping))

@@ -1,0 +1,400 @@
+"""The control connection: heartbeats, what ends it, and that it says why."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+
+from migrated.errors import (
+    ConnectionLostError,
+    LocalProtocolError,
+    MigratedError,
+    PeerError,
+    RemoteProtocolError,
+    TimeoutExceededError,
+)
+from migrated.link import ControlLink, StatePipe, tune
+from migrated.protocol import framing
+from migrated.protocol.messages import (
+    Abort,
+    Aborted,
+    AnyMessage,
+    BarrierAck,
+    Hello,
+    Ping,
+    Pong,
+    Ready,
+    Round,
+    StateChunk,
+    StateEnd,
+)
+from migrated.protocol.transitions import Role, State
+from tests.unit.link.ends import HELLO, PATIENCE_SECONDS, READY, Stranger, link_on, sockets
+
+INTERVAL_SECONDS, LIMIT_SECONDS = 0.02, 0.1
+OFTEN = (INTERVAL_SECONDS, LIMIT_SECONDS)
+
+
+@pytest.fixture
+async def links() -> AsyncIterator[tuple[ControlLink, ControlLink]]:
+    """Source and target, greeted."""
+    left, right = sockets()
+    source, target = await link_on(left, Role.SOURCE), await link_on(right, Role.TARGET)
+    for link in (source, target):
+        link.start()
+    await source.send(HELLO)
+    assert isinstance(await target.receive(), Hello)
+    await target.send(READY)
+    assert isinstance(await source.receive(), Ready)
+    yield source, target
+    await source.close()
+    await target.close()
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[socket.socket, Stranger]]:
+    left, right = sockets()
+    yield left, Stranger(right)
+    right.close()
+
+
+@contextlib.asynccontextmanager
+async def source_with(
+    ends: tuple[socket.socket, Stranger], beat: tuple[float, float] = (5.0, 30.0)
+) -> AsyncIterator[ControlLink]:
+    """A source link that has said Hello to the stranger and was told Ready."""
+    link = await link_on(ends[0], Role.SOURCE, beat=beat)
+    link.start()
+    try:
+        await link.send(HELLO)
+        await ends[1].hear(Hello)
+        await ends[1].say(READY)
+        assert isinstance(await link.receive(), Ready)
+        yield link
+    finally:
+        await link.close()
+
+
+# ---------------------------------------------------------------- messages
+
+
+async def test_messages_arrive_in_order(links: tuple[ControlLink, ControlLink]) -> None:
+    source, target = links
+    for number in range(100):
+        await source.send(Round(number + 1, number))
+    assert [await target.receive() for _ in range(100)] == [Round(number + 1, number) for number in range(100)]
+
+
+async def test_bytes_read_before_the_link_was_made_count(ends: tuple[socket.socket, Stranger]) -> None:
+    link = await link_on(ends[0], Role.TARGET, framing.encode(HELLO)[:-3])
+    link.start()
+    await ends[1].say(framing.encode(HELLO)[-3:])
+    assert await link.receive() == HELLO
+    await link.close()
+
+
+async def test_what_the_session_does_not_allow_is_not_sent(links: tuple[ControlLink, ControlLink]) -> None:
+    source, target = links
+    with pytest.raises(LocalProtocolError):
+        await source.send(BarrierAck(1))
+    await source.send(Round(1, 0))
+    assert await target.receive() == Round(1, 0)
+
+
+async def test_expect_names_what_did_not_come(links: tuple[ControlLink, ControlLink]) -> None:
+    with pytest.raises(TimeoutExceededError, match=r"waited 0\.01 s for the barrier"):
+        await links[0].expect(BarrierAck, limit_seconds=0.01, what="the barrier")
+
+
+async def test_expect_names_what_came_instead(links: tuple[ControlLink, ControlLink]) -> None:
+    await links[0].send(Round(1, 0))
+    with pytest.raises(MigratedError, match=r"Round came .* while waiting for the end"):
+        await links[1].expect(StateEnd, limit_seconds=PATIENCE_SECONDS, what="the end")
+
+
+# ---------------------------------------------------------------- heartbeats
+
+
+async def test_heartbeats_keep_a_silent_link_alive(ends: tuple[socket.socket, Stranger]) -> None:
+    async with source_with(ends, OFTEN) as link:
+        for _ in range(20):  # four times the limit, and nothing is said but this
+            ping = await ends[1].hear(Ping)
+            assert isinstance(ping, Ping)
+            await ends[1].say(Pong(ping.sequence))
+        assert link.lost is None
+
+
+async def test_a_ping_is_answered_with_its_number(ends: tuple[socket.socket, Stranger]) -> None:
+    async with source_with(ends):
+        await ends[1].say(Ping(77))
+        assert await ends[1].hear(Pong) == Pong(77)
+
+
+async def test_silence_ends_a_link(ends: tuple[socket.socket, Stranger]) -> None:
+    async with source_with(ends, OFTEN) as link:
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            error = await link.wait_lost()
+        assert isinstance(error, ConnectionLostError)
+        assert error.code == "peer-silent"
+        assert "heartbeat_limit" in error.hint
+        with pytest.raises(ConnectionLostError, match="nothing was heard"):
+            await link.send(Round(1, 0))
+        with pytest.raises(ConnectionLostError, match="nothing was heard"):
+            await link.receive()
+
+
+async def test_silence_ends_a_link_whose_peer_reads_nothing(ends: tuple[socket.socket, Stranger]) -> None:
+    """A sender that waits for room must not keep the heartbeat from noticing."""
+    async with source_with(ends, OFTEN) as link:
+        pipe = StatePipe()
+        pipe.attach(link)
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            with pytest.raises(ConnectionLostError, match="nothing was heard"):
+                await pipe.write(bytes(256 << 20))
+
+
+async def test_a_flood_of_pings_is_not_hoarded(ends: tuple[socket.socket, Stranger]) -> None:
+    async with source_with(ends) as link:
+        for start in range(0, 60_000, 10_000):
+            await ends[1].say(*(Ping(start + number) for number in range(10_000)))
+        await ends[1].say(BarrierAck(1))
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            assert await link.receive() == BarrierAck(1)
+        assert link._writer.transport.get_write_buffer_size() <= 1 << 17
+        assert link.lost is None
+
+
+# ---------------------------------------------------------------- the end
+
+
+async def test_a_closed_connection_is_told_to_everybody_who_waits(links: tuple[ControlLink, ControlLink]) -> None:
+    source, target = links
+    waiting = [asyncio.ensure_future(source.receive()) for _ in range(2)]
+    ended = asyncio.ensure_future(source.wait_lost())
+    await target.close()
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        results = await asyncio.gather(*waiting, return_exceptions=True)
+        error = await ended
+    assert all(isinstance(result, ConnectionLostError) for result in results)
+    assert "closed the connection" in str(error)
+    assert source.lost is source.broken is error
+
+
+async def test_what_came_before_the_end_is_still_received(links: tuple[ControlLink, ControlLink]) -> None:
+    source, target = links
+    await source.send(Round(1, 5))
+    await source.close()
+    await target.wait_lost()
+    assert await target.receive() == Round(1, 5)
+    with pytest.raises(ConnectionLostError):
+        await target.receive()
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [b"\xff" * 64, b"\x00\x00\x00\x00", b"\x00\x00\x00\x05hello", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"],
+    ids=["too-long", "empty", "no-map", "http"],
+)
+async def test_garbage_ends_the_link_with_a_named_error(ends: tuple[socket.socket, Stranger], garbage: bytes) -> None:
+    async with source_with(ends) as link:
+        await ends[1].say(garbage)
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            error = await link.wait_lost()
+        assert isinstance(error, RemoteProtocolError)
+        assert error.code not in {"", "internal"}
+        with pytest.raises(RemoteProtocolError):
+            await link.receive()
+
+
+async def test_a_message_out_of_turn_ends_the_link_after_those_in_turn(ends: tuple[socket.socket, Stranger]) -> None:
+    async with source_with(ends) as link:
+        await ends[1].say(BarrierAck(3), Aborted(), BarrierAck(4))
+        error = await link.wait_lost()
+        assert error.code == "unexpected-message"
+        assert await link.receive() == BarrierAck(3)
+        with pytest.raises(RemoteProtocolError, match="aborted"):
+            await link.receive()
+
+
+async def test_an_abort_is_told_once_and_can_still_be_answered(links: tuple[ControlLink, ControlLink]) -> None:
+    source, target = links
+    await source.send(Abort("not-converging", "it writes too fast", "use hybrid"))
+    abort = await target.receive()
+    assert isinstance(abort, Abort)
+    error = await target.wait_lost()
+    assert isinstance(error, PeerError)
+    assert (error.code, error.hint) == ("not-converging", "use hybrid")
+    with pytest.raises(PeerError, match="writes too fast"):
+        await target.receive()
+    assert target.broken is None
+    await target.send(Aborted())
+    assert await source.receive(after_abort=True) == Aborted()
+    assert source.session.state is State.ABORTED
+
+
+async def test_expect_raises_the_reason_of_an_abort(links: tuple[ControlLink, ControlLink]) -> None:
+    source, target = links
+    await target.send(Abort("no-huge-pages", "the pool is empty", "sysctl …"))
+    with pytest.raises(PeerError, match="the pool is empty") as caught:
+        await source.expect(BarrierAck, limit_seconds=PATIENCE_SECONDS, what="the barrier")
+    assert (caught.value.code, caught.value.hint) == ("no-huge-pages", "sysctl …")
+
+
+async def test_closing_twice_and_while_the_peer_is_gone_is_fine(ends: tuple[socket.socket, Stranger]) -> None:
+    async with source_with(ends) as link:
+        ends[1].sock.close()
+        await link.close()
+        await link.close()
+        assert link.broken is not None
+
+
+async def test_a_cancelled_receive_loses_no_message(links: tuple[ControlLink, ControlLink]) -> None:
+    source, target = links
+    waiting = asyncio.ensure_future(target.receive())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    await asyncio.wait({waiting})
+    await source.send(Round(1, 0))
+    assert await target.receive() == Round(1, 0)
+
+
+# ---------------------------------------------------------------- guest state
+
+
+@pytest.fixture
+def pipes(links: tuple[ControlLink, ControlLink]) -> tuple[StatePipe, StatePipe]:
+    made = StatePipe(), StatePipe()
+    for pipe, link in zip(made, links, strict=True):
+        pipe.attach(link)
+    return made
+
+
+async def read_all(pipe: StatePipe) -> bytes:
+    data = bytearray()
+    while piece := await pipe.read():
+        data += piece
+    return bytes(data)
+
+
+async def test_guest_state_travels_both_ways_at_once(pipes: tuple[StatePipe, StatePipe]) -> None:
+    there = bytes(range(256)) * 40_000  # many pieces, and more than the kernel buffers
+    back = b"and back" * 1000
+
+    async def write(pipe: StatePipe, data: bytes) -> None:
+        await pipe.write(data)
+        await pipe.close_write()
+
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        _, _, received, returned = await asyncio.gather(
+            write(pipes[0], there), write(pipes[1], back), read_all(pipes[1]), read_all(pipes[0])
+        )
+    assert received == there
+    assert returned == back
+    assert await pipes[1].read() == b""  # the end stays the end
+
+
+async def test_a_slow_reader_holds_the_writer_back_and_no_heartbeat_blames_it() -> None:
+    left, right = sockets()
+    source = await link_on(left, Role.SOURCE, beat=OFTEN)
+    target = await link_on(right, Role.TARGET, beat=OFTEN)
+    pipes = StatePipe(), StatePipe()
+    for link, pipe in zip((source, target), pipes, strict=True):
+        pipe.attach(link)
+        link.start()
+    await source.send(HELLO)
+    await target.receive()
+    await target.send(READY)
+    await source.receive()
+    written = 0
+
+    async def write() -> None:
+        nonlocal written
+        for _ in range(90):
+            await pipes[0].write(bytes(1 << 18))
+            written += 1
+        await pipes[0].close_write()
+
+    writing = asyncio.ensure_future(write())
+    loop = asyncio.get_running_loop()
+    # Long past the limit of silence, nobody reads: every beat of both sides has had its turn many times.
+    deadline = loop.time() + 10 * LIMIT_SECONDS
+    while loop.time() < deadline:
+        assert source.lost is None
+        assert target.lost is None
+        await asyncio.sleep(INTERVAL_SECONDS)
+    assert not writing.done()
+    assert written < 90
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        received = await read_all(pipes[1])
+        await writing
+    assert len(received) == 90 << 18
+    await source.close()
+    await target.close()
+
+
+async def test_state_waits_no_longer_than_its_connection_lives(
+    links: tuple[ControlLink, ControlLink], pipes: tuple[StatePipe, StatePipe]
+) -> None:
+    reading = asyncio.ensure_future(pipes[1].read())
+    await links[0].close()
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        with pytest.raises(ConnectionLostError):
+            await reading
+    with pytest.raises(ConnectionLostError):
+        await pipes[0].write(b"x")
+
+
+async def test_state_that_has_arrived_survives_its_connection(
+    links: tuple[ControlLink, ControlLink], pipes: tuple[StatePipe, StatePipe]
+) -> None:
+    await pipes[0].write(b"device state")
+    await pipes[0].close_write()
+    await links[0].close()
+    await links[1].wait_lost()
+    assert await read_all(pipes[1]) == b"device state"
+
+
+async def test_a_pipe_without_a_connection_says_so() -> None:
+    pipe = StatePipe()
+    for call in (pipe.read(), pipe.write(b"x"), pipe.close_write()):
+        with pytest.raises(ConnectionLostError, match="no connection"):
+            await call
+
+
+async def test_a_stranger_cannot_send_state_after_its_end(ends: tuple[socket.socket, Stranger]) -> None:
+    async with source_with(ends) as link:
+        pipe = StatePipe()
+        pipe.attach(link)
+        messages: list[AnyMessage] = [StateChunk(b"one"), StateEnd(), StateChunk(b"two")]
+        await ends[1].say(*messages)
+        error = await link.wait_lost()
+        assert isinstance(error, RemoteProtocolError)
+        assert await read_all(pipe) == b"one"
+
+
+# ---------------------------------------------------------------- sockets
+
+
+def test_a_tcp_connection_notices_a_dead_peer_in_time() -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        with socket.create_connection(listener.getsockname()) as connection:
+            tune(connection, silence_seconds=9)
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 9000
+            assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
+            idle = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE)
+            pause = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL)
+            count = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT)
+            assert idle + pause * count <= 9
+
+
+def test_other_sockets_are_left_alone() -> None:
+    left, right = socket.socketpair()
+    with left, right:
+        tune(left, silence_seconds=9)
