@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
 
 import structlog
@@ -84,6 +84,7 @@ class Migration:
         self.all_sent = asyncio.Event()
         self.all_current = asyncio.Event()
         self.all_mapped = asyncio.Event()
+        self.on_end: Callable[[Record], None] | None = None
         self._over = False
         self._watchers: set[asyncio.Event] = set()
         self._background: set[asyncio.Task[Any]] = set()
@@ -111,6 +112,8 @@ class Migration:
         if self.record.ended:
             self.refresh()
             self.record.ended_at = now
+            if self.on_end is not None:
+                self.on_end(self.record)
         level = self.log.warning if error is not None else self.log.info
         level("state", before=before.value, state=state.value, **({"error": str(error)} if error else {}))
         self.notify()
@@ -169,8 +172,9 @@ class Migration:
         try:
             while True:
                 self.refresh()
+                ended = self.record.ended  # it may end while the watcher holds what we give: then once more
                 yield self.record
-                if self.record.ended:
+                if ended:
                     return
                 await changed.wait()
                 changed.clear()

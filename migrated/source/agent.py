@@ -9,9 +9,10 @@ from collections.abc import AsyncIterator
 
 import structlog
 
-from migrated import guests
+from migrated import archive, guests
 from migrated.address import parse_address
 from migrated.agent import Health, SetRequest, StartRequest
+from migrated.archive import Archive
 from migrated.config import AgentConfig
 from migrated.errors import ConflictError, GuestError, MigratedError, NotFoundError
 from migrated.guests.driver import Region, SourceMemory
@@ -33,7 +34,10 @@ class SourceAgent:
 
     def __init__(self, config: AgentConfig) -> None:
         self.config = config
-        self._roster: Roster[SourceMigration] = Roster(keep=config.limits.max_records)
+        self._roster: Roster[SourceMigration] = Roster(
+            keep=config.limits.max_records,
+            archive=Archive(config.state_dir / archive.NAME, keep=config.limits.max_records),
+        )
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = False
         self._residents = guests.Residents(config)
@@ -50,7 +54,7 @@ class SourceAgent:
 
     def record(self, migration_id: str) -> Record:
         """See Agent."""
-        return self._roster.find(migration_id).record
+        return self._roster.record(migration_id)
 
     async def start(self, request: StartRequest) -> Record:
         """Check everything that can be checked without touching the guest; go on in the background."""
@@ -194,7 +198,7 @@ class SourceAgent:
 
     def events(self, migration_id: str) -> AsyncIterator[Record]:
         """See Agent."""
-        return self._roster.find(migration_id).events()
+        return self._roster.events(migration_id)
 
     def health(self) -> Health:
         """A source is healthy while its loop turns (whoever asks has shown that), ready unless it is stopping."""

@@ -11,8 +11,9 @@ from collections.abc import AsyncIterator
 
 import structlog
 
-from migrated import guests
+from migrated import archive, guests
 from migrated.agent import Health, SetRequest, StartRequest
+from migrated.archive import Archive
 from migrated.config import AgentConfig
 from migrated.dialing import heartbeat
 from migrated.errors import (
@@ -57,7 +58,10 @@ class TargetAgent:
 
     def __init__(self, config: AgentConfig) -> None:
         self.config = config
-        self._roster: Roster[TargetMigration] = Roster(keep=config.limits.max_records)
+        self._roster: Roster[TargetMigration] = Roster(
+            keep=config.limits.max_records,
+            archive=Archive(config.state_dir / archive.NAME, keep=config.limits.max_records),
+        )
         self._tasks: set[asyncio.Task[None]] = set()
         self._connections: set[asyncio.Task[None]] = set()
         self._stopping = False
@@ -78,7 +82,7 @@ class TargetAgent:
 
     def record(self, migration_id: str) -> Record:
         """See Agent."""
-        return self._roster.find(migration_id).record
+        return self._roster.record(migration_id)
 
     async def start(self, request: StartRequest) -> Record:
         """Migrations start at the source."""
@@ -123,7 +127,7 @@ class TargetAgent:
 
     def events(self, migration_id: str) -> AsyncIterator[Record]:
         """See Agent."""
-        return self._roster.find(migration_id).events()
+        return self._roster.events(migration_id)
 
     def health(self) -> Health:
         """Healthy while every fault thread turns."""

@@ -1,0 +1,300 @@
+"""What both sides share: the first failure ends every wait, background work is kept, watchers see every change."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+
+from migrated.errors import AbortedError, GuestError, MigratedError, NativeError
+from migrated.memory.engine import Event, EventKind
+from migrated.migration import Failure, Migration, quietly
+from migrated.record import Record, State
+
+PATIENCE_SECONDS = 30.0
+
+
+class Work:
+    """A wait that says how it ended, and takes its time to do so."""
+
+    def __init__(self) -> None:
+        self.begun = asyncio.Event()
+        self.proceed = asyncio.Event()
+        self.stopped = asyncio.Event()  # done or cancelled
+        self.cleaned = asyncio.Event()
+        self.steps: list[str] = []
+
+    async def __call__(self) -> str:
+        self.begun.set()
+        try:
+            await self.proceed.wait()
+            self.steps.append("done")
+            self.stopped.set()
+            return "result"
+        except asyncio.CancelledError:
+            self.steps.append("cancelled")
+            self.stopped.set()
+            await self.cleaned.wait()
+            self.steps.append("cleaned")
+            raise
+
+
+@pytest.fixture
+def failure() -> Failure:
+    return Failure()
+
+
+@pytest.fixture
+def work() -> Work:
+    return Work()
+
+
+async def begun(failure: Failure, work: Work) -> asyncio.Task[str]:
+    guarded = asyncio.ensure_future(failure.guard(work()))
+    await work.begun.wait()
+    return guarded
+
+
+# ---------------------------------------------------------------- Failure
+
+
+async def test_work_that_succeeds_gives_its_result(failure: Failure, work: Work) -> None:
+    work.proceed.set()
+    assert await failure.guard(work()) == "result"
+    assert not failure.is_set
+
+
+async def test_a_failure_cancels_the_work_and_waits_for_its_end(failure: Failure, work: Work) -> None:
+    guarded = await begun(failure, work)
+    failure.set(AbortedError("enough"))
+    await work.stopped.wait()
+    assert not guarded.done()
+    work.cleaned.set()
+    with pytest.raises(AbortedError, match="enough"):
+        await guarded
+    assert work.steps == ["cancelled", "cleaned"]
+
+
+async def test_a_result_that_is_there_wins(failure: Failure, work: Work) -> None:
+    guarded = await begun(failure, work)
+    work.proceed.set()
+    await work.stopped.wait()
+    failure.set(AbortedError("too late"))
+    assert await guarded == "result"
+
+
+async def test_work_that_cannot_be_stopped_any_more_wins(failure: Failure) -> None:
+    started = asyncio.Event()
+
+    async def stubborn() -> str:
+        started.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        return "done all the same"
+
+    guarded = asyncio.ensure_future(failure.guard(stubborn()))
+    await started.wait()
+    failure.set(AbortedError("enough"))
+    assert await guarded == "done all the same"
+
+
+async def test_the_failure_is_told_where_the_work_failed_of_it(failure: Failure) -> None:
+    """The link is lost: the work sees a broken pipe, the user is told why."""
+
+    async def broken() -> None:
+        failure.set(GuestError("the guest has died", code="guest-died"))
+        raise OSError("broken pipe")
+
+    with pytest.raises(GuestError, match="has died"):
+        await failure.guard(broken())
+
+
+async def test_work_that_fails_by_itself_says_why(failure: Failure) -> None:
+    async def broken() -> None:
+        raise MigratedError("no")
+
+    with pytest.raises(MigratedError, match="no"):
+        await failure.guard(broken())
+
+
+async def test_a_failure_from_before_ends_the_next_wait_at_once(failure: Failure, work: Work) -> None:
+    failure.set(AbortedError("enough"))
+    work.cleaned.set()
+    with pytest.raises(AbortedError):
+        await failure.guard(work())
+    failure.clear()
+    work.proceed.set()
+    assert await failure.guard(work()) == "result"
+
+
+async def test_cancelled_from_outside_the_work_is_over_too(failure: Failure, work: Work) -> None:
+    guarded = await begun(failure, work)
+    guarded.cancel()
+    await work.stopped.wait()
+    assert not guarded.done()
+    work.cleaned.set()
+    with pytest.raises(asyncio.CancelledError):
+        await guarded
+    assert work.steps == ["cancelled", "cleaned"]
+
+
+async def test_the_first_failure_is_kept(failure: Failure) -> None:
+    waiting = asyncio.ensure_future(failure.wait())
+    first = GuestError("first")
+    failure.set(first)
+    failure.set(AbortedError("second"))
+    assert await waiting is failure.error is first
+
+
+# ---------------------------------------------------------------- Migration
+
+
+class OneMigration(Migration):
+    role = "target"
+
+    def refresh(self) -> None:
+        self.record.transferred_bytes += 1
+
+
+@pytest.fixture
+def migration() -> OneMigration:
+    return OneMigration(Record(id="0123456789ab", guest="vm1", role="target", mode="hybrid"))
+
+
+async def test_a_watcher_sees_the_record_now_and_at_every_change_until_the_end(migration: OneMigration) -> None:
+    events = migration.events()
+    seen = [(await anext(events)).state]
+    for state in (State.PRECOPY, State.SWITCHOVER, State.POSTCOPY, State.COMPLETED):
+        migration.set_state(state)
+        seen.append((await anext(events)).state)
+    assert seen == [State.SETUP, State.PRECOPY, State.SWITCHOVER, State.POSTCOPY, State.COMPLETED]
+    with pytest.raises(StopAsyncIteration):
+        await anext(events)
+    assert not migration._watchers
+
+
+async def test_a_slow_watcher_misses_steps_and_never_the_end(migration: OneMigration) -> None:
+    events = migration.events()
+    await anext(events)
+    for state in (State.PRECOPY, State.SWITCHOVER, State.COMPLETED):
+        migration.set_state(state)
+    assert [record.state async for record in events] == [State.COMPLETED]
+
+
+async def test_a_watcher_that_comes_late_is_told_the_end(migration: OneMigration) -> None:
+    migration.set_state(State.FAILED, MigratedError("x"))
+    assert [record.state async for record in migration.events()] == [State.FAILED]
+
+
+async def test_watchers_do_not_disturb_each_other(migration: OneMigration) -> None:
+    async def watch() -> list[State]:
+        return [record.state async for record in migration.events()]
+
+    async def leave_early() -> None:
+        async for _ in migration.events():
+            return
+
+    watching = [asyncio.ensure_future(watch()) for _ in range(5)]
+    await leave_early()
+    for state in (State.PRECOPY, State.ABORTED):
+        await asyncio.sleep(0)
+        migration.set_state(state)
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        assert all(states[-1] is State.ABORTED for states in await asyncio.gather(*watching))
+
+
+async def test_figures_are_refreshed_and_told_while_it_runs(migration: OneMigration) -> None:
+    ticking = asyncio.ensure_future(migration.tick())
+    events = migration.events()
+    first = (await anext(events)).transferred_bytes
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        assert (await anext(events)).transferred_bytes > first
+    ticking.cancel()
+
+
+async def test_background_work_that_crashes_is_a_failure_of_the_migration(migration: OneMigration) -> None:
+    async def crash() -> None:
+        raise ValueError("a bug")
+
+    migration.background(crash())
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        assert isinstance(await migration.failure.wait(), ValueError)
+
+
+async def test_background_work_is_ended_at_the_end(migration: OneMigration) -> None:
+    steps: list[str] = []
+
+    async def long() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)
+            steps.append("over")
+
+    for _ in range(3):
+        migration.background(long())
+    await asyncio.sleep(0)
+    await migration.stop_background()
+    assert steps == ["over"] * 3
+    assert not migration.failure.is_set
+
+
+def event(kind: EventKind, value: int = 0, error: MigratedError | None = None) -> Event:
+    return Event(kind, 1, value, error)
+
+
+async def test_what_the_engine_tells_is_sorted(migration: OneMigration) -> None:
+    migration.on_engine_event(event(EventKind.ROUND_DONE, 7))
+    assert await migration.rounds_done.get() == 7
+    for kind, flag in (
+        (EventKind.ALL_SENT, migration.all_sent),
+        (EventKind.ALL_CURRENT, migration.all_current),
+        (EventKind.ALL_MAPPED, migration.all_mapped),
+    ):
+        assert not flag.is_set()
+        migration.on_engine_event(event(kind))
+        assert flag.is_set()
+    migration.on_engine_event(event(EventKind.POPULATED))
+    assert not migration.failure.is_set
+
+
+@pytest.mark.parametrize("kind", [EventKind.STREAM_LOST, EventKind.FAILED])
+async def test_what_an_engine_cannot_live_with_is_a_failure(migration: OneMigration, kind: EventKind) -> None:
+    reason = NativeError("stream 1: reset", kind=1)
+    with capture_logs() as logs:
+        migration.on_engine_event(event(kind, error=reason))
+    assert migration.failure.error is reason
+    assert logs[0]["error"] == "stream 1: reset"
+
+
+async def test_a_stream_that_ends_without_a_word_is_named(migration: OneMigration) -> None:
+    migration.on_engine_event(event(EventKind.STREAM_LOST))
+    assert "stream 1 ended" in str(migration.failure.error)
+
+
+# ---------------------------------------------------------------- quietly
+
+
+async def test_a_clean_up_goes_on_whatever_a_step_meets() -> None:
+    async def broken() -> None:
+        raise OSError("no such thing")
+
+    said: list[Any] = []
+
+    class Log:
+        def warning(self, *words: Any, **fields: Any) -> None:
+            said.append((words, fields))
+
+    await quietly(broken(), Log(), "tidy up")
+    assert said[0][1] == {"step": "tidy up", "error": "no such thing"}
+
+
+async def test_a_clean_up_can_still_be_cancelled() -> None:
+    stepping = asyncio.ensure_future(quietly(asyncio.Event().wait(), None, "wait"))
+    await asyncio.sleep(0)
+    stepping.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await stepping
