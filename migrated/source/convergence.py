@@ -46,18 +46,19 @@ class Convergence:
         self.downtime_limit_seconds = downtime_limit_seconds
         self.max_rounds = max_rounds
         self._stalled = 0
-        self._seconds_per_byte = 0.0
+        self._seconds_per_byte: float | None = None  # until a round had something to send
 
     def estimate_seconds(self, dirty_bytes: int) -> float:
-        """How long sending this much written memory would take, by the last round."""
-        return dirty_bytes * self._seconds_per_byte
+        """How long sending this much written memory would take, by the last round; 0 while nothing is known."""
+        return dirty_bytes * (self._seconds_per_byte or 0.0)
 
     def after(self, result: RoundResult) -> Verdict:
         """What to do after this round."""
         if result.sent_dirty_bytes > 0:
             self._seconds_per_byte = result.seconds / result.sent_dirty_bytes
         allowed = max(self.downtime_limit_seconds - SWITCHOVER_SECONDS, self.downtime_limit_seconds / 5)
-        if self.estimate_seconds(result.dirty_bytes) <= allowed:
+        known = self._seconds_per_byte is not None or result.dirty_bytes == 0
+        if known and self.estimate_seconds(result.dirty_bytes) <= allowed:
             return Verdict.FINISH
         if result.number > 1 and result.dirty_bytes > PROGRESS * result.sent_dirty_bytes:
             self._stalled += 1
