@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import json
 import os
 import socket
@@ -85,24 +84,27 @@ class HolderKeeper:
 
     async def _start(self) -> None:
         """The holder, in a session of its own: it must not die with us."""
+
+        def start() -> subprocess.CompletedProcess[str]:
+            return subprocess.run(
+                [sys.executable, "-m", "migrated.holder", str(self._path)],
+                check=False,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                start_new_session=True,
+                timeout=START_SECONDS,
+            )
+
         try:
             async with asyncio.timeout(START_SECONDS):
                 # Not the event loop's subprocess: under uvloop the end of the pipe is not seen while the holder lives.
-                done: subprocess.CompletedProcess[bytes] = await in_thread(
-                    functools.partial(
-                        subprocess.run,
-                        [sys.executable, "-m", "migrated.holder", str(self._path)],
-                        check=False,
-                        stdin=subprocess.DEVNULL,
-                        capture_output=True,
-                        start_new_session=True,
-                        timeout=START_SECONDS,
-                    )
-                )
+                done = await in_thread(start)
                 if done.returncode:
                     raise HostError(
                         f"no holder of descriptors can be started on {self._path}: status {done.returncode}, "
-                        f"{done.stderr.decode(errors='replace').strip().rpartition(chr(10))[2] or 'not a word'}",
+                        f"{done.stderr.strip().rpartition(chr(10))[2] or 'not a word'}",
                         code="holder",
                         hint="agent.state_dir must be a directory of this user's, with room",
                     )
@@ -150,7 +152,7 @@ class HolderKeeper:
     async def forget(self, name: str) -> None:
         """See Keeper.  With nothing left to hold we let go of the holder, and it ends."""
         async with self._lock:
-            if self._socket is None:
+            if not self._connect():  # also to a holder that was being started when we gave up: nobody else will end it
                 return
             try:
                 self._ask({"op": "forget", "name": name})
