@@ -1,0 +1,114 @@
+"""What the benchmarks count, and how they say it."""
+
+from __future__ import annotations
+
+import json
+import os
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.meter import Meter, cpu_times, memory_bytes
+from benchmarks.report import Section, svg
+from benchmarks.sample import Sample, medians
+from benchmarks.settings import MIB, Settings
+
+FINISHED = 3
+
+
+def sample(system: str, total: float | None, **more: object) -> Sample:
+    values = {"verified": True, "wire_bytes": 5 * MIB, "stall_seconds": 0.1, **more}
+    return Sample(system=system, path="1g", load="sparse", memory_bytes=MIB, total_seconds=total, **values)  # type: ignore[arg-type]
+
+
+def test_medians_are_of_the_moves_that_ended_and_say_how_many_did() -> None:
+    moves = [sample("migrated", float(n)) for n in range(1, 4)]
+    moves.append(sample("migrated", None, outcome="no end in 30 s", verified=False))
+    result = medians(moves)
+    assert result["total_seconds"] == 2.0
+    assert (result["runs"], result["ended"], result["verified"]) == (4, FINISHED, FINISHED)
+    assert result["outcomes"] == ["no end in 30 s"]
+    assert result["setup_seconds"] is None  # measured in none of them
+
+
+def test_pace_is_the_guests_operations_during_pre_copy_against_before() -> None:
+    assert sample("migrated", 1.0, operations_before=200.0, operations_during=150.0).pace == 0.75
+    assert sample("migrated", 1.0, operations_before=200.0).pace is None
+
+
+def test_a_table_keeps_its_columns_below_each_other() -> None:
+    section = Section("x", "Title", ("path", "total"), [("loopback", "1 s"), ("1g", "12 s")], ["a note"])
+    lines = section.markdown().splitlines()
+    assert lines[0] == "### Title"
+    assert len({len(line) for line in lines[2:6]}) == 1
+    assert lines[-1] == "- a note"
+
+
+def test_the_plot_is_an_image_even_of_a_system_that_never_ended() -> None:
+    rows: list[dict[str, Any]] = [
+        {
+            "path": "1g",
+            "load": "dense",
+            "system": "migrated",
+            "total_seconds": 9.0,
+            "stall_seconds": 0.1,
+            "wire_bytes": 9,
+        },
+        {
+            "path": "1g",
+            "load": "dense",
+            "system": "qemu-precopy",
+            "total_seconds": None,
+            "stall_seconds": None,
+            "wire_bytes": None,
+        },
+    ]
+    image = svg(rows)
+    assert ET.fromstring(image).tag.endswith("svg")
+    assert "no end" in image
+
+
+def test_results_are_on_disk_after_every_section(tmp_path: Path) -> None:
+    settings = Settings(
+        quick=True,
+        runs=1,
+        memory_bytes=MIB,
+        paths=(),
+        loads=(),
+        limit_seconds=1,
+        large_bytes=MIB,
+        output=tmp_path,
+        host={},
+    )
+    settings.save(Section("one", "One", ("a",), [("1",)]))
+    settings.save(Section("two", "Two", ("b",), [("2",)]))
+    assert list(json.loads((tmp_path / "results.json").read_text())["sections"]) == ["one", "two"]
+    assert "### Two" in (tmp_path / "results.md").read_text()
+
+
+async def test_the_meter_counts_what_a_process_uses_while_it_is_watched() -> None:
+    meter = Meter()
+    before = memory_bytes(os.getpid())
+    meter.watch(os.getpid())
+    async with meter:
+        held = bytearray(os.urandom(1 << 16) * 512)
+        while meter.cpu_seconds < 0.02:  # until it has counted some
+            sum(held[:100_000])
+            meter.sample()
+    assert meter.peak_memory_bytes >= len(held) // 2
+    assert memory_bytes(os.getpid()) > before
+    assert cpu_times(os.getpid()).guest == 0
+
+
+def test_a_process_that_has_ended_is_said_to_have() -> None:
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    try:
+        with pytest.raises(ProcessLookupError):  # a zombie still has a total, with its guest's part in it
+            cpu_times(pid)
+    finally:
+        os.waitpid(pid, 0)
