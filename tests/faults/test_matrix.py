@@ -1,0 +1,26 @@
+"""Every failure at every stage in every mode: the guest runs in one place, with every byte it wrote, and nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from tests.faults.cases import cases, run_case
+from tests.faults.conftest import Rigs
+
+pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
+
+#: Guests arrive on the same pages, on larger and on smaller ones.
+PAGES = tuple(os.environ.get("FAULT_PAGES", "4K").split(","))
+
+
+@pytest.mark.parametrize("pages", PAGES)
+@pytest.mark.parametrize(("mode", "stage", "failure"), [pytest.param(*case, id="-".join(case)) for case in cases()])
+async def test_nothing_is_lost(rigs: Rigs, pages: str, mode: str, stage: str, failure: str) -> None:
+    rig = await rigs.get(pages=pages)
+    try:
+        await run_case(rig, mode, stage, failure)
+    except BaseException:
+        await rigs.drop(rig)
+        raise
