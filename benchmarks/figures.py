@@ -28,7 +28,10 @@ async def downtime(settings: Settings) -> Section:
     section = Section(
         "downtime",
         "Downtime under constant writes, by size",
-        ("memory", "downtime", "longest", "longest stall", "stale pages", "memory verified"),
+        (
+            *("memory", "downtime", "longest", "of it scan and stale map", "guest state", "commit to running"),
+            *("longest stall", "stale pages", "memory verified"),
+        ),
         notes=["Hybrid mode, loopback; the guest rewrites random blocks as fast as it can."],
     )
     for size in (settings.memory_bytes, settings.large_bytes):
@@ -44,6 +47,7 @@ async def downtime(settings: Settings) -> Section:
         section.rows.append(
             (
                 *(mebibytes(size), milliseconds(result["downtime_seconds"]), milliseconds(longest)),
+                *(_phase(samples, name) for name in ("scan", "state", "commit")),
                 *(milliseconds(result["stall_seconds"]), _detail(samples, "stale_pages")),
                 f"{result['verified']} of {result['runs']}",
             )
@@ -346,6 +350,10 @@ def _build(output: Path) -> Path:
         timeout=120,
     )
     return program
+
+
+def _phase(samples: list[Sample], name: str) -> str:
+    return milliseconds(median(s.details.get("phases", {}).get(name) for s in samples))
 
 
 def _detail(samples: list[Sample], name: str) -> str:
