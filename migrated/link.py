@@ -15,7 +15,7 @@ import contextlib
 import socket
 from typing import Any, TypeVar
 
-from migrated.errors import ConnectionLostError, MigratedError, PeerError, named
+from migrated.errors import ConnectionLostError, MigratedError, PeerError, RemoteProtocolError, named
 from migrated.protocol.heartbeat import Heartbeat
 from migrated.protocol.messages import Abort, AnyMessage, Ping, Pong, StateChunk, StateEnd
 from migrated.protocol.session import Session
@@ -220,6 +220,9 @@ class ControlLink:
                     await self._sort(message)
         except (OSError, ConnectionError) as error:
             self._lose(ConnectionLostError(f"the connection to {self.peer} broke: {error}"))
+        except RemoteProtocolError as error:
+            hint = error.hint or "is that the port of a target agent of the same version?"
+            self._lose(RemoteProtocolError(f"{self.peer}: {error.message}", code=error.code, hint=hint))
         except Exception as error:  # noqa: BLE001 - one that is not ours is a bug: it ends this session, named
             self._lose(named(error))
 
