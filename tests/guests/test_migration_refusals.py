@@ -179,9 +179,10 @@ async def test_a_target_without_the_right_to_userfaultfd_says_so(
     host = target(name=IDLE, prefix=("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"))
 
     host.target_guests[IDLE]["command"] = _idle("ram", 64 * MIB, "memory-backend-file", ",mem-path={memory:ram}")
-    for path in (guest.guest.directory, host.directory):
-        path.chmod(0o755)
-    os.chown(host.directory, 65534, 65534)
+    guest.guest.directory.chmod(0o755)
+    state = host.directory / "target"
+    state.mkdir()
+    os.chown(state, 65534, 65534)
     async with attempt(guest, host), _idle_qemu(guest, IDLE, "share=on"):
         record = await _try(guest, IDLE)
     _says(record["error"], "no-userfaultfd", "userfaultfd", "vm.unprivileged_userfaultfd")
