@@ -81,8 +81,8 @@ def process_started(pid: int) -> int:
     """Start time of a process in clock ticks since boot; 0 when there is none, or only a zombie of it."""
     try:
         # The name is in parentheses and may hold anything; what follows the last one is plain.
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return 0 if fields[0] in "ZX" else int(fields[19])
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        return 0 if fields[0] in b"ZX" else int(fields[19])
     except (OSError, IndexError, ValueError):
         return 0
 

@@ -1,0 +1,225 @@
+"""What an agent was doing, on disk: whole or not at all, and believed only when there is every reason to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+
+from migrated.errors import HostError
+from migrated.journal import Journal, SourceEntry, TargetEntry, process_lives, process_started
+from tests.unit.survival.entries import SOURCE, TARGET
+
+Edit = Callable[[dict[str, Any]], None]
+ID = "00010203"
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Journal[TargetEntry]:
+    return Journal(tmp_path / "journal", TargetEntry)
+
+
+def path_of(journal: Journal[TargetEntry]) -> Path:
+    return journal.directory / f"{ID}.journal"
+
+
+def names(journal: Journal[TargetEntry]) -> list[str]:
+    return sorted(entry.name for entry in journal.directory.iterdir())
+
+
+def loaded(journal: Journal[TargetEntry]) -> tuple[dict[str, TargetEntry], list[str]]:
+    """The entries that are believed, and what was said of the others."""
+    with capture_logs() as logs:
+        entries = journal.load()
+    return entries, [log["problem"] for log in logs]
+
+
+def test_an_entry_comes_back_as_it_was(journal: Journal[TargetEntry], tmp_path: Path) -> None:
+    journal.write(ID, TARGET)
+    assert loaded(journal) == ({ID: TARGET}, [])
+    source = Journal(tmp_path / "other", SourceEntry)
+    source.write("a", SOURCE)
+    source.write("b", SOURCE)
+    assert source.load() == {"a": SOURCE, "b": SOURCE}
+
+
+def test_it_is_nobody_elses_to_read(journal: Journal[TargetEntry]) -> None:
+    journal.write(ID, TARGET)  # it holds the token
+    assert journal.directory.stat().st_mode & 0o777 == 0o700
+    assert path_of(journal).stat().st_mode & 0o777 == 0o600
+
+
+def test_no_directory_is_no_entries(journal: Journal[TargetEntry]) -> None:
+    assert loaded(journal) == ({}, [])
+
+
+def test_an_entry_is_replaced_whole(journal: Journal[TargetEntry]) -> None:
+    journal.write(ID, TARGET)
+    before = path_of(journal).open("rb")
+    with before:
+        was = os.fstat(before.fileno()).st_size
+        later = TargetEntry(hello=TARGET.hello, stage="running", peer="elsewhere:1")
+        journal.write(ID, later)
+        assert os.fstat(before.fileno()).st_nlink == 0  # another file has its name now
+        assert len(before.read()) == was
+    assert journal.load() == {ID: later}
+    assert names(journal) == [f"{ID}.journal"]
+
+
+def test_a_removed_entry_is_gone_and_removing_it_twice_is_fine(journal: Journal[TargetEntry]) -> None:
+    journal.write(ID, TARGET)
+    journal.remove(ID)
+    journal.remove(ID)
+    assert loaded(journal) == ({}, [])
+
+
+def rewrite(journal: Journal[TargetEntry], edit: Edit) -> None:
+    """Change the entry and make its checksum fit."""
+    table = json.loads(path_of(journal).read_bytes().partition(b"\n")[2])
+    edit(table)
+    body = json.dumps(table).encode()
+    path_of(journal).write_bytes(hashlib.sha256(body).hexdigest().encode() + b"\n" + body + b"\n")
+
+
+@pytest.mark.parametrize(
+    ("edit", "problem"),
+    [
+        (lambda table: table.update(version=2), "of version 2, this agent reads 1"),
+        (lambda table: table.update(boot_id="another"), "before the last boot"),
+        (lambda table: table["entry"].update(pid="many"), "Expected `int`"),
+        (lambda table: table["entry"].update(of_a_later_version=1), "unknown field"),
+        (lambda table: table["entry"].pop("hello"), "missing required field"),
+        (lambda table: table.pop("entry"), "missing required field"),
+    ],
+    ids=["version", "boot", "type", "unknown", "lacking", "no-entry"],
+)
+def test_what_is_not_to_be_believed_is_reported_and_set_aside(
+    journal: Journal[TargetEntry], edit: Edit, problem: str
+) -> None:
+    journal.write(ID, TARGET)
+    rewrite(journal, edit)
+    entries, problems = loaded(journal)
+    assert entries == {}
+    assert len(problems) == 1
+    assert problem in problems[0]
+    assert names(journal) == [f"{ID}.refused"]
+    assert loaded(journal) == ({}, [])  # said once
+
+
+@pytest.mark.parametrize("position", ["first", "middle", "last"])
+def test_any_flipped_bit_is_noticed(journal: Journal[TargetEntry], position: str) -> None:
+    journal.write(ID, TARGET)
+    data = bytearray(path_of(journal).read_bytes())
+    index = {"first": 0, "middle": len(data) // 2, "last": len(data) - 3}[position]
+    data[index] ^= 1
+    path_of(journal).write_bytes(data)
+    entries, problems = loaded(journal)
+    assert entries == {}
+    assert "corrupt" in problems[0]
+
+
+def test_every_truncation_is_noticed(journal: Journal[TargetEntry]) -> None:
+    journal.write(ID, TARGET)
+    whole = path_of(journal).read_bytes()
+    for length in [*range(70), *range(70, len(whole) - 1, 37), len(whole) - 2]:
+        path_of(journal).write_bytes(whole[:length])
+        entries, problems = loaded(journal)
+        assert entries == {}
+        assert len(problems) == 1
+    path_of(journal).write_bytes(whole[:-1])  # the last line's end says nothing
+    assert journal.load() == {ID: TARGET}
+
+
+def test_one_bad_entry_takes_no_other_with_it(journal: Journal[TargetEntry]) -> None:
+    journal.write(ID, TARGET)
+    journal.write("ffff", TARGET)
+    path_of(journal).write_bytes(b"\xff" * 10)
+    entries, problems = loaded(journal)
+    assert list(entries) == ["ffff"]
+    assert len(problems) == 1
+
+
+def test_a_write_that_was_cut_short_leaves_the_entry_before(journal: Journal[TargetEntry]) -> None:
+    journal.write(ID, TARGET)
+    (journal.directory / f"{ID}.new").write_bytes(b"half an ent")  # what a crash leaves
+    assert journal.load() == {ID: TARGET}
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Iterator[Path]:
+    """A disk of a few pages."""
+    mount = tmp_path / "tiny"
+    mount.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=16k", "none", str(mount)], capture_output=True, text=True, timeout=30
+    )
+    if done.returncode:
+        pytest.skip(f"no tmpfs can be mounted here: {done.stderr.strip()}")
+    yield mount
+    subprocess.run(["umount", str(mount)], check=True, timeout=30)
+
+
+@pytest.mark.root
+def test_a_full_disk_is_an_error_and_the_entry_before_stays(tiny: Path) -> None:
+    journal = Journal(tiny / "journal", TargetEntry)
+    journal.write(ID, TARGET)
+    size = tiny / "filler"
+    with pytest.raises(OSError, match="No space"):
+        size.write_bytes(bytes(1 << 16))
+    later = TargetEntry(hello=TARGET.hello, stage="running", peer="elsewhere:1")
+    with pytest.raises(HostError, match="No space left") as caught:
+        journal.write(ID, later)
+    assert caught.value.code == "journal"
+    assert caught.value.hint
+    assert names(journal) == [f"{ID}.journal"]
+    assert journal.load() == {ID: TARGET}
+    size.unlink()
+    journal.write(ID, later)
+    assert journal.load() == {ID: later}
+
+
+def test_a_directory_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "journal").write_text("a file")
+    with pytest.raises(HostError, match="cannot be written"):
+        Journal(tmp_path / "journal", TargetEntry).write(ID, TARGET)
+
+
+# ---------------------------------------------------------------- the process an entry speaks of
+
+
+def test_a_process_is_known_by_its_start(python: str) -> None:
+    with subprocess.Popen([python, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        started = process_started(process.pid)
+        assert started > 0
+        assert process_lives(process.pid, started)
+        assert not process_lives(process.pid, started + 1)  # another one with its number
+        process.communicate(b"\n")
+    assert not process_lives(process.pid, started)
+
+
+def test_a_zombie_is_not_alive(python: str) -> None:
+    with subprocess.Popen([python, "-c", ""]) as process:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert process_started(process.pid) == 0
+
+
+def test_a_process_may_have_any_name(python: str) -> None:
+    """The name in /proc/PID/stat is bytes, parentheses and all."""
+    code = "import sys; open('/proc/self/comm', 'wb').write(b'a) b \\xff'); print(flush=True); input()"
+    with subprocess.Popen([python, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert process_started(process.pid) > 0
+        process.communicate(b"\n")
+
+
+def test_no_process_is_not_alive() -> None:
+    assert not process_lives(0, 0)
+    assert process_started(1 << 22) == 0
