@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Sequence
 from typing import Generic, TypeVar
@@ -25,14 +26,18 @@ class Survival(Generic[E]):
         self._journal: Journal[E] = journal
         self._keeper = keeper
         self._id = migration_id
+        self._writing = asyncio.Lock()
+        self._over = False
 
     async def hold(self, fds: Sequence[int]) -> None:
         """Have these descriptors kept, in this order.  HostError."""
         await self._keeper.keep(PREFIX + self._id, fds)
 
     async def write(self, entry: E) -> None:
-        """Write the entry durably.  HostError."""
-        await in_thread(self._journal.write, self._id, entry)
+        """Write the entry durably.  HostError.  After `over` nothing is written: what was on its way comes too late."""
+        async with self._writing:
+            if not self._over:
+                await in_thread(self._journal.write, self._id, entry)
 
     def strike(self) -> None:
         """Remove the entry alone.  OSError when it cannot be: then it would be believed after a restart."""
@@ -40,10 +45,12 @@ class Survival(Generic[E]):
 
     async def over(self) -> None:
         """Nothing of this migration need survive any more."""
-        try:
-            self.strike()
-        except OSError as error:
-            log.warning("a journal entry cannot be removed", migration=self._id, error=str(error))
+        async with self._writing:
+            self._over = True
+            try:
+                self.strike()
+            except OSError as error:
+                log.warning("a journal entry cannot be removed", migration=self._id, error=str(error))
         await self._keeper.forget(PREFIX + self._id)
 
 

@@ -306,6 +306,8 @@ class SourceMigration(Migration):
             except Exception as error:  # noqa: BLE001 - only a refusal or the operator's limit leads here
                 self.set_state(State.FAILED, error)
                 return
+            if self._session.state is SessionState.CLOSED:
+                break
         await self._disconnect()
         await quietly(self._guest.release(), self.log, "release the guest")
         await self._survival.over()
@@ -346,6 +348,8 @@ class SourceMigration(Migration):
         while True:
             await self._disconnect()
             self.failure.clear()
+            if self._session.state is SessionState.CLOSED:
+                return  # Done was read while the connection was let go of
             try:
                 await self._resume_session()
             except PeerError as error:
