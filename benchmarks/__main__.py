@@ -82,7 +82,12 @@ def main(
         host=_host(),
     )
     chosen = _choice(tuple(SECTIONS), only, "section") or tuple(SECTIONS)
-    sys.exit(uvloop.run(_measure(settings, chosen)))
+    try:
+        status = uvloop.run(_measure(settings, chosen))
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        settings.note("interrupted: namespaces, guests and pages are put back; what was measured is kept")
+        status = 130
+    sys.exit(status)
 
 
 async def _measure(settings: Settings, chosen: tuple[str, ...]) -> int:

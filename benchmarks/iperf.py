@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 
 from benchmarks.network import Link
@@ -13,7 +14,15 @@ PORT = 7460
 SECONDS = 2
 
 
-async def bytes_per_second(link: Link, streams: int) -> float:
+@dataclasses.dataclass(frozen=True)
+class Limit:
+    """What iperf3 reached, and the processor time both its sides took for it."""
+
+    bytes_per_second: float
+    cpu_seconds_per_gigabyte: float
+
+
+async def measure(link: Link, streams: int) -> Limit:
     """What arrives at the target's side, over ``streams`` connections."""
     server = await asyncio.create_subprocess_exec(
         *link.target_prefix,
@@ -48,4 +57,7 @@ async def bytes_per_second(link: Link, streams: int) -> float:
     report = json.loads(output)
     if "end" not in report or "sum_received" not in report["end"]:
         raise HostError(f"iperf3: {report.get('error', 'no result')}")
-    return float(report["end"]["sum_received"]["bits_per_second"]) / 8
+    end = report["end"]
+    speed = float(end["sum_received"]["bits_per_second"]) / 8
+    used = end["cpu_utilization_percent"]
+    return Limit(speed, (used["host_total"] + used["remote_total"]) / 100 / speed * 1e9)
