@@ -70,8 +70,6 @@ static int receive_pages(struct mgd_receiver *receiver, struct mgd_error *err)
 
 	if (receiver->stream == MGD_STREAM_URGENT && !final)
 		return mgd_fail(err, MGD_ERR_PEER, "page frame: a pre-copy frame on the urgent connection");
-	if (frame->flags & MGD_FRAME_COMPRESSED)
-		return mgd_fail(err, MGD_ERR_PEER, "page frame: compressed, which was not agreed on");
 	if (recv_bytes(receiver, bitmaps, mgd_frame_bitmap_bytes(frame->block_count), err) < 0 ||
 	    mgd_frame_decode_bitmaps(bitmaps, frame, err) < 0)
 		return -1;
@@ -129,7 +127,8 @@ static void destroy(struct mgd_receiver *receiver)
 {
 	mgd_channel_destroy(receiver->channel);
 	if (receiver->scratch)
-		munmap(receiver->scratch, MGD_CHUNK_BLOCKS * MGD_BLOCK_BYTES);
+		munmap(receiver->scratch, 2 * MGD_CHUNK_BLOCKS * MGD_BLOCK_BYTES);
+	mgd_receive_payload_fini(receiver);
 	free(receiver);
 }
 
@@ -156,13 +155,14 @@ int mgd_receiver_start(struct mgd_target *target, uint32_t stream, int fd, struc
 		free(receiver);
 		return -1;
 	}
-	receiver->scratch = mmap(NULL, MGD_CHUNK_BLOCKS * MGD_BLOCK_BYTES, PROT_READ | PROT_WRITE,
+	receiver->scratch = mmap(NULL, 2 * MGD_CHUNK_BLOCKS * MGD_BLOCK_BYTES, PROT_READ | PROT_WRITE,
 				 MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	if (receiver->scratch == MAP_FAILED) {
 		receiver->scratch = NULL;
 		destroy(receiver);
 		return mgd_fail_errno(err, ENOMEM, "add stream %u", stream);
 	}
+	receiver->packed = receiver->scratch + MGD_CHUNK_BLOCKS * MGD_BLOCK_BYTES;
 	pthread_mutex_lock(&target->barrier_lock);
 	target->receivers[slot] = receiver;
 	pthread_mutex_unlock(&target->barrier_lock);

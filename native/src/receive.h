@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: MIT */
-/* A connection's receiver: what receive.c (connection, frames) and receive_pages.c (what a frame does to pages) share. */
+/* A connection's receiver: what receive.c (connection, frames), receive_pages.c (what a frame
+ * does to pages) and receive_payload.c share. */
 #ifndef MGD_RECEIVE_H
 #define MGD_RECEIVE_H
 
@@ -36,11 +37,16 @@ struct mgd_receiver {
 	uint64_t hashes[MGD_CHUNK_BLOCKS];
 	struct iovec iov[MGD_CHUNK_BLOCKS];
 	uint8_t *scratch; /* MGD_CHUNK_BLOCKS blocks */
+	uint8_t *packed; /* as much, for a payload still compressed */
+	void *unpacker; /* of zstd; made when it is needed */
 };
 
 /* Header and bitmaps are in receiver->frame and checked, the payload is still in the socket: take it, and put it where it
  * belongs.  After an error mgd_receive_give_up puts things back. */
 int mgd_receive_frame_pages(struct mgd_receiver *receiver, struct mgd_error *err);
+/* receive_payload.c: read the payload to at[0 … present_count-1], unpacked, and fill in hashes. */
+int mgd_receive_payload(struct mgd_receiver *receiver, struct mgd_error *err);
+void mgd_receive_payload_fini(struct mgd_receiver *receiver);
 /* The connection ends: nothing of a FINAL frame that was not complete may stay, and its pages are anybody's again. */
 void mgd_receive_give_up(struct mgd_receiver *receiver);
 

@@ -142,51 +142,39 @@ static int back_frame(struct mgd_receiver *receiver, struct mgd_error *err)
 
 /* ---- payload */
 
-static int receive_payload(struct mgd_receiver *receiver, struct mgd_error *err)
+/* Where each present block is to be read to. */
+static void place_payload(struct mgd_receiver *receiver)
 {
 	const struct mgd_frame *frame = &receiver->frame;
 	struct mgd_target *target = receiver->target;
 	uint32_t count = 0;
-	int runs = 0;
 
 	for (uint32_t block = 0; block < frame->block_count; block++) {
-		uint8_t *to;
-
 		if (!bit(frame->present, block))
 			continue;
-		to = receiver->route[page_of(receiver, block)] == ROUTE_IN_PLACE
-			     ? block_address(receiver, block)
-			     : receiver->scratch + (size_t)count * MGD_BLOCK_BYTES;
-		receiver->at[count++] = to;
+		receiver->at[count] = receiver->route[page_of(receiver, block)] == ROUTE_IN_PLACE
+					      ? block_address(receiver, block)
+					      : receiver->scratch + (size_t)count * MGD_BLOCK_BYTES;
+		count++;
 		if (!(frame->flags & MGD_FRAME_FINAL)) /* before it holds anything: it is not BLANK, come what may */
 			mgd_ledger_received(&target->ledger, ledger_page(receiver, page_of(receiver, block)));
-		if (runs && (uint8_t *)receiver->iov[runs - 1].iov_base + receiver->iov[runs - 1].iov_len == to)
-			receiver->iov[runs - 1].iov_len += MGD_BLOCK_BYTES;
-		else
-			receiver->iov[runs++] = (struct iovec){.iov_base = to, .iov_len = MGD_BLOCK_BYTES};
 	}
 	receiver->present_count = count;
-	if (!count)
-		return 0;
-	if (mgd_channel_recv(receiver->channel, receiver->iov, runs, err) < 0) {
-		if (err->kind == MGD_ERR_OS && err->os_errno == EFAULT)
-			err->kind = MGD_ERR_POOL;
-		return -1;
-	}
-	atomic_fetch_add_explicit(&target->wire_bytes, frame->payload_bytes, memory_order_relaxed);
-	atomic_fetch_add_explicit(&target->payload_bytes, frame->payload_bytes, memory_order_relaxed);
-	return 0;
 }
 
-static int check_payload(struct mgd_receiver *receiver, struct mgd_error *err)
+static int take_payload(struct mgd_receiver *receiver, struct mgd_error *err)
 {
-	const uint8_t *secret = receiver->target->secret;
+	struct mgd_target *target = receiver->target;
+	const struct mgd_frame *frame = &receiver->frame;
 
-	for (uint32_t i = 0; i < receiver->present_count; i++)
-		receiver->hashes[i] = mgd_block_hash(receiver->at[i], secret);
-	if (receiver->frame.check != mgd_frame_check(&receiver->frame, receiver->hashes, secret))
-		return mgd_fail(err, MGD_ERR_PEER, "page frame: region %u, block %llu: check is wrong",
-				receiver->frame.region, (unsigned long long)receiver->frame.first_block);
+	place_payload(receiver);
+	if (mgd_receive_payload(receiver, err) < 0)
+		return -1;
+	atomic_fetch_add_explicit(&target->wire_bytes, frame->payload_bytes, memory_order_relaxed);
+	atomic_fetch_add_explicit(&target->payload_bytes, frame->payload_bytes, memory_order_relaxed);
+	if (frame->check != mgd_frame_check(frame, receiver->hashes, target->secret))
+		return mgd_fail(err, MGD_ERR_PEER, "page frame: region %u, block %llu: check is wrong", frame->region,
+				(unsigned long long)frame->first_block);
 	return 0;
 }
 
@@ -304,8 +292,7 @@ int mgd_receive_frame_pages(struct mgd_receiver *receiver, struct mgd_error *err
 {
 	const struct mgd_frame *frame = &receiver->frame;
 
-	if (route_frame(receiver, err) < 0 || back_frame(receiver, err) < 0 || receive_payload(receiver, err) < 0 ||
-	    check_payload(receiver, err) < 0)
+	if (route_frame(receiver, err) < 0 || back_frame(receiver, err) < 0 || take_payload(receiver, err) < 0)
 		return -1;
 	apply(receiver);
 	atomic_fetch_add_explicit(&receiver->target->frames, 1, memory_order_relaxed);

@@ -203,9 +203,9 @@ void mgd_source_set_bandwidth(struct mgd_source *source, uint64_t bytes_per_seco
 
 int mgd_source_set_compression(struct mgd_source *source, int level, struct mgd_error *err)
 {
-	(void)source;
-	if (level)
-		return mgd_fail(err, MGD_ERR_UNSUPPORTED, "source: compression level %d: not in this build", level);
+	if (!mgd_packer_level_valid(level))
+		return mgd_fail(err, MGD_ERR_ARGUMENT, "source: compression level %d: zstd has no such level", level);
+	__atomic_store_n(&source->compression_level, level, __ATOMIC_RELAXED);
 	return 0;
 }
 
@@ -237,8 +237,7 @@ static void stream_release(struct source_stream *stream)
 {
 	mgd_channel_destroy(stream->channel);
 	stream->channel = NULL;
-	mgd_unmap(stream->copy, MGD_CHUNK_BLOCKS * MGD_BLOCK_BYTES);
-	stream->copy = NULL;
+	source_batch_destroy(stream);
 }
 
 int mgd_source_add_stream(struct mgd_source *source, uint32_t number, int fd, struct mgd_error *err)
@@ -257,16 +256,13 @@ int mgd_source_add_stream(struct mgd_source *source, uint32_t number, int fd, st
 	}
 	if (mgd_channel_create(fd, &stream->channel, err))
 		return -1;
-	stream->copy = mgd_map_zeros(MGD_CHUNK_BLOCKS * MGD_BLOCK_BYTES, err);
-	if (!stream->copy) {
-		stream_release(stream);
+	if (source_batch_create(stream, err)) {
+		mgd_channel_destroy(stream->channel);
+		stream->channel = NULL;
 		return -1;
 	}
 	stream->ended = false;
 	stream->memory_failed = false;
-	stream->claim_region = NULL;
-	stream->heads_bytes = 0;
-	stream->iov_count = 1;
 	/* Orders given before it was there are not for it. */
 	stream->round_seen = source->round_generation;
 	stream->barrier_seen = source->barrier_generation;

@@ -5,7 +5,7 @@
 /* The longest run of claimable pages around `page` is taken, within one window: contiguous, since one FINAL frame makes
  * every page it covers current. */
 bool source_claim(struct mgd_source *source, struct source_region *region, uint64_t page, uint64_t window_blocks,
-		  uint64_t *out_first, uint64_t *out_count)
+		  struct source_claim *out)
 {
 	uint64_t window_pages = window_blocks / region->host_page_blocks;
 	uint64_t low = page, high = page + 1, first = page, end = page + 1;
@@ -21,8 +21,7 @@ bool source_claim(struct mgd_source *source, struct source_region *region, uint6
 	while (first > low && mgd_bit_clear_atomic(region->unclaimed, first - 1))
 		first--;
 	__atomic_fetch_sub(&source->unclaimed_pages, end - first, __ATOMIC_ACQ_REL);
-	*out_first = first;
-	*out_count = end - first;
+	*out = (struct source_claim){.region = region, .page = first, .count = end - first};
 	return true;
 }
 
@@ -35,8 +34,7 @@ static uint32_t region_of(const struct mgd_source *source, uint64_t numbered_pag
 	return index;
 }
 
-bool source_claim_next(struct mgd_source *source, struct source_region **out_region, uint64_t *out_first,
-		       uint64_t *out_count)
+bool source_claim_next(struct mgd_source *source, struct source_claim *out)
 {
 	uint64_t cursor = __atomic_load_n(&source->cursor, __ATOMIC_ACQUIRE);
 	uint32_t start = region_of(source, cursor);
@@ -54,10 +52,9 @@ bool source_claim_next(struct mgd_source *source, struct source_region **out_reg
 			page = mgd_bitmap_next_atomic(region->unclaimed, page, region->host_page_count);
 			if (page >= region->host_page_count)
 				break;
-			if (!source_claim(source, region, page, MGD_CHUNK_BLOCKS, out_first, out_count))
+			if (!source_claim(source, region, page, MGD_CHUNK_BLOCKS, out))
 				continue;
-			*out_region = region;
-			next = region->first_host_page + *out_first + *out_count;
+			next = region->first_host_page + out->page + out->count;
 			/* Unless a demand has moved it meanwhile: that knows better. */
 			__atomic_compare_exchange_n(&source->cursor, &cursor, next % source->host_page_count, false,
 						    __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);

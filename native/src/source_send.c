@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 /*
- * From guest memory to the connection: copy, hash the copy, compare, send from the copy.
+ * From guest memory to frames: copy, hash the copy, compare, send from the copy.
  */
 #include "source_state.h"
 
@@ -8,13 +8,12 @@
 #include <string.h>
 #include <unistd.h>
 
-/* Read and hash in pieces that stay in the second-level cache. */
+/* Read and hash in pieces that stay in the cache nearest to the processor but one. */
 #define READ_BLOCKS 64
 
-static int read_blocks(struct source_stream *stream, const struct source_region *region, uint64_t first, uint32_t at,
-		       uint32_t count, struct mgd_error *err)
+static int read_blocks(struct source_stream *stream, const struct source_region *region, uint64_t first, uint32_t count,
+		       uint8_t *copy, struct mgd_error *err)
 {
-	uint8_t *copy = stream->copy + (size_t)at * MGD_BLOCK_BYTES;
 	size_t bytes = (size_t)count * MGD_BLOCK_BYTES;
 	uint64_t offset = region->file_offset + first * MGD_BLOCK_BYTES;
 
@@ -38,120 +37,32 @@ static int read_blocks(struct source_stream *stream, const struct source_region 
 	return 0;
 }
 
-static bool claim_hurried(void *context)
-{
-	const struct source_stream *stream = context;
-	const struct source_region *region = stream->claim_region;
-
-	for (uint64_t i = 0; region && i < stream->claim_count; i++)
-		if (mgd_bit_test_atomic(region->hurried, stream->claim_page + i))
-			return true;
-	return false;
-}
-
-/* Wait for the right to send, and return how much of `bytes` may go at once. */
-static uint64_t throttle(struct source_stream *stream, uint64_t bytes)
-{
-	struct mgd_source *source = stream->source;
-	bool draining = stream->claim_region != NULL;
-	uint64_t piece, waited = 0;
-
-	if (stream->number == MGD_STREAM_URGENT)
-		return bytes;
-	piece = mgd_bucket_piece_bytes(&source->common);
-	if (draining) {
-		uint64_t drain_piece = mgd_bucket_piece_bytes(&source->drain);
-
-		if (drain_piece < piece)
-			piece = drain_piece;
-	}
-	if (bytes > piece)
-		bytes = piece;
-	if (draining)
-		waited += mgd_bucket_take(&source->drain, bytes, claim_hurried, stream);
-	waited += mgd_bucket_take(&source->common, bytes, claim_hurried, stream);
-	if (waited)
-		source_count(source, throttled_ns, waited);
-	return bytes;
-}
-
-/* Write out the heads kept back and stream->iov[1 …]. */
-static int flush(struct source_stream *stream, struct mgd_error *err)
-{
-	struct mgd_source *source = stream->source;
-	struct iovec part[SOURCE_IOV_COUNT];
-	uint64_t left = stream->heads_bytes;
-	int from = 0;
-
-	stream->iov[0].iov_base = stream->heads;
-	stream->iov[0].iov_len = stream->heads_bytes;
-	for (int i = 1; i < stream->iov_count; i++)
-		left += stream->iov[i].iov_len;
-	source_count(source, header_bytes, stream->heads_bytes);
-	source_count(source, payload_bytes, left - stream->heads_bytes);
-	while (left) {
-		uint64_t piece = throttle(stream, left), taken = 0;
-		int count = 0;
-
-		while (taken < piece) {
-			struct iovec *entry = &stream->iov[from];
-			size_t bytes = entry->iov_len < piece - taken ? entry->iov_len : (size_t)(piece - taken);
-
-			if (bytes)
-				part[count++] = (struct iovec){entry->iov_base, bytes};
-			entry->iov_base = (char *)entry->iov_base + bytes;
-			entry->iov_len -= bytes;
-			if (!entry->iov_len)
-				from++;
-			taken += bytes;
-		}
-		/* Counted first: whoever has seen the data arrive finds it in the figures. */
-		source_count(source, wire_bytes, piece);
-		if (stream->number == MGD_STREAM_URGENT)
-			source_count(source, demand_bytes, piece);
-		else if (stream->claim_region)
-			source_count(source, drain_bytes, piece);
-		if (mgd_channel_send(stream->channel, part, count, err))
-			return -1;
-		left -= piece;
-	}
-	stream->heads_bytes = 0;
-	stream->iov_count = 1;
-	return 0;
-}
-
-/* What a look at the marked blocks of a piece of a chunk found. */
+/* What a look at the marked blocks of a piece of a chunk found.  The present blocks are at the end of batch.copy. */
 struct changes {
 	uint64_t present[SOURCE_CHUNK_WORDS]; /* bit 0: first block of the chunk */
 	uint64_t zero[SOURCE_CHUNK_WORDS];
 	uint32_t present_count, zero_count;
 };
 
-static void note_present(struct source_stream *stream, struct changes *changes, uint32_t block, uint64_t hash)
+static uint8_t *next_place(const struct source_stream *stream, const struct changes *changes)
 {
-	struct iovec *last = &stream->iov[stream->iov_count - 1];
-	uint8_t *at = stream->copy + (size_t)block * MGD_BLOCK_BYTES;
-
-	changes->present[block / 64] |= 1ull << (block % 64);
-	stream->hashes[changes->present_count++] = hash;
-	if (stream->iov_count > 1 && (uint8_t *)last->iov_base + last->iov_len == at)
-		last->iov_len += MGD_BLOCK_BYTES;
-	else
-		stream->iov[stream->iov_count++] = (struct iovec){at, MGD_BLOCK_BYTES};
+	return stream->batch.copy + stream->batch.copy_bytes + (size_t)changes->present_count * MGD_BLOCK_BYTES;
 }
 
-/* Look at blocks first … first+count-1 of a chunk, already in stream->copy.  Pre-copy notes in the table what is going
- * to be sent; after the freeze the table is only read, so that a page sent again is the same page. */
+/* Look at blocks first … first+count-1 of a chunk, read to the next place, and move together those to be sent.  Pre-copy
+ * notes in the table what is going to be sent; after the freeze the table is only read, so that a page sent again is the
+ * same page. */
 static void compare(struct source_stream *stream, struct source_region *region, uint64_t chunk, uint32_t first,
 		    uint32_t count, bool final, struct changes *changes)
 {
 	struct mgd_source *source = stream->source;
 	uint64_t *table = region->table + chunk * MGD_CHUNK_BLOCKS;
+	const uint8_t *copy = next_place(stream, changes);
 	uint32_t unchanged = 0;
 
-	for (uint32_t block = first; block < first + count; block++) {
-		const uint8_t *copy = stream->copy + (size_t)block * MGD_BLOCK_BYTES;
+	for (uint32_t block = first; block < first + count; block++, copy += MGD_BLOCK_BYTES) {
 		uint64_t hash = mgd_block_is_zero(copy) ? 0 : mgd_block_hash(copy, source->secret);
+		uint8_t *to = next_place(stream, changes);
 
 		if (!source->whole && hash == table[block]) {
 			unchanged++;
@@ -160,7 +71,10 @@ static void compare(struct source_stream *stream, struct source_region *region, 
 		if (!final)
 			table[block] = hash;
 		if (hash) {
-			note_present(stream, changes, block, hash);
+			if (to != copy)
+				memcpy(to, copy, MGD_BLOCK_BYTES);
+			changes->present[block / 64] |= 1ull << (block % 64);
+			stream->hashes[changes->present_count++] = hash;
 		} else {
 			changes->zero[block / 64] |= 1ull << (block % 64);
 			changes->zero_count++;
@@ -170,14 +84,14 @@ static void compare(struct source_stream *stream, struct source_region *region, 
 		source_count(source, unchanged_blocks, unchanged);
 }
 
-/* Read the marked blocks of a chunk, run by run, and compare them. */
+/* Read the marked blocks among first … end-1 of a chunk, run by run, and compare them. */
 static int examine(struct source_stream *stream, struct source_region *region, uint64_t chunk, const uint64_t *marks,
-		   bool final, struct changes *changes, struct mgd_error *err)
+		   uint32_t first, uint32_t end, bool final, struct changes *changes, struct mgd_error *err)
 {
-	uint32_t block = 0;
+	uint32_t block = first;
 
 	memset(changes, 0, sizeof(*changes));
-	while (block < MGD_CHUNK_BLOCKS) {
+	while (block < end) {
 		uint64_t set = marks[block / 64] >> (block % 64);
 		uint32_t count = 0;
 
@@ -186,10 +100,13 @@ static int examine(struct source_stream *stream, struct source_region *region, u
 			continue;
 		}
 		block += (uint32_t)__builtin_ctzll(set);
-		while (count < READ_BLOCKS && block + count < MGD_CHUNK_BLOCKS &&
+		while (count < READ_BLOCKS && block + count < end &&
 		       marks[(block + count) / 64] >> ((block + count) % 64) & 1)
 			count++;
-		if (read_blocks(stream, region, chunk * MGD_CHUNK_BLOCKS + block, block, count, err))
+		if (!count)
+			break; /* the next mark lies beyond the end */
+		if (read_blocks(stream, region, chunk * MGD_CHUNK_BLOCKS + block, count, next_place(stream, changes),
+				err))
 			return -1;
 		compare(stream, region, chunk, block, count, final, changes);
 		block += count;
@@ -197,9 +114,9 @@ static int examine(struct source_stream *stream, struct source_region *region, u
 	return 0;
 }
 
-/* Queue a frame over blocks first … first+count-1 of the chunk; write it out unless it may wait for more to come. */
+/* A frame over blocks first … first+count-1 of the chunk. */
 static int send_frame(struct source_stream *stream, struct source_region *region, uint64_t chunk, uint32_t first,
-		      uint32_t count, uint16_t flags, uint32_t sequence, const struct changes *changes, bool more,
+		      uint32_t count, uint16_t flags, uint32_t sequence, const struct changes *changes,
 		      struct mgd_error *err)
 {
 	struct mgd_source *source = stream->source;
@@ -217,26 +134,20 @@ static int send_frame(struct source_stream *stream, struct source_region *region
 		frame.present[word] = mgd_bitmap_get64(changes->present, first + word * 64, MGD_CHUNK_BLOCKS);
 		frame.zero[word] = mgd_bitmap_get64(changes->zero, first + word * 64, MGD_CHUNK_BLOCKS);
 	}
-	stream->heads_bytes +=
-		mgd_frame_encode(&frame, stream->hashes, source->secret, stream->heads + stream->heads_bytes);
 	if (changes->present_count)
 		source_count(source, sent_blocks, changes->present_count);
 	if (changes->zero_count)
 		source_count(source, zero_blocks, changes->zero_count);
-	if (more && !changes->present_count && stream->heads_bytes + MGD_FRAME_HEAD_MAX_BYTES <= sizeof(stream->heads))
-		return 0;
-	return flush(stream, err);
+	return source_batch_add(stream, &frame, err);
 }
 
-int source_send_chunk(struct source_stream *stream, struct source_region *region, uint64_t chunk,
-		      const uint64_t marks[SOURCE_CHUNK_WORDS], struct mgd_error *err)
+/* The marked blocks among first … end-1 of a chunk, in pre-copy: nothing is said where nothing has changed. */
+static int send_piece(struct source_stream *stream, struct source_region *region, uint64_t chunk, const uint64_t *marks,
+		      uint32_t first, uint32_t end, struct mgd_error *err)
 {
-	uint64_t blocks = region->block_count - chunk * MGD_CHUNK_BLOCKS;
-	uint32_t first = 0, end = blocks < MGD_CHUNK_BLOCKS ? (uint32_t)blocks : MGD_CHUNK_BLOCKS;
 	struct changes changes;
 
-	stream->iov_count = 1;
-	if (examine(stream, region, chunk, marks, false, &changes, err))
+	if (examine(stream, region, chunk, marks, first, end, false, &changes, err))
 		return -1;
 	if (!changes.present_count && !changes.zero_count)
 		return 0;
@@ -245,7 +156,23 @@ int source_send_chunk(struct source_stream *stream, struct source_region *region
 		first += 64;
 	while (!(changes.present[(end - 1) / 64] | changes.zero[(end - 1) / 64]))
 		end = (end - 1) / 64 * 64;
-	return send_frame(stream, region, chunk, first, end - first, 0, 0, &changes, false, err);
+	return send_frame(stream, region, chunk, first, end - first, 0, 0, &changes, err);
+}
+
+int source_send_chunk(struct source_stream *stream, struct source_region *region, uint64_t chunk,
+		      const uint64_t marks[SOURCE_CHUNK_WORDS], struct mgd_error *err)
+{
+	uint64_t blocks = region->block_count - chunk * MGD_CHUNK_BLOCKS;
+	uint32_t end = blocks < MGD_CHUNK_BLOCKS ? (uint32_t)blocks : MGD_CHUNK_BLOCKS;
+
+	_Static_assert(SOURCE_BATCH_BLOCKS % 64 == 0, "pieces begin with a word of the bitmaps");
+	for (uint32_t first = 0; first < end; first += SOURCE_BATCH_BLOCKS) {
+		uint32_t piece_end = end - first < SOURCE_BATCH_BLOCKS ? end : first + SOURCE_BATCH_BLOCKS;
+
+		if (send_piece(stream, region, chunk, marks, first, piece_end, err))
+			return -1;
+	}
+	return 0;
 }
 
 /* The marks of blocks first … first+count-1 of a chunk, as the freeze left them. */
@@ -261,46 +188,51 @@ static void frozen_marks(const struct mgd_source *source, const struct source_re
 	}
 }
 
-int source_send_pages(struct source_stream *stream, struct source_region *region, uint64_t page, uint64_t count,
-		      struct mgd_error *err)
+/* The frames of a claim. */
+static int send_claim(struct source_stream *stream, const struct source_claim *claim, struct mgd_error *err)
 {
-	uint64_t block = page * region->host_page_blocks;
-	uint64_t end = (page + count) * region->host_page_blocks;
+	struct source_region *region = claim->region;
+	uint64_t block = claim->page * region->host_page_blocks;
+	uint64_t end = (claim->page + claim->count) * region->host_page_blocks;
 	bool many = region->host_page_blocks > MGD_CHUNK_BLOCKS;
 	uint64_t marks[SOURCE_CHUNK_WORDS];
 	struct changes changes;
-	int failed = 0;
 
-	stream->claim_region = region;
-	stream->claim_page = page;
-	stream->claim_count = count;
-	for (uint32_t sequence = 0; block < end && !failed; sequence++) {
+	for (uint32_t sequence = 0; block < end; sequence++) {
 		uint64_t chunk = block / MGD_CHUNK_BLOCKS;
 		uint32_t first = block % MGD_CHUNK_BLOCKS;
 		uint32_t blocks = end - block < MGD_CHUNK_BLOCKS ? (uint32_t)(end - block) : MGD_CHUNK_BLOCKS;
-		bool last = block + blocks == end;
 		uint16_t flags = MGD_FRAME_FINAL;
 
-		if (many && last)
+		block += blocks;
+		if (many && block == end)
 			flags |= MGD_FRAME_PAGE_END;
 		frozen_marks(stream->source, region, chunk, first, blocks, marks);
-		stream->iov_count = 1;
-		failed = examine(stream, region, chunk, marks, true, &changes, err) ||
-			 send_frame(stream, region, chunk, first, blocks, flags, many ? sequence : 0, &changes, !last,
-				    err);
-		block += blocks;
-		if (source_flag(&stream->source->stopping) && !failed)
-			failed = mgd_fail(err, MGD_ERR_CLOSED, "page connection: dropped");
+		if (examine(stream, region, chunk, marks, first, first + blocks, true, &changes, err))
+			return -1;
+		/* Before its last frame is added: the batch that takes it may be written at once. */
+		if (block == end)
+			source_batch_close_claim(stream);
+		if (send_frame(stream, region, chunk, first, blocks, flags, many ? sequence : 0, &changes, err))
+			return -1;
+		if (source_flag(&stream->source->stopping))
+			return mgd_fail(err, MGD_ERR_CLOSED, "page connection: dropped");
 	}
-	stream->claim_region = NULL;
-	return failed ? -1 : 0;
+	return 0;
+}
+
+int source_send_pages(struct source_stream *stream, const struct source_claim *claim, struct mgd_error *err)
+{
+	if (source_batch_open_claim(stream, claim, err))
+		return -1;
+	return send_claim(stream, claim, err);
 }
 
 int source_send_barrier(struct source_stream *stream, uint64_t barrier, struct mgd_error *err)
 {
 	struct mgd_frame frame = {.kind = MGD_FRAME_BARRIER, .first_block = barrier};
 
-	stream->iov_count = 1;
-	stream->heads_bytes = mgd_frame_encode(&frame, NULL, stream->source->secret, stream->heads);
-	return flush(stream, err);
+	if (source_batch_add(stream, &frame, err))
+		return -1;
+	return source_batch_flush(stream, err);
 }

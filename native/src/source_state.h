@@ -13,6 +13,9 @@
  *   unclaimed      one bit a host page, from the freeze on: stale, and nobody sends it yet.  Whoever clears the bit owns
  *                  the page and sends it, all of it, on its own connection.  No other way to a FINAL frame exists.
  *
+ * Frames are gathered in a batch (source_batch.c): small ones share a system call, large ones are read, hashed and written
+ * while they are in the processor's cache.
+ *
  * The one rule that keeps the guest safe: a block is hashed in, and sent from, the thread's own copy of it.  The guest
  * writes on meanwhile; what the table says was sent is what was sent.  Its memory is read with pread, never mapped: a hole
  * stays a hole, and no fault of that memory can reach us.
@@ -33,13 +36,17 @@
 #include "error.h"
 #include "event.h"
 #include "frame.h"
+#include "packer.h"
 
 #define SOURCE_CHUNK_WORDS MGD_FRAME_BITMAP_WORDS
 #define SOURCE_URGENT_SLOT MGD_MAX_STREAMS
-/* Heads of frames without payload are written together, up to so many. */
-#define SOURCE_HEADS_BYTES (32 * MGD_FRAME_HEAD_MAX_BYTES)
-/* One entry for the heads, and the most runs of present blocks a chunk can have. */
-#define SOURCE_IOV_COUNT (1 + MGD_CHUNK_BLOCKS / 2)
+/* The most blocks of a pre-copy frame, and the payload at which a batch is written out: 512 KiB fit the second-level cache
+ * of any processor of these years, with room for what the kernel does. */
+#define SOURCE_BATCH_BLOCKS 128
+#define SOURCE_BATCH_BYTES (SOURCE_BATCH_BLOCKS * MGD_BLOCK_BYTES)
+#define SOURCE_BATCH_FRAMES 64
+/* Room for the frame that is added last, which may be a whole chunk. */
+#define SOURCE_COPY_BYTES (SOURCE_BATCH_BYTES + MGD_CHUNK_BLOCKS * MGD_BLOCK_BYTES)
 
 struct source_region {
 	int fd;
@@ -59,6 +66,30 @@ struct source_region {
 	uint64_t *hurried; /* a host page: demanded while another thread was sending it */
 };
 
+/* Host pages being sent in post-copy, by the thread that has claimed them. */
+struct source_claim {
+	struct source_region *region;
+	uint64_t page, count;
+};
+
+/* What is to be written next.  Belongs to the stream's thread. */
+struct source_batch {
+	uint8_t *copy; /* blocks as they were read and hashed, those to be sent moved together */
+	size_t copy_bytes; /* of them in the batch */
+	uint8_t *packed; /* compressed payloads */
+	size_t packed_bytes;
+	uint64_t raw_bytes; /* of all payloads, before compression */
+	uint64_t packing_ns; /* time it took */
+	uint8_t heads[SOURCE_BATCH_FRAMES * MGD_FRAME_HEAD_MAX_BYTES];
+	size_t heads_bytes;
+	uint32_t frame_count;
+	struct iovec iov[2 * SOURCE_BATCH_FRAMES];
+	int iov_count;
+	struct source_claim claims[SOURCE_BATCH_FRAMES];
+	uint32_t claim_count;
+	bool claim_open; /* the last claim has frames to come */
+};
+
 struct source_stream {
 	struct mgd_source *source;
 	uint32_t number; /* MGD_EVENT stream number */
@@ -69,14 +100,9 @@ struct source_stream {
 	uint64_t round_seen, barrier_seen; /* generations, source->lock */
 	/* The rest belongs to the thread. */
 	bool memory_failed; /* the error is the guest memory's, not the connection's */
-	struct source_region *claim_region; /* host pages being sent now, in post-copy */
-	uint64_t claim_page, claim_count;
-	uint8_t *copy; /* a chunk; block i of the chunk at i * 4096 */
-	uint64_t hashes[MGD_CHUNK_BLOCKS]; /* of the present blocks, in order */
-	uint8_t heads[SOURCE_HEADS_BYTES];
-	size_t heads_bytes;
-	struct iovec iov[SOURCE_IOV_COUNT];
-	int iov_count;
+	struct source_batch batch;
+	struct mgd_packer packer;
+	uint64_t hashes[MGD_CHUNK_BLOCKS]; /* of the present blocks of a frame, in order */
 };
 
 enum source_phase { SOURCE_PRECOPY, SOURCE_FROZEN };
@@ -106,6 +132,7 @@ struct mgd_source {
 	uint64_t barrier_generation, barrier;
 
 	/* Atomic. */
+	int compression_level; /* 0: off */
 	bool whole; /* no hashes: every block of a page is told (set before any thread serves) */
 	uint64_t marked_blocks;
 	uint64_t unclaimed_pages;
@@ -136,22 +163,32 @@ bool source_take_marks(struct mgd_source *source, struct source_region *region, 
 uint64_t source_next_marked(const struct source_region *region, uint64_t block);
 int source_require_precopy(const struct mgd_source *source, const char *what, struct mgd_error *err);
 
-/* source_send.c: each returns 0 or -1 with *err; all frames of a stream go through these. */
+/* source_batch.c */
+int source_batch_create(struct source_stream *stream, struct mgd_error *err);
+void source_batch_destroy(struct source_stream *stream);
+/* Host pages whose frames come next.  They are done when the batch that holds the last of them has been written. */
+int source_batch_open_claim(struct source_stream *stream, const struct source_claim *claim, struct mgd_error *err);
+void source_batch_close_claim(struct source_stream *stream);
+/* A frame whose payload, payload_bytes of present blocks, was put at the end of batch.copy.  Writes the batch out when it is
+ * full: there is always room for the blocks of one chunk more. */
+int source_batch_add(struct source_stream *stream, struct mgd_frame *frame, struct mgd_error *err);
+int source_batch_flush(struct source_stream *stream, struct mgd_error *err);
+
+/* source_send.c: each returns 0 or -1 with *err; all frames of a stream go through these.  They stay in the batch: flush
+ * when nothing more is to be sent soon. */
 int source_send_chunk(struct source_stream *stream, struct source_region *region, uint64_t chunk,
 		      const uint64_t marks[SOURCE_CHUNK_WORDS], struct mgd_error *err);
-/* Host pages page … page+count-1, claimed by the caller: several only if they lie in one chunk. */
-int source_send_pages(struct source_stream *stream, struct source_region *region, uint64_t page, uint64_t count,
-		      struct mgd_error *err);
+/* Host pages claimed by the caller: several only if they lie in one chunk. */
+int source_send_pages(struct source_stream *stream, const struct source_claim *claim, struct mgd_error *err);
 int source_send_barrier(struct source_stream *stream, uint64_t barrier, struct mgd_error *err);
 
 /* source_claim.c */
 /* Claim the page, and stale neighbours of it in the same `window_blocks`, in one contiguous run; false: it was not there
  * to be claimed. */
 bool source_claim(struct mgd_source *source, struct source_region *region, uint64_t page, uint64_t window_blocks,
-		  uint64_t *out_first, uint64_t *out_count);
+		  struct source_claim *out);
 /* Claim the nearest stale pages at or after the cursor, and move it on; false: nothing is left. */
-bool source_claim_next(struct mgd_source *source, struct source_region **out_region, uint64_t *out_first,
-		       uint64_t *out_count);
+bool source_claim_next(struct mgd_source *source, struct source_claim *out);
 /* Claimed pages were written out. */
 void source_claim_done(struct mgd_source *source, uint64_t count);
 /* Tell ALL_SENT if that is so and not told yet. */

@@ -51,22 +51,18 @@ static int send_round(struct source_stream *stream, struct mgd_error *err)
 	for (uint32_t i = 0; i < source->region_count; i++)
 		if (send_region(stream, &source->regions[i], err))
 			return -1;
-	return 0;
+	return source_batch_flush(stream, err);
 }
 
 static int drain_pages(struct source_stream *stream, struct mgd_error *err)
 {
 	struct mgd_source *source = stream->source;
-	struct source_region *region;
-	uint64_t first, count;
+	struct source_claim claim;
 
-	while (source_flag(&source->draining) && !source_flag(&source->stopping) &&
-	       source_claim_next(source, &region, &first, &count)) {
-		if (source_send_pages(stream, region, first, count, err))
+	while (source_flag(&source->draining) && !source_flag(&source->stopping) && source_claim_next(source, &claim))
+		if (source_send_pages(stream, &claim, err))
 			return -1;
-		source_claim_done(source, count);
-	}
-	return 0;
+	return source_batch_flush(stream, err);
 }
 
 enum order { ORDER_STOP, ORDER_ROUND, ORDER_BARRIER, ORDER_DRAIN };
@@ -164,25 +160,24 @@ static int serve_demand(struct source_stream *stream, const struct mgd_frame *de
 	struct mgd_source *source = stream->source;
 	struct source_region *region = &source->regions[demand->region];
 	uint64_t page = demand->first_block / region->host_page_blocks;
-	uint64_t first, count;
+	struct source_claim claim;
 
 	if (!mgd_bit_test_atomic(region->stale, page))
 		return mgd_fail(err, MGD_ERR_PEER, "demand: page %" PRIu64 " of region %" PRIu32 ": not stale", page,
 				demand->region);
-	if (!source_claim(source, region, page, DEMAND_WINDOW_BLOCKS, &first, &count)) {
+	if (!source_claim(source, region, page, DEMAND_WINDOW_BLOCKS, &claim)) {
 		/* On its way on another connection: see to it that no limit holds it up there. */
 		mgd_bit_set_atomic(region->hurried, page);
 		mgd_bucket_wake(&source->drain);
 		mgd_bucket_wake(&source->common);
 		return 0;
 	}
-	__atomic_store_n(&source->cursor, (region->first_host_page + first + count) % source->host_page_count,
+	__atomic_store_n(&source->cursor,
+			 (region->first_host_page + claim.page + claim.count) % source->host_page_count,
 			 __ATOMIC_RELEASE);
-	if (source_send_pages(stream, region, first, count, err))
+	if (source_send_pages(stream, &claim, err))
 		return -1;
-	source_count(source, demanded_pages, count);
-	source_claim_done(source, count);
-	return 0;
+	return source_batch_flush(stream, err);
 }
 
 static int next_demand(struct source_stream *stream, struct mgd_error *err)

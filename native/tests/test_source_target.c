@@ -217,7 +217,7 @@ static void close_memory(struct move *move)
 	close(move->uffd);
 }
 
-static void move_memory(uint64_t first_page_bytes)
+static void move_memory(uint64_t first_page_bytes, int compression_level)
 {
 	struct move move = {.stop = false};
 	uint64_t state = 7;
@@ -230,6 +230,7 @@ static void move_memory(uint64_t first_page_bytes)
 		write_word(&move, next_random(&state), version);
 	start_tracking(&move);
 	create_engines(&move);
+	CHECK_OK(mgd_source_set_compression(move.source, compression_level, &err), err);
 	connect_engines(&move);
 	CHECK(!pthread_create(&writer, NULL, keep_writing, &move));
 	CHECK_OK(mgd_source_mark_populated(move.source, move.tracker, &err), err);
@@ -241,6 +242,10 @@ static void move_memory(uint64_t first_page_bytes)
 	pthread_join(writer, NULL);
 	switch_over(&move);
 	check_digests(&move);
+	mgd_source_stats(move.source, &stats);
+	CHECK_EQUAL(stats.payload_bytes + stats.compression_saved_bytes, stats.sent_blocks * MGD_BLOCK_BYTES);
+	CHECK_EQUAL(stats.wire_bytes, stats.payload_bytes + stats.header_bytes);
+	CHECK(compression_level ? stats.compression_saved_bytes > 0 : !stats.compression_saved_bytes);
 	CHECK_OK(mgd_tracker_disarm(move.tracker, &err), err);
 	mgd_source_destroy(move.source);
 	mgd_target_destroy(move.target);
@@ -250,7 +255,13 @@ static void move_memory(uint64_t first_page_bytes)
 
 static void test_memory_moves_over_ordinary_pages(void)
 {
-	move_memory(4096);
+	move_memory(4096, 0);
+}
+
+static void test_memory_moves_compressed(void)
+{
+	move_memory(4096, 1);
+	move_memory(4096, 3);
 }
 
 static bool pool_has(uint64_t pages)
@@ -268,7 +279,8 @@ static bool pool_has(uint64_t pages)
 
 static void test_memory_moves_over_huge_pages(void)
 {
-	move_memory(2 * MIB);
+	move_memory(2 * MIB, 0);
+	move_memory(2 * MIB, 1);
 }
 
 /* hugetlbfs does not say where its data is: what is mapped is all, unless the file holds more than that. */
@@ -309,6 +321,7 @@ int main(void)
 		return SKIPPED;
 	}
 	RUN(test_memory_moves_over_ordinary_pages);
+	RUN(test_memory_moves_compressed);
 	if (pool_has(2 * sizes[0] / (2 * MIB))) {
 		RUN(test_memory_moves_over_huge_pages);
 		RUN(test_only_populated_huge_pages_are_marked);

@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: MIT
+/*
+ * Compressed payloads under a fuzzer: the bytes are what a hostile peer says is zstd.  Byte 0: how many blocks the frame
+ * claims; byte 1: whether they lie together in memory.  Nothing beyond those blocks may be written.
+ */
+#include <assert.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "receive.h"
+
+#define BLOCKS_MAX 16
+#define GUARD 0xa5
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+
+static void check_guard(const uint8_t *from, size_t bytes)
+{
+	for (size_t i = 0; i < bytes; i++)
+		assert(from[i] == GUARD);
+}
+
+static void receive(struct mgd_receiver *receiver, uint8_t *memory, bool together)
+{
+	struct mgd_error err = {0};
+	int result;
+
+	for (uint32_t i = 0; i < receiver->present_count; i++)
+		receiver->at[i] = memory + (size_t)(together ? i : 2 * i) * MGD_BLOCK_BYTES;
+	result = mgd_receive_payload(receiver, &err);
+	assert(result == 0 || err.kind == MGD_ERR_PEER);
+	for (uint32_t i = 0; i < receiver->present_count && !together; i++)
+		check_guard(memory + (2 * i + 1) * (size_t)MGD_BLOCK_BYTES, MGD_BLOCK_BYTES);
+	check_guard(memory + 2 * (size_t)BLOCKS_MAX * MGD_BLOCK_BYTES, MGD_BLOCK_BYTES);
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+	static uint8_t memory[(2 * BLOCKS_MAX + 1) * MGD_BLOCK_BYTES], scratch[MGD_CHUNK_BLOCKS * MGD_BLOCK_BYTES],
+		packed[MGD_CHUNK_BLOCKS * MGD_BLOCK_BYTES];
+	struct mgd_target *target = calloc(1, sizeof(*target));
+	struct mgd_receiver *receiver = calloc(1, sizeof(*receiver));
+	struct mgd_error err;
+	int pair[2];
+
+	assert(target && receiver);
+	if (size >= 3) {
+		receiver->target = target;
+		receiver->scratch = scratch;
+		receiver->packed = packed;
+		receiver->present_count = 1 + data[0] % BLOCKS_MAX;
+		receiver->frame.flags = MGD_FRAME_COMPRESSED;
+		receiver->frame.payload_bytes = (uint32_t)(size - 2);
+		/* As the decoder of frames bounds it. */
+		if (receiver->frame.payload_bytes >= receiver->present_count * MGD_BLOCK_BYTES)
+			receiver->frame.payload_bytes = receiver->present_count * MGD_BLOCK_BYTES - 1;
+		memset(memory, GUARD, sizeof(memory));
+		assert(!socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair));
+		assert(mgd_channel_create(pair[0], &receiver->channel, &err) == 0);
+		assert(send(pair[1], data + 2, receiver->frame.payload_bytes, 0) ==
+		       (ssize_t)receiver->frame.payload_bytes);
+		close(pair[1]);
+		receive(receiver, memory, data[1] & 1);
+		mgd_receive_payload_fini(receiver);
+		mgd_channel_destroy(receiver->channel);
+	}
+	free(receiver);
+	free(target);
+	return 0;
+}

@@ -1,0 +1,236 @@
+// SPDX-License-Identifier: MIT
+/*
+ * Frames on their way out, gathered until there is enough of them: a batch is one write.
+ *
+ * A claimed page that waits in a batch waits for no longer than its thread takes to fill the batch: whoever stops adding
+ * flushes.  Where a limit holds the batch up and the guest demands a page in it, the limit lets the batch go.
+ */
+#include "source_state.h"
+
+#include <string.h>
+#include <time.h>
+
+int source_batch_create(struct source_stream *stream, struct mgd_error *err)
+{
+	struct source_batch *batch = &stream->batch;
+
+	memset(batch, 0, sizeof(*batch));
+	batch->copy = mgd_map_zeros(SOURCE_COPY_BYTES, err);
+	batch->packed = mgd_map_zeros(SOURCE_COPY_BYTES, err);
+	if (!batch->copy || !batch->packed) {
+		source_batch_destroy(stream);
+		return -1;
+	}
+	mgd_packer_init(&stream->packer);
+	return 0;
+}
+
+void source_batch_destroy(struct source_stream *stream)
+{
+	mgd_unmap(stream->batch.copy, SOURCE_COPY_BYTES);
+	mgd_unmap(stream->batch.packed, SOURCE_COPY_BYTES);
+	stream->batch.copy = stream->batch.packed = NULL;
+	mgd_packer_fini(&stream->packer);
+}
+
+static uint64_t now_ns(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+/* ---------------------------------------------------------------- limits */
+
+static bool claim_hurried(void *context)
+{
+	const struct source_batch *batch = context;
+
+	for (uint32_t i = 0; i < batch->claim_count; i++)
+		for (uint64_t page = 0; page < batch->claims[i].count; page++)
+			if (mgd_bit_test_atomic(batch->claims[i].region->hurried, batch->claims[i].page + page))
+				return true;
+	return false;
+}
+
+/* Wait for the right to send, and return how much of `bytes` may go at once. */
+static uint64_t throttle(struct source_stream *stream, uint64_t bytes)
+{
+	struct mgd_source *source = stream->source;
+	bool draining = stream->batch.claim_count;
+	uint64_t piece, waited = 0;
+
+	if (stream->number == MGD_STREAM_URGENT)
+		return bytes;
+	piece = mgd_bucket_piece_bytes(&source->common);
+	if (draining) {
+		uint64_t drain_piece = mgd_bucket_piece_bytes(&source->drain);
+
+		if (drain_piece < piece)
+			piece = drain_piece;
+	}
+	if (bytes > piece)
+		bytes = piece;
+	if (draining)
+		waited += mgd_bucket_take(&source->drain, bytes, claim_hurried, &stream->batch);
+	waited += mgd_bucket_take(&source->common, bytes, claim_hurried, &stream->batch);
+	if (waited)
+		source_count(source, throttled_ns, waited);
+	return bytes;
+}
+
+/* ---------------------------------------------------------------- writing */
+
+/* Write all of batch->iov, `left` bytes. */
+static int write_out(struct source_stream *stream, uint64_t left, struct mgd_error *err)
+{
+	struct mgd_source *source = stream->source;
+	struct source_batch *batch = &stream->batch;
+	struct iovec part[2 * SOURCE_BATCH_FRAMES];
+	int from = 0;
+
+	while (left) {
+		uint64_t piece = throttle(stream, left), taken = 0;
+		int count = 0;
+
+		while (taken < piece) {
+			struct iovec *entry = &batch->iov[from];
+			size_t bytes = entry->iov_len < piece - taken ? entry->iov_len : (size_t)(piece - taken);
+
+			part[count++] = (struct iovec){entry->iov_base, bytes};
+			entry->iov_base = (char *)entry->iov_base + bytes;
+			entry->iov_len -= bytes;
+			if (!entry->iov_len)
+				from++;
+			taken += bytes;
+		}
+		/* Counted first: whoever has seen the data arrive finds it in the figures. */
+		source_count(source, wire_bytes, piece);
+		if (stream->number == MGD_STREAM_URGENT)
+			source_count(source, demand_bytes, piece);
+		else if (batch->claim_count)
+			source_count(source, drain_bytes, piece);
+		if (mgd_channel_send(stream->channel, part, count, err))
+			return -1;
+		left -= piece;
+	}
+	return 0;
+}
+
+/* Claims whose last frame was written are done; one that has frames to come stays. */
+static void finish_claims(struct source_stream *stream)
+{
+	struct source_batch *batch = &stream->batch;
+	uint32_t closed = batch->claim_count - batch->claim_open;
+	uint64_t pages = 0;
+
+	for (uint32_t i = 0; i < closed; i++)
+		pages += batch->claims[i].count;
+	if (batch->claim_open)
+		batch->claims[0] = batch->claims[closed];
+	batch->claim_count = batch->claim_open;
+	if (!pages)
+		return;
+	if (stream->number == MGD_STREAM_URGENT)
+		source_count(stream->source, demanded_pages, pages);
+	source_claim_done(stream->source, pages);
+}
+
+int source_batch_flush(struct source_stream *stream, struct mgd_error *err)
+{
+	struct source_batch *batch = &stream->batch;
+	uint64_t payload = batch->copy_bytes + batch->packed_bytes;
+	uint64_t began = now_ns();
+
+	if (!batch->frame_count)
+		return 0;
+	source_count(stream->source, header_bytes, batch->heads_bytes);
+	source_count(stream->source, payload_bytes, payload);
+	if (write_out(stream, batch->heads_bytes + payload, err))
+		return -1;
+	if (stream->packer.level)
+		mgd_payoff_note(&stream->packer.payoff, batch->raw_bytes, batch->packing_ns + now_ns() - began);
+	batch->copy_bytes = batch->packed_bytes = batch->heads_bytes = 0;
+	batch->raw_bytes = batch->packing_ns = 0;
+	batch->frame_count = 0;
+	batch->iov_count = 0;
+	finish_claims(stream);
+	return 0;
+}
+
+/* ---------------------------------------------------------------- adding */
+
+int source_batch_open_claim(struct source_stream *stream, const struct source_claim *claim, struct mgd_error *err)
+{
+	struct source_batch *batch = &stream->batch;
+
+	if (batch->claim_count == SOURCE_BATCH_FRAMES && source_batch_flush(stream, err))
+		return -1;
+	batch->claims[batch->claim_count++] = *claim;
+	batch->claim_open = true;
+	return 0;
+}
+
+void source_batch_close_claim(struct source_stream *stream)
+{
+	stream->batch.claim_open = false;
+}
+
+static void add_iov(struct source_batch *batch, uint8_t *at, size_t bytes)
+{
+	struct iovec *last = batch->iov_count ? &batch->iov[batch->iov_count - 1] : NULL;
+
+	if (last && (uint8_t *)last->iov_base + last->iov_len == at)
+		last->iov_len += bytes;
+	else
+		batch->iov[batch->iov_count++] = (struct iovec){at, bytes};
+}
+
+/* Compress the payload if that makes it smaller; returns where it is now. */
+static uint8_t *pack(struct source_stream *stream, struct mgd_frame *frame)
+{
+	struct source_batch *batch = &stream->batch;
+	uint8_t *raw = batch->copy + batch->copy_bytes, *packed = batch->packed + batch->packed_bytes;
+	uint32_t raw_bytes = frame->payload_bytes;
+	size_t bytes = 0;
+
+	if (stream->number != MGD_STREAM_URGENT)
+		mgd_packer_set_level(&stream->packer,
+				     __atomic_load_n(&stream->source->compression_level, __ATOMIC_RELAXED));
+	if (mgd_packer_wanted(&stream->packer)) {
+		uint64_t began = now_ns();
+
+		bytes = mgd_packer_pack(&stream->packer, raw, raw_bytes, packed, raw_bytes - 1);
+		batch->packing_ns += now_ns() - began;
+	}
+	batch->raw_bytes += raw_bytes;
+	if (!bytes) {
+		batch->copy_bytes += raw_bytes;
+		return raw;
+	}
+	frame->flags |= MGD_FRAME_COMPRESSED;
+	frame->payload_bytes = (uint32_t)bytes;
+	batch->packed_bytes += bytes;
+	source_count(stream->source, compression_saved_bytes, raw_bytes - bytes);
+	return packed;
+}
+
+int source_batch_add(struct source_stream *stream, struct mgd_frame *frame, struct mgd_error *err)
+{
+	struct source_batch *batch = &stream->batch;
+	uint8_t *head = batch->heads + batch->heads_bytes, *payload = NULL;
+	size_t head_bytes;
+
+	if (frame->payload_bytes)
+		payload = pack(stream, frame);
+	head_bytes = mgd_frame_encode(frame, stream->hashes, stream->source->secret, head);
+	batch->heads_bytes += head_bytes;
+	add_iov(batch, head, head_bytes);
+	if (payload)
+		add_iov(batch, payload, frame->payload_bytes);
+	batch->frame_count++;
+	if (batch->frame_count == SOURCE_BATCH_FRAMES || batch->copy_bytes + batch->packed_bytes >= SOURCE_BATCH_BYTES)
+		return source_batch_flush(stream, err);
+	return 0;
+}
