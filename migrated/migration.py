@@ -153,6 +153,14 @@ class Migration:
         """Whether only the other agent can bring it on."""
         return self.record.state in (State.POSTCOPY_PAUSED, State.RECOVERING) or self.record.ended
 
+    async def run(self) -> None:
+        """The whole migration; ends in a final state, never raises."""
+        raise NotImplementedError
+
+    def abort(self) -> None:
+        """Give up; ConflictError when that cannot be done any more."""
+        raise NotImplementedError
+
     # ------------------------------------------------------------ figures
 
     def refresh(self) -> None:

@@ -5,21 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator
 
 import structlog
 
-from migrated import archive, guests
 from migrated.address import parse_address
 from migrated.agent import Health, SetRequest, StartRequest
-from migrated.archive import Archive
 from migrated.config import AgentConfig
 from migrated.errors import ConflictError, GuestError, MigratedError, NotFoundError
 from migrated.guests.driver import Region, SourceMemory
+from migrated.host_agent import HostAgent
 from migrated.journal import Journal, SourceEntry
-from migrated.keeper import keeper_for
 from migrated.record import Record
-from migrated.roster import Roster
 from migrated.source.migration import Recovered, SourceMigration
 from migrated.source.options import Options
 from migrated.survival import Legacy, Survival
@@ -27,34 +23,14 @@ from migrated.survival import Legacy, Survival
 log = structlog.get_logger("migrated.source")
 
 
-class SourceAgent:
+class SourceAgent(HostAgent[SourceMigration]):
     """Implements `migrated.agent.Agent`."""
 
     role = "source"
 
     def __init__(self, config: AgentConfig) -> None:
-        self.config = config
-        self._roster: Roster[SourceMigration] = Roster(
-            keep=config.limits.max_records,
-            archive=Archive(config.state_dir / archive.NAME, keep=config.limits.max_records),
-        )
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._stopping = False
-        self._residents = guests.Residents(config)
-        self._keeper = keeper_for(config.state_dir)
+        super().__init__(config, log)
         self._journal = Journal(config.state_dir / "journal", SourceEntry)
-
-    def guests(self) -> list[str]:
-        """Names, as configured."""
-        return sorted(self.config.guests)
-
-    def records(self, *, ended: bool = True) -> list[Record]:
-        """See Agent."""
-        return self._roster.records(ended=ended)
-
-    def record(self, migration_id: str) -> Record:
-        """See Agent."""
-        return self._roster.record(migration_id)
 
     async def start(self, request: StartRequest) -> Record:
         """Check everything that can be checked without touching the guest; go on in the background."""
@@ -96,12 +72,6 @@ class SourceAgent:
         )
         self._launch(migration)
         return migration.record
-
-    def _launch(self, migration: SourceMigration) -> None:
-        self._roster.add(migration)
-        task = asyncio.ensure_future(migration.run())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
     # ------------------------------------------------------------ after an agent that died
 
@@ -159,12 +129,6 @@ class SourceAgent:
             legacy=Recovered(entry, memory),
         )
 
-    async def abort(self, migration_id: str) -> Record:
-        """See Agent."""
-        migration = self._roster.find(migration_id)
-        migration.abort()
-        return migration.record
-
     async def switchover(self, migration_id: str) -> Record:
         """See Agent."""
         migration = self._roster.find(migration_id)
@@ -196,10 +160,6 @@ class SourceAgent:
         migration.limits_changed()
         return migration.record
 
-    def events(self, migration_id: str) -> AsyncIterator[Record]:
-        """See Agent."""
-        return self._roster.events(migration_id)
-
     def health(self) -> Health:
         """A source is healthy while its loop turns (whoever asks has shown that), ready unless it is stopping."""
         reasons = ["shutting down"] if self._stopping else []
@@ -210,25 +170,4 @@ class SourceAgent:
         async with self._residents:
             await self._take_back()
             await stop.wait()
-            self._stopping = True
-            for migration in self._roster.active:
-                with contextlib.suppress(ConflictError):
-                    migration.abort()
-            remaining = [migration for migration in self._roster.active if migration.committed]
-            if remaining:
-                log.warning("serving the pages of migrations after COMMIT before leaving", count=len(remaining))
-            if self._tasks:
-                await asyncio.wait({asyncio.ensure_future(self._drained())}, timeout=None)
-
-    async def _drained(self) -> None:
-        """Until every task is over, except those that wait for a target nobody can reach."""
-        limit = self.config.timeouts.shutdown
-        while self._tasks:
-            done, _ = await asyncio.wait(self._tasks, timeout=limit)
-            stuck = all(migration.waits_for_peer for migration in self._roster if not migration.over)
-            if not done and stuck:
-                log.error("leaving with migrations unsettled: their guests wait", count=len(self._tasks))
-                for task in list(self._tasks):
-                    task.cancel()
-                await asyncio.wait(self._tasks)
-                return
+            await self._wind_up()

@@ -7,13 +7,11 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import AsyncIterator
 
 import structlog
 
-from migrated import archive, guests
+from migrated import guests
 from migrated.agent import Health, SetRequest, StartRequest
-from migrated.archive import Archive
 from migrated.config import AgentConfig
 from migrated.dialing import heartbeat
 from migrated.errors import (
@@ -27,8 +25,8 @@ from migrated.errors import (
 )
 from migrated.guests.driver import Region, TargetMemory
 from migrated.guests.pidfd import PidHandle
+from migrated.host_agent import HostAgent
 from migrated.journal import Journal, TargetEntry, process_lives
-from migrated.keeper import keeper_for
 from migrated.link import ControlLink, tune
 from migrated.memory.engine import URGENT
 from migrated.protocol.bounds import abort_of
@@ -39,7 +37,6 @@ from migrated.protocol.session import Session
 from migrated.protocol.transitions import Role
 from migrated.protocol.transitions import State as SessionState
 from migrated.record import Record
-from migrated.roster import Roster
 from migrated.survival import Legacy, Survival
 from migrated.target.migration import Recovered, TargetMigration
 from migrated.waiting import within
@@ -51,38 +48,18 @@ FAULT_THREAD_LIMIT_NS = 10 * 10**9
 FIRST_MESSAGE_MAX_BYTES = 1 << 17
 
 
-class TargetAgent:
+class TargetAgent(HostAgent[TargetMigration]):
     """Implements `migrated.agent.Agent`."""
 
     role = "target"
 
     def __init__(self, config: AgentConfig) -> None:
-        self.config = config
-        self._roster: Roster[TargetMigration] = Roster(
-            keep=config.limits.max_records,
-            archive=Archive(config.state_dir / archive.NAME, keep=config.limits.max_records),
-        )
-        self._tasks: set[asyncio.Task[None]] = set()
+        super().__init__(config, log)
         self._connections: set[asyncio.Task[None]] = set()
-        self._stopping = False
-        self._residents = guests.Residents(config)
-        self._keeper = keeper_for(config.state_dir)
         self._journal = Journal(config.state_dir / "journal", TargetEntry)
         self.bound: tuple[str, int] | None = None  # where we listen, once we do (port 0: any free one)
 
-    # ------------------------------------------------------------ what the outside asks
-
-    def guests(self) -> list[str]:
-        """Names, as configured."""
-        return sorted(self.config.guests)
-
-    def records(self, *, ended: bool = True) -> list[Record]:
-        """See Agent."""
-        return self._roster.records(ended=ended)
-
-    def record(self, migration_id: str) -> Record:
-        """See Agent."""
-        return self._roster.record(migration_id)
+    # ------------------------------------------------------------ verbs
 
     async def start(self, request: StartRequest) -> Record:
         """Migrations start at the source."""
@@ -90,12 +67,6 @@ class TargetAgent:
             f"this is a target agent: {request.guest} is moved by the source agent it runs under",
             hint="`migrated --agent … start` with the source agent's control socket",
         )
-
-    async def abort(self, migration_id: str) -> Record:
-        """See Agent."""
-        migration = self._roster.find(migration_id)
-        migration.abort()
-        return migration.record
 
     async def switchover(self, migration_id: str) -> Record:
         """The source decides."""
@@ -125,10 +96,6 @@ class TargetAgent:
         await migration.abandon(confirm)
         return migration.record
 
-    def events(self, migration_id: str) -> AsyncIterator[Record]:
-        """See Agent."""
-        return self._roster.events(migration_id)
-
     def health(self) -> Health:
         """Healthy while every fault thread turns."""
         now = time.monotonic_ns()
@@ -148,11 +115,7 @@ class TargetAgent:
         try:
             async with self._residents:
                 await stop.wait()
-                self._stopping = True
-                for migration in self._roster.active:
-                    with contextlib.suppress(ConflictError):
-                        migration.abort()
-                await self._drained()
+                await self._wind_up()
         finally:
             accepting.cancel()
             listener.close()
@@ -226,24 +189,6 @@ class TargetAgent:
             legacy=Recovered(entry, memory, ledger_fd, faults),
         )
         self._launch(migration)
-
-    def _launch(self, migration: TargetMigration) -> None:
-        self._roster.add(migration)
-        task = asyncio.ensure_future(migration.run())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _drained(self) -> None:
-        limit = self.config.timeouts.shutdown
-        while self._tasks:
-            done, _ = await asyncio.wait(self._tasks, timeout=limit)
-            stuck = all(migration.waits_for_peer for migration in self._roster.active)
-            if not done and stuck:
-                log.error("leaving while guests here wait for pages: they go on waiting", count=len(self._tasks))
-                for task in list(self._tasks):
-                    task.cancel()
-                await asyncio.wait(self._tasks)
-                return
 
     async def _listen(self) -> socket.socket:
         address = self.config.listen_address
