@@ -525,6 +525,10 @@ class SourceMigration(Migration):
             self._tracker = None
         if self._engine is not None:
             await self._engine.close()
+        legacy, self._legacy = self._legacy, None
+        if legacy is not None:  # what was kept for us is ours, not the driver's
+            for fd in legacy.memory.memory_fds:
+                os.close(fd)
         if self._link is not None:
             await self._link.close()
         await quietly(self._guest.close(), self.log, "close the guest's connections")
