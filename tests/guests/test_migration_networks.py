@@ -13,6 +13,7 @@ pytestmark = [
     pytest.mark.root,
     pytest.mark.hugepages,
     pytest.mark.guest,
+    pytest.mark.timeout(300),  # on a busy machine; usually seconds
     pytest.mark.usefixtures("page_pool"),
 ]
 

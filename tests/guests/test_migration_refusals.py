@@ -31,6 +31,7 @@ pytestmark = [
     pytest.mark.root,
     pytest.mark.hugepages,
     pytest.mark.guest,
+    pytest.mark.timeout(300),  # on a busy machine; usually seconds
     pytest.mark.asyncio(loop_scope="module"),
     pytest.mark.usefixtures("page_pool"),
 ]
