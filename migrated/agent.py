@@ -22,6 +22,7 @@ class StartRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     streams: int | None = None
     max_bandwidth: str | None = None  # "0", "10Gbit", "500MB" (a second)
     drain_bandwidth: str | None = None
+    compression: str | None = None  # "off", "zstd"
 
 
 class SetRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):

@@ -28,8 +28,10 @@ if TYPE_CHECKING:
 
 Role = Literal["source", "target"]
 Mode = Literal["hybrid", "precopy", "postcopy"]
+Compression = Literal["off", "zstd"]
 ROLES: Final = typing.get_args(Role)
 MODES: Final[tuple[str, ...]] = typing.get_args(Mode)
+COMPRESSIONS: Final[tuple[str, ...]] = typing.get_args(Compression)
 
 CONFIG_DIRECTORY: Final = Path("/etc/migrated")
 STATE_DIRECTORY: Final = Path("/run/migrated")
@@ -90,6 +92,7 @@ class MigrationSection(_Section, frozen=True):
     streams: Annotated[int, Meta(ge=1, le=16, description="a whole number from 1 to 16")] = 2
     max_bandwidth: Annotated[str, Meta(description=units.RATE_EXAMPLES)] = "0"
     drain_bandwidth: Annotated[str, Meta(description=units.RATE_EXAMPLES)] = "0"
+    compression: Annotated[Compression, Meta(description="off or zstd")] = "off"
 
     @property
     def max_bandwidth_bytes_per_second(self) -> int:

@@ -15,7 +15,7 @@ from migrated import units
 from migrated.address import parse_address
 from migrated.cli import failure
 from migrated.cli.client import Client
-from migrated.config import MODES
+from migrated.config import COMPRESSIONS, MODES
 from migrated.errors import ConfigError, MigratedError, TimeoutExceededError
 from migrated.record import Record
 
@@ -100,6 +100,7 @@ def print_json(value: Any) -> None:
 @click.option("--streams", type=click.IntRange(1, 16), metavar="N", help="Bulk connections.")
 @click.option("--max-bandwidth", type=RATE, metavar="RATE", help="Such as 10Gbit or 500MB (a second); 0: no limit.")
 @click.option("--drain-bandwidth", type=RATE, metavar="RATE", help="Limit of the drain after the switch-over.")
+@click.option("--compression", type=click.Choice(COMPRESSIONS), help="Of bulk data, where it pays.")
 @click.option("--wait", is_flag=True, help="Stay until it is over, with progress.")
 @json_flag
 @agent_verb

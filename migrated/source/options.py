@@ -6,7 +6,7 @@ import dataclasses
 
 from migrated.address import Address, parse_address
 from migrated.agent import SetRequest, StartRequest
-from migrated.config import MODES, MigrationSection
+from migrated.config import COMPRESSIONS, MODES, MigrationSection
 from migrated.errors import ConfigError
 from migrated.units import parse_rate
 
@@ -22,6 +22,7 @@ class Options:
     streams: int
     max_bandwidth: int  # bytes a second over all bulk streams; 0: none
     drain_bandwidth: int  # bytes a second of the drain alone; 0: only the common limit
+    compression: str = "off"  # or zstd: of bulk data, where it pays
 
     @classmethod
     def of(cls, request: StartRequest, defaults: MigrationSection) -> Options:
@@ -39,6 +40,7 @@ class Options:
             drain_bandwidth=parse_rate(
                 defaults.drain_bandwidth if request.drain_bandwidth is None else request.drain_bandwidth
             ),
+            compression=defaults.compression if request.compression is None else request.compression,
         )
         options.check()
         return options
@@ -62,6 +64,8 @@ class Options:
         """Ranges, as in the configuration file."""
         if self.mode not in MODES:
             raise ConfigError(f"mode {self.mode!r} is unknown", hint=f"one of {', '.join(MODES)}")
+        if self.compression not in COMPRESSIONS:
+            raise ConfigError(f"compression {self.compression!r} is unknown", hint=f"one of {', '.join(COMPRESSIONS)}")
         _in_range("downtime limit (ms)", self.downtime_limit_seconds * 1000, 0.001, 60_000)
         _in_range("max rounds", self.max_rounds, 1, 1000)
         _in_range("streams", self.streams, 1, 16)
