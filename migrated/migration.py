@@ -167,9 +167,11 @@ class Migration:
         """Bring the record's figures up to date; each side knows how."""
 
     async def tick(self) -> None:
-        """Refresh and tell watchers, until cancelled."""
+        """Refresh and tell watchers, until the end or cancelled."""
         while True:
             await asyncio.sleep(TICK_SECONDS)
+            if self.record.ended:
+                return  # the figures of the end stay
             self.refresh()
             self.notify()
 
@@ -179,8 +181,9 @@ class Migration:
         self._watchers.add(changed)
         try:
             while True:
-                self.refresh()
                 ended = self.record.ended  # it may end while the watcher holds what we give: then once more
+                if not ended:
+                    self.refresh()
                 yield self.record
                 if ended:
                     return

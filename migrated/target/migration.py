@@ -528,7 +528,7 @@ class TargetMigration(Migration):
 
     async def _let_go(self) -> None:
         await self.stop_background()
-        if self._engine is not None and self._engine.alive:
+        if not self.record.ended:
             self.refresh()
         await self._let_go_of_memory()
         if self._current_link is not None:
