@@ -8,33 +8,32 @@
 #include <string.h>
 #include <unistd.h>
 
-/* Read and hash in pieces that stay in the cache nearest to the processor but one. */
-#define READ_BLOCKS 64
-
-static int read_blocks(struct source_stream *stream, const struct source_region *region, uint64_t first, uint32_t count,
-		       uint8_t *copy, struct mgd_error *err)
+int source_read(struct mgd_source *source, const struct source_region *region, uint64_t first, uint32_t count,
+		uint8_t *to, struct mgd_error *err)
 {
 	size_t bytes = (size_t)count * MGD_BLOCK_BYTES;
 	uint64_t offset = region->file_offset + first * MGD_BLOCK_BYTES;
 
 	for (size_t have = 0; have < bytes;) {
-		ssize_t got = pread(region->fd, copy + have, bytes - have, (off_t)(offset + have));
+		ssize_t got = pread(region->fd, to + have, bytes - have, (off_t)(offset + have));
 
 		if (got < 0 && errno == EINTR)
 			continue;
-		if (got <= 0) {
-			stream->memory_failed = true;
-			if (got < 0)
-				return mgd_fail_errno(err, errno,
-						      "guest memory: pread: region %" PRIu32 " at %#" PRIx64,
-						      region->index, first * MGD_BLOCK_BYTES + have);
+		if (got < 0)
+			return mgd_fail_errno(err, errno, "guest memory: pread: region %" PRIu32 " at %#" PRIx64,
+					      region->index, first * MGD_BLOCK_BYTES + have);
+		if (got == 0)
 			return mgd_fail(err, MGD_ERR_OS, "guest memory: region %" PRIu32 ": the file ends at %#" PRIx64,
 					region->index, offset + have);
-		}
 		have += (size_t)got;
 	}
-	source_count(stream->source, read_bytes, bytes);
+	source_count(source, read_bytes, bytes);
 	return 0;
+}
+
+uint64_t source_hash(const struct mgd_source *source, const uint8_t *block)
+{
+	return mgd_block_is_zero(block) ? 0 : mgd_block_hash(block, source->secret);
 }
 
 /* What a look at the marked blocks of a piece of a chunk found.  The present blocks are at the end of batch.copy. */
@@ -61,7 +60,7 @@ static void compare(struct source_stream *stream, struct source_region *region, 
 	uint32_t unchanged = 0;
 
 	for (uint32_t block = first; block < first + count; block++, copy += MGD_BLOCK_BYTES) {
-		uint64_t hash = mgd_block_is_zero(copy) ? 0 : mgd_block_hash(copy, source->secret);
+		uint64_t hash = source_hash(source, copy);
 		uint8_t *to = next_place(stream, changes);
 
 		if (!source->whole && hash == table[block]) {
@@ -100,14 +99,16 @@ static int examine(struct source_stream *stream, struct source_region *region, u
 			continue;
 		}
 		block += (uint32_t)__builtin_ctzll(set);
-		while (count < READ_BLOCKS && block + count < end &&
+		while (count < SOURCE_READ_BLOCKS && block + count < end &&
 		       marks[(block + count) / 64] >> ((block + count) % 64) & 1)
 			count++;
 		if (!count)
 			break; /* the next mark lies beyond the end */
-		if (read_blocks(stream, region, chunk * MGD_CHUNK_BLOCKS + block, count, next_place(stream, changes),
-				err))
+		if (source_read(stream->source, region, chunk * MGD_CHUNK_BLOCKS + block, count,
+				next_place(stream, changes), err)) {
+			stream->memory_failed = true;
 			return -1;
+		}
 		compare(stream, region, chunk, block, count, final, changes);
 		block += count;
 	}
@@ -225,6 +226,8 @@ int source_send_pages(struct source_stream *stream, const struct source_claim *c
 {
 	if (source_batch_open_claim(stream, claim, err))
 		return -1;
+	if (stream->number == MGD_STREAM_URGENT && claim->region->host_page_blocks > MGD_CHUNK_BLOCKS)
+		source_refine(stream->source, claim);
 	return send_claim(stream, claim, err);
 }
 

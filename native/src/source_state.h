@@ -5,7 +5,7 @@
  * A guest is read and sent by stream threads: one for each bulk connection, one for the urgent one.  What they share:
  *
  *   marks          one bit a block: to be looked at by the next round; from the freeze on: the blocks that may differ from
- *                  what the target has, never changed again.  marked_chunks: a bit a chunk, so that nobody walks memory
+ *                  what the target has (a mark may go when the block is found unchanged).  marked_chunks: a bit a chunk, so that nobody walks memory
  *                  that is not there.  Setting: mark, then chunk; taking: chunk, then mark.  So no mark is ever
  *                  missed, at worst a chunk is looked at for nothing.
  *   table          keyed hash of what the target has of each block, 0: zeros.  Written only by the thread that sends the
@@ -45,6 +45,8 @@
 #define SOURCE_BATCH_BLOCKS 128
 #define SOURCE_BATCH_BYTES (SOURCE_BATCH_BLOCKS * MGD_BLOCK_BYTES)
 #define SOURCE_BATCH_FRAMES 64
+/* Read and hash in pieces of this size. */
+#define SOURCE_READ_BLOCKS 64
 /* Room for the frame that is added last, which may be a whole chunk. */
 #define SOURCE_COPY_BYTES (SOURCE_BATCH_BYTES + MGD_CHUNK_BLOCKS * MGD_BLOCK_BYTES)
 
@@ -174,7 +176,18 @@ void source_batch_close_claim(struct source_stream *stream);
 int source_batch_add(struct source_stream *stream, struct mgd_frame *frame, struct mgd_error *err);
 int source_batch_flush(struct source_stream *stream, struct mgd_error *err);
 
-/* source_send.c: each returns 0 or -1 with *err; all frames of a stream go through these.  They stay in the batch: flush
+/* source_refine.c */
+/* Take away the marks of blocks that have not changed, with all processors at once, where that is much to look at.  The
+ * pages are claimed by the caller, and the source is frozen. */
+void source_refine(struct mgd_source *source, const struct source_claim *claim);
+
+/* source_send.c */
+/* Copy blocks first … first+count-1 of the region, as they are just now. */
+int source_read(struct mgd_source *source, const struct source_region *region, uint64_t first, uint32_t count,
+		uint8_t *to, struct mgd_error *err);
+/* What the table holds for a block that looks like this. */
+uint64_t source_hash(const struct mgd_source *source, const uint8_t *block);
+/* Each of these returns 0 or -1 with *err; all frames of a stream go through these.  They stay in the batch: flush
  * when nothing more is to be sent soon. */
 int source_send_chunk(struct source_stream *stream, struct source_region *region, uint64_t chunk,
 		      const uint64_t marks[SOURCE_CHUNK_WORDS], struct mgd_error *err);

@@ -372,6 +372,62 @@ static void test_what_is_no_demand_is_refused(void)
 	check_urgent_refuses(head, bytes);
 }
 
+/* All of a page larger than a chunk is marked, little of it has changed: found by several threads, sent once, complete. */
+static void test_a_large_page_is_searched_for_its_changes(void)
+{
+	struct peer *peer = peer_create(64 * MIB, 2 * MIB, 32 * MIB, 2);
+	uint64_t stale, sent, read;
+	struct mgd_error err;
+
+	peer_connect(peer);
+	for (uint64_t block = 0; block < peer_block_count(peer); block += 3)
+		guest_write(peer, block, 1);
+	peer_scan(peer, 1);
+	peer_round(peer, 1);
+	for (uint64_t block = 0; block < peer_block_count(peer); block += 100)
+		guest_write(peer, block, 2);
+	for (uint64_t block = 0; block < peer_block_count(peer); block += 512)
+		guest_report(peer, block);
+	guest_zero(peer, 9 * 512 + 3);
+	peer_scan(peer, 1);
+	CHECK_OK(mgd_source_freeze(peer->source, &stale, &err), err);
+	CHECK_EQUAL(stale, 2);
+	sent = peer_stats(peer).sent_blocks;
+	read = peer_stats(peer).read_bytes;
+	serve(peer, 0);
+	peer_demand(peer, 1);
+	peer_demand(peer, 0);
+	peer_event(peer, MGD_EVENT_ALL_SENT);
+	peer_wait(peer, &peer->final_pages, 2);
+	peer_disconnect(peer);
+	CHECK_EQUAL(peer_stats(peer).sent_blocks - sent, (peer_block_count(peer) + 99) / 100);
+	CHECK_EQUAL(peer_stats(peer).read_bytes - read, 64 * MIB + ((peer_block_count(peer) + 99) / 100 + 1) * BLOCK);
+	peer_check_same(peer);
+	peer_destroy(peer);
+}
+
+/* Small pages wait in a batch for the limit to let it go, and the guest wants them now: those claimed hurry, with all that
+ * is in their batch, and the others go the urgent way. */
+static void test_demanded_pages_in_a_batch_hurry(void)
+{
+	struct peer *peer = peer_create(8 * MIB, 4 * KIB, 4 * KIB, 1);
+	uint64_t stale = freeze_some(peer, 1, 8);
+	size_t bytes;
+	uint8_t *map = stale_map(peer, &bytes);
+
+	CHECK_EQUAL(stale, 256);
+	mgd_source_set_bandwidth(peer->source, 0, 1); /* a byte a second */
+	serve(peer, 1);
+	for (uint64_t page = 0; page < peer_block_count(peer); page += 8)
+		peer_demand(peer, page);
+	peer_event(peer, MGD_EVENT_ALL_SENT);
+	peer_wait(peer, &peer->final_pages, stale);
+	check_each_stale_page_came(peer, map, 1);
+	peer_check_same(peer);
+	free(map);
+	peer_destroy(peer);
+}
+
 int main(void)
 {
 	RUN(test_the_drain_brings_each_stale_page_once);
@@ -380,6 +436,8 @@ int main(void)
 	RUN(test_a_stale_page_without_changes_is_told);
 	RUN(test_nothing_stale_is_all_sent_at_once);
 	RUN(test_a_demanded_page_is_exempt_from_the_limits);
+	RUN(test_demanded_pages_in_a_batch_hurry);
+	RUN(test_a_large_page_is_searched_for_its_changes);
 	RUN(test_a_limit_is_lifted_live);
 	RUN(test_a_throttled_source_ends_at_once);
 	RUN(test_reconnect_goes_on_from_what_is_lacking);
