@@ -85,7 +85,7 @@ bench: $(STAMPS)/installed $(STAMPS)/test-deps
 	$(BIN)/python -m benchmarks $(ARGS)
 
 soak: $(STAMPS)/installed
-	$(BIN)/python -m tests.soak --seconds $(SOAK_SECONDS) $(ARGS)
+	$(BIN)/python -m tests.faults.soak --seconds $(SOAK_SECONDS) $(if $(SOAK_SEED),--seed $(SOAK_SEED)) $(ARGS)
 
 # ---------------------------------------------------------------- tests
 
