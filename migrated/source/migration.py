@@ -435,7 +435,7 @@ class SourceMigration(Migration):
         await self._disconnect()
         if told or not self._session.must_reconnect:
             await self._survival.over()
-        aborted = isinstance(error, AbortedError)
+        aborted = named(error).code == AbortedError.default_code  # on request, here or on the target
         self.set_state(State.ABORTED if aborted else State.FAILED, error)
         if not told and self._session.must_reconnect:
             await self._settle(error)
