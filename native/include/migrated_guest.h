@@ -154,13 +154,13 @@ static inline int migrated_write(int sock, const void *data, size_t bytes)
 static inline int migrated_send(int sock, enum migrated_kind kind, uint32_t sequence, const void *payload, size_t bytes,
 				const int *fds, unsigned int fd_count)
 {
-	struct migrated_header header = { (uint32_t)bytes, (uint16_t)kind, (uint16_t)fd_count, sequence };
-	struct iovec vector = { &header, sizeof(header) };
+	struct migrated_header header = {(uint32_t)bytes, (uint16_t)kind, (uint16_t)fd_count, sequence};
+	struct iovec vector = {&header, sizeof(header)};
 	union {
 		struct cmsghdr align;
 		char bytes[CMSG_SPACE(MIGRATED_MAX_REGIONS * sizeof(int))];
 	} control;
-	struct msghdr msg = { .msg_iov = &vector, .msg_iovlen = 1 };
+	struct msghdr msg = {.msg_iov = &vector, .msg_iovlen = 1};
 	ssize_t n;
 
 	if (bytes > MIGRATED_MAX_PAYLOAD || fd_count > MIGRATED_MAX_REGIONS) {
@@ -199,15 +199,15 @@ static inline int migrated_read(int sock, void *data, size_t bytes, int *fds, un
 	char *at = (char *)data;
 
 	while (bytes) {
-		struct iovec vector = { at, bytes };
+		struct iovec vector = {at, bytes};
 		union {
 			struct cmsghdr align;
 			char bytes[CMSG_SPACE(MIGRATED_MAX_REGIONS * sizeof(int))];
 		} control;
-		struct msghdr msg = { .msg_iov = &vector,
-				      .msg_iovlen = 1,
-				      .msg_control = control.bytes,
-				      .msg_controllen = sizeof(control.bytes) };
+		struct msghdr msg = {.msg_iov = &vector,
+				     .msg_iovlen = 1,
+				     .msg_control = control.bytes,
+				     .msg_controllen = sizeof(control.bytes)};
 		ssize_t n = recvmsg(sock, &msg, MSG_CMSG_CLOEXEC);
 
 		if (n < 0 && errno == EINTR)
@@ -268,17 +268,17 @@ static inline int migrated_receive(int sock, struct migrated_header *header, uns
 static inline int migrated_dial(struct migrated_guest *guest)
 {
 	unsigned char hello[12 + MIGRATED_MAX_REGIONS * (26 + MIGRATED_MAX_NAME)], *at = hello;
-	struct sockaddr_un address = { .sun_family = AF_UNIX };
-	uint32_t head[3] = { MIGRATED_GUEST_VERSION,
-			     guest->flags | (guest->has_memory ? 1u : 0u) | (guest->paused ? 4u : 0u),
-			     guest->region_count };
+	struct sockaddr_un address = {.sun_family = AF_UNIX};
+	uint32_t head[3] = {MIGRATED_GUEST_VERSION,
+			    guest->flags | (guest->has_memory ? 1u : 0u) | (guest->paused ? 4u : 0u),
+			    guest->region_count};
 	int fds[MIGRATED_MAX_REGIONS];
 
 	memcpy(at, head, sizeof(head));
 	at += sizeof(head);
 	for (unsigned int i = 0; i < guest->region_count; i++) {
 		const struct migrated_region *r = &guest->regions[i];
-		uint64_t numbers[3] = { r->size_bytes, r->page_bytes, (uint64_t)(uintptr_t)r->address };
+		uint64_t numbers[3] = {r->size_bytes, r->page_bytes, (uint64_t)(uintptr_t)r->address};
 		uint16_t length = (uint16_t)strlen(r->name);
 
 		memcpy(at, numbers, sizeof(numbers));
@@ -337,13 +337,14 @@ static inline int migrated_map(struct migrated_guest *guest, const struct migrat
 		guest->has_memory = 1;
 		guest->incoming = guest->paused = head[0] != 0;
 	}
-	return migrated_send(guest->sock, MIGRATED_REPLY, header->sequence, addresses, 8 * guest->region_count, NULL, 0);
+	return migrated_send(guest->sock, MIGRATED_REPLY, header->sequence, addresses, 8 * guest->region_count, NULL,
+			     0);
 }
 
 /* Reach the agent and map the memory.  ECONNREFUSED with guest->refusal: the agent said no. */
 static inline int migrated_guest_connect(struct migrated_guest *guest)
 {
-	const struct timespec pause = { 0, 200000000 };
+	const struct timespec pause = {0, 200000000};
 	struct migrated_header header;
 	int fds[MIGRATED_MAX_REGIONS];
 	unsigned int fd_count = 0;
@@ -487,7 +488,7 @@ static inline int migrated_handle(struct migrated_guest *guest, const struct mig
 static inline void *migrated_serve(void *argument)
 {
 	struct migrated_guest *guest = (struct migrated_guest *)argument;
-	const struct timespec pause = { 0, 200000000 };
+	const struct timespec pause = {0, 200000000};
 
 	while (!__atomic_load_n(&guest->ended, __ATOMIC_ACQUIRE) && guest->path[0]) {
 		struct migrated_header header;
