@@ -86,16 +86,19 @@ class HolderKeeper:
         """The holder, in a session of its own: it must not die with us."""
 
         def start() -> subprocess.CompletedProcess[str]:
-            return subprocess.run(
-                [sys.executable, "-m", "migrated.holder", str(self._path)],
-                check=False,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                start_new_session=True,
-                timeout=START_SECONDS,
-            )
+            # Opened here: subprocess leaves its own /dev/null open when it is out of descriptors for the pipe.
+            with Path(os.devnull).open("r+b") as null:
+                return subprocess.run(
+                    [sys.executable, "-m", "migrated.holder", str(self._path)],
+                    check=False,
+                    stdin=null,
+                    stdout=null,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    errors="replace",
+                    start_new_session=True,
+                    timeout=START_SECONDS,
+                )
 
         try:
             async with asyncio.timeout(START_SECONDS):
@@ -112,6 +115,12 @@ class HolderKeeper:
                     await asyncio.sleep(0.01)
         except (TimeoutError, subprocess.TimeoutExpired) as error:
             raise HostError(f"the holder of descriptors does not answer on {self._path}", code="holder") from error
+        except OSError as error:
+            raise HostError(
+                f"no holder of descriptors can be started on {self._path}: {error.strerror}",
+                code="holder",
+                hint="it keeps what survives a crash of this agent: it needs a few descriptors and a process",
+            ) from error
 
     def _ask(self, request: dict[str, str], fds: Sequence[int] = ()) -> tuple[dict[str, Any], list[int]]:
         sock = self._socket

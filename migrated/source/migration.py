@@ -241,8 +241,13 @@ class SourceMigration(Migration):
     async def _open_streams(self) -> None:
         engine = self._require_engine()
         bulk, urgent = await self._dialer.pages(self.options.streams)
-        for stream, fd in (*enumerate(bulk), (URGENT, urgent)):
-            engine.add_stream(stream, fd)
+        waiting = [(URGENT, urgent), *reversed(list(enumerate(bulk)))]
+        try:
+            while waiting:
+                engine.add_stream(*waiting.pop())  # takes the descriptor, whatever comes of it
+        finally:
+            for _, fd in waiting:
+                os.close(fd)
 
     async def _track(self, memory: SourceMemory, engine: SourceEngine) -> PreCopy:
         """Attach dirty tracking; from here on the guest is touched."""
@@ -417,8 +422,10 @@ class SourceMigration(Migration):
 
     async def _give_up(self, error: BaseException) -> None:
         """The guest runs on here, untracked; the target is told; nothing of ours stays."""
-        self.log.warning("giving up", error=str(error))
         link = self._link
+        if link is not None:
+            error = await link.explained(error)
+        self.log.warning("giving up", error=str(error))
         # First of all the session must rule out COMMIT: then the guest may run here.
         if link is None or link.broken is not None:
             self._session.connection_lost()

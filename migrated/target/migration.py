@@ -488,6 +488,8 @@ class TargetMigration(Migration):
             if stream != URGENT and stream >= self.hello.streams:
                 raise RemoteProtocolError(f"page connection {stream} of {self.hello.streams}")
             engine = self._require_engine()
+            if not engine.alive:
+                raise ConnectionLostError("a page connection came when the migration was over")
         except MigratedError:
             os.close(fd)
             raise
@@ -497,8 +499,10 @@ class TargetMigration(Migration):
 
     async def _clean_up(self, error: BaseException) -> None:
         """No process, memory or descriptor of this guest stays here; then the source is told so."""
-        self.log.warning("giving up", error=str(error))
         link = self._current_link
+        if link is not None:
+            error = await link.explained(error)
+        self.log.warning("giving up", error=str(error))
         reason = named(error)
         if link is not None and link.broken is None and self.session.abort_allowed:
             with contextlib.suppress(MigratedError):
