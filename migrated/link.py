@@ -27,6 +27,8 @@ STATE_PIECE_BYTES = 1 << 18
 STATE_QUEUE_PIECES = 64
 #: With so much unsent there is no need for heartbeats of ours: what is queued says that we live.
 UNSENT_BYTES = 1 << 16
+#: How long the peer's reason may take, once a page connection has ended without one.
+LAST_WORDS_SECONDS = 0.25
 
 M = TypeVar("M")
 T = TypeVar("T")
@@ -155,6 +157,13 @@ class ControlLink:
     async def wait_lost(self) -> MigratedError:
         """Until the session on this connection is over; why."""
         return await asyncio.shield(self._lost)
+
+    async def explained(self, error: BaseException) -> BaseException:
+        """Why it really ended: a peer that gives up closes its page connections, and may be heard of here a moment later."""
+        if not isinstance(error, ConnectionLostError):
+            return error
+        await asyncio.wait({self._lost}, timeout=LAST_WORDS_SECONDS)
+        return self.lost if isinstance(self.lost, PeerError) else error
 
     def _lose(self, error: MigratedError) -> None:
         if not self._broken.done():

@@ -35,7 +35,7 @@ from migrated.protocol.messages import (
 from migrated.protocol.transitions import Role, State
 from tests.unit.link.ends import HELLO, PATIENCE_SECONDS, READY, Stranger, link_on, sockets
 
-INTERVAL_SECONDS, LIMIT_SECONDS = 0.02, 0.1
+INTERVAL_SECONDS, LIMIT_SECONDS = 0.05, 1.0
 OFTEN = (INTERVAL_SECONDS, LIMIT_SECONDS)
 
 
@@ -121,7 +121,7 @@ async def test_expect_names_what_came_instead(links: tuple[ControlLink, ControlL
 
 async def test_heartbeats_keep_a_silent_link_alive(ends: tuple[socket.socket, Stranger]) -> None:
     async with source_with(ends, OFTEN) as link:
-        for _ in range(20):  # four times the limit, and nothing is said but this
+        for _ in range(30):  # longer than the limit, and nothing is said but this
             ping = await ends[1].hear(Ping)
             assert isinstance(ping, Ping)
             await ends[1].say(Pong(ping.sequence))
@@ -262,6 +262,26 @@ async def test_a_cancelled_receive_loses_no_message(links: tuple[ControlLink, Co
     assert await target.receive() == Round(1, 0)
 
 
+async def test_a_lost_page_connection_is_explained_by_the_abort_behind_it(
+    links: tuple[ControlLink, ControlLink],
+) -> None:
+    source, target = links
+    lost = ConnectionLostError("stream 0 was closed")
+    explaining = asyncio.ensure_future(source.explained(lost))
+    await target.send(Abort("aborted", "on request"))
+    error = await explaining
+    assert isinstance(error, PeerError)
+    assert error.code == "aborted"
+    assert await source.explained(lost) is error
+    other = MigratedError("a reason of our own")
+    assert await source.explained(other) is other
+
+
+async def test_a_lost_page_connection_without_a_word_is_just_that(links: tuple[ControlLink, ControlLink]) -> None:
+    lost = ConnectionLostError("stream 0 was closed")
+    assert await links[0].explained(lost) is lost
+
+
 # ---------------------------------------------------------------- guest state
 
 
@@ -321,7 +341,7 @@ async def test_a_slow_reader_holds_the_writer_back_and_no_heartbeat_blames_it() 
     writing = asyncio.ensure_future(write())
     loop = asyncio.get_running_loop()
     # Long past the limit of silence, nobody reads: every beat of both sides has had its turn many times.
-    deadline = loop.time() + 10 * LIMIT_SECONDS
+    deadline = loop.time() + 2 * LIMIT_SECONDS
     while loop.time() < deadline:
         assert source.lost is None
         assert target.lost is None

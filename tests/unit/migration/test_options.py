@@ -37,9 +37,24 @@ def test_what_is_not_said_is_the_configurations() -> None:
 
 def test_what_is_said_counts() -> None:
     one = options(
-        mode="postcopy", downtime_limit_ms=1, max_rounds=1, streams=16, max_bandwidth="10Gbit", drain_bandwidth="5MB"
+        mode="postcopy",
+        downtime_limit_ms=1,
+        max_rounds=1,
+        streams=16,
+        max_bandwidth="10Gbit",
+        drain_bandwidth="5MB",
+        compression="zstd",
     )
-    assert dataclasses.astuple(one)[1:] == ("postcopy", 0.001, 1, 16, 1_250_000_000, 5_000_000)
+    assert one == Options(
+        target=parse_address("host-b:7440"),
+        mode="postcopy",
+        downtime_limit_seconds=0.001,
+        max_rounds=1,
+        streams=16,
+        max_bandwidth=1_250_000_000,
+        drain_bandwidth=5_000_000,
+        compression="zstd",
+    )
 
 
 @pytest.mark.parametrize(
@@ -56,6 +71,7 @@ def test_what_is_said_counts() -> None:
         {"max_rounds": 1001},
         {"streams": 0},
         {"streams": 17},
+        {"compression": "gzip"},
         {"max_bandwidth": "fast"},
         {"max_bandwidth": "10"},
         {"drain_bandwidth": "-1MB"},
