@@ -118,6 +118,16 @@ class Migration:
         level("state", before=before.value, state=state.value, **({"error": str(error)} if error else {}))
         self.notify()
 
+    def fail_unforeseen(self, error: Exception) -> None:
+        """The last resort of `run`: a mistake of ours ends this migration in a named state, never the agent."""
+        self.log.exception("a migration met an error nobody foresaw: this is a bug", error=str(error))
+        if not self.record.ended:
+            self.record.state = State.FAILED
+            self.record.error = ErrorInfo(**{k: str(v) for k, v in hinted(error).items() if k != "state"})
+            self.record.ended_at = time.time()
+            self.record.timeline.append(StateChange(State.FAILED, self.record.ended_at))
+            self.notify()
+
     def notify(self) -> None:
         """Wake watchers."""
         for watcher in self._watchers:

@@ -143,6 +143,7 @@ class SourceMigration(Migration):
         self._tracker: Tracker | None = None
         self._memory: SourceMemory | None = None
         self._paused_at = 0.0
+        self._released = False
         self._running_there = False
         self._all_there = False
         self._switch_now = asyncio.Event()
@@ -170,6 +171,8 @@ class SourceMigration(Migration):
                     return
                 self.failure.set(error)
             await self._after_commit()
+        except Exception as error:
+            self.fail_unforeseen(error)
         finally:
             ticker.cancel()
             await self._let_go()
@@ -319,6 +322,7 @@ class SourceMigration(Migration):
             if self._session.state is SessionState.CLOSED:
                 break
         await self._disconnect()
+        self._released = True
         await quietly(self._guest.release(), self.log, "release the guest")
         await self._survival.over()
         self.record.error = None
@@ -549,6 +553,8 @@ class SourceMigration(Migration):
 
     async def _watch_guest(self) -> None:
         how = await self._guest.died()
+        if self._released:
+            return
         if self._session.committed:
             self.log.warning("the paused guest's process has ended; its memory is still held", how=how)
             return

@@ -167,6 +167,8 @@ class TargetMigration(Migration):
                 if not self.session.committed and not await self._wait_for_word(reason):
                     return
             await self._after_commit()
+        except Exception as error:
+            self.fail_unforeseen(error)
         finally:
             ticker.cancel()
             await self._let_go()
@@ -363,7 +365,13 @@ class TargetMigration(Migration):
         engine = self._require_engine()
         await self._close_link()
         self.refresh()
-        await in_thread(engine.release)
+        try:
+            await in_thread(engine.release)
+        except MigratedError as error:
+            # A guest that ended at this very moment; anything else leaves it registered with nobody to answer.
+            await self._survival.over()
+            self.set_state(State.FAILED, error)
+            return
         await quietly(self._guest.release(), self.log, "release the guest")
         await self._survival.over()
         self.record.error = None
