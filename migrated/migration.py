@@ -120,7 +120,7 @@ class Migration:
 
     def fail_unforeseen(self, error: Exception) -> None:
         """The last resort of `run`: a mistake of ours ends this migration in a named state, never the agent."""
-        self.log.exception("a migration met an error nobody foresaw: this is a bug", error=str(error))
+        self.log.error("a migration met an error nobody foresaw: this is a bug", error=str(error), exc_info=error)
         if not self.record.ended:
             self.record.state = State.FAILED
             self.record.error = ErrorInfo(**{k: str(v) for k, v in hinted(error).items() if k != "state"})

@@ -171,7 +171,7 @@ class SourceMigration(Migration):
                     return
                 self.failure.set(error)
             await self._after_commit()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - the last resort
             self.fail_unforeseen(error)
         finally:
             ticker.cancel()

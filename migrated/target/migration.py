@@ -167,7 +167,7 @@ class TargetMigration(Migration):
                 if not self.session.committed and not await self._wait_for_word(reason):
                     return
             await self._after_commit()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - the last resort
             self.fail_unforeseen(error)
         finally:
             ticker.cancel()
@@ -367,10 +367,10 @@ class TargetMigration(Migration):
         self.refresh()
         try:
             await in_thread(engine.release)
-        except MigratedError as error:
+        except MigratedError as problem:
             # A guest that ended at this very moment; anything else leaves it registered with nobody to answer.
             await self._survival.over()
-            self.set_state(State.FAILED, error)
+            self.set_state(State.FAILED, problem)
             return
         await quietly(self._guest.release(), self.log, "release the guest")
         await self._survival.over()
