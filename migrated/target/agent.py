@@ -331,16 +331,21 @@ class TargetAgent(HostAgent[TargetMigration]):
             await link.close()
 
     async def _take_in(self, link: ControlLink) -> None:
-        hello = await link.expect(Hello, limit_seconds=self.config.timeouts.handshake, what="Hello")
+        launched = False
         try:
-            migration = self._admit(hello, link)
-        except MigratedError as error:
-            log.warning("migration refused", guest=hello.guest, peer=link.peer, error=str(error))
-            await link.send(abort_of(error))
-            await link.send(Aborted())
-            await link.close()
-            return
-        self._launch(migration)
+            hello = await link.expect(Hello, limit_seconds=self.config.timeouts.handshake, what="Hello")
+            try:
+                migration = self._admit(hello, link)
+            except MigratedError as error:
+                log.warning("migration refused", guest=hello.guest, peer=link.peer, error=str(error))
+                await link.send(abort_of(error))
+                await link.send(Aborted())
+                return
+            self._launch(migration)
+            launched = True
+        finally:
+            if not launched:  # also when the peer does not stay to hear that it is refused
+                await link.close()
 
     def _admit(self, hello: Hello, link: ControlLink) -> TargetMigration:
         table = self.config.guests.get(hello.guest)
