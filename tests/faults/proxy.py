@@ -138,6 +138,10 @@ class Connection:
             if not self.silent:
                 writer.close()
 
+    def _tape(self, way: str, data: bytes) -> None:
+        if self.proxy.taping and self.preamble is not None:
+            self.proxy.tape.append((self.preamble, way, data))
+
     async def _hush(self) -> None:
         if self.silent:
             await asyncio.Event().wait()  # until the proxy is closed
@@ -146,6 +150,7 @@ class Connection:
         proxy, purpose = self.proxy, self.preamble.purpose if self.preamble is not None else Purpose.BULK
         while data := await reader.read(PIECE_BYTES):
             await self._hush()
+            self._tape(way, data)
             gate = proxy.gate
             if way == UP and gate is not None and gate.stops_pages(purpose, len(data)):
                 gate.reached.set()
@@ -173,6 +178,7 @@ class Connection:
                 if not frame:
                     break
                 tag = tag_of(frame)
+                self._tape(way, frame)
                 self.proxy.passed.append((way, tag))
                 gate = self.proxy.gate
                 if gate is not None and gate.stops(way, tag):
@@ -230,6 +236,9 @@ class Proxy:
         self.after_release: asyncio.Event | None = None  # set when the message that waited has been written out
         self.passed: list[tuple[str, str]] = []
         self.connections: list[Connection] = []
+        self.sessions: set[bytes] = set()  # of control connections since then
+        self.taping = False
+        self.tape: list[tuple[Preamble, str, bytes]] = []  # frames and pieces of pages, as they went
         self.dialled = asyncio.Event()  # a control connection has come since `forget`
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -271,7 +280,8 @@ class Proxy:
 
     def on_connection(self, connection: Connection) -> None:
         """A connection has said what it is."""
-        if connection.purpose is Purpose.CONTROL:
+        if connection.preamble is not None and connection.purpose is Purpose.CONTROL:
+            self.sessions.add(connection.preamble.session)
             self.dialled.set()
 
     def on_passed(self, way: str, tag: str) -> None:
@@ -288,6 +298,7 @@ class Proxy:
             self.gate.released.set()
         self.gate = gate
         self.passed.clear()
+        self.sessions.clear()
         self.dialled.clear()
 
     def chosen(self, purposes: tuple[Purpose, ...] | None = None) -> list[Connection]:

@@ -249,6 +249,21 @@ class Rig:
                 (self.directory / f"{pid}.sock").unlink(missing_ok=True)
         return sorted(pid for pid in pids if is_alive(pid))
 
+    async def end_strays(self) -> None:
+        """End guests that run beside the one that is ours: somebody else's session brought them."""
+        known = self.guest or self.guests()[0]
+        async with within(LIMIT_SECONDS, "guests of strangers to end"):
+            while len(pids := self.guests()) > 1:
+                for pid in pids:
+                    if pid != known:
+                        await self._end_arrived(pid)
+                await asyncio.sleep(0.01)
+
+    async def _end_arrived(self, pid: int) -> None:
+        """A guest that nobody will settle any more: one that is loaded waits for its source for ever, and rightly so."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
     async def ask(self, pid: int, command: str) -> Status:
         """One command to one guest process; OSError when it is not there."""
         reader, writer = await asyncio.open_unix_connection(str(self.directory / f"{pid}.sock"))
