@@ -26,6 +26,7 @@ from migrated.waiting import in_thread
 log = structlog.get_logger("migrated.keeper")
 
 START_SECONDS = 10.0
+LISTEN_TRIES = 50
 
 
 class Keeper(Protocol):
@@ -161,7 +162,12 @@ class HolderKeeper:
     async def forget(self, name: str) -> None:
         """See Keeper.  With nothing left to hold we let go of the holder, and it ends."""
         async with self._lock:
-            if not self._connect():  # also to a holder that was being started when we gave up: nobody else will end it
+            # Also of a holder that was being started when we gave up, and may not listen yet: nobody else will end it.
+            for _ in range(LISTEN_TRIES):
+                if self._connect() or not os.path.lexists(self._path):  # noqa: ASYNC240 - a look at a local file
+                    break
+                await asyncio.sleep(0.01)
+            if self._socket is None:
                 return
             try:
                 self._ask({"op": "forget", "name": name})

@@ -284,9 +284,9 @@ class TargetAgent(HostAgent[TargetMigration]):
         return None
 
     async def _control(self, sock: socket.socket, preamble: Preamble) -> None:
+        known = self._by_session(preamble)  # refuses a wrong token while our caller still closes the connection
         # The transport owns the descriptor from here on; our caller closes an empty shell.
         reader, writer = await asyncio.open_connection(sock=socket.socket(fileno=sock.detach()))
-        known = self._by_session(preamble)
         if known is not None:
             link = ControlLink(known.session, reader, writer, heartbeat=heartbeat(self.config.timeouts))
             if known.over:
