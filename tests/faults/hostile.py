@@ -49,7 +49,7 @@ def renamed(recording: Recording, draw: random.Random) -> Recording:
 
 def _fields(one: bytes, draw: random.Random) -> bytes:
     """A field of a control frame with another value."""
-    with contextlib.suppress(msgspec.DecodeError, KeyError, TypeError, OverflowError, IndexError):
+    with contextlib.suppress(msgspec.DecodeError, ValueError, KeyError, TypeError, OverflowError, IndexError):
         message = msgspec.msgpack.decode(one[LENGTH_BYTES:])
         key = draw.choice([key for key in message if key != "t"])
         value = message[key]
