@@ -15,6 +15,8 @@ from migrated.record import NEXT, ErrorInfo, Record, State, StateChange
 
 T = TypeVar("T")
 
+#: A cancelled piece of work that is not over after so long is cancelled again.
+CANCEL_AGAIN_SECONDS = 3.0
 #: Figures are told to watchers at most this often.
 TICK_SECONDS = 0.5
 
@@ -58,17 +60,24 @@ class Failure:
         failed = asyncio.ensure_future(self._event.wait())
         try:
             await asyncio.wait({task, failed}, return_when=asyncio.FIRST_COMPLETED)
-            if not task.done():
-                task.cancel()
-                await asyncio.wait({task})
+            await _end(task)
             if self.error is not None and (task.cancelled() or task.exception() is not None):
                 raise self.error
             return task.result()
         finally:
             failed.cancel()
-            if not task.done():
-                task.cancel()
-                await asyncio.wait({task})
+            await _end(task)
+
+
+async def _end(task: asyncio.Future[Any]) -> None:
+    """Cancel it and wait until it is over.
+
+    Cancelled again now and then: a cancellation that meets the end of an ``asyncio.wait_for`` is lost (Python 3.11), and a
+    library's may be; the work would go on as if nothing had been asked.
+    """
+    while not task.done():
+        task.cancel()
+        await asyncio.wait({task}, timeout=CANCEL_AGAIN_SECONDS)
 
 
 class Migration:

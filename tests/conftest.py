@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,10 @@ from pathlib import Path
 import pytest
 
 from migrated.memory.memfd import DEFAULT_PAGE_BYTES, POOLS, Pool, pools
+
+# A shell that runs us in the background has SIGINT ignored, and what we start would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _POOL_LOCK = Path("/run/lock/migrated-tests-pool")
 

@@ -298,3 +298,26 @@ async def test_a_clean_up_can_still_be_cancelled() -> None:
     stepping.cancel()
     with pytest.raises(asyncio.CancelledError):
         await stepping
+
+
+async def test_work_that_loses_its_cancellation_is_cancelled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("migrated.migration.CANCEL_AGAIN_SECONDS", 0.01)
+    failure = Failure()
+    swallowed = 0
+
+    async def work() -> None:
+        nonlocal swallowed
+        while True:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                swallowed += 1
+                if swallowed > 1:
+                    raise
+
+    guarded = asyncio.ensure_future(failure.guard(work()))
+    await asyncio.sleep(0)
+    failure.set(MigratedError("enough"))
+    with pytest.raises(MigratedError, match="enough"):
+        await guarded
+    assert swallowed == 2
