@@ -368,8 +368,10 @@ class TargetMigration(Migration):
         try:
             await in_thread(engine.release)
         except MigratedError as problem:
-            # A guest that ended at this very moment; anything else leaves it registered with nobody to answer.
-            await self._survival.over()
+            # A guest that ended at this very moment.  Anything else leaves it registered with nobody to answer: then what
+            # is kept stays kept, so that a restarted agent serves it and tries again.
+            if problem.code in GUEST_OVER:
+                await self._survival.over()
             self.set_state(State.FAILED, problem)
             return
         await quietly(self._guest.release(), self.log, "release the guest")
