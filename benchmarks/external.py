@@ -110,7 +110,7 @@ async def _move(
 def rounds(log: Path) -> list[dict[str, Any]]:
     """The source agent's own account of its pre-copy rounds."""
     return [
-        {key: entry[key] for key in ("number", "dirty_bytes", "seconds", "written")}
+        {key: entry[key] for key in ("number", "dirty_bytes", "sent", "seconds", "written", "changed")}
         for entry in _entries(log)
         if entry.get("event") == "round"
     ]

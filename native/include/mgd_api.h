@@ -177,6 +177,10 @@ int mgd_source_marked_map(const struct mgd_source *source, uint32_t region, uint
  * *out_bytes: memory reported by this scan. */
 int mgd_source_scan(struct mgd_source *source, struct mgd_tracker *tracker, int quiesced, uint64_t *out_bytes,
 		    struct mgd_error *err);
+/* Between rounds: look at `wanted` marked blocks, or all if there are fewer, spread evenly, and say how many of those
+ * *out_examined have changed since they were sent.  Sends nothing, marks nothing.  An estimate, a few ms for 1 000 blocks. */
+int mgd_source_sample(struct mgd_source *source, uint64_t wanted, uint64_t *out_examined, uint64_t *out_changed,
+		      struct mgd_error *err);
 /* Let every bulk stream send what is marked (each chunk of 2 MiB by a fixed stream), picking up the marks as it goes; then
  * MGD_EVENT_ROUND_DONE.  Returns at once. */
 int mgd_source_round(struct mgd_source *source, uint64_t round, struct mgd_error *err);

@@ -1,24 +1,15 @@
 // SPDX-License-Identifier: MIT
 #include "bucket.h"
 
-#include <time.h>
+#include "clock.h"
 
-#define SECOND_NS 1000000000ull
 #define PIECES_PER_SECOND 250
 #define PIECE_MIN_BYTES (16 * 1024)
 #define PIECE_MAX_BYTES (1024 * 1024)
 
-static uint64_t now_ns(void)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return (uint64_t)now.tv_sec * SECOND_NS + (uint64_t)now.tv_nsec;
-}
-
 static uint64_t price_ns(uint64_t bytes, uint64_t bytes_per_second)
 {
-	return (uint64_t)((unsigned __int128)bytes * SECOND_NS / bytes_per_second);
+	return (uint64_t)((unsigned __int128)bytes * MGD_SECOND_NS / bytes_per_second);
 }
 
 uint64_t mgd_bucket_wait_ns(const struct mgd_bucket *bucket, uint64_t now)
@@ -70,7 +61,7 @@ void mgd_bucket_fini(struct mgd_bucket *bucket)
 void mgd_bucket_set(struct mgd_bucket *bucket, uint64_t bytes_per_second)
 {
 	pthread_mutex_lock(&bucket->lock);
-	mgd_bucket_change(bucket, now_ns(), bytes_per_second);
+	mgd_bucket_change(bucket, mgd_now_ns(), bytes_per_second);
 	pthread_cond_broadcast(&bucket->changed);
 	pthread_mutex_unlock(&bucket->lock);
 }
@@ -102,20 +93,20 @@ uint64_t mgd_bucket_take(struct mgd_bucket *bucket, uint64_t bytes, bool (*exemp
 			charged = false;
 			break;
 		}
-		now = now_ns();
+		now = mgd_now_ns();
 		if (!started)
 			started = now;
 		wait = mgd_bucket_wait_ns(bucket, now);
 		if (!wait)
 			break;
-		until.tv_sec = (time_t)((now + wait) / SECOND_NS);
-		until.tv_nsec = (long)((now + wait) % SECOND_NS);
+		until.tv_sec = (time_t)((now + wait) / MGD_SECOND_NS);
+		until.tv_nsec = (long)((now + wait) % MGD_SECOND_NS);
 		pthread_cond_timedwait(&bucket->changed, &bucket->lock, &until);
 	}
 	if (charged && started)
-		mgd_bucket_charge(bucket, now_ns(), bytes);
+		mgd_bucket_charge(bucket, mgd_now_ns(), bytes);
 	pthread_mutex_unlock(&bucket->lock);
-	return started ? now_ns() - started : 0;
+	return started ? mgd_now_ns() - started : 0;
 }
 
 void mgd_bucket_wake(struct mgd_bucket *bucket)

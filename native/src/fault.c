@@ -46,7 +46,7 @@ static void raise_retry(struct faults *faults, enum retry retry)
 static void count(_Atomic uint64_t *counter, struct mgd_histogram *histogram, uint64_t since_ns)
 {
 	atomic_fetch_add_explicit(counter, 1, memory_order_relaxed);
-	mgd_histogram_add(histogram, mgd_target_now_ns() - since_ns);
+	mgd_histogram_add(histogram, mgd_now_ns() - since_ns);
 }
 
 void mgd_fault_answered(struct mgd_target *target, uint64_t page)
@@ -273,7 +273,7 @@ static bool read_batch(struct faults *faults)
 	got = read(atomic_load(&target->uffd), messages, sizeof(messages));
 	if (got < (ssize_t)sizeof(messages[0]))
 		return false;
-	now = mgd_target_now_ns();
+	now = mgd_now_ns();
 	got /= (ssize_t)sizeof(messages[0]);
 	atomic_store(&target->faults_in_hand, (uint32_t)got);
 	for (ssize_t i = 0; i < got; i++)
@@ -310,7 +310,7 @@ static void *run(void *argument)
 
 		mgd_urgent_flush(target, &fds[2].fd);
 		(void)poll(fds, 3, turn_timeout(faults.retry));
-		atomic_store_explicit(&target->heartbeat_ns, mgd_target_now_ns(), memory_order_relaxed);
+		atomic_store_explicit(&target->heartbeat_ns, mgd_now_ns(), memory_order_relaxed);
 		if (fds[1].revents)
 			(void)!read(target->kick_fd, &counter, sizeof(counter));
 		retry = faults.retry;
@@ -338,7 +338,7 @@ int mgd_fault_start(struct mgd_target *target, struct mgd_error *err)
 	if (flags < 0 || fcntl(uffd, F_SETFL, flags | O_NONBLOCK) < 0)
 		return mgd_fail_errno(err, errno, "userfaultfd: fcntl");
 	atomic_store(&target->fault_stop, false);
-	atomic_store(&target->heartbeat_ns, mgd_target_now_ns());
+	atomic_store(&target->heartbeat_ns, mgd_now_ns());
 	if (mgd_target_thread(&target->fault_thread, run, target, "mgd-fault", err) < 0)
 		return -1;
 	target->fault_running = true;

@@ -8,7 +8,8 @@
 #include "source_state.h"
 
 #include <string.h>
-#include <time.h>
+
+#include "clock.h"
 
 int source_batch_create(struct source_stream *stream, struct mgd_error *err)
 {
@@ -31,14 +32,6 @@ void source_batch_destroy(struct source_stream *stream)
 	mgd_unmap(stream->batch.packed, SOURCE_COPY_BYTES);
 	stream->batch.copy = stream->batch.packed = NULL;
 	mgd_packer_fini(&stream->packer);
-}
-
-static uint64_t now_ns(void)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
 
 /* ---------------------------------------------------------------- limits */
@@ -141,7 +134,7 @@ int source_batch_flush(struct source_stream *stream, struct mgd_error *err)
 {
 	struct source_batch *batch = &stream->batch;
 	uint64_t payload = batch->copy_bytes + batch->packed_bytes;
-	uint64_t began = now_ns();
+	uint64_t began = mgd_now_ns();
 
 	if (!batch->frame_count)
 		return 0;
@@ -150,7 +143,7 @@ int source_batch_flush(struct source_stream *stream, struct mgd_error *err)
 	if (write_out(stream, batch->heads_bytes + payload, err))
 		return -1;
 	if (stream->packer.level)
-		mgd_payoff_note(&stream->packer.payoff, batch->raw_bytes, batch->packing_ns + now_ns() - began);
+		mgd_payoff_note(&stream->packer.payoff, batch->raw_bytes, batch->packing_ns + mgd_now_ns() - began);
 	batch->copy_bytes = batch->packed_bytes = batch->heads_bytes = 0;
 	batch->raw_bytes = batch->packing_ns = 0;
 	batch->frame_count = 0;
@@ -199,10 +192,10 @@ static uint8_t *pack(struct source_stream *stream, struct mgd_frame *frame)
 		mgd_packer_set_level(&stream->packer,
 				     __atomic_load_n(&stream->source->compression_level, __ATOMIC_RELAXED));
 	if (mgd_packer_wanted(&stream->packer)) {
-		uint64_t began = now_ns();
+		uint64_t began = mgd_now_ns();
 
 		bytes = mgd_packer_pack(&stream->packer, raw, raw_bytes, packed, raw_bytes - 1);
-		batch->packing_ns += now_ns() - began;
+		batch->packing_ns += mgd_now_ns() - began;
 	}
 	batch->raw_bytes += raw_bytes;
 	if (!bytes) {

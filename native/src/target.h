@@ -25,6 +25,7 @@
 #include <stdbool.h>
 
 #include "channel.h"
+#include "clock.h"
 #include "event.h"
 #include "frame.h"
 #include "histogram.h"
@@ -85,7 +86,6 @@ struct mgd_target {
 	struct mgd_histogram latency_current, latency_stale, latency_missing;
 };
 
-uint64_t mgd_target_now_ns(void);
 /* pthread_create with every signal blocked: they are the daemon's. */
 int mgd_target_thread(pthread_t *thread, void *(*run)(void *), void *argument, const char *name, struct mgd_error *err);
 /* The region that the ledger's page `page` belongs to. */

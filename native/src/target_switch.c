@@ -99,11 +99,11 @@ int mgd_target_lacking(const struct mgd_target *target, uint32_t region, uint64_
 static int poison(struct mgd_target *target, uint64_t address, uint64_t bytes)
 {
 	const struct timespec pause = {.tv_nsec = 200000};
-	uint64_t until = mgd_target_now_ns() + POISON_PATIENCE_NS;
+	uint64_t until = mgd_now_ns() + POISON_PATIENCE_NS;
 	struct mgd_uffdio_poison arg = {.range = {.start = address, .len = bytes}};
 
 	while (ioctl(atomic_load(&target->uffd), MGD_UFFDIO_POISON, &arg)) {
-		if (errno != EAGAIN || mgd_target_now_ns() > until)
+		if (errno != EAGAIN || mgd_now_ns() > until)
 			return errno;
 		nanosleep(&pause, NULL);
 		arg.updated = 0;

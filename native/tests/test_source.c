@@ -59,6 +59,43 @@ static void test_reading_populates_nothing(void)
 	peer_destroy(peer);
 }
 
+/* Exact where all are looked at; near enough where some are; and the looking changes nothing. */
+static void test_a_sample_tells_how_much_has_changed(void)
+{
+	struct peer *peer = peer_create(16 * MIB, 2 * MIB, 2 * MIB, 1);
+	uint64_t examined, changed, stale;
+	struct mgd_error err;
+
+	peer_connect(peer);
+	for (uint64_t block = 0; block < 3072; block++)
+		guest_write_quietly(peer, block, 1);
+	CHECK_OK(mgd_source_sample(peer->source, 8, &examined, &changed, &err), err);
+	CHECK_EQUAL(examined, 0);
+	mark_populated(peer);
+	CHECK_OK(mgd_source_sample(peer->source, 1 << 20, &examined, &changed, &err), err);
+	CHECK_EQUAL(examined, 3072);
+	CHECK_EQUAL(changed, 3072);
+	peer_round(peer, 1);
+	CHECK_OK(mgd_source_sample(peer->source, 1 << 20, &examined, &changed, &err), err);
+	CHECK_EQUAL(examined, 0);
+	/* Every eighth block of four pages: marked are all of them. */
+	for (uint64_t block = 0; block < 2048; block += 8)
+		guest_write(peer, block, 2);
+	peer_scan(peer, 0);
+	CHECK_OK(mgd_source_sample(peer->source, 1 << 20, &examined, &changed, &err), err);
+	CHECK_EQUAL(examined, 2048);
+	CHECK_EQUAL(changed, 256);
+	CHECK_OK(mgd_source_sample(peer->source, 512, &examined, &changed, &err), err);
+	CHECK_EQUAL(examined, 512);
+	CHECK(changed > 64 / 4 && changed < 64 * 4);
+	peer_round(peer, 2);
+	CHECK_EQUAL(peer_stats(peer).sent_blocks, 3072 + 256);
+	CHECK_FAILS(mgd_source_sample(peer->source, 0, &examined, &changed, &err), err, MGD_ERR_ARGUMENT);
+	CHECK_OK(mgd_source_freeze(peer->source, &stale, &err), err);
+	CHECK_FAILS(mgd_source_sample(peer->source, 8, &examined, &changed, &err), err, MGD_ERR_ARGUMENT);
+	peer_destroy(peer);
+}
+
 /* What the target is told to have memory ready for: every page with a mark, no other, taken back with the marks. */
 static void test_marked_pages_are_told_before_they_are_sent(void)
 {
@@ -337,6 +374,7 @@ int main(void)
 {
 	RUN(test_zero_and_absent_blocks_are_not_sent);
 	RUN(test_reading_populates_nothing);
+	RUN(test_a_sample_tells_how_much_has_changed);
 	RUN(test_marked_pages_are_told_before_they_are_sent);
 	RUN(test_unchanged_blocks_are_not_sent);
 	RUN(test_only_changed_blocks_of_a_huge_page_are_sent);
