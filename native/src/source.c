@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 /* The source engine: making and ending it, its connections, and the orders to their threads.  Inside: source_state.h. */
-#include "source_state.h"
+#include "source_view.h"
 
 #include <fcntl.h>
 #include <inttypes.h>
@@ -80,6 +80,7 @@ static int region_init(struct mgd_source *source, struct source_region *region, 
 	if (!region->table)
 		return -1;
 	source->counters.table_bytes += table_bytes(region);
+	source_view_open(source, region);
 	bitmap_places(region, places);
 	for (int i = 0; i < BITMAP_COUNT; i++) {
 		*places[i].words = mgd_map_zeros(mgd_bitmap_words(places[i].bits) * 8, err);
@@ -98,6 +99,7 @@ static void region_fini(struct source_region *region)
 	for (int i = 0; i < BITMAP_COUNT; i++)
 		mgd_unmap(*places[i].words, mgd_bitmap_words(places[i].bits) * 8);
 	mgd_unmap(region->table, table_bytes(region));
+	source_view_close(region);
 	if (region->fd >= 0)
 		close(region->fd);
 }
@@ -124,6 +126,7 @@ int mgd_source_create(const struct mgd_source_region *regions, uint32_t region_c
 		return -1;
 	}
 	memcpy(source->secret, secret, sizeof(source->secret));
+	source->view_uffd = -1;
 	source->region_count = region_count;
 	source->stream_count = stream_count;
 	pthread_mutex_init(&source->lock, NULL);
@@ -161,6 +164,8 @@ void mgd_source_destroy(struct mgd_source *source)
 	mgd_source_drop_streams(source);
 	for (uint32_t i = 0; i < source->region_count; i++)
 		region_fini(&source->regions[i]);
+	if (source->view_uffd >= 0)
+		close(source->view_uffd);
 	mgd_bucket_fini(&source->drain);
 	mgd_bucket_fini(&source->common);
 	pthread_cond_destroy(&source->ordered);
@@ -211,7 +216,7 @@ int mgd_source_set_compression(struct mgd_source *source, int level, struct mgd_
 
 /* ---------------------------------------------------------------- connections */
 
-/* The threads of the core take no signals: those are Python's. */
+/* The threads of the core take no signals: those are Python's.  But SIGBUS, which says that memory is not there. */
 static int start_thread(struct source_stream *stream, struct mgd_error *err)
 {
 	bool urgent = stream->number == MGD_STREAM_URGENT;
@@ -220,6 +225,7 @@ static int start_thread(struct source_stream *stream, struct mgd_error *err)
 	int code;
 
 	sigfillset(&all);
+	sigdelset(&all, SIGBUS);
 	pthread_sigmask(SIG_SETMASK, &all, &before);
 	code = pthread_create(&stream->thread, NULL, urgent ? source_urgent_main : source_bulk_main, stream);
 	pthread_sigmask(SIG_SETMASK, &before, NULL);

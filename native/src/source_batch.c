@@ -2,8 +2,9 @@
 /*
  * Frames on their way out, gathered until there is enough of them: a batch is one write.
  *
- * A claimed page that waits in a batch waits for no longer than its thread takes to fill the batch: whoever stops adding
- * flushes.  Where a limit holds the batch up and the guest demands a page in it, the limit lets the batch go.
+ * A claimed page must not wait long in a batch: looking at one huge page of which little has changed takes a quarter of a
+ * millisecond, and a batch holds the frames of dozens.  So a batch with claims goes as soon as it is a millisecond old, or
+ * the guest demands a page in it; a limit that holds it up lets it go then, too.
  */
 #include "source_state.h"
 
@@ -45,6 +46,23 @@ static bool claim_hurried(void *context)
 			if (mgd_bit_test_atomic(batch->claims[i].region->hurried, batch->claims[i].page + page))
 				return true;
 	return false;
+}
+
+/* The guest waits for a page in the batch, or may soon have to. */
+static bool overdue(struct source_stream *stream)
+{
+	struct source_batch *batch = &stream->batch;
+	uint64_t hurries;
+
+	if (!batch->claim_count)
+		return false;
+	if (mgd_now_ns() - batch->began_ns > SOURCE_CLAIM_WAIT_NS)
+		return true;
+	hurries = __atomic_load_n(&stream->source->hurries, __ATOMIC_ACQUIRE);
+	if (hurries == batch->hurries_seen)
+		return false;
+	batch->hurries_seen = hurries;
+	return claim_hurried(batch);
 }
 
 /* Wait for the right to send, and return how much of `bytes` may go at once. */
@@ -217,13 +235,16 @@ int source_batch_add(struct source_stream *stream, struct mgd_frame *frame, stru
 
 	if (frame->payload_bytes)
 		payload = pack(stream, frame);
+	if (!batch->frame_count)
+		batch->began_ns = mgd_now_ns();
 	head_bytes = mgd_frame_encode(frame, stream->hashes, stream->source->secret, head);
 	batch->heads_bytes += head_bytes;
 	add_iov(batch, head, head_bytes);
 	if (payload)
 		add_iov(batch, payload, frame->payload_bytes);
 	batch->frame_count++;
-	if (batch->frame_count == SOURCE_BATCH_FRAMES || batch->copy_bytes + batch->packed_bytes >= SOURCE_BATCH_BYTES)
+	if (batch->frame_count == SOURCE_BATCH_FRAMES ||
+	    batch->copy_bytes + batch->packed_bytes >= SOURCE_BATCH_BYTES || overdue(stream))
 		return source_batch_flush(stream, err);
 	return 0;
 }

@@ -1,50 +1,57 @@
 // SPDX-License-Identifier: MIT
 /*
- * A guest thread waits for a page of 1 GiB of which a thousandth has changed, and the kernel's tracking does not say which
- * thousandth: all that is marked has to be read and hashed.  One processor takes a tenth of a second for that; so every
- * processor there is takes a share, and what is left of the marks is read again and sent by the urgent thread.
+ * A page of 1 GiB of which a thousandth has changed, and the kernel's tracking does not say which thousandth: all that is
+ * marked has to be read and hashed.  One processor takes 40 ms and more for that, and a guest thread may be waiting; so
+ * helpers compare from the end of the page while the thread that sends it begins at the front, until they meet.
  *
  * The memory is frozen and the table read-only: a block found unchanged stays so.  Whatever fails here is left marked, and
  * met again by the thread that sends.
  */
 #include "source_state.h"
 
-#include <string.h>
+#include <stdlib.h>
 #include <unistd.h>
 
-#define THREADS_MAX 8
+#define HELPERS_MAX 7
 /* Less than this, and threads cost more than they bring. */
 #define WORTH_BLOCKS (8 * MGD_CHUNK_BLOCKS)
 
-struct refinement {
+struct source_refinement {
 	struct mgd_source *source;
 	struct source_region *region;
-	uint64_t next_chunk, end_chunk; /* next_chunk: atomic */
+	/* Atomic. */
+	uint64_t front; /* chunks before this one are the sender's */
+	uint64_t back; /* chunks from this one on are taken by helpers */
+	bool over;
+	pthread_t helpers[HELPERS_MAX];
+	long helper_count;
 };
 
 /* Blocks first … first+count-1, all marked. */
-static int refine_run(struct refinement *refinement, uint64_t first, uint32_t count, uint8_t *copy)
+static int refine_run(const struct source_refinement *refinement, uint64_t first, uint32_t count, uint8_t *copy)
 {
 	struct mgd_source *source = refinement->source;
 	struct source_region *region = refinement->region;
-	uint64_t unchanged = 0;
+	uint64_t differing = 0;
 	struct mgd_error err;
 
-	if (source_read(source, region, first, count, copy, &err))
-		return -1;
-	for (uint64_t block = first; block < first + count; block++) {
-		if (source_hash(source, copy + (block - first) * MGD_BLOCK_BYTES) != region->table[block])
-			continue;
-		mgd_bit_clear_atomic(region->marks, block);
-		unchanged++;
+	if (!source_differing(source, region, first, count, &differing)) {
+		if (source_read(source, region, first, count, copy, &err))
+			return -1;
+		for (uint32_t i = 0; i < count; i++)
+			if (source_hash(source, copy + (size_t)i * MGD_BLOCK_BYTES) != region->table[first + i])
+				differing |= 1ull << i;
+		source_count(source, unchanged_blocks, count - (uint64_t)__builtin_popcountll(differing));
 	}
-	source_count(source, unchanged_blocks, unchanged);
+	for (uint32_t i = 0; i < count; i++)
+		if (!(differing >> i & 1))
+			mgd_bit_clear_atomic(region->marks, first + i);
 	return 0;
 }
 
-static int refine_chunk(struct refinement *refinement, uint64_t chunk, uint8_t *copy)
+static int refine_chunk(const struct source_refinement *refinement, uint64_t chunk, uint8_t *copy)
 {
-	struct source_region *region = refinement->region;
+	const struct source_region *region = refinement->region;
 	uint64_t end = (chunk + 1) * MGD_CHUNK_BLOCKS, block = chunk * MGD_CHUNK_BLOCKS;
 
 	while (block < end) {
@@ -61,52 +68,64 @@ static int refine_chunk(struct refinement *refinement, uint64_t chunk, uint8_t *
 	return 0;
 }
 
-static void *refine(void *argument)
+static void *help(void *argument)
 {
-	struct refinement *refinement = argument;
+	struct source_refinement *refinement = argument;
 	uint8_t *copy = mgd_map_zeros(SOURCE_READ_BLOCKS * MGD_BLOCK_BYTES, NULL);
 
-	while (copy && !source_flag(&refinement->source->stopping)) {
-		uint64_t chunk = __atomic_fetch_add(&refinement->next_chunk, 1, __ATOMIC_RELAXED);
+	while (copy && !__atomic_load_n(&refinement->over, __ATOMIC_RELAXED)) {
+		uint64_t chunk = __atomic_sub_fetch(&refinement->back, 1, __ATOMIC_RELAXED);
 
-		if (chunk >= refinement->end_chunk || refine_chunk(refinement, chunk, copy))
+		if (chunk <= __atomic_load_n(&refinement->front, __ATOMIC_RELAXED) ||
+		    refine_chunk(refinement, chunk, copy))
 			break;
 	}
 	mgd_unmap(copy, SOURCE_READ_BLOCKS * MGD_BLOCK_BYTES);
 	return NULL;
 }
 
-static uint64_t marked_blocks(const struct source_region *region, uint64_t first_chunk, uint64_t end_chunk)
+static bool worth_it(const struct source_region *region, uint64_t first_chunk, uint64_t end_chunk)
 {
 	uint64_t count = 0;
 
 	for (uint64_t word = first_chunk * SOURCE_CHUNK_WORDS; word < end_chunk * SOURCE_CHUNK_WORDS; word++)
 		count += (uint64_t)__builtin_popcountll(__atomic_load_n(&region->marks[word], __ATOMIC_RELAXED));
-	return count;
+	return count >= WORTH_BLOCKS;
 }
 
-void source_refine(struct mgd_source *source, const struct source_claim *claim)
+struct source_refinement *source_refine_begin(struct mgd_source *source, const struct source_claim *claim)
 {
-	struct source_region *region = claim->region;
-	uint64_t page_chunks = region->host_page_blocks / MGD_CHUNK_BLOCKS;
-	struct refinement refinement = {
-		.source = source,
-		.region = region,
-		.next_chunk = claim->page * page_chunks,
-		.end_chunk = (claim->page + claim->count) * page_chunks,
-	};
-	pthread_t threads[THREADS_MAX];
-	long wanted = sysconf(_SC_NPROCESSORS_ONLN) - 1; /* this thread is one */
-	long started = 0;
+	uint64_t page_chunks = claim->region->host_page_blocks / MGD_CHUNK_BLOCKS;
+	uint64_t front = claim->page * page_chunks, back = front + claim->count * page_chunks;
+	long wanted = sysconf(_SC_NPROCESSORS_ONLN) - 1; /* the sender is one */
+	struct source_refinement *refinement;
 
-	if (source->whole || marked_blocks(region, refinement.next_chunk, refinement.end_chunk) < WORTH_BLOCKS)
-		return;
-	if (wanted > THREADS_MAX)
-		wanted = THREADS_MAX;
+	if (source->whole || wanted < 1 || !page_chunks || !worth_it(claim->region, front, back))
+		return NULL;
+	refinement = calloc(1, sizeof(*refinement));
+	if (!refinement)
+		return NULL;
+	*refinement =
+		(struct source_refinement){.source = source, .region = claim->region, .front = front, .back = back};
 	/* Signals are blocked in them as they are in this one. */
-	while (started < wanted && !pthread_create(&threads[started], NULL, refine, &refinement))
-		started++;
-	refine(&refinement);
-	for (long i = 0; i < started; i++)
-		pthread_join(threads[i], NULL);
+	while (refinement->helper_count < wanted && refinement->helper_count < HELPERS_MAX &&
+	       !pthread_create(&refinement->helpers[refinement->helper_count], NULL, help, refinement))
+		refinement->helper_count++;
+	return refinement;
+}
+
+void source_refine_reached(struct source_refinement *refinement, uint64_t chunk)
+{
+	if (refinement)
+		__atomic_store_n(&refinement->front, chunk, __ATOMIC_RELAXED);
+}
+
+void source_refine_end(struct source_refinement *refinement)
+{
+	if (!refinement)
+		return;
+	__atomic_store_n(&refinement->over, true, __ATOMIC_RELAXED);
+	for (long i = 0; i < refinement->helper_count; i++)
+		pthread_join(refinement->helpers[i], NULL);
+	free(refinement);
 }

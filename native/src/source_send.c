@@ -2,7 +2,7 @@
 /*
  * From guest memory to frames: copy, hash the copy, compare, send from the copy.
  */
-#include "source_state.h"
+#include "source_view.h"
 
 #include <inttypes.h>
 #include <string.h>
@@ -14,6 +14,9 @@ int source_read(struct mgd_source *source, const struct source_region *region, u
 	size_t bytes = (size_t)count * MGD_BLOCK_BYTES;
 	uint64_t offset = region->file_offset + first * MGD_BLOCK_BYTES;
 
+	source_count(source, read_bytes, bytes);
+	if (source_view_copy(region, first, count, to))
+		return 0;
 	for (size_t have = 0; have < bytes;) {
 		ssize_t got = pread(region->fd, to + have, bytes - have, (off_t)(offset + have));
 
@@ -27,13 +30,25 @@ int source_read(struct mgd_source *source, const struct source_region *region, u
 					region->index, offset + have);
 		have += (size_t)got;
 	}
-	source_count(source, read_bytes, bytes);
 	return 0;
 }
 
 uint64_t source_hash(const struct mgd_source *source, const uint8_t *block)
 {
 	return mgd_block_is_zero(block) ? 0 : mgd_block_hash(block, source->secret);
+}
+
+bool source_differing(struct mgd_source *source, const struct source_region *region, uint64_t first, uint32_t count,
+		      uint64_t *out_differing)
+{
+	uint32_t unchanged;
+
+	if (source->whole || !source_view_compare(source, region, first, count, out_differing))
+		return false;
+	unchanged = count - (uint32_t)__builtin_popcountll(*out_differing);
+	source_count(source, read_bytes, (uint64_t)unchanged * MGD_BLOCK_BYTES); /* the others: when they are copied */
+	source_count(source, unchanged_blocks, unchanged);
+	return true;
 }
 
 /* What a look at the marked blocks of a piece of a chunk found.  The present blocks are at the end of batch.copy. */
@@ -83,6 +98,39 @@ static void compare(struct source_stream *stream, struct source_region *region, 
 		source_count(source, unchanged_blocks, unchanged);
 }
 
+static int copy_and_compare(struct source_stream *stream, struct source_region *region, uint64_t chunk, uint32_t first,
+			    uint32_t count, bool final, struct changes *changes, struct mgd_error *err)
+{
+	if (source_read(stream->source, region, chunk * MGD_CHUNK_BLOCKS + first, count, next_place(stream, changes),
+			err)) {
+		stream->memory_failed = true;
+		return -1;
+	}
+	compare(stream, region, chunk, first, count, final, changes);
+	return 0;
+}
+
+/* Marked blocks first … first+count-1 of a chunk: only what is seen to differ, in place, is worth a copy. */
+static int examine_run(struct source_stream *stream, struct source_region *region, uint64_t chunk, uint32_t first,
+		       uint32_t count, bool final, struct changes *changes, struct mgd_error *err)
+{
+	uint64_t differing;
+
+	if (!source_differing(stream->source, region, chunk * MGD_CHUNK_BLOCKS + first, count, &differing))
+		return copy_and_compare(stream, region, chunk, first, count, final, changes, err);
+	while (differing) {
+		uint32_t from = (uint32_t)__builtin_ctzll(differing);
+		uint64_t rest = ~(differing >> from);
+		uint32_t run = rest ? (uint32_t)__builtin_ctzll(rest) : 64;
+
+		run = run < count - from ? run : count - from;
+		if (copy_and_compare(stream, region, chunk, first + from, run, final, changes, err))
+			return -1;
+		differing &= ~mgd_word_mask(0, from, run);
+	}
+	return 0;
+}
+
 /* Read the marked blocks among first … end-1 of a chunk, run by run, and compare them. */
 static int examine(struct source_stream *stream, struct source_region *region, uint64_t chunk, const uint64_t *marks,
 		   uint32_t first, uint32_t end, bool final, struct changes *changes, struct mgd_error *err)
@@ -104,12 +152,8 @@ static int examine(struct source_stream *stream, struct source_region *region, u
 			count++;
 		if (!count)
 			break; /* the next mark lies beyond the end */
-		if (source_read(stream->source, region, chunk * MGD_CHUNK_BLOCKS + block, count,
-				next_place(stream, changes), err)) {
-			stream->memory_failed = true;
+		if (examine_run(stream, region, chunk, block, count, final, changes, err))
 			return -1;
-		}
-		compare(stream, region, chunk, block, count, final, changes);
 		block += count;
 	}
 	return 0;
@@ -183,14 +227,17 @@ static void frozen_marks(const struct mgd_source *source, const struct source_re
 	for (uint32_t word = 0; word < SOURCE_CHUNK_WORDS; word++) {
 		uint64_t mask = mgd_word_mask(word, first, count);
 
-		marks[word] = !mask	      ? 0
-			      : source->whole ? mask
-					      : region->marks[chunk * SOURCE_CHUNK_WORDS + word] & mask;
+		marks[word] = !mask ? 0
+			      : source->whole
+				      ? mask
+				      : mask & __atomic_load_n(&region->marks[chunk * SOURCE_CHUNK_WORDS + word],
+							       __ATOMIC_RELAXED);
 	}
 }
 
 /* The frames of a claim. */
-static int send_claim(struct source_stream *stream, const struct source_claim *claim, struct mgd_error *err)
+static int send_claim(struct source_stream *stream, const struct source_claim *claim,
+		      struct source_refinement *refinement, struct mgd_error *err)
 {
 	struct source_region *region = claim->region;
 	uint64_t block = claim->page * region->host_page_blocks;
@@ -205,6 +252,7 @@ static int send_claim(struct source_stream *stream, const struct source_claim *c
 		uint32_t blocks = end - block < MGD_CHUNK_BLOCKS ? (uint32_t)(end - block) : MGD_CHUNK_BLOCKS;
 		uint16_t flags = MGD_FRAME_FINAL;
 
+		source_refine_reached(refinement, chunk);
 		block += blocks;
 		if (many && block == end)
 			flags |= MGD_FRAME_PAGE_END;
@@ -224,11 +272,16 @@ static int send_claim(struct source_stream *stream, const struct source_claim *c
 
 int source_send_pages(struct source_stream *stream, const struct source_claim *claim, struct mgd_error *err)
 {
+	struct source_refinement *refinement = NULL;
+	int failed;
+
 	if (source_batch_open_claim(stream, claim, err))
 		return -1;
-	if (stream->number == MGD_STREAM_URGENT && claim->region->host_page_blocks > MGD_CHUNK_BLOCKS)
-		source_refine(stream->source, claim);
-	return send_claim(stream, claim, err);
+	if (claim->region->host_page_blocks > MGD_CHUNK_BLOCKS)
+		refinement = source_refine_begin(stream->source, claim);
+	failed = send_claim(stream, claim, refinement, err);
+	source_refine_end(refinement);
+	return failed;
 }
 
 int source_send_barrier(struct source_stream *stream, uint64_t barrier, struct mgd_error *err)

@@ -16,9 +16,9 @@
  * Frames are gathered in a batch (source_batch.c): small ones share a system call, large ones are read, hashed and written
  * while they are in the processor's cache.
  *
- * The one rule that keeps the guest safe: a block is hashed in, and sent from, the thread's own copy of it.  The guest
- * writes on meanwhile; what the table says was sent is what was sent.  Its memory is read with pread, never mapped: a hole
- * stays a hole, and no fault of that memory can reach us.
+ * The one rule that keeps the guest safe: a block that is sent is hashed in, and sent from, the thread's own copy of it.
+ * The guest writes on meanwhile; what the table says was sent is what was sent.  That a block has not changed may be found
+ * out in place (source_view.h).  Reading never fills a hole, and no fault of that memory can end us.
  *
  * Locks: source->lock for the orders to the threads; marks, claims and counters are atomic.  No lock is held while a
  * thread reads memory or writes to a connection.
@@ -45,8 +45,10 @@
 #define SOURCE_BATCH_BLOCKS 128
 #define SOURCE_BATCH_BYTES (SOURCE_BATCH_BLOCKS * MGD_BLOCK_BYTES)
 #define SOURCE_BATCH_FRAMES 64
+/* The most a claimed page waits in a batch. */
+#define SOURCE_CLAIM_WAIT_NS 1000000
 /* Read and hash in pieces of this size. */
-#define SOURCE_READ_BLOCKS 64
+#define SOURCE_READ_BLOCKS 64 /* the bits of a word */
 /* Room for the frame that is added last, which may be a whole chunk. */
 #define SOURCE_COPY_BYTES (SOURCE_BATCH_BYTES + MGD_CHUNK_BLOCKS * MGD_BLOCK_BYTES)
 
@@ -58,6 +60,7 @@ struct source_region {
 	uint64_t page_blocks, page_count; /* the source's own pages */
 	uint64_t host_page_blocks, host_page_count; /* the target's */
 	uint64_t first_host_page; /* host pages of all regions are numbered through, for the drain's cursor */
+	const uint8_t *view; /* its memory, mapped for reading; NULL: pread only */
 	uint64_t *table; /* a block */
 	uint64_t *marks; /* a block */
 	uint64_t *marked_chunks; /* a chunk */
@@ -85,6 +88,8 @@ struct source_batch {
 	uint8_t heads[SOURCE_BATCH_FRAMES * MGD_FRAME_HEAD_MAX_BYTES];
 	size_t heads_bytes;
 	uint32_t frame_count;
+	uint64_t began_ns; /* when its first frame was added */
+	uint64_t hurries_seen;
 	struct iovec iov[2 * SOURCE_BATCH_FRAMES];
 	int iov_count;
 	struct source_claim claims[SOURCE_BATCH_FRAMES];
@@ -118,6 +123,7 @@ struct mgd_source {
 	uint64_t host_page_count;
 	struct mgd_event_queue events;
 	struct mgd_bucket common, drain;
+	int view_uffd; /* -1: none */
 
 	/* The caller's thread only. */
 	enum source_phase phase;
@@ -138,6 +144,7 @@ struct mgd_source {
 	bool whole; /* no hashes: every block of a page is told (set before any thread serves) */
 	uint64_t marked_blocks;
 	uint64_t unclaimed_pages;
+	uint64_t hurries; /* counts bits set in any region's `hurried` */
 	uint64_t unfinished_pages; /* unclaimed, or claimed and not written out yet */
 	uint64_t cursor; /* host page (numbered through) where the drain goes on */
 	struct mgd_source_stats counters;
@@ -177,14 +184,22 @@ int source_batch_add(struct source_stream *stream, struct mgd_frame *frame, stru
 int source_batch_flush(struct source_stream *stream, struct mgd_error *err);
 
 /* source_refine.c */
-/* Take away the marks of blocks that have not changed, with all processors at once, where that is much to look at.  The
- * pages are claimed by the caller, and the source is frozen. */
-void source_refine(struct mgd_source *source, const struct source_claim *claim);
+struct source_refinement;
+/* Have helpers take away the marks of blocks that have not changed, from the end of a claim on, if it is so much to look at
+ * that threads pay; NULL if not.  The pages are claimed by the caller, and the source is frozen. */
+struct source_refinement *source_refine_begin(struct mgd_source *source, const struct source_claim *claim);
+/* The caller is at this chunk.  NULL is allowed here and below. */
+void source_refine_reached(struct source_refinement *refinement, uint64_t chunk);
+void source_refine_end(struct source_refinement *refinement);
 
 /* source_send.c */
-/* Copy blocks first … first+count-1 of the region, as they are just now. */
+/* Copy blocks first … first+count-1 of the region, as they are just now; holes are zeros. */
 int source_read(struct mgd_source *source, const struct source_region *region, uint64_t first, uint32_t count,
 		uint8_t *to, struct mgd_error *err);
+/* Which of the blocks first … first+count-1 (at most SOURCE_READ_BLOCKS) differ from the table (bit 0: the first), looked at
+ * in place; the others are counted as unchanged.  False where that cannot be said without a copy. */
+bool source_differing(struct mgd_source *source, const struct source_region *region, uint64_t first, uint32_t count,
+		      uint64_t *out_differing);
 /* What the table holds for a block that looks like this. */
 uint64_t source_hash(const struct mgd_source *source, const uint8_t *block);
 /* Each of these returns 0 or -1 with *err; all frames of a stream go through these.  They stay in the batch: flush

@@ -168,6 +168,7 @@ static int serve_demand(struct source_stream *stream, const struct mgd_frame *de
 	if (!source_claim(source, region, page, DEMAND_WINDOW_BLOCKS, &claim)) {
 		/* On its way on another connection: see to it that no limit holds it up there. */
 		mgd_bit_set_atomic(region->hurried, page);
+		__atomic_fetch_add(&source->hurries, 1, __ATOMIC_RELEASE);
 		mgd_bucket_wake(&source->drain);
 		mgd_bucket_wake(&source->common);
 		return 0;

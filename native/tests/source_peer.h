@@ -253,8 +253,9 @@ static inline void peer_new_source(struct peer *peer)
 	CHECK_OK(mgd_source_create(&region, 1, peer->stream_count, peer_secret, &peer->source, &err), err);
 }
 
-static inline struct peer *peer_create(uint64_t bytes, uint64_t page_bytes, uint64_t host_page_bytes,
-				       uint32_t stream_count)
+/* memory: more flags for memfd_create.  NULL: there are no huge pages for it. */
+static inline struct peer *peer_create_on(unsigned int memory, uint64_t bytes, uint64_t page_bytes,
+					  uint64_t host_page_bytes, uint32_t stream_count)
 {
 	struct peer *peer = calloc(1, sizeof(*peer));
 
@@ -267,9 +268,14 @@ static inline struct peer *peer_create(uint64_t bytes, uint64_t page_bytes, uint
 	peer->bounds.host_page_blocks = host_page_bytes / BLOCK;
 	pthread_mutex_init(&peer->lock, NULL);
 	pthread_cond_init(&peer->moved, NULL);
-	peer->memory_fd = memfd_create("guest", MFD_CLOEXEC);
+	peer->memory_fd = memfd_create("guest", MFD_CLOEXEC | memory);
 	CHECK(peer->memory_fd >= 0 && !ftruncate(peer->memory_fd, (off_t)bytes));
 	peer->memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, peer->memory_fd, 0);
+	if (memory && peer->memory == MAP_FAILED) {
+		close(peer->memory_fd);
+		free(peer);
+		return NULL;
+	}
 	peer->mirror = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	CHECK(peer->memory != MAP_FAILED && peer->mirror != MAP_FAILED);
 	peer->finals = calloc(bytes / host_page_bytes, 1);
@@ -279,6 +285,12 @@ static inline struct peer *peer_create(uint64_t bytes, uint64_t page_bytes, uint
 	CHECK(peer->finals && peer->tracker.report);
 	peer_new_source(peer);
 	return peer;
+}
+
+static inline struct peer *peer_create(uint64_t bytes, uint64_t page_bytes, uint64_t host_page_bytes,
+				       uint32_t stream_count)
+{
+	return peer_create_on(0, bytes, page_bytes, host_page_bytes, stream_count);
 }
 
 static inline void peer_destroy(struct peer *peer)

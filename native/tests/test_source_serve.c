@@ -401,7 +401,9 @@ static void test_a_large_page_is_searched_for_its_changes(void)
 	peer_wait(peer, &peer->final_pages, 2);
 	peer_disconnect(peer);
 	CHECK_EQUAL(peer_stats(peer).sent_blocks - sent, (peer_block_count(peer) + 99) / 100);
-	CHECK_EQUAL(peer_stats(peer).read_bytes - read, 64 * MIB + ((peer_block_count(peer) + 99) / 100 + 1) * BLOCK);
+	/* All of it once, and twice only where two threads met. */
+	read = peer_stats(peer).read_bytes - read;
+	CHECK(read >= 64 * MIB && read <= 64 * MIB + 2 * 7 * 2 * MIB);
 	peer_check_same(peer);
 	peer_destroy(peer);
 }

@@ -1,0 +1,172 @@
+// SPDX-License-Identifier: MIT
+#include "source_view.h"
+
+#include <setjmp.h>
+#include <signal.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <ucontext.h>
+#include <unistd.h>
+
+#include "uapi.h"
+
+/* ---------------------------------------------------------------- the guard */
+
+/* Where to go on when the look of this thread meets SIGBUS. */
+static _Thread_local sigjmp_buf *guard;
+static struct sigaction others;
+static pthread_once_t handler_once = PTHREAD_ONCE_INIT;
+static bool handled;
+
+static void on_sigbus(int number, siginfo_t *info, void *context)
+{
+	if (guard) {
+		/* What returning would have done, and a jump does not. */
+		pthread_sigmask(SIG_SETMASK, &((ucontext_t *)context)->uc_sigmask, NULL);
+		siglongjmp(*guard, 1);
+	}
+	/* Not ours. */
+	if (others.sa_flags & SA_SIGINFO) {
+		others.sa_sigaction(number, info, context);
+	} else if (others.sa_handler == SIG_DFL || others.sa_handler == SIG_IGN) {
+		signal(SIGBUS, SIG_DFL);
+		raise(SIGBUS);
+	} else {
+		others.sa_handler(number);
+	}
+}
+
+static void install_handler(void)
+{
+	struct sigaction ours = {.sa_sigaction = on_sigbus, .sa_flags = SA_SIGINFO};
+
+	sigemptyset(&ours.sa_mask);
+	handled = sigaction(SIGBUS, &ours, &others) == 0;
+}
+
+/* Run `look`; false: it met SIGBUS and was left in the middle.  It may hold nothing that would have to be given back. */
+static bool guarded(void (*look)(void *), void *argument)
+{
+	sigjmp_buf here;
+
+	if (sigsetjmp(here, 0)) {
+		guard = NULL;
+		return false;
+	}
+	guard = &here;
+	__atomic_signal_fence(__ATOMIC_SEQ_CST);
+	look(argument);
+	__atomic_signal_fence(__ATOMIC_SEQ_CST);
+	guard = NULL;
+	return true;
+}
+
+/* ---------------------------------------------------------------- the mapping */
+
+static bool forbid_filling(struct mgd_source *source, uint8_t *at, uint64_t bytes)
+{
+	struct uffdio_api api = {
+		.api = UFFD_API,
+		.features = UFFD_FEATURE_SIGBUS | UFFD_FEATURE_MISSING_HUGETLBFS | UFFD_FEATURE_MISSING_SHMEM,
+	};
+
+	if (source->view_uffd < 0) {
+		if (mgd_uffd_open(1, &source->view_uffd, NULL)) {
+			source->view_uffd = -1;
+			return false;
+		}
+		if (ioctl(source->view_uffd, UFFDIO_API, &api)) {
+			close(source->view_uffd);
+			source->view_uffd = -1;
+			return false;
+		}
+	}
+	return !mgd_uffd_register(source->view_uffd, (uintptr_t)at, bytes, MGD_REGISTER_MISSING, NULL);
+}
+
+void source_view_open(struct mgd_source *source, struct source_region *region)
+{
+	void *at;
+
+	if (region->page_bytes <= MGD_BLOCK_BYTES)
+		return;
+	pthread_once(&handler_once, install_handler);
+	if (!handled)
+		return;
+	/* NORESERVE: or the mapping would set huge pages aside for the holes. */
+	at = mmap(NULL, region->size_bytes, PROT_READ, MAP_SHARED | MAP_NORESERVE, region->fd,
+		  (off_t)region->file_offset);
+	if (at == MAP_FAILED)
+		return;
+	if (!forbid_filling(source, at, region->size_bytes)) {
+		munmap(at, region->size_bytes);
+		return;
+	}
+	region->view = at;
+}
+
+void source_view_close(struct source_region *region)
+{
+	if (region->view)
+		munmap((void *)region->view, region->size_bytes);
+	region->view = NULL;
+}
+
+/* ---------------------------------------------------------------- looking */
+
+struct copying {
+	const uint8_t *from;
+	uint8_t *to;
+	size_t bytes;
+};
+
+static void copy(void *argument)
+{
+	const struct copying *copying = argument;
+
+	memcpy(copying->to, copying->from, copying->bytes);
+}
+
+bool source_view_copy(const struct source_region *region, uint64_t first, uint32_t count, uint8_t *to)
+{
+	struct copying copying;
+
+	if (!region->view)
+		return false;
+	copying = (struct copying){region->view + first * MGD_BLOCK_BYTES, to, (size_t)count * MGD_BLOCK_BYTES};
+	return guarded(copy, &copying);
+}
+
+struct comparison {
+	const uint8_t *from, *secret;
+	const uint64_t *table;
+	uint32_t count;
+	uint64_t changed;
+};
+
+static void compare(void *argument)
+{
+	struct comparison *comparison = argument;
+
+	for (uint32_t block = 0; block < comparison->count; block++) {
+		const uint8_t *at = comparison->from + (size_t)block * MGD_BLOCK_BYTES;
+		uint64_t known = comparison->table[block];
+		bool same = known ? mgd_block_hash(at, comparison->secret) == known : mgd_block_is_zero(at);
+
+		comparison->changed |= (uint64_t)!same << block;
+	}
+}
+
+bool source_view_compare(const struct mgd_source *source, const struct source_region *region, uint64_t first,
+			 uint32_t count, uint64_t *out_changed)
+{
+	struct comparison comparison = {.secret = source->secret, .table = region->table + first, .count = count};
+
+	if (!region->view)
+		return false;
+	comparison.from = region->view + first * MGD_BLOCK_BYTES;
+	if (!guarded(compare, &comparison))
+		return false;
+	*out_changed = comparison.changed;
+	return true;
+}

@@ -1,0 +1,168 @@
+/* SPDX-License-Identifier: MIT */
+/* Reading guest memory through a mapping: what is not there, what goes away, and signals that are somebody else's. */
+#include <fcntl.h>
+#include <linux/memfd.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <sys/stat.h>
+
+#include "source_peer.h"
+
+#define HUGE (2 * MIB)
+
+static uint64_t held_bytes(const struct peer *peer)
+{
+	struct stat file;
+
+	CHECK(!fstat(peer->memory_fd, &file));
+	return (uint64_t)file.st_blocks * 512;
+}
+
+static void report_all(struct peer *peer)
+{
+	for (uint64_t block = 0; block < peer_block_count(peer); block++)
+		guest_report(peer, block);
+	peer_scan(peer, 0);
+}
+
+/* A page given back after it was sent is zeros now, and looking at it makes nothing. */
+static void holes_stay_holes(struct peer *peer)
+{
+	uint64_t examined, changed, held;
+	struct mgd_error err;
+
+	peer_connect(peer);
+	for (uint64_t block = 0; block < peer_block_count(peer); block++)
+		guest_write_quietly(peer, block, 1);
+	report_all(peer);
+	peer_round(peer, 1);
+	peer_check_same(peer);
+	CHECK(!fallocate(peer->memory_fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, HUGE, HUGE));
+	held = held_bytes(peer);
+	CHECK_EQUAL(held, peer->bytes - HUGE);
+	report_all(peer);
+	CHECK_OK(mgd_source_sample(peer->source, 1 << 20, &examined, &changed, &err), err);
+	CHECK_EQUAL(examined, peer_block_count(peer));
+	CHECK_EQUAL(changed, HUGE / BLOCK);
+	peer_round(peer, 2);
+	CHECK_EQUAL(peer->zero_blocks, HUGE / BLOCK);
+	CHECK_EQUAL(held_bytes(peer), held);
+	peer_check_same(peer);
+	peer_destroy(peer);
+}
+
+static void test_holes_stay_holes(void)
+{
+	holes_stay_holes(peer_create(8 * MIB, HUGE, HUGE, 1));
+}
+
+static void test_holes_stay_holes_on_huge_pages(void)
+{
+	struct peer *peer = peer_create_on(MFD_HUGETLB | MFD_HUGE_2MB, 8 * MIB, HUGE, HUGE, 1);
+
+	if (!peer) {
+		printf("  skipped: no 4 free huge pages\n");
+		return;
+	}
+	holes_stay_holes(peer);
+}
+
+struct puncher {
+	struct peer *peer;
+	bool stop; /* atomic */
+};
+
+static void *punch(void *argument)
+{
+	struct puncher *puncher = argument;
+
+	for (uint64_t turn = 0; !__atomic_load_n(&puncher->stop, __ATOMIC_RELAXED); turn++) {
+		uint64_t block = turn % peer_block_count(puncher->peer);
+
+		CHECK(!fallocate(puncher->peer->memory_fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+				 (off_t)(block * BLOCK), BLOCK));
+		memset(puncher->peer->memory + block * BLOCK, 7, BLOCK);
+	}
+	return NULL;
+}
+
+/* Pages come and go while rounds look at them: no look ends the process, and the last one finds what is there. */
+static void test_pages_may_go_while_they_are_read(void)
+{
+	struct puncher puncher = {.peer = peer_create(4 * MIB, HUGE, HUGE, 2)};
+	struct peer *peer = puncher.peer;
+	pthread_t thread;
+
+	peer_connect(peer);
+	for (uint64_t block = 0; block < peer_block_count(peer); block++)
+		guest_write_quietly(peer, block, 1);
+	CHECK(!pthread_create(&thread, NULL, punch, &puncher));
+	for (uint64_t round = 1; round <= 50; round++) {
+		report_all(peer);
+		peer_round(peer, round);
+	}
+	__atomic_store_n(&puncher.stop, true, __ATOMIC_RELAXED);
+	CHECK(!pthread_join(thread, NULL));
+	report_all(peer);
+	peer_round(peer, 51);
+	peer_check_same(peer);
+	peer_destroy(peer);
+}
+
+/* A file cut short under us is an error of that migration by name, not a signal. */
+static void test_memory_that_ends_is_told(void)
+{
+	struct peer *peer = peer_create(8 * MIB, HUGE, HUGE, 1);
+	struct mgd_error err;
+	struct mgd_event event;
+
+	peer_connect(peer);
+	for (uint64_t block = 0; block < peer_block_count(peer); block++)
+		guest_write_quietly(peer, block, 1);
+	report_all(peer);
+	peer_round(peer, 1);
+	report_all(peer);
+	CHECK(!ftruncate(peer->memory_fd, 4 * MIB));
+	CHECK_OK(mgd_source_round(peer->source, 2, &err), err);
+	event = peer_event(peer, MGD_EVENT_FAILED);
+	CHECK_EQUAL(event.error.kind, MGD_ERR_OS);
+	CHECK(strstr(event.error.message, "the file ends"));
+	peer_destroy(peer);
+}
+
+static sigjmp_buf elsewhere;
+static volatile sig_atomic_t theirs;
+
+static void on_theirs(int number)
+{
+	(void)number;
+	theirs++;
+	siglongjmp(elsewhere, 1);
+}
+
+/* Whoever had a handler before keeps it for what is not ours. */
+static void test_foreign_signals_go_where_they_went(void)
+{
+	int fd = memfd_create("short", MFD_CLOEXEC);
+	volatile uint8_t *beyond = mmap(NULL, BLOCK, PROT_READ, MAP_SHARED, fd, 0);
+
+	CHECK(fd >= 0 && beyond != MAP_FAILED);
+	if (!sigsetjmp(elsewhere, 1))
+		(void)*beyond;
+	CHECK_EQUAL(theirs, 1);
+	munmap((void *)beyond, BLOCK);
+	close(fd);
+}
+
+int main(void)
+{
+	struct sigaction action = {.sa_handler = on_theirs};
+
+	CHECK(!sigaction(SIGBUS, &action, NULL)); /* before the first source is made */
+	RUN(test_holes_stay_holes);
+	RUN(test_holes_stay_holes_on_huge_pages);
+	RUN(test_pages_may_go_while_they_are_read);
+	RUN(test_memory_that_ends_is_told);
+	RUN(test_foreign_signals_go_where_they_went);
+	return 0;
+}
