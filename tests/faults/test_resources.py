@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from migrated.demo.pool import free_pages
 from tests.faults.conftest import Rigs
 from tests.faults.rig import Rig, rig
 
@@ -84,19 +83,6 @@ async def test_a_guest_that_dies_when_it_is_to_leave_is_told_of_and_leaves_nothi
         await made.clean(guests=0)
         await made.start_guest()
         await moves(made)
-
-
-async def test_a_full_pool_on_the_target_is_told_by_name_and_nothing_is_started(rigs: Rigs) -> None:
-    free = free_pages(2 << 20)
-    # More than the whole pool, and yet little enough for the source's small pages: holes cost nothing.
-    size_mib = (free + 64) * 2
-    if size_mib > 2048:
-        pytest.skip("the pool has room for a guest larger than a test should have")
-    made = await rigs.get(target_pages="2M", size_mib=size_mib, prove=False)
-    async with dropped_on_failure(rigs, made):
-        error = await fails_here(made, mode="hybrid")
-        assert error["code"] in ("no-huge-pages", "no-pages"), error
-        assert error["hint"]
 
 
 def address_space(pid: int) -> int:

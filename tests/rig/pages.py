@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,3 +40,20 @@ def more_pages(count: int, page_bytes: int) -> Iterator[None]:
     finally:
         if added:
             _change(page_bytes, -added)
+
+
+@contextlib.contextmanager
+def pool_full(page_bytes: int) -> Iterator[int]:
+    """Whatever can be had of the pool is held by a process of ours; how many pages that is.
+
+    Held as reservations, which nobody has to zero: a pool of any size is full at once.
+    """
+    command = [sys.executable, "-m", "tests.rig.page_holder", str(page_bytes)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        if holder.stdin is None or holder.stdout is None:
+            raise AssertionError
+        try:
+            yield int(holder.stdout.readline())
+        finally:
+            holder.stdin.close()  # at its end of file the holder ends
+            holder.wait()
