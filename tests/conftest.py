@@ -5,22 +5,23 @@ Folders have conftests of their own for what only they need.
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
-from migrated.memory.memfd import DEFAULT_PAGE_BYTES, POOLS, Pool, pools
+from migrated.memory.memfd import DEFAULT_PAGE_BYTES, Pool, pools
+from tests.rig import supervisor
+from tests.rig.pages import PagesUnavailableError, more_pages
+
+supervisor.start()
 
 # A shell that runs us in the background has SIGINT ignored, and what we start would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-_POOL_LOCK = Path("/run/lock/migrated-tests-pool")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -33,35 +34,25 @@ def _pool(page_bytes: int) -> Pool | None:
     return next((pool for pool in pools() if pool.page_bytes == page_bytes), None)
 
 
-def _change_pool(page_bytes: int, by: int) -> int:
-    """Grow or shrink the pool relative to what it is now (others use it too); returns by how much it really changed."""
-    path = POOLS / f"hugepages-{page_bytes >> 10}kB" / "nr_hugepages"
-    with _POOL_LOCK.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        before = int(path.read_text())
-        path.write_text(str(max(0, before + by)))
-        return int(path.read_text()) - before
-
-
 @pytest.fixture
 def huge_pages() -> Iterator[Callable[[int], None]]:
     """``huge_pages(n)``: see to it that n 2 MiB pages can be had; what was added to the pool is taken away afterwards."""
-    added = 0
+    undo = contextlib.ExitStack()
 
     def want(count: int, page_bytes: int = DEFAULT_PAGE_BYTES) -> None:
-        nonlocal added
         pool = _pool(page_bytes)
         if pool is None:
             pytest.skip("this kernel has no huge pages")
         if os.geteuid() == 0:
-            added += _change_pool(page_bytes, count)
-            pool = _pool(page_bytes)
-        if pool is None or pool.available < count:
+            try:
+                undo.enter_context(more_pages(count, page_bytes))
+            except PagesUnavailableError as error:
+                pytest.skip(str(error))
+        elif pool.available < count:
             pytest.skip(f"{count} huge pages cannot be had")
 
-    yield want
-    if added:
-        _change_pool(DEFAULT_PAGE_BYTES, -added)
+    with undo:
+        yield want
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pytest_asyncio
 from migrated.demo.pair import short_directory
 from migrated.errors import GuestError
 from tests.faults.rig import Rig, build_guest, rig
+from tests.rig import supervisor
 
 RigMaker = Callable[..., Awaitable[Rig]]
 
@@ -21,9 +21,9 @@ RigMaker = Callable[..., Awaitable[Rig]]
 @pytest.fixture(scope="session")
 def guest_program() -> Iterator[Path]:
     """The guest, compiled."""
-    with tempfile.TemporaryDirectory(prefix="mg-", dir=short_directory()) as name:
+    with supervisor.directory("mg-", short_directory()) as directory:
         try:
-            yield build_guest(Path(name))
+            yield build_guest(directory)
         except GuestError as error:
             pytest.skip(str(error))
 

@@ -15,7 +15,6 @@ import re
 import shutil
 import signal
 import subprocess
-import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from migrated.demo.pair import AgentProcess, free_port, short_directory
 from migrated.errors import GuestError, MigratedError
 from migrated.waiting import within
 from tests.faults.proxy import Proxy
+from tests.rig import supervisor
 
 HERE = Path(__file__).parent
 GUEST = "vm"
@@ -411,8 +411,8 @@ class Rig:
 @contextlib.asynccontextmanager
 async def rig(program: Path, *, prove: bool = True, **options: Any) -> AsyncIterator[Rig]:
     """A rig with a baseline, in a directory of its own.  ``prove``: a migration has been seen to work."""
-    with tempfile.TemporaryDirectory(prefix="mf-", dir=short_directory()) as name:
-        made = Rig(Path(name), program, **options)
+    with supervisor.directory("mf-", short_directory()) as directory:
+        made = Rig(directory, program, **options)
         async with made.running():
             if prove:
                 record = await made.migrate()

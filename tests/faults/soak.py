@@ -14,7 +14,6 @@ import contextlib
 import os
 import random
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from migrated.demo.pair import short_directory
 from migrated.demo.pool import huge_pages
 from tests.faults.cases import FAILURES, FITS, STAGES, run_case
 from tests.faults.rig import Rig, build_guest, rig
+from tests.rig import supervisor
 
 #: Of a hundred rounds, so many are migrations that nothing happens to.
 QUIET_PERCENT = 15
@@ -113,9 +113,10 @@ def main() -> int:
     seed = options.seed if options.seed is not None else random.SystemRandom().randrange(1, 1 << 32)
     started = time.monotonic()
     sys.stdout.write(f"SOAK_SEED={seed} repeats this run\n")
-    with tempfile.TemporaryDirectory(prefix="mg-", dir=short_directory()) as directory:
+    supervisor.start()
+    with supervisor.directory("mg-", short_directory()) as directory:
         try:
-            tally = asyncio.run(soak(options.seconds, seed, build_guest(Path(directory))))
+            tally = asyncio.run(soak(options.seconds, seed, build_guest(directory)))
         except Exception as error:  # noqa: BLE001 - whatever it is, it is a loss
             sys.stdout.write(f"FAILED with seed {seed}: {type(error).__name__}: {error}\n")
             return 1

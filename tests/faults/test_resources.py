@@ -13,6 +13,7 @@ import pytest
 
 from tests.faults.conftest import Rigs
 from tests.faults.rig import Rig, rig
+from tests.rig import supervisor
 
 pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 
@@ -98,10 +99,11 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", where], check=False, capture_output=True)
     if done.returncode:
         pytest.skip("no tmpfs may be mounted here")
-    try:
-        yield where
-    finally:
-        subprocess.run(["umount", "-l", where], check=False)
+    with supervisor.undoing("umount", "-l", str(where)):
+        try:
+            yield where
+        finally:
+            subprocess.run(["umount", "-l", where], check=False)
 
 
 def fill(disk: Path) -> Path:

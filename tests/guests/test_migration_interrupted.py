@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import itertools
 import sys
-import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import pytest
 
 from migrated.demo.pair import short_directory
 from migrated.waiting import within
-from tests.rig import traces
+from tests.rig import supervisor, traces
 from tests.rig.guest import MIB, MovingGuest, moving_guest
 
 pytestmark = [
@@ -110,8 +109,8 @@ async def test_a_target_agent_that_is_told_to_end_in_postcopy_serves_to_the_end(
 @pytest.fixture
 def standstill() -> Iterator[Path]:
     """The socket that brings the target agent to a standstill."""
-    with tempfile.TemporaryDirectory(prefix="mgt-", dir=short_directory()) as directory:
-        yield Path(directory) / "still.sock"
+    with supervisor.directory("mgt-", short_directory()) as directory:
+        yield directory / "still.sock"
 
 
 async def test_faults_are_served_while_no_python_runs_in_the_target_agent(standstill: Path) -> None:

@@ -6,10 +6,8 @@ import asyncio
 import contextlib
 import json
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from migrated.demo.pair import AgentPair, AgentProcess, free_port, short_directo
 from migrated.guests.client import ENVIRONMENT
 from migrated.guests.console import GuestConsole
 from migrated.waiting import within
+from tests.rig import supervisor
 
 ROOT = Path(__file__).parent.parent.parent
 MIB = 1 << 20
@@ -262,8 +261,7 @@ async def place(
     program: Path, *, memory_bytes: int = 16 * MIB, timeouts: dict[str, float] | None = None
 ) -> AsyncIterator[Place]:
     """Both agents up; in the end they must have had nothing to complain of."""
-    directory = Path(tempfile.mkdtemp(prefix="mgi-", dir=short_directory()))
-    try:
+    with supervisor.directory("mgi-", short_directory()) as directory:
         here = Place(directory, program, memory_bytes=memory_bytes, timeouts={**TIMEOUTS, **(timeouts or {})})
         try:
             async with here.pair:
@@ -278,5 +276,3 @@ async def place(
                         os.kill(pid, 9)
         for agent in ("source", "target"):
             assert here.logged(agent, "error") == []
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)

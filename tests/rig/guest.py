@@ -5,10 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import shutil
-import tempfile
 from collections.abc import AsyncIterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from migrated.demo import cache_directory
@@ -16,7 +13,7 @@ from migrated.demo.pair import short_directory
 from migrated.demo.qemu_guest import QemuGuest, RunningQemu
 from migrated.guests.console import GuestConsole, Load
 from migrated.waiting import within
-from tests.rig import traces
+from tests.rig import supervisor, traces
 from tests.rig.host import Host
 
 MIB = 1 << 20
@@ -155,15 +152,6 @@ class MovingGuest:
         assert not complaints, "\n".join(str(event.get("exception", event["event"])) for event in complaints)
 
 
-@contextlib.contextmanager
-def _short_directory() -> Any:
-    path = Path(tempfile.mkdtemp(prefix="mgt-", dir=short_directory()))
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
-
-
 @contextlib.asynccontextmanager
 async def moving_guest(
     *,
@@ -177,7 +165,7 @@ async def moving_guest(
     ``guest``: fields of `QemuGuest`; ``page_bytes`` and ``hosts`` (arguments of `Host`): for the first and the second host;
     ``config``: sections for all agents.
     """
-    with _short_directory() as directory:
+    with supervisor.directory("mgt-", short_directory()) as directory:
         options = {"name": NAME, "memory_bytes": 128 * MIB, "cache": cache_directory(), **guest}
         where = tuple(
             Host(directory, name, **{"config": config, **arguments})

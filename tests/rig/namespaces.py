@@ -1,6 +1,6 @@
 """Two network namespaces joined by a veth pair: two hosts, as far as TCP can tell.
 
-Names carry our pid.  They are taken away on every way out; those of a test run that was killed, by the next one.
+Names carry our pid.  They are taken away on every way out, and by the supervisor of a test run that is killed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import os
 import subprocess
 from collections.abc import Iterator
 from typing import Any
+
+from tests.rig import supervisor
 
 _COMMAND_SECONDS = 10
 _PREFIX = "mgt-"
@@ -57,25 +59,16 @@ class Namespaces:
         return int(ip("netns", "exec", self.names[side], "cat", path))
 
 
-def _forget_the_dead() -> None:
-    """Namespaces whose maker lives no more."""
-    for line in ip("netns", "list").splitlines():
-        name = line.split()[0]
-        with contextlib.suppress(ValueError, IndexError):
-            if name.startswith(_PREFIX) and not os.path.exists(f"/proc/{int(name.split('-')[1])}"):
-                ip("netns", "delete", name)
-
-
 @contextlib.contextmanager
 def namespaces() -> Iterator[Namespaces]:
     """Two of them, up and able to reach each other."""
-    _forget_the_dead()
     number = next(_numbers)
     first, second = f"{_PREFIX}{os.getpid()}-{number}a", f"{_PREFIX}{os.getpid()}-{number}b"
     # Addresses live in the namespaces only, so every pair may use the same ones.
     addresses = ("10.74.40.1", "10.74.40.2")
     with contextlib.ExitStack() as undo:
         for name in (first, second):
+            undo.enter_context(supervisor.undoing("ip", "netns", "delete", name))
             ip("netns", "add", name)
             undo.callback(ip, "netns", "delete", name)
         ip("link", "add", "name", _DEVICE, "netns", first, "type", "veth", "peer", "name", _DEVICE, "netns", second)

@@ -10,15 +10,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from migrated.memory.memfd import POOLS, pools
+from tests.rig import supervisor
 
-_LOCK = Path("/run/lock/migrated-tests-pool")  # the same as tests/conftest.py takes
+_LOCK = Path("/run/lock/migrated-tests-pool")
 
 
 class PagesUnavailableError(Exception):
     """The kernel has no such pages, or found too few."""
 
 
-def _change(page_bytes: int, by: int) -> int:
+def change(page_bytes: int, by: int) -> int:
+    """Grow or shrink the pool relative to what it is; returns by how much it really changed."""
     path = POOLS / f"hugepages-{page_bytes >> 10}kB" / "nr_hugepages"
     with _LOCK.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -32,14 +34,15 @@ def more_pages(count: int, page_bytes: int) -> Iterator[None]:
     """``count`` more pages of this size in the pool.  PagesUnavailableError says what is in the way."""
     if page_bytes not in {pool.page_bytes for pool in pools()}:
         raise PagesUnavailableError(f"this kernel has no pages of {page_bytes >> 20} MiB")
-    added = _change(page_bytes, count)
-    try:
-        if added < count:
-            raise PagesUnavailableError(f"the kernel found {added} of {count} more pages of {page_bytes >> 20} MiB")
-        yield
-    finally:
-        if added:
-            _change(page_bytes, -added)
+    added = change(page_bytes, count)
+    with supervisor.undoing(sys.executable, "-m", __name__, str(page_bytes), str(-added)):
+        try:
+            if added < count:
+                raise PagesUnavailableError(f"the kernel found {added} of {count} more pages of {page_bytes >> 20} MiB")
+            yield
+        finally:
+            if added:
+                change(page_bytes, -added)
 
 
 @contextlib.contextmanager
@@ -57,3 +60,7 @@ def pool_full(page_bytes: int) -> Iterator[int]:
         finally:
             holder.stdin.close()  # at its end of file the holder ends
             holder.wait()
+
+
+if __name__ == "__main__":  # the supervisor, for a test run that was killed
+    change(int(sys.argv[1]), int(sys.argv[2]))

@@ -15,6 +15,7 @@ from structlog.testing import capture_logs
 
 from migrated.errors import HostError
 from migrated.journal import Journal, SourceEntry, TargetEntry, process_lives, process_started
+from tests.rig import supervisor
 from tests.unit.survival.entries import SOURCE, TARGET
 
 Edit = Callable[[dict[str, Any]], None]
@@ -162,8 +163,9 @@ def tiny(tmp_path: Path) -> Iterator[Path]:
     )
     if done.returncode:
         pytest.skip(f"no tmpfs can be mounted here: {done.stderr.strip()}")
-    yield mount
-    subprocess.run(["umount", str(mount)], check=True, timeout=30)
+    with supervisor.undoing("umount", "-l", str(mount)):
+        yield mount
+        subprocess.run(["umount", str(mount)], check=True, timeout=30)
 
 
 @pytest.mark.root

@@ -1,0 +1,47 @@
+"""A test to be killed: it starts all there is to be left behind, says so in the file $LEFT_BEHIND, and waits for ever.
+
+Not collected (no ``test_`` in its file's name); tests/faults/test_supervisor.py names it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from pathlib import Path
+
+from migrated.demo.pair import short_directory
+from tests.faults.cases import STAGES
+from tests.faults.rig import build_guest, rig
+from tests.rig import supervisor
+from tests.rig.namespaces import namespaces
+from tests.rig.pages import more_pages
+
+PAGES, PAGE_BYTES = 3, 2 << 20
+
+
+async def test_waits_for_its_end() -> None:
+    """A migration half done: agents, a guest on either side, and whoever holds descriptors."""
+    with supervisor.directory("mg-", short_directory()) as directory, namespaces() as pair:
+        mount = directory / "mount"
+        mount.mkdir()
+        mounting = await asyncio.create_subprocess_exec("mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", mount)
+        assert await mounting.wait() == 0
+        with supervisor.undoing("umount", "-l", str(mount)), more_pages(PAGES, PAGE_BYTES):
+            async with rig(build_guest(directory)) as made:
+                gate = STAGES["round-1-pages"].gate()
+                made.proxy.expect(gate)
+                await made.begin(**STAGES["round-1-pages"].settings("hybrid"))
+                await gate.reached.wait()
+                note = {
+                    "directories": [str(directory), str(made.directory)],
+                    "namespaces": pair.names,
+                    "mount": str(mount),
+                    "guests": made.guests(),
+                    "agents": [agent.pid for agent in made.agents],
+                }
+                whole = Path(os.environ["LEFT_BEHIND"])
+                part = whole.with_suffix(".part")
+                part.write_text(json.dumps(note))
+                part.rename(whole)
+                await asyncio.Event().wait()
