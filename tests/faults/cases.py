@@ -20,10 +20,12 @@ from migrated.protocol.framing import LENGTH_BYTES
 from migrated.protocol.preamble import Purpose
 from migrated.waiting import within
 from tests.faults.proxy import DOWN, UP, Gate
-from tests.faults.rig import LIMIT_SECONDS, Rig, is_alive
+from tests.faults.rig import LIMIT_SECONDS, TIMEOUTS, Rig, is_alive
 
 MODES = ("hybrid", "precopy", "postcopy")
 PAGES = (Purpose.BULK, Purpose.URGENT)
+#: Half of the heartbeats' limit: two busy cores may take the other half.
+STALL_SECONDS = TIMEOUTS["heartbeat_limit"] / 2
 
 
 class Where(enum.Enum):
@@ -226,6 +228,21 @@ async def unreachable(rig: Rig, gate: Gate, stage: Stage) -> Where:
     except MigratedError:
         assert not stage.committed or (await rig.source.record(rig.migration))["state"] != "postcopy-paused"
     return _where(stage)
+
+
+@failure("stall")
+async def stall(rig: Rig, gate: Gate, stage: Stage) -> Where:
+    """Nothing passes for a while, several heartbeats and less than their limit, then everything does: no failure at all."""
+    stalling = asyncio.ensure_future(rig.proxy.stall(STALL_SECONDS))
+    await asyncio.sleep(0)  # it has begun
+    gate.release()
+    await stalling
+    await rig.over()
+    for agent in rig.agents:
+        seen = [change["state"] for change in (await agent.record(rig.migration))["timeline"]]
+        assert seen[-1] == "completed", f"{agent.role}: {seen}\n{rig.logs()}"
+        assert "postcopy-paused" not in seen, f"{agent.role}: {seen}\n{rig.logs()}"
+    return Where.MOVES
 
 
 # ---------------------------------------------------------------- people

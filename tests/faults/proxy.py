@@ -143,6 +143,8 @@ class Connection:
             self.proxy.tape.append((self.preamble, way, data))
 
     async def _hush(self) -> None:
+        """Wait as long as nothing may pass."""
+        await self.proxy.flowing.wait()
         if self.silent:
             await asyncio.Event().wait()  # until the proxy is closed
 
@@ -161,6 +163,7 @@ class Connection:
             await self._hush()
             writer.write(data)
             await writer.drain()
+        await self._hush()  # the end of a connection travels as its bytes do
 
     async def _pump_control(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, way: str) -> None:
         waiting: asyncio.Queue[bytes] = asyncio.Queue()  # what is behind a message that waits; b"": the end
@@ -189,6 +192,7 @@ class Connection:
                 await writer.drain()
             if passing is not None:
                 await passing
+            await self._hush()
         finally:
             if passing is not None:
                 passing.cancel()
@@ -232,6 +236,8 @@ class Proxy:
         self.target = target
         self.gate: Gate | None = None
         self.refusing = False
+        self.flowing = asyncio.Event()  # not set: the link stalls
+        self.flowing.set()
         self.refused = 0  # connections, so far
         self.after_release: asyncio.Event | None = None  # set when the message that waited has been written out
         self.passed: list[tuple[str, str]] = []
@@ -309,6 +315,14 @@ class Proxy:
         """End connections."""
         for connection in self.chosen(purposes):
             connection.end(reset=reset)
+
+    async def stall(self, seconds: float) -> None:
+        """Let nothing pass, of any connection in either direction, for so long; then all of it, and in order."""
+        self.flowing.clear()
+        try:
+            await asyncio.sleep(seconds)
+        finally:
+            self.flowing.set()
 
     def silence(self, purposes: tuple[Purpose, ...] | None = None) -> None:
         """Keep connections open and let nothing pass any more; new ones are well."""

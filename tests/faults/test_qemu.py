@@ -26,6 +26,8 @@ CONFIG: dict[str, Any] = {
     "timeouts": {"heartbeat_interval": 0.5, "heartbeat_limit": 3.0, "reconnect_interval": 0.1, "connect": 2.0}
 }
 SLOW_DRAIN = "4MB"
+#: Of the ten that the heartbeats' limit is by default; TCP, which tries ever more rarely, needs some of them.
+STALL_SECONDS = 4.0
 
 
 @pytest.fixture
@@ -90,6 +92,32 @@ async def test_a_cut_link_in_precopy_leaves_the_guest_where_it_is(link: Namespac
         await guest.alone()
         await guest.assert_sound(before)
         await guest.move(mode="hybrid")
+
+
+@pytest.mark.parametrize("phase", ["precopy", "postcopy"])
+async def test_a_link_that_is_away_for_some_seconds_is_waited_for(
+    link: Namespaces,
+    phase: str,
+    fast_accel: str,  # noqa: F811
+) -> None:
+    """Within the limits, as they are where nobody sets them."""
+    async with moving_guest(
+        kind="boot", accel=fast_accel, load=LOAD, memory_bytes=128 * MIB, hosts=link.hosts
+    ) as guest:
+        before = await guest.console.stats()
+        options = {"mode": "hybrid", "max_bandwidth": SLOW_DRAIN} if phase == "precopy" else {}
+        migration = await guest.begin(**options) if options else await in_postcopy(guest)
+        source, target = await guest.here.source(), await guest.there.target()
+        assert (await source.wait(migration, phase))["state"] == phase
+        switch(link, "down")
+        await asyncio.sleep(STALL_SECONDS)
+        switch(link, "up")
+        await source.request("POST", f"/v1/migrations/{migration}/set", {"drain_bandwidth": "0", "max_bandwidth": "0"})
+        await guest.arrive(migration)
+        for agent in (source, target):
+            seen = [change["state"] for change in (await agent.record(migration))["timeline"]]
+            assert "postcopy-paused" not in seen, seen
+        await guest.assert_sound(before)
 
 
 @pytest.mark.parametrize("victim", ["source", "target"])
