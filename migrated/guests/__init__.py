@@ -32,6 +32,11 @@ def page_bytes(table: dict[str, Any], *, where: str) -> int | None:
         raise ConfigError(f"{where}.page_size: {error.message}", hint='give "4K", "2M" or "1G"') from error
 
 
+def reserves(table: dict[str, Any]) -> bool:
+    """Whether all of an incoming guest's memory is to be reserved before it is started: unless its table says not to."""
+    return bool(table.get("reserve", True))
+
+
 class Residents:
     """The guests of one agent's configuration.
 

@@ -52,6 +52,7 @@ from migrated.guests.process_wire import (
 
 ENVIRONMENT = "MIGRATED_SOCKET"
 _RETRY_SECONDS = 0.2
+_MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python 3.13 has it
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _SYS_USERFAULTFD = {"x86_64": 323, "aarch64": 282}
 _UFFD_USER_MODE_ONLY = 1
@@ -267,7 +268,8 @@ class GuestClient:
             self._pages = pages
             self.incoming = self._paused = incoming
             for (name, size), fd in zip(self._sizes.items(), fds, strict=True):
-                self.memory[name] = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+                flags = mmap.MAP_SHARED | _MAP_NORESERVE  # the agent has reserved what is to be reserved
+                self.memory[name] = mmap.mmap(fd, size, flags, mmap.PROT_READ | mmap.PROT_WRITE)
         addresses = self._addresses()
         answer = struct.pack(f"<{len(addresses)}Q", *addresses)
         self._send(sock, message(Kind.REPLY, answer, sequence=header.sequence))

@@ -56,10 +56,14 @@ class SourceMemory:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TargetMemory:
-    """One region prepared by the agent for the incoming guest: a memfd of ``region.size_bytes``, reserved, empty."""
+    """One region prepared by the agent for the incoming guest: a memfd of ``region.size_bytes``, empty.
+
+    ``reserve``: mapping it reserves its pages.  False: they are reserved already, or are to be taken as they are needed.
+    """
 
     region: Region
     memory_fd: int
+    reserve: bool = True
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

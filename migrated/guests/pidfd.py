@@ -1,7 +1,7 @@
 """A guest process held by its pidfd: started here or found running, watched, ended, never confused with a later process.
 
 A guest must outlive the agent.  So a process we start gets a session of its own, a log file instead of pipes, and no tie
-to our death; and when a driver lets go of it while it runs, its exit status is collected later (`reap_detached`).
+to our death; and when a driver lets go of it while it runs, its exit status is collected when it ends (`_detach`).
 """
 
 from __future__ import annotations
@@ -20,20 +20,31 @@ from migrated.errors import GuestError, TimeoutExceededError
 _SYS_PIDFD_GETFD = 438  # the same number on every architecture
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
-#: Children that still ran when their driver was closed: pidfds, kept only to collect their exit status.
-_detached: list[int] = []
+#: Children that still ran when their driver was closed: pidfds, kept only to collect their exit status, and the loop that
+#: waits for their end, if one ran.
+_detached: dict[int, asyncio.AbstractEventLoop | None] = {}
 
 
-def reap_detached() -> None:
-    """Collect the exit status of children whose drivers are gone, so that none stays a zombie for long."""
-    for pidfd in list(_detached):
-        try:
-            ended = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG) is not None
-        except ChildProcessError:
-            ended = True
-        if ended:
-            _detached.remove(pidfd)
-            os.close(pidfd)
+def _detach(pidfd: int) -> None:
+    """Collect the exit status of a child whose driver is gone as soon as it ends, so that none stays a zombie."""
+    try:
+        loop = asyncio.get_running_loop()
+        loop.add_reader(pidfd, _reap, pidfd)
+    except (RuntimeError, OSError):  # no loop, or it can watch nothing more: when the next child is started
+        loop = None
+    _detached[pidfd] = loop
+
+
+def _reap(pidfd: int) -> None:
+    try:
+        ended = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG) is not None
+    except ChildProcessError:
+        ended = True
+    if ended:
+        loop = _detached.pop(pidfd)
+        if loop is not None and not loop.is_closed():
+            loop.remove_reader(pidfd)
+        os.close(pidfd)
 
 
 def open_files(pid: int) -> dict[int, str]:
@@ -79,7 +90,8 @@ class PidHandle:
 
         Raises GuestError (``guest-start``).
         """
-        reap_detached()
+        for pidfd in list(_detached):  # those that no loop waits for any more
+            _reap(pidfd)
         actions: list[tuple[object, ...]] = [
             (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
             (os.POSIX_SPAWN_OPEN, 1, str(log), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600),
@@ -174,7 +186,7 @@ class PidHandle:
         if self._pidfd < 0:
             return
         if self._child and self.poll() is None:
-            _detached.append(self._pidfd)
+            _detach(self._pidfd)
         else:
             os.close(self._pidfd)
         self._pidfd = -1

@@ -23,11 +23,15 @@ _PEER = struct.Struct("3i")
 
 
 class ProcessSourceConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """``[guests.NAME]`` of a source: where the guest connects, and on which pages it gets its memory."""
+    """``[guests.NAME]`` of a source: where the guest connects, and on which pages it gets its memory.
+
+    ``reserve``: false where the host has less than all of it (see memory/memfd.py).
+    """
 
     driver: Literal["process"] = "process"
     socket: str
     page_size: str | None = None
+    reserve: bool = True
 
     def __post_init__(self) -> None:
         _check_socket(self.socket)
@@ -43,6 +47,7 @@ class ProcessTargetConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unkn
     driver: Literal["process"] = "process"
     command: list[str]
     page_size: str | None = None
+    reserve: bool = True
     next_socket: str = ""
 
     def __post_init__(self) -> None:

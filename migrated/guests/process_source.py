@@ -157,7 +157,11 @@ class ProcessHub:
             else:
                 for region in hello.regions:
                     fd, page = await asyncio.to_thread(
-                        memfd.reserve, region.size_bytes, self._page_bytes, name=region.name
+                        memfd.reserve,
+                        region.size_bytes,
+                        self._page_bytes,
+                        name=region.name,
+                        reserved=self._config.reserve,
                     )
                     fds.append(fd)
                     pages.append(page)

@@ -52,12 +52,14 @@ class QemuSourceConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown
 class QemuTargetConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """``[guests.NAME]`` of a target: how to start the incoming QEMU.
 
+    ``reserve``: false where the host has less than all of its memory; its backends need ``reserve=off`` then.
     ``command``: ``{memory:ID}`` becomes the path of the memory made for backend ID, ``{qmp}`` that of the QMP socket.
     """
 
     driver: Literal["qemu"] = "qemu"
     command: list[str]
     page_size: str = "2M"
+    reserve: bool = True
 
     def __post_init__(self) -> None:
         if not self.command:

@@ -51,8 +51,11 @@ def locked(guest: str, why: str) -> GuestRefusedError:
     )
 
 
-def check_command(guest: str, command: list[str], regions: tuple[Region, ...]) -> None:
-    """Raises GuestRefusedError if this command cannot take a guest with the source's ``regions``."""
+def check_command(guest: str, command: list[str], regions: tuple[Region, ...], *, reserve: bool = True) -> None:
+    """Raises GuestRefusedError if this command cannot take a guest with the source's ``regions``.
+
+    ``reserve``: all of their memory is reserved; otherwise QEMU must not reserve it either.
+    """
     if shutil.which(command[0]) is None:
         raise GuestRefusedError(
             f"guest {guest}: there is no program {command[0]} on this host",
@@ -72,6 +75,12 @@ def check_command(guest: str, command: list[str], regions: tuple[Region, ...]) -
             continue
         if str(backend.get("prealloc", "off")).lower() in _ON:
             raise preallocated(guest, f"memory backend {name} has prealloc=on")
+        if not reserve and str(backend.get("reserve", "on")).lower() in _ON:
+            raise GuestRefusedError(
+                f"guest {guest}: its memory is not to be reserved (reserve = false), but backend {name} would reserve it",
+                code="guest-command",
+                hint="add reserve=off to that -object memory-backend-file (QEMU 6.1 or newer)",
+            )
         if str(backend.get("share", "off")).lower() not in _ON:
             raise GuestRefusedError(
                 f"guest {guest}: memory backend {name} in the command lacks share=on", code="memory-not-shared"

@@ -57,7 +57,7 @@ class QemuTarget(TargetGuest):
     # ------------------------------------------------------------ before the start
 
     async def check(self, regions: tuple[Region, ...]) -> None:
-        check_command(self.name, self._config.command, regions)
+        check_command(self.name, self._config.command, regions, reserve=self._config.reserve)
         if await self._somebody_listens():
             raise GuestRefusedError(
                 f"guest {self.name} is on this host already: a QEMU answers on {self.qmp_path}",

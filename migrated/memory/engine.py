@@ -324,6 +324,7 @@ def _target_regions(memory: Sequence[TargetMemory]) -> Any:
     regions = ffi.new("struct mgd_target_region[]", len(memory))
     for index, piece in enumerate(memory):
         regions[index].memory_fd = piece.memory_fd
+        regions[index].flags = 0 if piece.reserve else lib.MGD_TARGET_UNRESERVED
         regions[index].size_bytes = piece.region.size_bytes
         regions[index].host_page_bytes = piece.region.page_bytes
     return regions

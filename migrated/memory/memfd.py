@@ -1,9 +1,12 @@
-"""Memory for an incoming guest: memfds on huge pages, reserved whole before anything is started.
+"""Memory for an incoming guest: memfds on huge pages, reserved whole before anything is started, unless asked not to.
 
 A mapping of a hugetlbfs file reserves its pages in the pool, and the reservation belongs to the file: it stays when the
 mapping goes.  So `allocate` maps once, and from then on neither the engine's alias nor the guest can run out of pages; and
 nothing is zeroed before it is needed.  Shmem (4 KiB pages) knows no reservation; there the host's free memory is compared
 with the need, which is all that can be done.
+
+Not reserved is for guests larger than the host that use little of it: pages are taken as they are needed, and where there
+are none left a migration fails in pre-copy, and the guest waits after it.
 """
 
 from __future__ import annotations
@@ -103,8 +106,8 @@ def parse_page_size(text: str) -> int:
     return size
 
 
-def allocate(size_bytes: int, page_bytes: int, name: str) -> int:
-    """A memfd of ``size_bytes`` with every page reserved and none of them there yet; the caller closes it.
+def allocate(size_bytes: int, page_bytes: int, name: str, *, reserved: bool = True) -> int:
+    """A memfd of ``size_bytes`` with every page reserved (if so wanted) and none of them there; the caller closes it.
 
     Raises PoolError ``no-huge-pages`` (or ``no-memory``, for 4 KiB pages), HostError ``page-size-unsupported`` (the size is
     not one of `page_sizes`, or ``size_bytes`` no multiple of it).
@@ -116,7 +119,7 @@ def allocate(size_bytes: int, page_bytes: int, name: str) -> int:
             hint="choose a smaller page size for this guest",
         )
     if page_bytes == BASE_PAGE_BYTES:
-        return _allocate_base(size_bytes, name)
+        return _allocate_base(size_bytes, name, checked=reserved)
     pool = next((pool for pool in pools() if pool.page_bytes == page_bytes), None)
     if pool is None:
         raise HostError(
@@ -129,7 +132,8 @@ def allocate(size_bytes: int, page_bytes: int, name: str) -> int:
     try:
         fd = os.memfd_create(f"migrated-{name}", flags)
         os.ftruncate(fd, size_bytes)
-        mmap.mmap(fd, size_bytes, mmap.MAP_SHARED).close()
+        if reserved:
+            mmap.mmap(fd, size_bytes, mmap.MAP_SHARED).close()
     except OSError as error:
         if fd >= 0:
             os.close(fd)
@@ -153,9 +157,9 @@ def _exhausted(page_bytes: int, needed: int, name: str) -> PoolError:
     )
 
 
-def _allocate_base(size_bytes: int, name: str) -> int:
+def _allocate_base(size_bytes: int, name: str, *, checked: bool) -> int:
     available = _available_bytes()
-    if size_bytes > available:
+    if checked and size_bytes > available:
         raise PoolError(
             f"region {name} needs {format_size(size_bytes)} of memory, {format_size(available)} can be had",
             code="no-memory",
@@ -177,17 +181,17 @@ def _available_bytes() -> int:
     return int(match[1]) << 10 if match else 1 << 62
 
 
-def reserve(size_bytes: int, page_bytes: int | None, *, name: str) -> tuple[int, int]:
+def reserve(size_bytes: int, page_bytes: int | None, *, name: str, reserved: bool = True) -> tuple[int, int]:
     """`allocate`, with a choice of page size: ``(fd, page_bytes)``.
 
     ``page_bytes`` None: 2 MiB pages, and where they cannot be had, 4 KiB ones, with a warning: the guest will run, slower.
     A page size that was asked for is never replaced.
     """
     if page_bytes is not None:
-        return allocate(size_bytes, page_bytes, name), page_bytes
+        return allocate(size_bytes, page_bytes, name, reserved=reserved), page_bytes
     try:
-        return allocate(size_bytes, DEFAULT_PAGE_BYTES, name), DEFAULT_PAGE_BYTES
+        return allocate(size_bytes, DEFAULT_PAGE_BYTES, name, reserved=reserved), DEFAULT_PAGE_BYTES
     except HostError as error:
-        fd = allocate(size_bytes, BASE_PAGE_BYTES, name)
+        fd = allocate(size_bytes, BASE_PAGE_BYTES, name, reserved=reserved)
         _log.warning("no huge pages: the guest gets 4 KiB pages", region=name, reason=error.message, hint=error.hint)
         return fd, BASE_PAGE_BYTES

@@ -166,7 +166,7 @@ class TargetAgent(HostAgent[TargetMigration]):
             raise GuestError(f"{hello.guest} is no longer configured in {self.config.path}", code="unknown-guest")
         uffd, ledger_fd, *memory_fds = fds
         memory = tuple(
-            TargetMemory(Region(region.name, region.size_bytes, page), fd)
+            TargetMemory(Region(region.name, region.size_bytes, page), fd, reserve=False)
             for region, page, fd in zip(hello.regions, entry.page_bytes, memory_fds, strict=True)
         )
         for piece in memory:
@@ -378,6 +378,7 @@ class TargetAgent(HostAgent[TargetMigration]):
             hello,
             guest=self._residents.target_guest(hello.guest),
             page_bytes=guests.page_bytes(table, where=f"{self.config.path}: guests.{hello.guest}"),
+            reserve=guests.reserves(table),
             session=link.session,
             link=link,
             config=self.config,

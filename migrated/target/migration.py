@@ -105,6 +105,7 @@ class TargetMigration(Migration):
         *,
         guest: TargetGuest,
         page_bytes: int | None,
+        reserve: bool = True,
         session: Session,
         link: ControlLink | None,
         config: AgentConfig,
@@ -127,6 +128,7 @@ class TargetMigration(Migration):
         self.session = session
         self._guest = guest
         self._page_bytes = page_bytes
+        self._reserved = reserve
         self._config = config
         self._timeouts = config.timeouts
         self._survival = survival
@@ -207,17 +209,24 @@ class TargetMigration(Migration):
                 load.cancel()
 
     async def _reserve(self, regions: tuple[Region, ...]) -> tuple[TargetMemory, ...]:
-        """A memfd a region, all reserved before anything is started; none is left when one fails."""
+        """A memfd a region, reserved (unless not so wanted) before anything is started; none is left when one fails."""
         fds: list[int] = []
         try:
             memory = []
             for region in regions:
                 fd, page_bytes = await in_thread(
-                    functools.partial(memfd.reserve, region.size_bytes, self._page_bytes, name=region.name),
+                    functools.partial(
+                        memfd.reserve,
+                        region.size_bytes,
+                        self._page_bytes,
+                        name=region.name,
+                        reserved=self._reserved,
+                    ),
                     undo=lambda reserved: os.close(reserved[0]),
                 )
                 fds.append(fd)
-                memory.append(TargetMemory(Region(region.name, region.size_bytes, page_bytes), fd))
+                piece = Region(region.name, region.size_bytes, page_bytes)
+                memory.append(TargetMemory(piece, fd, reserve=self._reserved))
         except BaseException:
             for fd in fds:
                 os.close(fd)

@@ -5,7 +5,8 @@
  *	cc -std=gnu11 -O2 -pthread -Inative/include -Imigrated/guests/images -o process_guest native/examples/process_guest.c
  *	MIGRATED_SOCKET=/run/p1.sock ./process_guest --size 256 --threads 2 --rate max --pattern sparse
  *
- * --regions N splits the memory, --sweep S checks all of it every S seconds (default 10), --console PATH talks on a Unix
+ * --regions N splits the memory; --within MIB spreads it, 2 MiB by 2 MiB, over a memory as large as that, the rest of which
+ * is never touched (the agent must be told not to reserve it: reserve = false); --sweep S checks all of it every S seconds (default 10), --console PATH talks on a Unix
  * socket and not on standard streams.  Lines and commands as the other test guests have them: READY, LOAD, CORRUPT, SWEPT;
  * sweep, reset, quit.
  */
@@ -18,6 +19,7 @@
 #include "selfcheck.h"
 
 #define MOST_THREADS 16
+#define CHUNK_BLOCKS 512 /* 2 MiB */
 #define TURN_NS 2000000ull
 #define REPORT_NS 500000000ull
 
@@ -40,6 +42,7 @@ struct guest_load {
 	struct worker workers[MOST_THREADS];
 	unsigned int threads, region_count, sweep_wanted;
 	uint64_t blocks, blocks_per_region, rate, sweep_seconds;
+	uint64_t stride; /* chunks of address space for each one used */
 	uint64_t *expected;
 	int filled; /* threads that have written their blocks for the first time */
 	int listener, peer, console_in;
@@ -56,10 +59,10 @@ static uint64_t now_ns(void)
 static volatile uint64_t *block_at(void *context, uint64_t index)
 {
 	struct worker *w = context;
-	uint64_t i = w->first + index;
+	uint64_t i = w->first + index, inside = i % w->all->blocks_per_region;
+	uint64_t place = inside / CHUNK_BLOCKS * w->all->stride * CHUNK_BLOCKS + inside % CHUNK_BLOCKS;
 
-	return (volatile uint64_t *)w->all->regions[i / w->all->blocks_per_region].address +
-	       i % w->all->blocks_per_region * SC_BLOCK_WORDS;
+	return (volatile uint64_t *)w->all->regions[i / w->all->blocks_per_region].address + place * SC_BLOCK_WORDS;
 }
 
 static void *work(void *argument)
@@ -324,13 +327,13 @@ static int fail(const char *what)
 
 int main(int argc, char **argv)
 {
-	static const struct option options[] = {{"size", 1, 0, 's'},	{"rate", 1, 0, 'r'},  {"pattern", 1, 0, 'p'},
-						{"threads", 1, 0, 't'}, {"sweep", 1, 0, 'w'}, {"regions", 1, 0, 'n'},
-						{"console", 1, 0, 'c'}, {0, 0, 0, 0}};
+	static const struct option options[] = {{"size", 1, 0, 's'},	{"rate", 1, 0, 'r'},   {"pattern", 1, 0, 'p'},
+						{"threads", 1, 0, 't'}, {"sweep", 1, 0, 'w'},  {"regions", 1, 0, 'n'},
+						{"console", 1, 0, 'c'}, {"within", 1, 0, 'W'}, {0, 0, 0, 0}};
 	static const char *const patterns[] = {"sparse", "hot", "dense", "idle"};
 	static struct guest_load all = {
 		.threads = 1, .region_count = 1, .sweep_seconds = 10, .listener = -1, .peer = -1};
-	uint64_t size_mib = 64, each;
+	uint64_t size_mib = 64, within_mib = 0, each;
 	enum sc_pattern pattern = SC_SPARSE;
 	const char *console = NULL;
 	int c;
@@ -360,11 +363,19 @@ int main(int argc, char **argv)
 		case 'c':
 			console = optarg;
 			break;
+		case 'W':
+			within_mib = strtoull(optarg, NULL, 10);
+			break;
 		default:
 			return 2;
 		}
 	}
 	if (!all.threads || all.threads > MOST_THREADS || !all.region_count || all.region_count > MIGRATED_MAX_REGIONS)
+		return 2;
+	if (!within_mib)
+		within_mib = size_mib;
+	all.stride = size_mib ? within_mib / size_mib : 0;
+	if (!all.stride || within_mib % size_mib)
 		return 2;
 	if (console && (all.listener = listen_on(console)) < 0)
 		return fail(console);
@@ -374,9 +385,9 @@ int main(int argc, char **argv)
 		else
 			snprintf(all.names[i], sizeof(all.names[i]), "ram%u", i);
 		all.regions[i].name = all.names[i];
-		all.regions[i].size_bytes = (size_mib << 20) / all.region_count;
+		all.regions[i].size_bytes = (within_mib << 20) / all.region_count;
 	}
-	all.blocks_per_region = all.regions[0].size_bytes / SC_BLOCK_BYTES;
+	all.blocks_per_region = all.regions[0].size_bytes / all.stride / SC_BLOCK_BYTES;
 	all.blocks = all.blocks_per_region * all.region_count;
 	all.expected = calloc(all.blocks, sizeof(*all.expected));
 	if (!all.expected)

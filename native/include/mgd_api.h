@@ -208,9 +208,12 @@ int mgd_source_freeze_whole(struct mgd_source *source, struct mgd_error *err);
 
 /* ---------------------------------------------------------------- target engine */
 
+/* The region's memory is not to be reserved: the pool holds less than all of it, or somebody has reserved it already. */
+#define MGD_TARGET_UNRESERVED 1
+
 struct mgd_target_region {
 	int memory_fd; /* the memfd.  Duplicated; the alias is mapped by the engine. */
-	uint32_t reserved;
+	uint32_t flags; /* MGD_TARGET_* */
 	uint64_t size_bytes;
 	uint64_t host_page_bytes;
 };

@@ -321,7 +321,9 @@ static inline int migrated_map(struct migrated_guest *guest, const struct migrat
 		struct migrated_region *r = &guest->regions[i];
 
 		if (!guest->has_memory) {
-			void *memory = mmap(NULL, r->size_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fds[i], 0);
+			/* The agent has reserved what is to be reserved. */
+			void *memory = mmap(NULL, r->size_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE,
+					    fds[i], 0);
 
 			if (memory == MAP_FAILED)
 				return -1;

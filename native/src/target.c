@@ -77,6 +77,7 @@ static int check_region(const struct mgd_target_region *region, uint32_t index, 
 static int map_alias(struct mgd_alias *alias, const struct mgd_target_region *region, uint32_t index,
 		     struct mgd_error *err)
 {
+	int unreserved = region->flags & MGD_TARGET_UNRESERVED ? MAP_NORESERVE : 0;
 	struct stat status;
 	void *memory;
 
@@ -88,7 +89,7 @@ static int map_alias(struct mgd_alias *alias, const struct mgd_target_region *re
 	if ((uint64_t)status.st_size < region->size_bytes)
 		return mgd_fail(err, MGD_ERR_ARGUMENT, "region %u: its file has %llu bytes, %llu are needed", index,
 				(unsigned long long)status.st_size, (unsigned long long)region->size_bytes);
-	memory = mmap(NULL, region->size_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, alias->memory_fd, 0);
+	memory = mmap(NULL, region->size_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | unreserved, alias->memory_fd, 0);
 	if (memory == MAP_FAILED) {
 		int code = errno;
 

@@ -30,6 +30,7 @@ from migrated.guests.driver import FaultSource, Region, TargetMemory
 from migrated.guests.images import build_bootsector
 from migrated.guests.pidfd import PidHandle, open_files
 from migrated.guests.qemu import QemuSourceConfig, QemuTargetConfig, decode_config, parse_preface, preface
+from migrated.guests.qemu_command import check_command
 from migrated.guests.qemu_source import QemuSource
 from migrated.guests.qemu_target import QemuTarget
 from migrated.guests.qmp import Monitor
@@ -487,6 +488,13 @@ async def test_a_command_that_cannot_work_is_refused_before_anything_starts(
     await target.kill()
     await target.close()
     assert not list(tmp_path.iterdir())
+
+
+def test_memory_that_is_not_to_be_reserved_is_not_reserved_by_qemu_either() -> None:
+    with pytest.raises(GuestRefusedError, match="reserve=off"):
+        check_command("vm", target_command(), RAM, reserve=False)
+    check_command("vm", target_command(options="share=on,reserve=off"), RAM, reserve=False)
+    check_command("vm", target_command(options="share=on,reserve=off"), RAM)
 
 
 async def test_a_failed_start_leaves_nothing_behind(tmp_path: Path) -> None:
