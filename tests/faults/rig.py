@@ -82,6 +82,16 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+def zombies(pid: int) -> list[int]:
+    """Children that have ended and whose exit status nobody has collected."""
+    children: list[int] = []
+    with contextlib.suppress(OSError):
+        for path in Path(f"/proc/{pid}/task").glob("*/children"):
+            with contextlib.suppress(OSError):
+                children += [int(child) for child in path.read_text().split()]
+    return [child for child in children if os.path.exists(f"/proc/{child}") and not is_alive(child)]
+
+
 def descriptors(pid: int) -> collections.Counter[str]:
     """What the process has open, by kind."""
     kinds: collections.Counter[str] = collections.Counter()
@@ -376,10 +386,11 @@ class Rig:
             for line in guest_mappings(agent.pid):
                 yield f"{agent.role}: {line}"
             now = descriptors(agent.pid)
-            # Guests that arrived are the target's children: it keeps their pidfds to collect their exit status, of those
-            # that have moved on until it starts the next.
-            if now.pop(PIDFD, 0) > 2:
-                yield f"{agent.role}: many pidfds"
+            # A guest that arrived is the target's child: it keeps its pidfd to collect its exit status.
+            if (count := now.pop(PIDFD, 0)) > len(guests):
+                yield f"{agent.role}: {count} pidfds"
+            for pid in zombies(agent.pid):
+                yield f"{agent.role}: zombie {pid}"
             if (base := self.baseline.get(agent.role)) is not None and (more := now - base):
                 yield f"{agent.role}: descriptors {dict(more)}"
             for path in (agent.state_dir / "journal").glob("*.[jnr]*"):
