@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 import uvloop
 
-from benchmarks import comparison, figures
+from benchmarks import bounds, comparison, figures
 from benchmarks.guest import LOADS
 from benchmarks.network import RATES
 from benchmarks.report import Section
@@ -30,6 +30,8 @@ SECTIONS: dict[str, Callable[[Settings], Awaitable[Section]]] = {
     "throughput": figures.throughput,
     "faults": figures.faults,
     "pace": figures.pace,
+    "limits": bounds.limits,
+    "sparse": bounds.sparse,
     "comparison": comparison.run,
 }
 COMPARED = ("idle", "sparse", "hot", "dense")

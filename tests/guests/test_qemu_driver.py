@@ -491,7 +491,7 @@ async def test_a_command_that_cannot_work_is_refused_before_anything_starts(
 
 
 def test_memory_that_is_not_to_be_reserved_is_not_reserved_by_qemu_either() -> None:
-    with pytest.raises(GuestRefusedError, match="reserve=off"):
+    with pytest.raises(GuestRefusedError, match="would reserve it"):
         check_command("vm", target_command(), RAM, reserve=False)
     check_command("vm", target_command(options="share=on,reserve=off"), RAM, reserve=False)
     check_command("vm", target_command(options="share=on,reserve=off"), RAM)
