@@ -60,9 +60,14 @@ class HostAgent(Generic[M]):
 
     def _launch(self, migration: M) -> None:
         self._roster.add(migration)
-        task = asyncio.ensure_future(migration.run())
+        task = asyncio.ensure_future(self._run(migration))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    async def _run(self, migration: M) -> None:
+        await migration.run()
+        if self._roster.of_guest(migration.record.guest) is None:  # the next may have begun when this one had its end
+            self._residents.tidy(migration.record.guest)
 
     async def _wind_up(self) -> None:
         """Take nothing new, abort what can be aborted, and stay until nobody needs this process.

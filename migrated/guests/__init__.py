@@ -79,6 +79,12 @@ class Residents:
         path.mkdir(parents=True, exist_ok=True)
         return path
 
+    def tidy(self, name: str) -> None:
+        """A migration is over: its directory goes, unless something is kept there."""
+        if name not in self._hubs:  # a hub has it for life
+            with contextlib.suppress(OSError):
+                (self._config.state_dir / "guests" / name).rmdir()
+
     async def __aenter__(self) -> Self:
         if self._config.role == "source":
             for name, table in self._config.guests.items():
