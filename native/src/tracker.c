@@ -15,9 +15,15 @@
  *   - It sees writes through this process's page tables.  Other processes, devices and pinned buffers are the caller's
  *     affair (invariant 7 of the design).
  *   - Scanning a process that has exited reports nothing and fails not: the caller watches the process.
+ *
+ * Walking page tables costs 0.1 µs a huge page and 15 ns a small one, present or not: 60 ms for 1 TiB or 16 GiB, while the
+ * guest is paused.  So large mappings are walked in parts, by as many threads as there are processors.
  */
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -28,10 +34,27 @@
 
 /* Runs fetched by one ioctl: 12 KiB of them; a scattered guest costs a call for each 512. */
 #define SCAN_RUNS 512
+/* A part of a mapping has at least so many pages, below which a thread costs more than it brings. */
+#define PART_PAGES_MIN ((uint64_t)1 << 16)
+#define PARTS_MAX 16
 /* How often an ioctl may find the address space changing before it counts as failed. */
 #define CHANGING_TRIES 1000
 
 enum registration { NOT_REGISTERED, REGISTERED_BY_US, REGISTERED_BEFORE };
+
+/* What one thread does of a walk. */
+struct part {
+	struct mgd_tracker *tracker;
+	struct mgd_mapping mapping; /* or the part of one */
+	int (*walk)(struct part *part, struct mgd_error *err);
+	uint64_t flags, any_of, *bitmap; /* of a scan */
+	uint64_t bytes; /* found by it */
+	struct mgd_page_region runs[SCAN_RUNS];
+	pthread_t thread;
+	bool started;
+	int result;
+	struct mgd_error error;
+};
 
 struct mgd_tracker {
 	int pagemap_fd, uffd;
@@ -39,7 +62,8 @@ struct mgd_tracker {
 	struct mgd_mapping *mappings;
 	enum registration *registered; /* [mapping_count] */
 	uint64_t *page_bytes; /* [region_count] */
-	struct mgd_page_region runs[SCAN_RUNS];
+	struct part *parts; /* [part_count] */
+	uint64_t part_count;
 };
 
 static int check_mapping(const struct mgd_mapping *mapping, const uint64_t *page_bytes, uint32_t region_count,
@@ -64,6 +88,13 @@ static int check_mapping(const struct mgd_mapping *mapping, const uint64_t *page
 			(unsigned long long)mapping->length_bytes, (unsigned long long)mapping->offset,
 			(unsigned long long)page);
 	return 0;
+}
+
+static uint64_t processors(void)
+{
+	long count = sysconf(_SC_NPROCESSORS_ONLN);
+
+	return count < 1 ? 1 : count > PARTS_MAX ? PARTS_MAX : (uint64_t)count;
 }
 
 int mgd_tracker_create(int pagemap_fd, int uffd, const struct mgd_mapping *mappings, uint32_t mapping_count,
@@ -93,7 +124,9 @@ int mgd_tracker_create(int pagemap_fd, int uffd, const struct mgd_mapping *mappi
 	tracker->mappings = malloc(mapping_count * sizeof(*mappings));
 	tracker->registered = calloc(mapping_count, sizeof(*tracker->registered));
 	tracker->page_bytes = malloc(region_count * sizeof(*page_bytes));
-	if (!tracker->mappings || !tracker->registered || !tracker->page_bytes) {
+	tracker->part_count = processors();
+	tracker->parts = calloc(tracker->part_count, sizeof(*tracker->parts));
+	if (!tracker->mappings || !tracker->registered || !tracker->page_bytes || !tracker->parts) {
 		mgd_fail_errno(err, ENOMEM, "tracker");
 		goto failed;
 	}
@@ -118,8 +151,80 @@ void mgd_tracker_destroy(struct mgd_tracker *tracker)
 	free(tracker->mappings);
 	free(tracker->registered);
 	free(tracker->page_bytes);
+	free(tracker->parts);
 	free(tracker);
 }
+
+/* ---------------------------------------------------------------- walking in parts */
+
+static void *walk_part(void *argument)
+{
+	struct part *part = argument;
+
+	part->result = part->walk(part, &part->error);
+	return NULL;
+}
+
+/* The last part is what the calling thread does itself, with all that no thread could be had for. */
+static int walk_all(struct part *parts, uint64_t count, struct mgd_error *err)
+{
+	sigset_t all, before;
+	int result = 0;
+
+	sigfillset(&all); /* signals are for the caller's threads */
+	pthread_sigmask(SIG_SETMASK, &all, &before);
+	for (uint64_t i = 0; i + 1 < count; i++)
+		parts[i].started = !pthread_create(&parts[i].thread, NULL, walk_part, &parts[i]);
+	pthread_sigmask(SIG_SETMASK, &before, NULL);
+	for (uint64_t i = count; i-- > 0;)
+		if (!parts[i].started)
+			walk_part(&parts[i]);
+	for (uint64_t i = 0; i < count; i++) {
+		if (parts[i].started)
+			pthread_join(parts[i].thread, NULL);
+		if (parts[i].result && !result) {
+			result = -1;
+			if (err)
+				*err = parts[i].error;
+		}
+	}
+	return result;
+}
+
+/* Have every part of a mapping walked as `what` says; the bytes found are added to its own. */
+static int walk_mapping(struct mgd_tracker *tracker, const struct mgd_mapping *mapping, struct part *what,
+			struct mgd_error *err)
+{
+	uint64_t page = tracker->page_bytes[mapping->region], pages = mapping->length_bytes / page, done = 0;
+	uint64_t count = pages / PART_PAGES_MIN;
+	int result;
+
+	count = count < 1 ? 1 : count > tracker->part_count ? tracker->part_count : count;
+	for (uint64_t i = 0; i < count; i++) {
+		struct part *part = &tracker->parts[i];
+		uint64_t share = (pages - done) / (count - i);
+
+		part->tracker = tracker;
+		part->walk = what->walk;
+		part->flags = what->flags;
+		part->any_of = what->any_of;
+		part->bitmap = what->bitmap;
+		part->mapping = *mapping;
+		part->mapping.address += done * page;
+		part->mapping.offset += done * page;
+		part->mapping.length_bytes = share * page;
+		part->bytes = 0;
+		part->started = false;
+		part->result = 0;
+		done += share;
+	}
+	result = walk_all(tracker->parts, count, err);
+	for (uint64_t i = 0; i < count; i++)
+		what->bytes += tracker->parts[i].bytes;
+	return result;
+}
+
+/* ---------------------------------------------------------------- arming */
 
 static int write_protect(const struct mgd_tracker *tracker, const struct mgd_mapping *mapping, int on,
 			 struct mgd_error *err)
@@ -139,8 +244,15 @@ static int write_protect(const struct mgd_tracker *tracker, const struct mgd_map
 	return 0;
 }
 
+static int protect_part(struct part *part, struct mgd_error *err)
+{
+	return write_protect(part->tracker, &part->mapping, 1, err);
+}
+
 int mgd_tracker_arm(struct mgd_tracker *tracker, int already_registered, struct mgd_error *err)
 {
+	struct part what = {.walk = protect_part};
+
 	for (uint32_t i = 0; i < tracker->mapping_count; i++) {
 		const struct mgd_mapping *mapping = &tracker->mappings[i];
 
@@ -152,7 +264,7 @@ int mgd_tracker_arm(struct mgd_tracker *tracker, int already_registered, struct 
 				goto failed;
 			tracker->registered[i] = REGISTERED_BY_US;
 		}
-		if (write_protect(tracker, mapping, 1, err))
+		if (walk_mapping(tracker, mapping, &what, err))
 			goto failed;
 	}
 	return 0;
@@ -189,7 +301,9 @@ int mgd_tracker_disarm(struct mgd_tracker *tracker, struct mgd_error *err)
 	return result;
 }
 
-/* Set bits [first, end).  Senders may be taking words of the bitmap away at the same time. */
+/* ---------------------------------------------------------------- scanning */
+
+/* Set bits [first, end).  Other parts may be setting, and senders taking words of the bitmap away at the same time. */
 static void set_bits(uint64_t *bitmap, uint64_t first, uint64_t end)
 {
 	while (first < end) {
@@ -214,21 +328,22 @@ static int fail_scan(const struct mgd_mapping *mapping, int reason, struct mgd_e
 			      (unsigned long long)mapping->length_bytes);
 }
 
-/* Walk one mapping: the pages that match `any_of`, with ioctl flags `flags`, become bits. */
-static int scan_mapping(struct mgd_tracker *tracker, const struct mgd_mapping *mapping, uint64_t flags, uint64_t any_of,
-			uint64_t *bitmap, uint64_t *bytes, struct mgd_error *err)
+/* The pages that match part->any_of become bits. */
+static int scan_part(struct part *part, struct mgd_error *err)
 {
+	const struct mgd_tracker *tracker = part->tracker;
+	const struct mgd_mapping *mapping = &part->mapping;
 	uint64_t page = tracker->page_bytes[mapping->region], next_page = 0;
 	uint64_t end = mapping->address + mapping->length_bytes;
 	struct mgd_pm_scan_arg arg = {
 		.size = sizeof(arg),
-		.flags = flags,
+		.flags = part->flags,
 		.start = mapping->address,
 		.end = end,
-		.vec = (uint64_t)(uintptr_t)tracker->runs,
+		.vec = (uint64_t)(uintptr_t)part->runs,
 		.vec_len = SCAN_RUNS,
-		.category_anyof_mask = any_of,
-		.return_mask = any_of,
+		.category_anyof_mask = part->any_of,
+		.return_mask = part->any_of,
 	};
 	int tries = 0;
 
@@ -244,13 +359,13 @@ static int scan_mapping(struct mgd_tracker *tracker, const struct mgd_mapping *m
 		 * in the range is no longer known, and everything in it counts as written.
 		 */
 		if (count < 0) {
-			set_bits(bitmap, (arg.start - mapping->address + mapping->offset) / page,
+			set_bits(part->bitmap, (arg.start - mapping->address + mapping->offset) / page,
 				 (mapping->offset + mapping->length_bytes) / page);
-			*bytes += end - arg.start;
+			part->bytes += end - arg.start;
 			return 0;
 		}
 		for (int i = 0; i < count; i++) {
-			const struct mgd_page_region *run = &tracker->runs[i];
+			const struct mgd_page_region *run = &part->runs[i];
 			uint64_t first, last;
 
 			if (run->start < mapping->address || run->end > end || run->start >= run->end)
@@ -258,12 +373,12 @@ static int scan_mapping(struct mgd_tracker *tracker, const struct mgd_mapping *m
 						(unsigned long long)run->start, (unsigned long long)run->end);
 			first = (run->start - mapping->address + mapping->offset) / page;
 			last = (run->end - 1 - mapping->address + mapping->offset) / page;
-			set_bits(bitmap, first, last + 1);
+			set_bits(part->bitmap, first, last + 1);
 			/* Two runs may share a huge page where the array was full in between. */
 			if (first < next_page)
 				first = next_page;
 			if (first <= last)
-				*bytes += (last + 1 - first) * page;
+				part->bytes += (last + 1 - first) * page;
 			next_page = last + 1;
 		}
 		if (arg.walk_end <= arg.start && ++tries > CHANGING_TRIES)
@@ -282,16 +397,15 @@ static int scan_mapping(struct mgd_tracker *tracker, const struct mgd_mapping *m
 static int scan_all(struct mgd_tracker *tracker, uint64_t flags, uint64_t any_of, uint64_t **bitmaps,
 		    uint64_t *out_bytes, struct mgd_error *err)
 {
-	uint64_t bytes = 0;
+	struct part what = {.walk = scan_part, .flags = flags, .any_of = any_of};
 	int result = 0;
 
 	for (uint32_t i = 0; i < tracker->mapping_count && !result; i++) {
-		const struct mgd_mapping *mapping = &tracker->mappings[i];
-
-		result = scan_mapping(tracker, mapping, flags, any_of, bitmaps[mapping->region], &bytes, err);
+		what.bitmap = bitmaps[tracker->mappings[i].region];
+		result = walk_mapping(tracker, &tracker->mappings[i], &what, err);
 	}
 	if (out_bytes)
-		*out_bytes = bytes;
+		*out_bytes = what.bytes;
 	return result;
 }
 

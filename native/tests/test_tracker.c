@@ -252,6 +252,22 @@ static void exactly_the_written_pages(struct guest *guest)
 	finish(guest);
 }
 
+/* Large mappings are walked in parts: nothing is lost, or told twice, where they meet. */
+static void parts_of_a_large_mapping(struct guest *guest)
+{
+	arm(guest);
+	for (uint64_t part = 0; part <= 12; part++) {
+		uint64_t page = part * guest->pages / 12;
+		uint64_t first = page > 2 ? page - 2 : 0, end = page + 2 < guest->pages ? page + 2 : guest->pages;
+
+		order(guest, ORDER_WRITE, first, end - first);
+		check_reported(guest, first, end - first);
+		check_reported(guest, 0, 0);
+	}
+	disarm(guest);
+	finish(guest);
+}
+
 /* More runs than one ioctl returns: every other page. */
 static void scattered_writes(struct guest *guest)
 {
@@ -430,6 +446,7 @@ static const struct {
 	uint64_t base_pages, huge_pages;
 } TESTS[] = {
 	{"exactly_the_written_pages", exactly_the_written_pages, 3000, 16},
+	{"parts_of_a_large_mapping", parts_of_a_large_mapping, 300000, 12},
 	{"scattered_writes", scattered_writes, 2500, 12},
 	{"writes_after_a_drop", writes_after_a_drop, 64, 8},
 	{"no_write_is_lost", no_write_is_lost, 700, 16},
