@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+from migrated.record import State
+
 if TYPE_CHECKING:
     from migrated.memory.engine import SourceStats
     from migrated.rates import Rates
@@ -19,7 +21,12 @@ def update(record: Record, stats: SourceStats, rates: Rates, *, frozen: bool) ->
     record.transferred_bytes = stats.wire_bytes
     record.throughput_bytes_per_second = rates.throughput
     record.dirty_bytes_per_second = rates.dirty_rate
-    record.remaining_bytes = stats.stale_pages_left * record.page_size if frozen else stats.dirty_bytes
+    if not frozen:
+        record.remaining_bytes = stats.dirty_bytes
+    elif record.state in (State.POSTCOPY, State.COMPLETED):
+        record.remaining_bytes = stats.stale_pages_left * record.page_size
+    else:  # what was under way when the connection was lost may not have arrived: at most all that was stale
+        record.remaining_bytes = max(stats.stale_pages_left, record.stale_pages) * record.page_size
     record.bytes_by_kind = {
         "payload": stats.payload_bytes,
         "header": stats.header_bytes,
