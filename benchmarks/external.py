@@ -28,6 +28,7 @@ async def move(
     *,
     memory_bytes: int,
     page_bytes: int = 2 * MIB,
+    target_page_bytes: int | None = None,
     limit_seconds: float = 120,
     guest_load: dict[str, Any] | None = None,
     before: Callable[[], Awaitable[None]] | None = None,
@@ -36,7 +37,13 @@ async def move(
     """Move a guest under ``load`` once; ``options`` are those of `migrated start`; ``before`` runs beside the guest."""
     sample = Sample(system="migrated", path=link.name, load=load, memory_bytes=memory_bytes)
     async with (
-        guest_at_work(link, guest_load or LOADS[load], memory_bytes=memory_bytes, page_bytes=page_bytes) as watched,
+        guest_at_work(
+            link,
+            guest_load or LOADS[load],
+            memory_bytes=memory_bytes,
+            page_bytes=page_bytes,
+            target_page_bytes=target_page_bytes,
+        ) as watched,
         AgentPair(
             watched.guest.directory,
             source_guests={watched.guest.name: watched.guest.source_table()},

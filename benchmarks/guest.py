@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +96,15 @@ class Watched:
 
 @contextlib.asynccontextmanager
 async def guest_at_work(
-    link: Link, load: str | dict[str, Any], *, memory_bytes: int, page_bytes: int = 2 * MIB
+    link: Link,
+    load: str | dict[str, Any],
+    *,
+    memory_bytes: int,
+    page_bytes: int = 2 * MIB,
+    target_page_bytes: int | None = None,
 ) -> AsyncIterator[Watched]:
     """Boot it on the source's side, with huge pages for both sides; ends it, its files and its pages afterwards."""
+    target_page_bytes = target_page_bytes or page_bytes
     directory = Path(tempfile.mkdtemp(prefix="mgb-", dir=short_directory()))
     try:
         guest = QemuGuest(
@@ -109,11 +115,12 @@ async def guest_at_work(
             accel="kvm",
             memory_bytes=memory_bytes,
             page_bytes=page_bytes,
+            target_page_bytes=target_page_bytes,
             load=LOADS[load] if isinstance(load, str) else load,
             extra=("-name", "bench,debug-threads=on"),
         )
         await asyncio.to_thread(guest.source_command)
-        with huge_pages(2 * memory_bytes, page_bytes):
+        with pages_for(memory_bytes, page_bytes, target_page_bytes):
             running = RunningQemu(guest)
             running.console = console = TimedConsole(guest.name)
             try:
@@ -124,6 +131,15 @@ async def guest_at_work(
                 await end_arrived(directory)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def pages_for(memory_bytes: int, *sides: int) -> Iterator[None]:
+    """Huge pages for a guest of this size on every side, each with its page size; 4 KiB needs none."""
+    with contextlib.ExitStack() as stack:
+        for page_bytes in {page for page in sides if page > 4096}:
+            stack.enter_context(huge_pages(sides.count(page_bytes) * memory_bytes, page_bytes))
+        yield
 
 
 def arrived_pids(directory: Path) -> list[int]:
