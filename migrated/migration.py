@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import structlog
 
-from migrated.errors import MigratedError, hinted
+from migrated.errors import AbortedError, MigratedError, hinted, named
 from migrated.memory.engine import Event, EventKind
 from migrated.record import NEXT, ErrorInfo, Record, State, StateChange
+
+if TYPE_CHECKING:
+    from migrated.guests.driver import SourceGuest, TargetGuest
+    from migrated.survival import Survival
 
 T = TypeVar("T")
 
@@ -127,16 +131,6 @@ class Migration:
         level("state", before=before.value, state=state.value, **({"error": str(error)} if error else {}))
         self.notify()
 
-    def fail_unforeseen(self, error: Exception) -> None:
-        """The last resort of `run`: a mistake of ours ends this migration in a named state, never the agent."""
-        self.log.error("a migration met an error nobody foresaw: this is a bug", error=str(error), exc_info=error)
-        if not self.record.ended:
-            self.record.state = State.FAILED
-            self.record.error = ErrorInfo(**{k: str(v) for k, v in hinted(error).items() if k != "state"})
-            self.record.ended_at = time.time()
-            self.record.timeline.append(StateChange(State.FAILED, self.record.ended_at))
-            self.notify()
-
     def notify(self) -> None:
         """Wake watchers."""
         for watcher in self._watchers:
@@ -172,9 +166,52 @@ class Migration:
         """Whether only the other agent can bring it on."""
         return self.record.state in (State.POSTCOPY_PAUSED, State.RECOVERING) or self.record.ended
 
+    # ------------------------------------------------------------ begin and end
+
     async def run(self) -> None:
         """The whole migration; ends in a final state, never raises."""
+        ticker = asyncio.ensure_future(self.tick())
+        try:
+            await self._migrate()
+        except Exception as error:  # noqa: BLE001 - the last resort
+            self._fail_unforeseen(error)
+        finally:
+            ticker.cancel()
+            await self._let_go()
+            self._over = True
+            await self._after_the_end()
+
+    async def _migrate(self) -> None:
+        """The flow, failures included; returns in a final state."""
         raise NotImplementedError
+
+    async def _let_go(self) -> None:
+        """Descriptors, threads, tasks: whatever the end was, cancelled too.  Leaves the guest as it is."""
+        await self.stop_background()
+
+    async def _after_the_end(self) -> None:
+        """What is still to be said once nothing of the migration is left."""
+
+    def end_before_commit(self, error: BaseException) -> None:
+        """As aborted where somebody asked for it, here or on the other side, else as failed."""
+        asked = named(error).code == AbortedError.default_code
+        self.set_state(State.ABORTED if asked else State.FAILED, error)
+
+    async def set_guest_free(self, guest: SourceGuest | TargetGuest, survival: Survival[Any]) -> None:
+        """With every page on the target: the guest needs nothing of ours any more, a next agent nothing of this migration."""
+        await quietly(guest.release(), self.log, "release the guest")
+        await survival.over()
+        self.record.error = None
+
+    def _fail_unforeseen(self, error: Exception) -> None:
+        """The last resort of `run`: a mistake of ours ends this migration in a named state, never the agent."""
+        self.log.error("a migration met an error nobody foresaw: this is a bug", error=str(error), exc_info=error)
+        if not self.record.ended:
+            self.record.state = State.FAILED
+            self.record.error = ErrorInfo(**{k: str(v) for k, v in hinted(error).items() if k != "state"})
+            self.record.ended_at = time.time()
+            self.record.timeline.append(StateChange(State.FAILED, self.record.ended_at))
+            self.notify()
 
     def abort(self) -> None:
         """Give up; ConflictError when that cannot be done any more."""

@@ -16,8 +16,9 @@ from migrated.guests.driver import Region, SourceMemory
 from migrated.host_agent import HostAgent
 from migrated.journal import Journal, SourceEntry
 from migrated.record import Record
-from migrated.source.migration import Recovered, SourceMigration
+from migrated.source.migration import SourceMigration
 from migrated.source.options import Options
+from migrated.source.stage import Recovered
 from migrated.survival import Legacy, Survival
 
 log = structlog.get_logger("migrated.source")

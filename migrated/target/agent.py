@@ -38,7 +38,9 @@ from migrated.protocol.transitions import Role
 from migrated.protocol.transitions import State as SessionState
 from migrated.record import Record
 from migrated.survival import Legacy, Survival
-from migrated.target.migration import Recovered, TargetMigration
+from migrated.target.memory import GuestMemory
+from migrated.target.migration import TargetMigration
+from migrated.target.stage import Recovered
 from migrated.waiting import within
 
 log = structlog.get_logger("migrated.target")
@@ -186,7 +188,7 @@ class TargetAgent(HostAgent[TargetMigration]):
             link=None,
             config=self.config,
             survival=survival,
-            legacy=Recovered(entry, memory, ledger_fd, faults),
+            legacy=Recovered(entry, GuestMemory(memory, ledger_fd), faults),
         )
         self._launch(migration)
 
@@ -273,7 +275,7 @@ class TargetAgent(HostAgent[TargetMigration]):
         if migration is None or migration.record.ended:
             raise RemoteProtocolError("a page connection for a session that is not known here")
         stream = URGENT if preamble.purpose is Purpose.URGENT else preamble.stream
-        await migration.add_stream(stream, sock.detach())
+        await migration.connection.add_stream(stream, sock.detach())
 
     def _by_session(self, preamble: Preamble) -> TargetMigration | None:
         for migration in self._roster:
@@ -289,10 +291,7 @@ class TargetAgent(HostAgent[TargetMigration]):
         reader, writer = await asyncio.open_connection(sock=socket.socket(fileno=sock.detach()))
         if known is not None:
             link = ControlLink(known.session, reader, writer, heartbeat=heartbeat(self.config.timeouts))
-            if known.over:
-                await known.answer_late(link)
-            else:
-                known.reattach(link)
+            await known.dialled(link)
             return
         try:
             async with within(self.config.timeouts.handshake, "the first message"):

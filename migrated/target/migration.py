@@ -1,20 +1,17 @@
 """One migration, seen from the target: memory, fault server, guest process, switch-over, and the last page.
 
-until committed   everything that can be undone.  A failure before `Loaded` was sent leads to `_clean_up`: nothing of the
+until committed   everything that can be undone.  A failure before `Loaded` was sent leads to rollback.py: nothing of the
                   guest is left here.  After `Loaded` only the source knows whether COMMIT was given: a lost connection
                   then means waiting for it to come back (state postcopy-paused), with the guest paused and kept.
-after COMMIT      the guest runs.  The engine's threads serve its faults whatever happens to this file's tasks; a lost
-                  connection makes it wait for the pages that are missing, until the source dials again.
+after COMMIT      the guest runs.  The engine's threads serve its faults whatever happens to our tasks; a lost connection
+                  makes it wait for the pages that are missing, until the source dials again (reconnect.py).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
-import functools
 import hmac
-import os
 import time
 from typing import TYPE_CHECKING
 
@@ -28,28 +25,20 @@ from migrated.errors import (
     RemoteProtocolError,
     named,
 )
-from migrated.guests.driver import FaultSource, Region, TargetGuest, TargetMemory
+from migrated.guests.driver import Region, TargetGuest
 from migrated.journal import TargetEntry, process_started
-from migrated.link import ControlLink, StatePipe
-from migrated.memory import memfd
-from migrated.memory.engine import URGENT, Event, EventKind, TargetEngine, ledger_bytes
+from migrated.memory.engine import Event, EventKind, TargetEngine
 from migrated.migration import Migration, quietly
-from migrated.protocol.bounds import abort_of
 from migrated.protocol.messages import (
     Abort,
-    Aborted,
     BarrierAck,
     Commit,
     Done,
     Hello,
-    Lacking,
-    LackingEnd,
     Loaded,
     Populated,
     Ready,
     Released,
-    Resume,
-    Resumed,
     Round,
     Running,
     StaleMap,
@@ -60,38 +49,26 @@ from migrated.protocol.transitions import State as SessionState
 from migrated.rates import Rates
 from migrated.record import Record, State
 from migrated.target import figures
+from migrated.target.connection import SourceConnection
+from migrated.target.memory import GuestMemory
+from migrated.target.reconnect import Reconnect
+from migrated.target.rollback import Rollback
+from migrated.target.stage import JournalledStage
 from migrated.waiting import in_thread, within
 
 if TYPE_CHECKING:
     from migrated.config import AgentConfig
+    from migrated.link import ControlLink
     from migrated.protocol.session import Session
     from migrated.survival import Survival
+    from migrated.target.stage import Recovered
 
-#: How long a page connection may wait for the engine it belongs to.
-STREAM_WAIT_SECONDS = 10.0
 #: Zeroing a huge page that was never used takes the hypervisor's time more than ours: two at once pay.
 POPULATE_THREADS = 2
 #: Codes of errors that say that there is no guest any more.
 GUEST_OVER = frozenset({"guest-died", "guest-gone"})
 #: Between two tries to run the guest after COMMIT.
 RESUME_PAUSE_SECONDS = 0.2
-
-#: What a target answers a Resume with.
-STANDING = {
-    SessionState.RESUMING_LOADED: "loaded",
-    SessionState.RESUMING_RUNNING: "running",
-    SessionState.RESUMING_DONE: "done",
-}
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Recovered:
-    """What is left of a migration whose agent died."""
-
-    entry: TargetEntry
-    memory: tuple[TargetMemory, ...]
-    ledger_fd: int
-    faults: FaultSource
 
 
 class TargetMigration(Migration):
@@ -128,22 +105,20 @@ class TargetMigration(Migration):
         self.session = session
         self._guest = guest
         self._page_bytes = page_bytes
-        self._reserved = reserve
-        self._config = config
+        self._reserve = reserve
         self._timeouts = config.timeouts
         self._survival = survival
         self._legacy = legacy
-        self._entry = TargetEntry(hello=hello, stage="setup", peer=self.record.peer, started_at=self.record.started_at)
-        self._current_link = link
-        self._pipe = StatePipe()
-        if link is not None:
-            self._pipe.attach(link)
-        self._engine: TargetEngine | None = None
-        self._memory: tuple[TargetMemory, ...] = ()
-        self._ledger_fd = -1
-        self._streams_wanted = asyncio.Event()
+        if legacy is not None:
+            entry, self._memory = legacy.entry, legacy.memory
+        else:
+            entry = TargetEntry(hello=hello, stage="setup", peer=self.record.peer, started_at=self.record.started_at)
+            self._memory = GuestMemory()
+        self._stage = JournalledStage(survival, entry, self.record)
+        self.connection = SourceConnection(self, session, link, bulk_streams=hello.streams)
+        self._reconnect = Reconnect(self, self.connection, config.timeouts)
+        self._rollback = Rollback(self, self.connection, guest, self._memory, survival)
         self._mapped = asyncio.Event()
-        self._reattached: asyncio.Queue[ControlLink] = asyncio.Queue()
         self._paused_at: float | None = None
         self._abandoned = 0  # pages poisoned since their source is lost
         self._rates = Rates()
@@ -154,53 +129,40 @@ class TargetMigration(Migration):
 
     # ------------------------------------------------------------ the flow
 
-    async def run(self) -> None:
-        """The whole migration; ends in a final state, never raises."""
-        ticker = asyncio.ensure_future(self.tick())
+    async def _migrate(self) -> None:
         try:
-            try:
-                if self._legacy is not None:
-                    await self._recover(self._legacy)
-                else:
-                    self.background(self._watch_link(self._link))
-                    await self.failure.guard(self._until_committed())
-            except Exception as error:  # noqa: BLE001 - whatever it is, it ends in a named state
-                reason = self.failure.error or error
-                if not self.session.committed and not await self._wait_for_word(reason):
-                    return
-            await self._after_commit()
-        except Exception as error:  # noqa: BLE001 - the last resort
-            self.fail_unforeseen(error)
-        finally:
-            ticker.cancel()
-            await self._let_go()
-            self._over = True
-            while not self._reattached.empty():  # dialled while we came to the end, when nobody waited for it any more
-                late = self._reattached.get_nowait()
-                await quietly(self.answer_late(late), self.log, "answer a source that dialled at the end")
+            if self._legacy is not None:
+                await self._recover(self._legacy)
+            else:
+                self.connection.watch(self._link)
+                await self.failure.guard(self._until_committed())
+        except Exception as error:  # noqa: BLE001 - whatever it is, it ends in a named state
+            reason = self.failure.error or error
+            if not self.session.committed and not await self._wait_for_word(reason):
+                return
+        await self._after_commit()
 
     async def _until_committed(self) -> None:
         hello = self.hello
         regions = tuple(Region(r.name, r.size_bytes, r.page_bytes) for r in hello.regions)
         await self._guest.check(regions)
-        self._memory = await self._reserve(regions)
-        self.record.page_size = max(piece.region.page_bytes for piece in self._memory)
-        self._ledger_fd = os.memfd_create("migrated-ledger", os.MFD_CLOEXEC)
-        os.ftruncate(self._ledger_fd, ledger_bytes(self._memory))
-        engine = self._engine = TargetEngine(self._memory, hello.streams, self._ledger_fd, hello.block_secret)
-        engine.watch(asyncio.get_running_loop(), self.on_engine_event)
+        memory = self._memory
+        await memory.allocate(regions, self._page_bytes, reserve=self._reserve)
+        self.record.page_size = max(memory.page_bytes)
+        engine = self._make_engine(recover=False)
         async with within(self._timeouts.guest_start, f"the incoming process of {hello.guest} to start"):
-            faults = await self._guest.start(self._memory)
+            faults = await self._guest.start(memory.pieces)
         # Should we die from here on, the next agent finds the guest, its memory and its faults.
-        await self._survival.hold([faults.uffd, self._ledger_fd, *(piece.memory_fd for piece in self._memory)])
-        self._entry.pid, self._entry.pid_started = faults.pid, process_started(faults.pid)
-        self._entry.page_bytes = tuple(piece.region.page_bytes for piece in self._memory)
-        await self._note("setup")
+        await self._survival.hold([faults.uffd, *memory.fds])
+        entry = self._stage.entry
+        entry.pid, entry.pid_started = faults.pid, process_started(faults.pid)
+        entry.page_bytes = memory.page_bytes
+        await self._stage.write("setup")
         engine.arm(faults.uffd, faults.mappings)
         self.background(self._watch_guest())
         load = self.background(self._load_state())
-        self._streams_wanted.set()
-        await self._link.send(Ready(tuple(piece.region.page_bytes for piece in self._memory)))
+        self.connection.streams_wanted.set()
+        await self._link.send(Ready(memory.page_bytes))
         self.set_state(State.PRECOPY)
         try:
             await self._converse()
@@ -208,59 +170,30 @@ class TargetMigration(Migration):
             if not self.session.committed:
                 load.cancel()
 
-    async def _reserve(self, regions: tuple[Region, ...]) -> tuple[TargetMemory, ...]:
-        """A memfd a region, reserved (unless not so wanted) before anything is started; none is left when one fails."""
-        fds: list[int] = []
-        try:
-            memory = []
-            for region in regions:
-                fd, page_bytes = await in_thread(
-                    functools.partial(
-                        memfd.reserve,
-                        region.size_bytes,
-                        self._page_bytes,
-                        name=region.name,
-                        reserved=self._reserved,
-                    ),
-                    undo=lambda reserved: os.close(reserved[0]),
-                )
-                fds.append(fd)
-                piece = Region(region.name, region.size_bytes, page_bytes)
-                memory.append(TargetMemory(piece, fd, reserve=self._reserved))
-        except BaseException:
-            for fd in fds:
-                os.close(fd)
-            raise
-        return tuple(memory)
+    def _make_engine(self, *, recover: bool) -> TargetEngine:
+        hello, memory = self.hello, self._memory
+        engine = self.connection.engine = TargetEngine(
+            memory.pieces, hello.streams, memory.ledger_fd, hello.block_secret, recover=recover
+        )
+        engine.watch(asyncio.get_running_loop(), self.on_engine_event)
+        return engine
 
     async def _load_state(self) -> None:
-        await self._guest.load_state(self._pipe)
+        await self._guest.load_state(self.connection.pipe)
         await self._mapped.wait()
-        self._entry.guest = self._guest.memento()
-        await self._note("loaded")
+        self._stage.entry.guest = self._guest.memento()
+        await self._stage.write("loaded")
         await self._link.send(Loaded())
         self.log.info("guest state loaded")
 
-    async def _note(self, stage: str) -> None:
-        """Write down how far we are."""
-        self._entry.stage = stage
-        self._entry.peer = self.record.peer
-        await self._survival.write(self._entry)
-
     async def _recover(self, legacy: Recovered) -> None:
         """Take the guest back from an agent that died: its memory, its ledger, its faults; then go on where that one was."""
-        self._entry = legacy.entry
-        self._memory, self._ledger_fd = legacy.memory, legacy.ledger_fd
         self.record.page_size = max(legacy.entry.page_bytes)
-        hello = self.hello
-        engine = self._engine = TargetEngine(
-            self._memory, hello.streams, self._ledger_fd, hello.block_secret, recover=True
-        )
-        engine.watch(asyncio.get_running_loop(), self.on_engine_event)
+        engine = self._make_engine(recover=True)
         engine.arm(legacy.faults.uffd, legacy.faults.mappings, recovered=True)
         self.background(self._watch_guest())
         self._mapped.set()
-        self._streams_wanted.set()
+        self.connection.streams_wanted.set()
         self.refresh()
         self.log.warning("taken back after a restart of the agent", stage=legacy.entry.stage)
         if not self.session.committed:
@@ -268,7 +201,7 @@ class TargetMigration(Migration):
 
     async def _converse(self) -> None:
         """Obey the source until it says COMMIT."""
-        engine = self._require_engine()
+        engine = self.connection.require_engine()
         while True:
             message = await self._link.receive()
             match message:
@@ -299,19 +232,19 @@ class TargetMigration(Migration):
             self.set_state(State.POSTCOPY_PAUSED, error)
             self.log.warning("the guest is loaded and waits here: only the source knows whether COMMIT was given")
             try:
-                await self._reattach()
+                await self._reconnect.once()
                 await self.failure.guard(self._converse())
             except Exception as again:  # noqa: BLE001 - wait on, or clean up
                 error = self.failure.error or again
             if self.session.committed:
                 return True
-        await self._clean_up(error)
+        await self._rollback.run(error)
         return False
 
     # ------------------------------------------------------------ after COMMIT
 
     async def _after_commit(self) -> None:
-        engine = self._require_engine()
+        engine = self.connection.require_engine()
         running = self.background(self._run_guest())
         engine.background()
         while True:
@@ -331,7 +264,7 @@ class TargetMigration(Migration):
                 if self._all_in():
                     break  # nobody is needed any more; a source that asks again is told so
                 self.set_state(State.POSTCOPY_PAUSED, reason)
-                if not await self._reattach_or_all_in():
+                if not await self._reconnect.until_back_or_all_in():
                     break
         await self._finish()
 
@@ -341,8 +274,8 @@ class TargetMigration(Migration):
         The journal is written beside it: the guest waits for nothing, and until "committed" is written a restarted agent
         would ask the source, which would say COMMIT once more.
         """
-        if self._entry.stage != "running":
-            noted = self.background(quietly(self._note("committed"), self.log, "write the journal"))
+        if self._stage.entry.stage != "running":
+            noted = self.background(quietly(self._stage.write("committed"), self.log, "write the journal"))
             while True:
                 try:
                     await self._guest.resume()
@@ -352,7 +285,7 @@ class TargetMigration(Migration):
                     await asyncio.sleep(RESUME_PAUSE_SECONDS)
             await noted
             self.log.info("the guest runs here")
-            self.background(quietly(self._note("running"), self.log, "write the journal"))
+            self.background(quietly(self._stage.write("running"), self.log, "write the journal"))
         if self._paused_at is not None and self.record.downtime_seconds is None:
             self.record.downtime_seconds = time.monotonic() - self._paused_at
 
@@ -371,8 +304,8 @@ class TargetMigration(Migration):
 
     async def _finish(self) -> None:
         """Set the guest free of us."""
-        engine = self._require_engine()
-        await self._close_link()
+        engine = self.connection.require_engine()
+        await self.connection.disconnect()
         self.refresh()
         try:
             await in_thread(engine.release)
@@ -383,9 +316,7 @@ class TargetMigration(Migration):
                 await self._survival.over()
             self.set_state(State.FAILED, problem)
             return
-        await quietly(self._guest.release(), self.log, "release the guest")
-        await self._survival.over()
-        self.record.error = None
+        await self.set_guest_free(self._guest, self._survival)
         if self._abandoned:
             error = MigratedError(
                 f"abandoned: {self._abandoned} pages of {self.record.guest} never arrived",
@@ -396,168 +327,29 @@ class TargetMigration(Migration):
         else:
             self.set_state(State.COMPLETED)
 
-    # ------------------------------------------------------------ reconnect
+    # ------------------------------------------------------------ connections that come later
 
-    def reattach(self, link: ControlLink) -> None:
-        """The agent has a new control connection for this session, its first message a Resume."""
-        self._reattached.put_nowait(link)
-        self.failure.set(MigratedError(f"{link.peer} dials again", code="reconnected"))
+    async def dialled(self, link: ControlLink) -> None:
+        """The agent has a new control link for this session, not started, its first message a Resume."""
+        if self.over:
+            await self._reconnect.answer_late(link)
+        else:
+            self._reconnect.dialled(link)
 
-    async def _reattach_or_all_in(self) -> bool:
-        """Wait for the source; False when nobody is needed any more: the last page was in, or the rest was abandoned."""
-
-        async def all_in() -> None:
-            await self.all_current.wait()
-            await self.all_mapped.wait()
-
-        back = asyncio.ensure_future(self._reattach_forever())
-        enough = asyncio.ensure_future(all_in())
-        try:
-            await asyncio.wait({back, enough}, return_when=asyncio.FIRST_COMPLETED)
-            if back.done():
-                back.result()
-            return back.done()
-        finally:
-            for task in (back, enough):
-                task.cancel()
-            await asyncio.wait({back, enough})
-
-    async def _reattach_forever(self) -> None:
-        while True:
-            try:
-                await self._reattach()
-            except Exception as error:  # noqa: BLE001 - the next connection may do better
-                self.log.warning("reconnect failed", error=str(error))
-                if self.record.state is State.RECOVERING:
-                    self.set_state(State.POSTCOPY_PAUSED, error)
-            else:
-                return
-
-    async def _close_link(self) -> None:
-        if self._engine is not None and self._engine.alive:
-            await in_thread(self._engine.drop_streams)
-        if self._current_link is not None:
-            await self._current_link.close()
-        self.session.connection_lost()
-
-    async def _reattach(self) -> None:
-        """Wait for the source to dial; tell it where we stand and what is lacking."""
-        await self._close_link()
-        link = await self._reattached.get()
-        while not self._reattached.empty():
-            await link.close()
-            link = self._reattached.get_nowait()
-        self.failure.clear()
-        self.set_state(State.RECOVERING)
-        self._current_link = link
-        self.record.peer = link.peer
-        self.session.reconnected()
-        self._pipe.attach(link)
-        link.start()
-        self.background(self._watch_link(link))
-        limit = self._timeouts.handshake
-        resume = await link.expect(Resume, limit_seconds=limit, what="the source to resume the session")
-        if not resume.committed:
-            return  # Abort follows
-        await self._tell_standing(link)
-
-    async def _tell_standing(self, link: ControlLink) -> None:
-        """Answer Resume."""
-        state = STANDING[self.session.state]
-        engine = self._engine if self._engine is not None and self._engine.alive else None
-        lacking = engine.stats().stale_pages if engine is not None else 0
-        self.log.info("the source is back", state=state, lacking_pages=lacking)
-        await link.send(Resumed(state, lacking))
-        if engine is not None:
-            for region, first_page, bits in engine.lacking_maps():
-                await link.send(Lacking(region, first_page, bits))
-        await link.send(LackingEnd())
-
-    async def answer_late(self, link: ControlLink) -> None:
-        """A source that missed the end asks again: tell it how this ended."""
-        self.session.connection_lost()
-        self.session.reconnected()
-        link.start()
-        try:
-            limit = self._timeouts.handshake
-            resume = await link.expect(Resume, limit_seconds=limit, what="the source to resume the session")
-            # It may have completed without a source to say Done to: then that is said now.
-            if resume.committed and self.record.state is State.COMPLETED and self.session.state in STANDING:
-                await self._tell_standing(link)
-                if self.session.may_send(Done()):
-                    await link.send(Done())
-                await link.expect(Released, limit_seconds=limit, what="the farewell")
-            elif self.session.may_send(Aborted()):
-                await link.send(Aborted())
-            elif not resume.committed:
-                async with within(limit, "the source's Abort"):
-                    await link.receive(after_abort=True)
-                await link.send(Aborted())
-            else:
-                await link.send(Abort("unknown-session", "nothing of this guest is left here"))
-        finally:
-            await link.close()
-            self.session.connection_lost()
-
-    async def add_stream(self, stream: int, fd: int) -> None:
-        """A page connection that showed our token; the descriptor is ours now."""
-        try:
-            async with within(STREAM_WAIT_SECONDS, "memory for a page connection"):
-                await self._streams_wanted.wait()
-            if stream != URGENT and stream >= self.hello.streams:
-                raise RemoteProtocolError(f"page connection {stream} of {self.hello.streams}")
-            engine = self._require_engine()
-            if not engine.alive:
-                raise ConnectionLostError("a page connection came when the migration was over")
-        except MigratedError:
-            os.close(fd)
-            raise
-        engine.add_stream(stream, fd)
-
-    # ------------------------------------------------------------ the end before COMMIT
-
-    async def _clean_up(self, error: BaseException) -> None:
-        """No process, memory or descriptor of this guest stays here; then the source is told so."""
-        link = self._current_link
-        if link is not None:
-            error = await link.explained(error)
-        self.log.warning("giving up", error=str(error))
-        reason = named(error)
-        if link is not None and link.broken is None and self.session.abort_allowed:
-            with contextlib.suppress(MigratedError):
-                await link.send(abort_of(reason))
-        await self._release_everything()
-        if link is not None and link.broken is None and self.session.may_send(Aborted()):
-            with contextlib.suppress(MigratedError):
-                await link.send(Aborted())
-        asked = reason.code == AbortedError.default_code
-        self.set_state(State.ABORTED if asked else State.FAILED, error)
-
-    async def _release_everything(self) -> None:
-        await self.stop_background()
-        await quietly(self._guest.kill(), self.log, "end the guest process")
-        await self._let_go_of_memory()
-        await self._survival.over()
-
-    async def _let_go_of_memory(self) -> None:
-        if self._engine is not None:
-            await self._engine.close()
-        for piece in self._memory:
-            os.close(piece.memory_fd)
-        self._memory = ()
-        if self._ledger_fd >= 0:
-            os.close(self._ledger_fd)
-            self._ledger_fd = -1
+    # ------------------------------------------------------------ the end
 
     async def _let_go(self) -> None:
         await self.stop_background()
         if not self.record.ended:
             self.refresh()
-        await self._let_go_of_memory()
-        if self._current_link is not None:
-            await self._current_link.close()
+        await self.connection.close_engine()
+        self._memory.close()
+        await self.connection.close_link()
         self.session.connection_lost()
         await quietly(self._guest.close(), self.log, "close the guest's connections")
+
+    async def _after_the_end(self) -> None:
+        await self._reconnect.answer_those_waiting()
 
     # ------------------------------------------------------------ watching
 
@@ -566,11 +358,6 @@ class TargetMigration(Migration):
         self.failure.set(
             GuestError(f"the incoming process of {self.record.guest} {how}", code="guest-died", hint="see its log")
         )
-
-    async def _watch_link(self, link: ControlLink) -> None:
-        error = await link.wait_lost()
-        if link is self._current_link:
-            self.failure.set(error)
 
     def on_engine_event(self, event: Event) -> None:
         """Barriers are answered; page connections that end when nothing is lacking are no failure."""
@@ -613,34 +400,28 @@ class TargetMigration(Migration):
                 code="confirm",
                 hint=f"`migrated abandon {self.id} --confirm {self.record.guest}`",
             )
-        self._abandoned = await in_thread(self._require_engine().poison_stale)
+        self._abandoned = await in_thread(self.connection.require_engine().poison_stale)
         self.log.error("abandoned", poisoned_pages=self._abandoned)
 
     # ------------------------------------------------------------ figures
 
     def refresh(self) -> None:
         """From the engine's counters."""
-        engine = self._engine
+        engine = self.connection.engine
         if engine is None or not engine.alive:
             return
         figures.update(self.record, engine.stats(), self._rates, mapped=self._mapped.is_set())
 
     def fault_server_alive(self, now_ns: int, limit_ns: int) -> bool:
         """Whether the fault thread has turned lately (it does at least every second)."""
-        if self._engine is None or not self._engine.alive or not self._streams_wanted.is_set():
+        engine = self.connection.engine
+        if engine is None or not engine.alive or not self.connection.streams_wanted.is_set():
             return True
         if self.failure.error is not None and named(self.failure.error).code in GUEST_OVER:
             return True  # the thread has ended with the guest
-        heartbeat = self._engine.stats().fault_thread_heartbeat_ns
+        heartbeat = engine.stats().fault_thread_heartbeat_ns
         return heartbeat == 0 or now_ns - heartbeat <= limit_ns
 
     @property
     def _link(self) -> ControlLink:
-        if self._current_link is None:
-            raise ConnectionLostError("the source has not dialled yet")
-        return self._current_link
-
-    def _require_engine(self) -> TargetEngine:
-        if self._engine is None:
-            raise MigratedError("no engine yet: this is a bug")
-        return self._engine
+        return self.connection.require_link()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
 
-from migrated.errors import AbortedError, GuestError, MigratedError, NativeError
+from migrated.errors import AbortedError, GuestError, MigratedError, NativeError, PeerError
 from migrated.memory.engine import Event, EventKind
 from migrated.migration import Failure, Migration, quietly
 from migrated.record import Record, State
@@ -273,6 +274,86 @@ async def test_what_an_engine_cannot_live_with_is_a_failure(migration: OneMigrat
 async def test_a_stream_that_ends_without_a_word_is_named(migration: OneMigration) -> None:
     migration.on_engine_event(event(EventKind.STREAM_LOST))
     assert "stream 1 ended" in str(migration.failure.error)
+
+
+# ---------------------------------------------------------------- begin and end
+
+
+class Flow(OneMigration):
+    """Its flow is what the test makes it; notes what follows."""
+
+    def __init__(self, flow: Callable[[OneMigration], Awaitable[None]]) -> None:
+        super().__init__(Record(id="0123456789ab", guest="vm1", role="target", mode="hybrid"))
+        self.steps: list[str] = []
+        self._flow = flow
+
+    async def _migrate(self) -> None:
+        await self._flow(self)
+
+    async def _let_go(self) -> None:
+        await super()._let_go()
+        self.steps.append(f"let go, over: {self.over}")
+
+    async def _after_the_end(self) -> None:
+        self.steps.append(f"after the end, over: {self.over}")
+
+
+ENDED = ["let go, over: False", "after the end, over: True"]
+
+
+async def test_a_migration_lets_go_and_is_over() -> None:
+    async def flow(migration: OneMigration) -> None:
+        migration.background(asyncio.Event().wait())
+        migration.set_state(State.PRECOPY)
+        migration.end_before_commit(GuestError("it has died"))
+
+    migration = Flow(flow)
+    await migration.run()
+    assert migration.record.state is State.FAILED
+    assert migration.steps == ENDED
+    assert not migration._background
+
+
+async def test_a_mistake_of_ours_ends_in_a_named_state() -> None:
+    async def flow(migration: OneMigration) -> None:
+        migration.set_state(State.COMPLETED)  # no way there from the start
+
+    migration = Flow(flow)
+    with capture_logs() as logs:
+        await migration.run()
+    assert migration.record.state is State.FAILED
+    assert migration.record.error is not None
+    assert "this is a bug" in migration.record.error.message
+    assert [line["log_level"] for line in logs] == ["error"]
+    assert migration.steps == ENDED
+
+
+async def test_a_cancelled_migration_lets_go_too() -> None:
+    async def flow(_: OneMigration) -> None:
+        await asyncio.Event().wait()
+
+    migration = Flow(flow)
+    running = asyncio.ensure_future(migration.run())
+    await asyncio.sleep(0)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert migration.record.state is State.SETUP
+    assert migration.steps == ENDED
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [
+        (AbortedError("on request"), State.ABORTED),
+        (PeerError("on request, there", code="aborted"), State.ABORTED),
+        (PeerError("it cannot", code="no-huge-pages"), State.FAILED),
+        (ValueError("a bug"), State.FAILED),
+    ],
+)
+async def test_aborted_is_what_somebody_asked_for(migration: OneMigration, error: Exception, state: State) -> None:
+    migration.end_before_commit(error)
+    assert migration.record.state is state
 
 
 # ---------------------------------------------------------------- quietly

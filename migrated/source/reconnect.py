@@ -1,0 +1,107 @@
+"""After COMMIT the connection was lost: the guest waits on the target, and we dial until the same session goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from typing import TYPE_CHECKING
+
+from migrated.errors import MigratedError, PeerError, TimeoutExceededError
+from migrated.protocol.messages import Commit, Lacking, LackingEnd, Resumed
+from migrated.protocol.transitions import State as SessionState
+from migrated.record import State
+from migrated.waiting import within
+
+if TYPE_CHECKING:
+    from migrated.address import Address
+    from migrated.config import Timeouts
+    from migrated.migration import Migration
+    from migrated.source.connection import TargetConnection
+
+
+class Reconnect:
+    """Of one migration; `run` each time its connection is lost."""
+
+    def __init__(self, migration: Migration, connection: TargetConnection, timeouts: Timeouts) -> None:
+        self._migration = migration
+        self._connection = connection
+        self._timeouts = timeouts
+        self._now = asyncio.Event()
+
+    def now(self, address: Address | None = None) -> None:
+        """Do not wait for the next try; from now on dial ``address``, if given."""
+        if address is not None:
+            self._connection.dialer.address = address
+        self._now.set()
+
+    async def run(self) -> Resumed | None:
+        """Dial until the session goes on; what the target said, and None where nothing is left to be said.
+
+        Raises MigratedError ``target-lost-guest`` when the target has nothing of the session any more, and
+        TimeoutExceededError at the operator's limit (there is none by default).
+        """
+        migration, connection = self._migration, self._connection
+        pause = self._timeouts.reconnect_interval
+        started = time.monotonic()
+        while True:
+            await connection.disconnect()
+            migration.failure.clear()
+            if connection.session.state is SessionState.CLOSED:
+                return None  # Done was read while the connection was let go of
+            try:
+                resumed = await self._resume_session()
+            except PeerError as error:
+                raise MigratedError(
+                    f"the target refuses to go on: {error.message}",
+                    code="target-lost-guest",
+                    hint="COMMIT may have been obeyed: make sure the guest runs nowhere else before you run it here by hand",
+                ) from error
+            except Exception as error:
+                migration.log.info("reconnect failed", error=str(error), next_try_seconds=pause)
+                if migration.record.state is State.RECOVERING:
+                    migration.set_state(State.POSTCOPY_PAUSED, error)
+                limit = self._timeouts.reconnect
+                if limit and time.monotonic() - started > limit:
+                    raise TimeoutExceededError(
+                        f"{connection.dialer.address} could not be reached for {limit:g} s; the guest waits there",
+                        hint="`migrated resume` goes on once it can be reached again; timeouts.reconnect = 0 never gives up",
+                    ) from error
+                self._now.clear()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._now.wait(), pause)
+                pause = min(2 * pause, self._timeouts.reconnect_interval_limit)
+            else:
+                migration.record.error = None
+                return resumed
+
+    async def _resume_session(self) -> Resumed:
+        """Dial once; hear where the target stands and what it lacks, and serve that."""
+        connection = self._connection
+        link = await connection.dial()
+        self._migration.set_state(State.RECOVERING)
+        connection.session.reconnected()
+        connection.begin(link)
+        await link.send(connection.resume(committed=True))
+        limit = self._timeouts.switchover
+        resumed = await link.expect(Resumed, limit_seconds=limit, what="the target to say where it stands")
+        engine = connection.require_engine()
+        engine.lacking_begin()
+        lacking = resumed.lacking_pages > 0
+        while True:
+            async with within(limit, "the map of lacking pages"):
+                message = await link.receive()
+            if isinstance(message, LackingEnd):
+                break
+            if not isinstance(message, Lacking):
+                raise PeerError(f"{type(message).__name__} among the lacking pages", code="protocol-remote")
+            engine.lacking(message.region, message.first_page, message.bits)
+            lacking = True
+        self._migration.record.stale_pages = resumed.lacking_pages
+        if lacking:  # a target that has everything may have closed its side: it only wants to say Done
+            await connection.open_streams()
+            engine.serve(drain=True)
+        if resumed.state == "loaded":
+            await link.send(Commit())
+        self._migration.log.info("reconnected", target=resumed.state, lacking_pages=resumed.lacking_pages)
+        return resumed

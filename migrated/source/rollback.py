@@ -1,0 +1,124 @@
+"""Before COMMIT: the guest runs on here as if nothing had been, and the target is made to let go of it.
+
+The order is what keeps the guest in one place: the session rules out COMMIT, then the journal does, then the guest runs
+on, and last the target is heard.  A target that had loaded the guest and cannot be asked waits for our word, for as long
+as it takes: so we keep trying to give it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING
+
+from migrated.errors import MigratedError, named
+from migrated.migration import quietly
+from migrated.protocol.bounds import abort_of
+from migrated.protocol.messages import Aborted
+from migrated.record import State
+from migrated.waiting import within
+
+if TYPE_CHECKING:
+    from migrated.config import Timeouts
+    from migrated.guests.driver import Memento, SourceGuest
+    from migrated.journal import SourceEntry
+    from migrated.link import ControlLink
+    from migrated.migration import Migration
+    from migrated.source.connection import TargetConnection
+    from migrated.source.stage import JournalledStage
+    from migrated.source.tracking import Tracking
+    from migrated.survival import Survival
+
+
+class Rollback:
+    """Of one migration; `run`, or in a restarted agent `after_restart`, at most once."""
+
+    def __init__(
+        self,
+        migration: Migration,
+        connection: TargetConnection,
+        guest: SourceGuest,
+        *,
+        tracking: Tracking,
+        stage: JournalledStage,
+        survival: Survival[SourceEntry],
+        timeouts: Timeouts,
+    ) -> None:
+        self._migration = migration
+        self._log = migration.log
+        self._connection = connection
+        self._session = connection.session
+        self._guest = guest
+        self._tracking = tracking
+        self._stage = stage
+        self._survival = survival
+        self._timeouts = timeouts
+
+    async def run(self, error: BaseException) -> None:
+        """The guest runs on here, untracked; the target is told; nothing of ours stays."""
+        link = self._connection.link
+        if link is not None:
+            error = await link.explained(error)
+        self._log.warning("giving up", error=str(error))
+        # First of all the session must rule out COMMIT: then the guest may run here.
+        if link is None or link.broken is not None:
+            self._session.connection_lost()
+        elif self._session.abort_allowed:
+            with contextlib.suppress(MigratedError):
+                await link.send(abort_of(named(error)))
+        if not await self._stage.withdraw_commit():
+            self._migration.set_state(State.FAILED, error)
+            return
+        if self._tracking.tracker is not None:
+            await quietly(self._guest.resume(), self._log, "resume the guest here")
+        await self._connection.drop_streams()
+        await self._tracking.stop()
+        told = link is not None and link.broken is None and await self._confirmed(link)
+        await self._connection.disconnect()
+        if told or not self._session.must_reconnect:
+            await self._survival.over()
+        self._migration.end_before_commit(error)
+        if not told and self._session.must_reconnect:
+            await self._settle(error)
+
+    async def after_restart(self, memento: Memento) -> None:
+        """The agent before us died before COMMIT: likewise."""
+        error = MigratedError(
+            "the source agent was restarted before COMMIT: the guest runs on here",
+            code="agent-restarted",
+            hint="start the migration again",
+        )
+        await quietly(self._guest.reclaim(memento), self._log, "run the guest on here")
+        self._migration.end_before_commit(error)
+        await self._settle(error)
+
+    async def _confirmed(self, link: ControlLink) -> bool:
+        """Whether the target says that nothing of the guest is left there."""
+        try:
+            async with within(self._timeouts.abort, "the target to clean up"):
+                while not isinstance(await link.receive(after_abort=True), Aborted):
+                    pass
+        except Exception as problem:  # noqa: BLE001 - then it is settled later
+            self._log.warning("the target did not confirm the abort", error=str(problem))
+            return False
+        return True
+
+    async def _settle(self, error: BaseException) -> None:
+        """The target may hold a loaded guest that waits for our word: keep trying to say that it is over."""
+        pause = self._timeouts.reconnect_interval
+        while self._session.must_reconnect:
+            try:
+                link = await self._connection.dial()
+                self._session.reconnected()
+                link.start()
+                await link.send(self._connection.resume(committed=False))
+                await link.send(abort_of(named(error)))
+                if await self._confirmed(link):
+                    self._log.info("settled: nothing is left on the target")
+            except Exception as problem:  # noqa: BLE001 - tried again
+                self._log.info("cannot settle yet", error=str(problem), next_try_seconds=pause)
+            await self._connection.disconnect()
+            if self._session.must_reconnect:
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, self._timeouts.reconnect_interval_limit)
+        await self._survival.over()

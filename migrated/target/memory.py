@@ -1,0 +1,66 @@
+"""Memory for an incoming guest: a memfd a region, and the ledger that says of each of its pages how far it is."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+from migrated.guests.driver import Region, TargetMemory
+from migrated.memory import memfd
+from migrated.memory.engine import ledger_bytes
+from migrated.waiting import in_thread
+
+
+class GuestMemory:
+    """Empty until `allocate`, or taken over from an agent that died.  Owns the descriptors until `close`."""
+
+    def __init__(self, pieces: tuple[TargetMemory, ...] = (), ledger_fd: int = -1) -> None:
+        self.pieces = pieces
+        self.ledger_fd = ledger_fd
+
+    @property
+    def page_bytes(self) -> tuple[int, ...]:
+        """Host page sizes, by region."""
+        return tuple(piece.region.page_bytes for piece in self.pieces)
+
+    @property
+    def fds(self) -> list[int]:
+        """What a next agent needs, in the order in which it expects them."""
+        return [self.ledger_fd, *(piece.memory_fd for piece in self.pieces)]
+
+    async def allocate(self, regions: tuple[Region, ...], page_bytes: int | None, *, reserve: bool) -> None:
+        """All of it, before anything is started.  HostError when it cannot be had: then nothing is left of it.
+
+        ``page_bytes``: of the host pages; None: the largest that fit.  ``reserve``: the host keeps room for all of it.
+        """
+        self.pieces = await self._allocate(regions, page_bytes, reserve=reserve)
+        self.ledger_fd = os.memfd_create("migrated-ledger", os.MFD_CLOEXEC)
+        os.ftruncate(self.ledger_fd, ledger_bytes(self.pieces))
+
+    async def _allocate(
+        self, regions: tuple[Region, ...], page_bytes: int | None, *, reserve: bool
+    ) -> tuple[TargetMemory, ...]:
+        fds: list[int] = []
+        try:
+            pieces = []
+            for region in regions:
+                fd, found = await in_thread(
+                    functools.partial(memfd.reserve, region.size_bytes, page_bytes, name=region.name, reserved=reserve),
+                    undo=lambda allocated: os.close(allocated[0]),
+                )
+                fds.append(fd)
+                pieces.append(TargetMemory(Region(region.name, region.size_bytes, found), fd, reserve=reserve))
+        except BaseException:
+            for fd in fds:
+                os.close(fd)
+            raise
+        return tuple(pieces)
+
+    def close(self) -> None:
+        """Give up our hold; the engine must be closed.  Idempotent."""
+        for piece in self.pieces:
+            os.close(piece.memory_fd)
+        self.pieces = ()
+        if self.ledger_fd >= 0:
+            os.close(self.ledger_fd)
+            self.ledger_fd = -1

@@ -1,0 +1,145 @@
+"""The connection was lost and the guest must not be: it waits here, paused or for its pages, until the source dials again.
+
+The source alone dials; it opens with Resume, and is told where we stand and which pages are lacking.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from migrated.errors import MigratedError
+from migrated.migration import quietly
+from migrated.protocol.messages import Abort, Aborted, Done, Lacking, LackingEnd, Released, Resume, Resumed
+from migrated.protocol.transitions import State as SessionState
+from migrated.record import State
+from migrated.waiting import within
+
+if TYPE_CHECKING:
+    from migrated.config import Timeouts
+    from migrated.link import ControlLink
+    from migrated.migration import Migration
+    from migrated.target.connection import SourceConnection
+
+#: What is answered to a Resume.
+STANDING = {
+    SessionState.RESUMING_LOADED: "loaded",
+    SessionState.RESUMING_RUNNING: "running",
+    SessionState.RESUMING_DONE: "done",
+}
+
+
+class Reconnect:
+    """Of one migration, for all its life: a source may dial before we know that the old connection is lost."""
+
+    def __init__(self, migration: Migration, connection: SourceConnection, timeouts: Timeouts) -> None:
+        self._migration = migration
+        self._connection = connection
+        self._session = connection.session
+        self._timeouts = timeouts
+        self._dialled: asyncio.Queue[ControlLink] = asyncio.Queue()
+
+    def dialled(self, link: ControlLink) -> None:
+        """The agent has a new control link for this session, not started, its first message a Resume."""
+        self._dialled.put_nowait(link)
+        self._migration.failure.set(MigratedError(f"{link.peer} dials again", code="reconnected"))
+
+    # ------------------------------------------------------------ while the migration is under way
+
+    async def once(self) -> None:
+        """Wait for the source to dial; tell it where we stand and what is lacking.  Raises what the new link ends with."""
+        await self._connection.disconnect()
+        link = await self._dialled.get()
+        while not self._dialled.empty():
+            await link.close()
+            link = self._dialled.get_nowait()
+        self._migration.failure.clear()
+        self._migration.set_state(State.RECOVERING)
+        self._migration.record.peer = link.peer
+        self._session.reconnected()
+        self._connection.begin(link)
+        limit = self._timeouts.handshake
+        resume = await link.expect(Resume, limit_seconds=limit, what="the source to resume the session")
+        if not resume.committed:
+            return  # Abort follows
+        await self._tell_standing(link)
+
+    async def until_back(self) -> None:
+        """`once`, as often as it takes."""
+        while True:
+            try:
+                await self.once()
+            except Exception as error:  # noqa: BLE001 - the next connection may do better
+                self._migration.log.warning("reconnect failed", error=str(error))
+                if self._migration.record.state is State.RECOVERING:
+                    self._migration.set_state(State.POSTCOPY_PAUSED, error)
+            else:
+                return
+
+    async def until_back_or_all_in(self) -> bool:
+        """Wait for the source; False when nobody is needed any more: the last page was in, or the rest was abandoned."""
+
+        async def all_in() -> None:
+            await self._migration.all_current.wait()
+            await self._migration.all_mapped.wait()
+
+        back = asyncio.ensure_future(self.until_back())
+        enough = asyncio.ensure_future(all_in())
+        try:
+            await asyncio.wait({back, enough}, return_when=asyncio.FIRST_COMPLETED)
+            if back.done():
+                back.result()
+            return back.done()
+        finally:
+            for task in (back, enough):
+                task.cancel()
+            await asyncio.wait({back, enough})
+
+    async def _tell_standing(self, link: ControlLink) -> None:
+        """Answer Resume."""
+        state = STANDING[self._session.state]
+        engine = self._connection.engine
+        if engine is not None and not engine.alive:
+            engine = None
+        lacking = engine.stats().stale_pages if engine is not None else 0
+        self._migration.log.info("the source is back", state=state, lacking_pages=lacking)
+        await link.send(Resumed(state, lacking))
+        if engine is not None:
+            for region, first_page, bits in engine.lacking_maps():
+                await link.send(Lacking(region, first_page, bits))
+        await link.send(LackingEnd())
+
+    # ------------------------------------------------------------ when it is over
+
+    async def answer_late(self, link: ControlLink) -> None:
+        """A source that missed the end asks again: tell it how this ended."""
+        self._session.connection_lost()
+        self._session.reconnected()
+        link.start()
+        try:
+            limit = self._timeouts.handshake
+            resume = await link.expect(Resume, limit_seconds=limit, what="the source to resume the session")
+            # It may have completed without a source to say Done to: then that is said now.
+            completed = self._migration.record.state is State.COMPLETED
+            if resume.committed and completed and self._session.state in STANDING:
+                await self._tell_standing(link)
+                if self._session.may_send(Done()):
+                    await link.send(Done())
+                await link.expect(Released, limit_seconds=limit, what="the farewell")
+            elif self._session.may_send(Aborted()):
+                await link.send(Aborted())
+            elif not resume.committed:
+                async with within(limit, "the source's Abort"):
+                    await link.receive(after_abort=True)
+                await link.send(Aborted())
+            else:
+                await link.send(Abort("unknown-session", "nothing of this guest is left here"))
+        finally:
+            await link.close()
+            self._session.connection_lost()
+
+    async def answer_those_waiting(self) -> None:
+        """Sources that dialled while we came to the end, when nobody waited for them any more."""
+        while not self._dialled.empty():
+            late = self._dialled.get_nowait()
+            await quietly(self.answer_late(late), self._migration.log, "answer a source that dialled at the end")

@@ -1,0 +1,37 @@
+"""How far a migration is: written down for the agent that would be started after our death, and read by that one."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from migrated.guests.driver import FaultSource
+    from migrated.journal import TargetEntry
+    from migrated.record import Record
+    from migrated.survival import Survival
+    from migrated.target.memory import GuestMemory
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Recovered:
+    """What is left of a migration whose agent died."""
+
+    entry: TargetEntry
+    memory: GuestMemory
+    faults: FaultSource
+
+
+class JournalledStage:
+    """The journal entry of one migration; its flow fills in what it comes to know."""
+
+    def __init__(self, survival: Survival[TargetEntry], entry: TargetEntry, record: Record) -> None:
+        self.entry = entry
+        self._survival = survival
+        self._record = record
+
+    async def write(self, stage: str) -> None:
+        """See `TargetEntry` for the stages.  HostError."""
+        self.entry.stage = stage
+        self.entry.peer = self._record.peer
+        await self._survival.write(self.entry)
