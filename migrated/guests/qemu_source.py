@@ -15,7 +15,6 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from migrated.config import Timeouts
@@ -24,13 +23,11 @@ from migrated.guests import injection, qemu_memory
 from migrated.guests.driver import Memento, SourceGuest, SourceMemory, StateChannel
 from migrated.guests.pidfd import PidHandle
 from migrated.guests.qemu import SOURCE_CAPABILITIES, SOURCE_PARAMETERS, MigrationSettings, QemuSourceConfig, preface
+from migrated.guests.qemu_process import STATE_STREAM, QemuProcess
 from migrated.guests.qemu_relay import StateRelay
 from migrated.guests.qmp import Monitor
 from migrated.guests.residence import residences
 from migrated.memory.maps import areas, mapped_elsewhere, open_area
-
-_STREAM = "migrated-state"
-_DEVICE = "migrated-userfaultfd"
 
 #: Run states of a guest that can be moved; all but the first are moved paused.
 _MOVABLE = frozenset({"running", "paused", "prelaunch"})
@@ -47,11 +44,9 @@ class QemuSource(SourceGuest):
         self._config = config
         self._run_dir = run_dir
         self._timeouts = timeouts
-        self._link: Monitor | None = None
-        self._process: PidHandle | None = None
+        self.qemu = QemuProcess(name, Path(config.qmp))
         self._memory: SourceMemory | None = None
         self._fds: list[int] = []
-        self._uffd: injection.InjectedUffd | None = None
         self._settings: MigrationSettings | None = None
         self._relay: StateRelay | None = None
         self._runs = True  # whether the guest's owner wants it to run
@@ -77,14 +72,12 @@ class QemuSource(SourceGuest):
         return memory
 
     async def _attach(self) -> Monitor:
-        monitor = await Monitor.connect(self.name, Path(self._config.qmp))
-        self._link = monitor
+        monitor = await self.qemu.connect()
         self._settings = MigrationSettings(monitor)
-        self._process = PidHandle.attach(monitor.peer_pid())
         return monitor
 
     async def _inspect(self, monitor: Monitor) -> SourceMemory:
-        pid = self._handle.pid
+        pid = self.qemu.handle.pid
         found = await qemu_memory.backends(monitor)
         qemu_memory.refuse_private(self.name, found)
         placed = await qemu_memory.place(monitor, pid, found)
@@ -126,7 +119,7 @@ class QemuSource(SourceGuest):
                 else "it has been moved away already; `cont` would run it here again",
             )
         self._runs = status == "running"
-        devices = qemu_memory.passed_through_devices(self._handle.pid)
+        devices = qemu_memory.passed_through_devices(self.qemu.handle.pid)
         if devices:
             raise GuestRefusedError(
                 f"guest {self.name} has a passed-through device ({', '.join(devices)}), whose writes cannot be seen",
@@ -142,47 +135,29 @@ class QemuSource(SourceGuest):
     def needs_quiesced_scans(self) -> bool:
         return self._pins_buffers
 
-    @property
-    def _handle(self) -> PidHandle:
-        if self._process is None:
-            raise GuestError(f"guest {self.name} is not open", code="guest-not-open")
-        return self._process
-
-    async def _monitor(self) -> Monitor:
-        """The session; a new one if the old one was lost and QEMU still runs."""
-        if self._link is not None and self._link.alive:
-            return self._link
-        if (end := self._handle.poll()) is not None:
-            raise GuestError(f"guest {self.name}: QEMU {end}", code="guest-gone")
-        if self._link is not None:
-            await self._link.close()
-        self._link = await Monitor.connect(self.name, Path(self._config.qmp))
-        return self._link
-
     # ------------------------------------------------------------ tracking
 
     async def tracking_uffd(self) -> int:
-        if self._uffd is None:
-            monitor = await self._monitor()
+        uffd = self.qemu.uffd
+        if uffd is None:
+            monitor = await self.qemu.monitor()
             await self._clear_left_tracking()
-            self._uffd = await injection.open_uffd(
-                self._handle, faults=False, tracking=True, hand_over=hand_over(monitor)
-            )
-        return self._uffd.fd
+            uffd = await self.qemu.open_uffd(monitor, faults=False)
+        return uffd.fd
 
     @property
     def injection_stopped_seconds(self) -> float | None:
         """How long QEMU's main thread stood still for the injection."""
-        return None if self._uffd is None else self._uffd.stopped_seconds
+        return None if self.qemu.uffd is None else self.qemu.uffd.stopped_seconds
 
     async def _clear_left_tracking(self) -> None:
         """An agent that died in pre-copy left its userfaultfd in the guest, and one mapping takes only one."""
-        left = injection.userfaultfds(self._handle.pid)
+        left = injection.userfaultfds(self.qemu.handle.pid)
         if not left or self._memory is None:
             return
         starts = {mapping.address for mapping in self._memory.mappings}
-        keys = frozenset(area.key for area in areas(self._handle.pid) if area.start in starts)
-        states = await asyncio.to_thread(residences, self._handle.pid, keys)
+        keys = frozenset(area.key for area in areas(self.qemu.handle.pid) if area.start in starts)
+        states = await asyncio.to_thread(residences, self.qemu.handle.pid, keys)
         flags = frozenset(flag for state in states for flag in state.flags)
         if flags & {"um", "ui"}:
             raise GuestRefusedError(
@@ -192,17 +167,15 @@ class QemuSource(SourceGuest):
             )
         if "uw" in flags:
             for number in left:
-                await injection.close_remote(self._handle, number)
+                await injection.close_remote(self.qemu.handle, number)
 
     async def release_tracking(self) -> None:
-        uffd, self._uffd = self._uffd, None
-        if uffd is not None:
-            await injection.close_uffd(uffd)
+        await self.qemu.close_uffd()
 
     # ------------------------------------------------------------ stopping
 
     async def quiesce(self) -> None:
-        monitor = await self._monitor()
+        monitor = await self.qemu.monitor()
         status = await monitor.status()
         self._runs = status == "running"
         if self._runs:
@@ -211,12 +184,12 @@ class QemuSource(SourceGuest):
 
     async def unquiesce(self) -> None:
         if self._quiesced_at is not None:
-            monitor = await self._monitor()
+            monitor = await self.qemu.monitor()
             await monitor.execute("cont", limit=self._timeouts.guest_pause)
             self._quiesced_at = None
 
     async def pause(self, channel: StateChannel) -> None:
-        monitor = await self._monitor()
+        monitor = await self.qemu.monitor()
         if self._quiesced_at is None:
             self._runs = await monitor.status() == "running"
         if self._settings is None:
@@ -224,8 +197,8 @@ class QemuSource(SourceGuest):
         await self._settings.apply(SOURCE_CAPABILITIES, SOURCE_PARAMETERS)
         await channel.write(preface(runs=self._runs))
         monitor.forget_events()
-        self._relay = await StateRelay.open(monitor, _STREAM, channel)
-        await monitor.execute("migrate", {"uri": f"fd:{_STREAM}"})
+        self._relay = await StateRelay.open(monitor, STATE_STREAM, channel)
+        await monitor.execute("migrate", {"uri": f"fd:{STATE_STREAM}"})
         try:
             await self._relay.guard(
                 monitor.wait_migration(
@@ -237,7 +210,7 @@ class QemuSource(SourceGuest):
 
     async def send_state(self, channel: StateChannel) -> None:
         del channel  # the relay has it since `pause`
-        monitor, relay = await self._monitor(), self._relay
+        monitor, relay = await self.qemu.monitor(), self._relay
         if relay is None:
             raise GuestError(f"guest {self.name} is not paused", code="guest-not-paused")
         await monitor.execute("migrate-continue", {"state": "pre-switchover"})
@@ -251,7 +224,7 @@ class QemuSource(SourceGuest):
 
     async def resume(self) -> None:
         try:
-            monitor = await self._monitor()
+            monitor = await self.qemu.monitor()
             await self._cancel(monitor)
             limit = self._timeouts.guest_pause
             status = await monitor.wait_status(_TRANSIENT, limit=limit)
@@ -285,15 +258,15 @@ class QemuSource(SourceGuest):
 
     async def release(self) -> None:
         await self._end_relay()
-        process = self._handle
+        process = self.qemu.handle
         if process.poll() is not None:
             return
         if self._config.on_release == "keep":
             if self._settings is not None:
-                await self._settings.restore(await self._monitor())
+                await self._settings.restore(await self.qemu.monitor())
             return
         with contextlib.suppress(MigratedError):
-            await (await self._monitor()).execute("quit")
+            await (await self.qemu.monitor()).execute("quit")
         try:
             await process.wait(self._timeouts.release)
         except TimeoutExceededError:
@@ -307,38 +280,17 @@ class QemuSource(SourceGuest):
         await self.reopen()
         self._runs = bool(memento.get("runs", True))
         await self.resume()
-        await MigrationSettings(await self._monitor()).undo_unknown()
+        await MigrationSettings(await self.qemu.monitor()).undo_unknown()
 
     async def adopt(self, pid: int, memento: Memento) -> None:
         del memento  # what it was is of no use any more
-        self._process = PidHandle.attach(pid)
+        self.qemu.adopt(PidHandle.attach(pid))
 
     async def close(self) -> None:
         await self._end_relay()
-        link, self._link = self._link, None
-        if link is not None:
-            await link.close()
-        uffd, self._uffd = self._uffd, None
-        if uffd is not None:
-            os.close(uffd.fd)
         while self._fds:
             os.close(self._fds.pop())
-        if self._process is not None:
-            self._process.close()
+        await self.qemu.close()
 
     async def died(self) -> str:
-        return await self._handle.died()
-
-
-def hand_over(monitor: Monitor) -> injection.HandOver:
-    """How QEMU is given a descriptor and made to close it again."""
-
-    async def give(fd: int) -> Callable[[], Awaitable[None]]:
-        await monitor.give_fd(_DEVICE, fd)
-
-        async def take_back() -> None:
-            await monitor.execute("closefd", {"fdname": _DEVICE})
-
-        return take_back
-
-    return give
+        return await self.qemu.handle.died()

@@ -24,14 +24,13 @@ from migrated.guests.qemu import (
     parse_preface,
 )
 from migrated.guests.qemu_command import check_command, command_line, locked, preallocated, regions_differ
+from migrated.guests.qemu_process import STATE_STREAM, QemuProcess
 from migrated.guests.qemu_relay import StateRelay
-from migrated.guests.qemu_source import hand_over
 from migrated.guests.qmp import Monitor
 from migrated.guests.residence import residences
 from migrated.memory.maps import Area, areas, file_key, mapped_elsewhere
 from migrated.memory.native import uffd_register
 
-_STREAM = "migrated-state"
 _POLL_SECONDS = 0.02
 _LOG_TAIL_BYTES = 2000
 
@@ -46,10 +45,8 @@ class QemuTarget(TargetGuest):
         self.qmp_path = run_dir / f"{name}.qmp"
         self.log_path = run_dir / f"{name}.log"
         self._owns_files = False  # socket and log are of the process we started, or adopted
-        self._link: Monitor | None = None
-        self._child: PidHandle | None = None  # what we started
-        self._process: PidHandle | None = None  # QEMU: the same, unless the command is a wrapper that forks
-        self._uffd: injection.InjectedUffd | None = None
+        self._child: PidHandle | None = None  # what we started: QEMU, or a wrapper that forks it
+        self.qemu = QemuProcess(name, self.qmp_path)
         self._relay: StateRelay | None = None
         self._settings: MigrationSettings | None = None
         self.runs = True  # whether it is to run on arrival; told by the source's driver with the state
@@ -113,28 +110,22 @@ class QemuTarget(TargetGuest):
                 )
             try:
                 # QEMU listens long before it answers: the greeting comes when the whole machine is built.
-                self._link = await Monitor.connect(
-                    self.name, self.qmp_path, greeting_seconds=self._timeouts.guest_start
-                )
-                break
+                return await self.qemu.connect(child, greeting_seconds=self._timeouts.guest_start)
             except GuestError as error:
                 if error.code != "qmp-unreachable":
                     raise
             await asyncio.sleep(_POLL_SECONDS)
-        pid = self._link.peer_pid()
-        self._process = child if pid == child.pid else PidHandle.attach(pid)
-        return self._link
 
     async def _take_faults(self, monitor: Monitor, memory: tuple[TargetMemory, ...]) -> FaultSource:
         await self._compare(monitor, tuple(item.region for item in memory))
-        mappings = await self._mappings(memory)
+        mappings = await self._mappings(self.qemu.handle.pid, memory)
         await self._refuse_present(memory)
-        self._uffd = await injection.open_uffd(self._qemu, faults=True, tracking=True, hand_over=hand_over(monitor))
+        uffd = await self.qemu.open_uffd(monitor, faults=True)
         for mapping in mappings:
-            uffd_register(self._uffd.fd, mapping.address, mapping.length_bytes, missing=True, minor=True, tracking=True)
+            uffd_register(uffd.fd, mapping.address, mapping.length_bytes, missing=True, minor=True, tracking=True)
         # Once more: what was mapped between the first look and the registration would never be reported.
         await self._refuse_present(memory)
-        return FaultSource(pid=self._qemu.pid, uffd=self._uffd.fd, mappings=mappings)
+        return FaultSource(pid=self.qemu.handle.pid, uffd=uffd.fd, mappings=mappings)
 
     async def _compare(self, monitor: Monitor, regions: tuple[Region, ...]) -> None:
         status = await monitor.status()
@@ -153,10 +144,10 @@ class QemuTarget(TargetGuest):
             if backend.prealloc:
                 raise preallocated(self.name, f"memory backend {backend.name} has prealloc=on")
 
-    async def _mappings(self, memory: tuple[TargetMemory, ...]) -> tuple[Mapping, ...]:
+    async def _mappings(self, pid: int, memory: tuple[TargetMemory, ...]) -> tuple[Mapping, ...]:
         """Where QEMU maps our memory: each region whole and once."""
         found: list[Mapping] = []
-        every = areas(self._qemu.pid)
+        every = areas(pid)
         for index, item in enumerate(memory):
             key = file_key(item.memory_fd)
             ours: list[Area] = [area for area in every if area.key == key]
@@ -172,7 +163,7 @@ class QemuTarget(TargetGuest):
             found += [Mapping(index, area.start, area.offset, area.end - area.start) for area in ours]
         keys = frozenset(file_key(item.memory_fd) for item in memory)
         # Ourselves excluded: the alias is not the guest's.
-        for other in await asyncio.to_thread(mapped_elsewhere, keys, (self._qemu.pid, os.getpid())):
+        for other in await asyncio.to_thread(mapped_elsewhere, keys, (pid, os.getpid())):
             raise GuestRefusedError(
                 f"guest {self.name}: its memory is also mapped by {other}",
                 code="memory-mapped-elsewhere",
@@ -182,7 +173,7 @@ class QemuTarget(TargetGuest):
 
     async def _refuse_present(self, memory: tuple[TargetMemory, ...]) -> None:
         keys = frozenset(file_key(item.memory_fd) for item in memory)
-        for state in await asyncio.to_thread(residences, self._qemu.pid, keys):
+        for state in await asyncio.to_thread(residences, self.qemu.handle.pid, keys):
             if "lo" in state.flags:
                 raise locked(self.name, f"{state.area.path}")
             if state.present_bytes:
@@ -218,32 +209,22 @@ class QemuTarget(TargetGuest):
                     f"guest {self.name}: process {pid} does not hold the userfaultfd of this migration",
                     code="guest-gone",
                 )
-            self._process = process
-            mappings = await self._mappings(memory)
+            mappings = await self._mappings(pid, memory)
         except BaseException:
-            self._process = None
             process.close()
             raise
         self.runs = bool(memento.get("runs", True))
         self._owns_files = True
-        self._uffd = injection.InjectedUffd(process, uffd, remote, 0.0)
+        self.qemu.adopt(process, injection.InjectedUffd(process, uffd, remote, 0.0))
         return FaultSource(pid=pid, uffd=uffd, mappings=mappings)
 
-    @property
-    def _qemu(self) -> PidHandle:
-        if self._process is None:
-            raise GuestError(f"guest {self.name} is not started", code="guest-not-open")
-        return self._process
-
     async def _monitor(self) -> Monitor:
-        if self._link is not None and self._link.alive:
-            return self._link
-        if (end := self._qemu.poll()) is not None:
-            raise self._with_log(GuestError(f"guest {self.name}: QEMU {end}", code="guest-gone"))
-        if self._link is not None:
-            await self._link.close()
-        self._link = await Monitor.connect(self.name, self.qmp_path)
-        return self._link
+        try:
+            return await self.qemu.monitor()
+        except GuestError as error:
+            if error.code == "guest-gone":  # its log has the reason
+                self._with_log(error)
+            raise
 
     # ------------------------------------------------------------ state, run, end
 
@@ -258,9 +239,9 @@ class QemuTarget(TargetGuest):
         self.runs = parse_preface(head[:PREFACE_BYTES])
         self._settings = MigrationSettings(monitor)
         await self._settings.apply(TARGET_CAPABILITIES, {})
-        self._relay = await StateRelay.open(monitor, _STREAM, channel, first=head[PREFACE_BYTES:])
+        self._relay = await StateRelay.open(monitor, STATE_STREAM, channel, first=head[PREFACE_BYTES:])
         try:
-            await monitor.execute("migrate-incoming", {"uri": f"fd:{_STREAM}"})
+            await monitor.execute("migrate-incoming", {"uri": f"fd:{STATE_STREAM}"})
             limit = self._timeouts.guest_state
             await self._relay.guard(
                 monitor.wait_migration(frozenset({"completed"}), limit=limit, what="loading the device state")
@@ -281,7 +262,7 @@ class QemuTarget(TargetGuest):
         """A QEMU that cannot load exits (7.2): its log has the reason, the lost QMP session has not."""
         if error.code == "qmp-lost":
             with contextlib.suppress(MigratedError):
-                end = await self._qemu.wait(self._timeouts.guest_command)
+                end = await self.qemu.handle.wait(self._timeouts.guest_command)
                 error = GuestError(
                     f"guest {self.name}: QEMU did not accept the guest's state and {end}",
                     code="guest-state",
@@ -305,14 +286,12 @@ class QemuTarget(TargetGuest):
             )
 
     async def release(self) -> None:
-        uffd, self._uffd = self._uffd, None
-        if uffd is not None:
-            await injection.close_uffd(uffd)
+        await self.qemu.close_uffd()
 
     async def kill(self) -> None:
-        for process in (self._process, self._child):
-            if process is not None:
-                await process.kill(self._timeouts.abort)
+        await self.qemu.kill(self._timeouts.abort)
+        if self._child is not None:
+            await self._child.kill(self._timeouts.abort)
         if self._owns_files:
             self.qmp_path.unlink(missing_ok=True)
             self.log_path.unlink(missing_ok=True)
@@ -321,18 +300,12 @@ class QemuTarget(TargetGuest):
         relay, self._relay = self._relay, None
         if relay is not None:
             await relay.close()
-        link, self._link = self._link, None
-        if link is not None:
-            await link.close()
-        uffd, self._uffd = self._uffd, None
-        if uffd is not None:
-            os.close(uffd.fd)
-        for process in (self._process, self._child):
-            if process is not None:
-                process.close()
+        await self.qemu.close()
+        if self._child is not None:
+            self._child.close()
 
     async def died(self) -> str:
-        return await self._qemu.died()
+        return await self.qemu.handle.died()
 
 
 def _sizes(sizes: dict[str, int]) -> str:

@@ -221,7 +221,7 @@ async def test_two_numa_nodes_of_one_size_are_told_apart(start: StartQemu, tmp_p
             with Path(f"/proc/{qemu.pid}/mem").open("r+b", buffering=0) as process:
                 process.seek(found.mappings[region].address + 0x1000)
                 process.write(f"region {region}".encode())
-            monitor = await source._monitor()
+            monitor = await source.qemu.monitor()
             await monitor.execute("pmemsave", {"val": place + 0x1000, "size": 8, "filename": str(saved)})
             assert saved.read_bytes() == f"region {region}".encode()
             assert os.pread(found.memory_fds[region], 8, found.file_offsets[region] + 0x1000) == saved.read_bytes()
@@ -349,6 +349,7 @@ async def test_a_userfaultfd_comes_and_goes_without_a_trace(start: StartQemu, tm
     qemu = await start(*memory())
     source = qemu.source(tmp_path)
     await source.open()
+    session = await source.qemu.monitor()
     try:
         for _ in range(3):
             before = open_files(qemu.pid).keys()
@@ -359,7 +360,7 @@ async def test_a_userfaultfd_comes_and_goes_without_a_trace(start: StartQemu, tm
             await source.release_tracking()
             await source.release_tracking()
             assert open_files(qemu.pid).keys() == before
-        assert await source._monitor() is source._link
+        assert await source.qemu.monitor() is session
         await source.tracking_uffd()
         await qemu.process.kill(10)
         await source.release_tracking()
@@ -650,7 +651,7 @@ async def move(tmp_path: Path, image: Path) -> AsyncIterator[tuple[Move, context
 
 
 async def status_of(side: QemuSource | QemuTarget) -> str:
-    return await (await side._monitor()).status()
+    return await (await side.qemu.monitor()).status()
 
 
 async def move_there(it: Move, stack: contextlib.AsyncExitStack) -> None:
@@ -698,7 +699,7 @@ async def test_a_guest_on_huge_pages_moves(
 async def test_a_guest_its_owner_has_paused_arrives_paused(move: tuple[Move, contextlib.AsyncExitStack]) -> None:
     it, stack = move
     ram = await it.begin(stack)
-    await (await it.source._monitor()).execute("stop")
+    await (await it.source.qemu.monitor()).execute("stop")
     await it.source.pause(it.near)
     it.copy(ram)
     it.free()
@@ -726,13 +727,13 @@ async def test_a_guest_runs_on_after_a_failure_at_any_stage(
         await it.source.send_state(it.near)
         await asyncio.wait_for(it.loading, 30)
     if stage == "monitor-lost":
-        await (await it.source._monitor()).close()
+        await (await it.source.qemu.monitor()).close()
     await it.target.kill()
     await it.source.resume()
     await it.source.resume()
     await it.source.release_tracking()
     assert await status_of(it.source) == "running"
-    capabilities = await (await it.source._monitor()).execute("query-migrate-capabilities")
+    capabilities = await (await it.source.qemu.monitor()).execute("query-migrate-capabilities")
     assert not any(capability["state"] for capability in capabilities)
     assert (await it.console.stats()).errors == 0
     assert await it.console.verified()
