@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
+from migrated.demo.running_guest import RunningGuest
 from migrated.guests.client import ENVIRONMENT
-from migrated.guests.console import GuestConsole
-from migrated.waiting import within
 
 MIB = 1 << 20
 
 
-class RunningProcess:
+class RunningProcess(RunningGuest):
     """``python -m migrated.guests.example`` below the source agent, and its console."""
 
     def __init__(self, directory: Path, *, memory_bytes: int, name: str = "demo", rate: int = 2000) -> None:
-        self.name = name
+        super().__init__(name, directory / f"{name}.guest.log")
         self.memory_bytes = memory_bytes
-        self.console = GuestConsole(name)
-        self.process: asyncio.subprocess.Process | None = None
         self._directory = directory
         self._rate = rate
-        self._log = directory / f"{name}.guest.log"
 
     @property
     def socket(self) -> Path:
@@ -56,24 +50,6 @@ class RunningProcess:
     async def start(self) -> None:
         """Start it; returns when it has filled its memory.  The source agent must be there."""
         console = self._directory / f"{self.name}.tty"
-        with self._log.open("wb") as log:
-            self.process = await asyncio.create_subprocess_exec(
-                *self._command(console),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env={**os.environ, ENVIRONMENT: str(self.socket)},
-                start_new_session=True,
-            )
+        await self._launch(*self._command(console), env={**os.environ, ENVIRONMENT: str(self.socket)})
         await self.console.attach(console)
         await self.console.wait_booted()
-
-    async def stop(self) -> None:
-        """Let go of the console, end the first process if it is still there."""
-        await self.console.close()
-        process, self.process = self.process, None
-        if process is not None and process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            async with within(10, "the guest to end"):
-                await process.wait()

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
+from migrated.demo.running_guest import RunningGuest
 from migrated.errors import GuestError
-from migrated.guests.console import GuestConsole
 from migrated.guests.images import build_bootsector, build_linux_guest
-from migrated.waiting import within
 
 QEMU = "qemu-system-x86_64"
 MIB = 1 << 20
@@ -121,30 +119,23 @@ class QemuGuest:
         return {"driver": "qemu", "page_size": str(page), "command": self.target_command(move)}
 
 
-class RunningQemu:
+class RunningQemu(RunningGuest):
     """The first QEMU process and the guest's console."""
 
     def __init__(self, guest: QemuGuest) -> None:
+        super().__init__(guest.name, guest.directory / f"{guest.name}.qemu.log")
         self.guest = guest
-        self.console = GuestConsole(guest.name)
-        self.process: asyncio.subprocess.Process | None = None
-        self.log_path = guest.directory / f"{guest.name}.qemu.log"
 
     async def start(self, *, boot_seconds: float = 120, prefix: tuple[str, ...] = ()) -> None:
         """Start it, attach the console, wait for the load."""
         command = await asyncio.to_thread(self.guest.source_command)
-        with self.log_path.open("wb") as log:
-            self.process = await asyncio.create_subprocess_exec(
-                *prefix, *command, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-            )
-        ended = asyncio.ensure_future(self.process.wait())
+        process = await self._launch(*prefix, *command)
+        ended = asyncio.ensure_future(process.wait())
         booted = asyncio.ensure_future(self._boot(boot_seconds))
         try:
             await asyncio.wait({ended, booted}, return_when=asyncio.FIRST_COMPLETED)
             if not booted.done():
-                raise GuestError(
-                    f"QEMU ended with status {self.process.returncode}: {self.log_path.read_text()[-2000:]}"
-                )
+                raise GuestError(f"QEMU ended with status {process.returncode}: {self.log_path.read_text()[-2000:]}")
             booted.result()
         finally:
             booted.cancel()
@@ -153,13 +144,3 @@ class RunningQemu:
     async def _boot(self, limit_seconds: float) -> None:
         await self.console.attach(self.guest.source_serial)
         await self.console.wait_booted(limit_seconds)
-
-    async def stop(self) -> None:
-        """Let go of the console, end the first QEMU if it is still there."""
-        await self.console.close()
-        process, self.process = self.process, None
-        if process is not None and process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            async with within(10, "QEMU to end"):
-                await process.wait()
