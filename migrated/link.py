@@ -179,8 +179,9 @@ class ControlLink:
         if self._tasks:
             await asyncio.wait(self._tasks)
         self._writer.close()
-        with contextlib.suppress(OSError, asyncio.TimeoutError, TimeoutError):
-            await asyncio.wait_for(self._writer.wait_closed(), 2)
+        with contextlib.suppress(OSError, TimeoutError):
+            async with asyncio.timeout(2):
+                await self._writer.wait_closed()
         self._lose(ConnectionLostError(f"the connection to {self.peer} was closed by us"))
 
     # ------------------------------------------------------------ sending

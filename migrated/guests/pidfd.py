@@ -166,7 +166,8 @@ class PidHandle:
     async def wait(self, limit_seconds: float) -> str:
         """`died` with a limit.  Raises TimeoutExceededError."""
         try:
-            return await asyncio.wait_for(self.died(), limit_seconds)
+            async with asyncio.timeout(limit_seconds):
+                return await self.died()
         except TimeoutError as error:
             raise TimeoutExceededError(
                 f"process {self.pid} has not ended within {limit_seconds:g} s",

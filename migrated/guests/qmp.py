@@ -58,8 +58,10 @@ class Monitor:
         sock.setblocking(False)
         client = QMPClient(guest)
         try:
-            await asyncio.wait_for(asyncio.get_running_loop().sock_connect(sock, str(path)), greeting_seconds)
-            await asyncio.wait_for(client.connect(sock), greeting_seconds)
+            async with asyncio.timeout(greeting_seconds):
+                await asyncio.get_running_loop().sock_connect(sock, str(path))
+            async with asyncio.timeout(greeting_seconds):
+                await client.connect(sock)
         except (TimeoutError, BlockingIOError) as error:
             # BlockingIOError: the listener's queue is full, so somebody else is being served (or nobody is).
             sock.close()
@@ -90,7 +92,10 @@ class Monitor:
     ) -> Any:
         """Run one command.  Raises GuestError ``qmp-failed``, ``qmp-lost`` or ``qmp-timeout``."""
         try:
-            return await asyncio.wait_for(self._client.execute(command, arguments), limit)
+            # Never asyncio.wait_for: up to Python 3.11 it forgets a cancellation that comes together with the answer, and
+            # a migration that was aborted at that moment would go on (https://github.com/python/cpython/issues/86296).
+            async with asyncio.timeout(limit):
+                return await self._client.execute(command, arguments)
         except TimeoutError as error:
             raise GuestError(
                 f"guest {self.guest}: QEMU did not answer {command} within {limit:g} s", code="qmp-timeout"
@@ -175,7 +180,8 @@ class Monitor:
     async def _event(self, seconds: float) -> None:
         """Until the next event, at most ``seconds``."""
         try:
-            event = await asyncio.wait_for(self._events.get(), seconds)
+            async with asyncio.timeout(seconds):
+                event = await self._events.get()
         except TimeoutError:
             return
         if event["event"] == "STOP":
@@ -205,7 +211,8 @@ class Monitor:
     async def close(self) -> None:
         """End the session; QEMU takes the next client.  Idempotent."""
         with contextlib.suppress(QMPError, OSError, EOFError, TimeoutError):
-            await asyncio.wait_for(self._client.disconnect(), COMMAND_SECONDS)
+            async with asyncio.timeout(COMMAND_SECONDS):
+                await self._client.disconnect()
         self._socket.close()
 
 
