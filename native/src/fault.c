@@ -20,6 +20,7 @@
 #include <unistd.h>
 
 #include "error.h"
+#include "latency.h"
 #include "target.h"
 #include "uapi.h"
 
@@ -298,6 +299,7 @@ static void *run(void *argument)
 	struct faults faults = {.target = argument};
 	struct mgd_target *target = argument;
 
+	mgd_latency_matters();
 	while (!atomic_load(&target->fault_stop) && !atomic_load(&target->guest_gone)) {
 		struct pollfd fds[3] = {
 			{.fd = atomic_load(&target->uffd), .events = POLLIN},

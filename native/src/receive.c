@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include "error.h"
+#include "latency.h"
 #include "receive.h"
 
 static int recv_bytes(struct mgd_receiver *receiver, void *buffer, size_t bytes, struct mgd_error *err)
@@ -110,6 +111,8 @@ static void *receive(void *argument)
 	struct mgd_receiver *receiver = argument;
 	struct mgd_error error = {0};
 
+	if (receiver->stream == MGD_STREAM_URGENT)
+		mgd_latency_matters();
 	while (receive_frame(receiver, &error) == 0)
 		;
 	mgd_receive_give_up(receiver);

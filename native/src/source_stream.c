@@ -2,6 +2,8 @@
 /* The threads: one a connection.  They take orders under source->lock and work without it. */
 #include "source_state.h"
 
+#include "latency.h"
+
 #include <inttypes.h>
 
 /* A demanded small page brings its stale neighbours along: the guest wants them next, and a frame costs more than they do. */
@@ -206,6 +208,7 @@ void *source_urgent_main(void *argument)
 	struct source_stream *stream = argument;
 	struct mgd_error error = {0};
 
+	mgd_latency_matters();
 	while (!next_demand(stream, &error))
 		;
 	stream_ended(stream, &error);
