@@ -120,6 +120,7 @@ class TargetMigration(Migration):
         self._rollback = Rollback(self, self.connection, guest, self._memory, survival)
         self._mapped = asyncio.Event()
         self._paused_at: float | None = None
+        self._lost: GuestError | None = None  # the guest's process has ended
         self._abandoned = 0  # pages poisoned since their source is lost
         self._rates = Rates()
 
@@ -233,6 +234,8 @@ class TargetMigration(Migration):
             self.log.warning("the guest is loaded and waits here: only the source knows whether COMMIT was given")
             try:
                 await self._reconnect.once()
+                if self.session.committed:  # COMMIT had been read, but not taken, when the connection was lost
+                    return True
                 await self.failure.guard(self._converse())
             except Exception as again:  # noqa: BLE001 - wait on, or clean up
                 error = self.failure.error or again
@@ -249,6 +252,8 @@ class TargetMigration(Migration):
         engine.background()
         while True:
             try:
+                if self._lost is not None:  # no reconnect mends that
+                    raise self._lost
                 await self.failure.guard(self._until_current(running))
                 if self.session.state is SessionState.POSTCOPY:
                     await self._link.send(Done())
@@ -256,7 +261,7 @@ class TargetMigration(Migration):
                         await self._link.expect(Released, limit_seconds=self._timeouts.release, what="the farewell")
                 break
             except Exception as error:  # noqa: BLE001 - after COMMIT every failure means the same: wait for the source
-                reason = self.failure.error or error
+                reason = self._lost or self.failure.error or error
                 if isinstance(reason, GuestError) and reason.code in GUEST_OVER:
                     await self._survival.over()
                     self.set_state(State.FAILED, reason)
@@ -355,9 +360,10 @@ class TargetMigration(Migration):
 
     async def _watch_guest(self) -> None:
         how = await self._guest.died()
-        self.failure.set(
-            GuestError(f"the incoming process of {self.record.guest} {how}", code="guest-died", hint="see its log")
+        self._lost = GuestError(
+            f"the incoming process of {self.record.guest} {how}", code="guest-died", hint="see its log"
         )
+        self.failure.set(self._lost)
 
     def on_engine_event(self, event: Event) -> None:
         """Barriers are answered; page connections that end when nothing is lacking are no failure."""
