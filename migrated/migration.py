@@ -64,16 +64,16 @@ class Failure:
         failed = asyncio.ensure_future(self._event.wait())
         try:
             await asyncio.wait({task, failed}, return_when=asyncio.FIRST_COMPLETED)
-            await _end(task)
+            await end(task)
             if self.error is not None and (task.cancelled() or task.exception() is not None):
                 raise self.error
             return task.result()
         finally:
             failed.cancel()
-            await _end(task)
+            await end(task)
 
 
-async def _end(task: asyncio.Future[Any]) -> None:
+async def end(task: asyncio.Future[Any]) -> None:
     """Cancel it and wait until it is over.
 
     Cancelled again now and then: a cancellation that meets the end of an ``asyncio.wait_for`` is lost (Python 3.11), and a
@@ -151,10 +151,7 @@ class Migration:
     async def stop_background(self) -> None:
         """Cancel everything `background` still runs."""
         tasks = [task for task in self._background if task is not asyncio.current_task()]
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        await asyncio.gather(*(end(task) for task in tasks))
 
     @property
     def over(self) -> bool:
@@ -177,9 +174,13 @@ class Migration:
             self._fail_unforeseen(error)
         finally:
             ticker.cancel()
-            await self._let_go()
-            self._over = True
-            await self._after_the_end()
+            try:
+                await self._let_go()
+            except Exception as error:  # noqa: BLE001 - what is left of it must not keep the agent from ending
+                self._fail_unforeseen(error)
+            finally:
+                self._over = True
+            await quietly(self._after_the_end(), self.log, "say the last")
 
     async def _migrate(self) -> None:
         """The flow, failures included; returns in a final state."""
@@ -209,9 +210,15 @@ class Migration:
         if not self.record.ended:
             self.record.state = State.FAILED
             self.record.error = ErrorInfo(**{k: str(v) for k, v in hinted(error).items() if k != "state"})
+            self.record.timeline.append(StateChange(State.FAILED, time.time()))
+        if self.record.ended_at is None:  # also when it was the end itself that failed
             self.record.ended_at = time.time()
-            self.record.timeline.append(StateChange(State.FAILED, self.record.ended_at))
-            self.notify()
+            try:
+                if self.on_end is not None:
+                    self.on_end(self.record)
+            except Exception as problem:  # noqa: BLE001 - as above
+                self.log.warning("the end of a migration cannot be recorded", error=str(problem))
+        self.notify()
 
     def abort(self) -> None:
         """Give up; ConflictError when that cannot be done any more."""

@@ -328,6 +328,49 @@ async def test_a_mistake_of_ours_ends_in_a_named_state() -> None:
     assert migration.steps == ENDED
 
 
+async def test_what_nobody_foresaw_is_archived_too() -> None:
+    async def flow(_: OneMigration) -> None:
+        raise ValueError("a bug")
+
+    migration = Flow(flow)
+    archived: list[Record] = []
+    migration.on_end = archived.append
+    await migration.run()
+    assert [record.state for record in archived] == [State.FAILED]
+    assert migration.record.ended_at is not None
+
+
+async def test_an_end_whose_figures_fail_is_archived_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def flow(migration: OneMigration) -> None:
+        monkeypatch.setattr(migration, "refresh", lambda: 1 / 0)
+        migration.end_before_commit(GuestError("it has died"))
+
+    migration = Flow(flow)
+    archived: list[Record] = []
+    migration.on_end = archived.append
+    await migration.run()
+    assert [record.error.code for record in archived if record.error] == ["guest-failed"]
+    assert migration.record.ended_at is not None
+
+
+async def test_a_clean_up_that_fails_ends_the_migration_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def flow(migration: OneMigration) -> None:
+        migration.end_before_commit(GuestError("it has died"))
+
+    async def stuck() -> None:
+        raise OSError("cannot let go")
+
+    migration = Flow(flow)
+    monkeypatch.setattr(migration, "stop_background", stuck)
+    with capture_logs() as logs:
+        await migration.run()
+    assert migration.over
+    assert "cannot let go" in [line.get("error") for line in logs]
+    assert migration.record.error is not None
+    assert migration.record.error.code == "guest-failed"
+    assert migration.steps == ["after the end, over: True"]
+
+
 async def test_a_cancelled_migration_lets_go_too() -> None:
     async def flow(_: OneMigration) -> None:
         await asyncio.Event().wait()
@@ -402,3 +445,20 @@ async def test_work_that_loses_its_cancellation_is_cancelled_again(monkeypatch: 
     with pytest.raises(MigratedError, match="enough"):
         await guarded
     assert swallowed == 2
+
+
+async def test_background_work_that_loses_its_cancellation_is_cancelled_again(
+    migration: OneMigration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("migrated.migration.CANCEL_AGAIN_SECONDS", 0.01)
+
+    async def stubborn() -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        await asyncio.Event().wait()
+
+    work = migration.background(stubborn())
+    await asyncio.sleep(0)
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        await migration.stop_background()
+    assert work.cancelled()
