@@ -165,8 +165,9 @@ static void serve(struct faults *faults, uint64_t page, uint64_t since_ns)
 		mgd_waiting_take(&target->waiting, page, &waiter);
 }
 
-/* Look again at every page somebody waits for: after the switch-over, on a new urgent connection, after EAGAIN. */
-static void serve_waiting(struct faults *faults, bool ask)
+/* Look again at every page somebody waits for: after the switch-over, on a new urgent connection, after EAGAIN.  With
+ * `ask`, demand again those that were waited for before `ask_before_ns`: later ones went to the new connection already. */
+static void serve_waiting(struct faults *faults, bool ask, uint64_t ask_before_ns)
 {
 	struct mgd_target *target = faults->target;
 	size_t waiters;
@@ -180,7 +181,7 @@ static void serve_waiting(struct faults *faults, bool ask)
 
 		if (!stale || list[i].why != MGD_WAITING_STALE)
 			serve(faults, list[i].page, list[i].since_ns);
-		else if (ask)
+		else if (ask && list[i].since_ns < ask_before_ns)
 			mgd_urgent_ask(target, alias, list[i].page - alias->first);
 	}
 	free(list);
@@ -306,23 +307,24 @@ static void *run(void *argument)
 			{.fd = target->kick_fd, .events = POLLIN},
 			{.events = POLLOUT},
 		};
+		uint64_t counter, turn_ns;
 		enum retry retry;
-		uint64_t counter;
 		bool ask;
 
 		mgd_urgent_flush(target, &fds[2].fd);
 		(void)poll(fds, 3, turn_timeout(faults.retry));
-		atomic_store_explicit(&target->heartbeat_ns, mgd_now_ns(), memory_order_relaxed);
+		turn_ns = mgd_now_ns();
+		atomic_store_explicit(&target->heartbeat_ns, turn_ns, memory_order_relaxed);
 		if (fds[1].revents)
 			(void)!read(target->kick_fd, &counter, sizeof(counter));
+		ask = atomic_exchange(&target->ask_again, false);
 		retry = faults.retry;
 		faults.retry = RETRY_NONE;
 		while (read_batch(&faults))
 			mgd_urgent_flush(target, &fds[2].fd);
 		mgd_urgent_flush(target, &fds[2].fd);
-		ask = atomic_exchange(&target->ask_again, false);
 		if (atomic_exchange(&target->look_again, false) || ask || retry != RETRY_NONE)
-			serve_waiting(&faults, ask);
+			serve_waiting(&faults, ask, turn_ns);
 	}
 	/* After unregistering: an event left unread would keep the guest's madvise waiting. */
 	if (atomic_load(&target->releasing))
