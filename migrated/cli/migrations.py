@@ -126,7 +126,8 @@ async def wait(client: Client, *, id: str, timeout: float | None, quiet: bool, a
     record = await client.migration(id)
     follow = _follow(client, record, as_json=as_json, quiet=quiet or as_json)
     try:
-        return await asyncio.wait_for(follow, timeout)
+        async with asyncio.timeout(timeout):
+            return await follow
     except TimeoutError:
         message = f"migration {record.id} of {record.guest} is not over after {timeout:g} s"
         raise TimeoutExceededError(message, hint="it goes on; `migrated status` shows where it is") from None

@@ -64,7 +64,8 @@ class QemuTarget(TargetGuest):
 
     async def _somebody_listens(self) -> bool:
         try:
-            _, writer = await asyncio.wait_for(asyncio.open_unix_connection(str(self.qmp_path)), 1.0)
+            async with asyncio.timeout(1.0):
+                _, writer = await asyncio.open_unix_connection(str(self.qmp_path))
         except TimeoutError:
             return True
         except OSError:
