@@ -28,7 +28,7 @@ from migrated.errors import (
 from migrated.guests.driver import Region, TargetGuest
 from migrated.journal import TargetEntry, process_started
 from migrated.memory.engine import Event, EventKind, TargetEngine
-from migrated.migration import Migration, quietly
+from migrated.migration import Failure, Migration, quietly
 from migrated.protocol.messages import (
     Abort,
     BarrierAck,
@@ -120,7 +120,8 @@ class TargetMigration(Migration):
         self._rollback = Rollback(self, self.connection, guest, self._memory, survival)
         self._mapped = asyncio.Event()
         self._paused_at: float | None = None
-        self._lost: GuestError | None = None  # the guest's process has ended
+        self._guest_over = Failure()  # its process has ended: unlike `failure`, no reconnect mends that
+        self._unserved: MigratedError | None = None  # why the guest that was found after a restart cannot be served
         self._abandoned = 0  # pages poisoned since their source is lost
         self._rates = Rates()
 
@@ -133,7 +134,7 @@ class TargetMigration(Migration):
     async def _migrate(self) -> None:
         try:
             if self._legacy is not None:
-                await self._recover(self._legacy)
+                await self._take_up(self._legacy)
             else:
                 self.connection.watch(self._link)
                 await self.failure.guard(self._until_committed())
@@ -141,7 +142,11 @@ class TargetMigration(Migration):
             reason = self.failure.error or error
             if not self.session.committed and not await self._wait_for_word(reason):
                 return
-        await self._after_commit()
+        if self._unserved is None:
+            await self._after_commit()
+        else:  # a guest must not run without its fault server: it waits, and what is kept for the next agent stays kept
+            self._reconnect.silent = True
+            self.set_state(State.FAILED, self._unserved)
 
     async def _until_committed(self) -> None:
         hello = self.hello
@@ -190,15 +195,31 @@ class TargetMigration(Migration):
     async def _recover(self, legacy: Recovered) -> None:
         """Take the guest back from an agent that died: its memory, its ledger, its faults; then go on where that one was."""
         self.record.page_size = max(legacy.entry.page_bytes)
+        self.background(self._watch_guest())
         engine = self._make_engine(recover=True)
         engine.arm(legacy.faults.uffd, legacy.faults.mappings, recovered=True)
-        self.background(self._watch_guest())
         self._mapped.set()
         self.connection.streams_wanted.set()
         self.refresh()
         self.log.warning("taken back after a restart of the agent", stage=legacy.entry.stage)
+
+    async def _take_up(self, legacy: Recovered) -> None:
+        """`_recover`; a guest that cannot be served is noted.  Raises before COMMIT: the source must be waited for."""
+        try:
+            await self._recover(legacy)
+        except Exception as error:
+            problem = named(error)
+            if isinstance(problem, GuestError) and problem.code in GUEST_OVER:
+                self._guest_over.set(problem)
+            else:
+                self._unserved = MigratedError(
+                    f"{self.record.guest} is here and its faults cannot be served: {problem.message}",
+                    code=problem.code,
+                    hint="the guest waits; start the target agent again, which tries again",
+                )
+                self.log.exception("not taken back")
         if not self.session.committed:
-            raise ConnectionLostError("the agent was restarted", code="agent-restarted")
+            raise self._unserved or ConnectionLostError("the agent was restarted", code="agent-restarted")
 
     async def _converse(self) -> None:
         """Obey the source until it says COMMIT."""
@@ -229,11 +250,11 @@ class TargetMigration(Migration):
 
     async def _wait_for_word(self, error: BaseException) -> bool:
         """Before COMMIT something failed.  True: COMMIT was given after all (by reconnect); False: all is cleaned up."""
-        while self.session.state in (SessionState.LOADED, SessionState.WAITING):
+        while self.session.state in (SessionState.LOADED, SessionState.WAITING) and not self._guest_over.is_set:
             self.set_state(State.POSTCOPY_PAUSED, error)
             self.log.warning("the guest is loaded and waits here: only the source knows whether COMMIT was given")
             try:
-                await self._reconnect.once()
+                await self._guest_over.guard(self._reconnect.once())
                 if self.session.committed:  # COMMIT had been read, but not taken, when the connection was lost
                     return True
                 await self.failure.guard(self._converse())
@@ -241,19 +262,22 @@ class TargetMigration(Migration):
                 error = self.failure.error or again
             if self.session.committed:
                 return True
-        await self._rollback.run(error)
+        await self._rollback.run(self._guest_over.error or error)
         return False
 
     # ------------------------------------------------------------ after COMMIT
 
     async def _after_commit(self) -> None:
+        if self._guest_over.error is not None:  # before it could run here
+            await self._lost_guest(self._guest_over.error)
+            return
         engine = self.connection.require_engine()
         running = self.background(self._run_guest())
         engine.background()
         while True:
             try:
-                if self._lost is not None:  # no reconnect mends that
-                    raise self._lost
+                if self._guest_over.error is not None:
+                    raise self._guest_over.error
                 await self.failure.guard(self._until_current(running))
                 if self.session.state is SessionState.POSTCOPY:
                     await self._link.send(Done())
@@ -261,17 +285,26 @@ class TargetMigration(Migration):
                         await self._link.expect(Released, limit_seconds=self._timeouts.release, what="the farewell")
                 break
             except Exception as error:  # noqa: BLE001 - after COMMIT every failure means the same: wait for the source
-                reason = self._lost or self.failure.error or error
+                reason = self._reason(error)
                 if isinstance(reason, GuestError) and reason.code in GUEST_OVER:
-                    await self._survival.over()
-                    self.set_state(State.FAILED, reason)
+                    await self._lost_guest(reason)
                     return
                 if self._all_in():
                     break  # nobody is needed any more; a source that asks again is told so
                 self.set_state(State.POSTCOPY_PAUSED, reason)
-                if not await self._reconnect.until_back_or_all_in():
-                    break
+                with contextlib.suppress(GuestError):  # its end, told of above
+                    if not await self._guest_over.guard(self._reconnect.until_back_or_all_in()):
+                        break
         await self._finish()
+
+    def _reason(self, error: BaseException) -> BaseException:
+        """What is to be said of a wait that ended with ``error``."""
+        return self._guest_over.error or self.failure.error or error
+
+    async def _lost_guest(self, error: BaseException) -> None:
+        """There is nothing any more that a next agent could go on with."""
+        await self._survival.over()
+        self.set_state(State.FAILED, error)
 
     async def _run_guest(self) -> None:
         """Run the guest, and go on trying: what it first touches may be a page that waits for a broken network.
@@ -360,16 +393,18 @@ class TargetMigration(Migration):
 
     async def _watch_guest(self) -> None:
         how = await self._guest.died()
-        self._lost = GuestError(
-            f"the incoming process of {self.record.guest} {how}", code="guest-died", hint="see its log"
-        )
-        self.failure.set(self._lost)
+        error = GuestError(f"the incoming process of {self.record.guest} {how}", code="guest-died", hint="see its log")
+        self._guest_over.set(error)
+        self.failure.set(error)
 
     def on_engine_event(self, event: Event) -> None:
         """Barriers are answered; page connections that end when nothing is lacking are no failure."""
         if event.kind is EventKind.BARRIER:
             self.background(self._acknowledge(event.value))
-        elif event.kind is not EventKind.STREAM_LOST or not self.all_current.is_set():
+            return
+        if event.kind is EventKind.FAILED and isinstance(event.error, GuestError) and event.error.code in GUEST_OVER:
+            self._guest_over.set(event.error)
+        if event.kind is not EventKind.STREAM_LOST or not self.all_current.is_set():
             super().on_engine_event(event)
 
     async def _acknowledge(self, barrier: int) -> None:
@@ -423,7 +458,7 @@ class TargetMigration(Migration):
         engine = self.connection.engine
         if engine is None or not engine.alive or not self.connection.streams_wanted.is_set():
             return True
-        if self.failure.error is not None and named(self.failure.error).code in GUEST_OVER:
+        if self._guest_over.is_set or (self.failure.error is not None and named(self.failure.error).code in GUEST_OVER):
             return True  # the thread has ended with the guest
         heartbeat = engine.stats().fault_thread_heartbeat_ns
         return heartbeat == 0 or now_ns - heartbeat <= limit_ns

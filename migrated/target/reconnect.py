@@ -9,7 +9,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from migrated.errors import MigratedError
-from migrated.migration import quietly
+from migrated.migration import end, quietly
 from migrated.protocol.messages import Abort, Aborted, Done, Lacking, LackingEnd, Released, Resume, Resumed
 from migrated.protocol.transitions import State as SessionState
 from migrated.record import State
@@ -38,6 +38,7 @@ class Reconnect:
         self._session = connection.session
         self._timeouts = timeouts
         self._dialled: asyncio.Queue[ControlLink] = asyncio.Queue()
+        self.silent = False  # once it is over, say nothing: the source shall go on asking until the next agent is there
 
     def dialled(self, link: ControlLink) -> None:
         """The agent has a new control link for this session, not started, its first message a Resume."""
@@ -91,9 +92,7 @@ class Reconnect:
                 back.result()
             return back.done()
         finally:
-            for task in (back, enough):
-                task.cancel()
-            await asyncio.wait({back, enough})
+            await asyncio.gather(end(back), end(enough))
 
     async def _tell_standing(self, link: ControlLink) -> None:
         """Answer Resume."""
@@ -113,6 +112,9 @@ class Reconnect:
 
     async def answer_late(self, link: ControlLink) -> None:
         """A source that missed the end asks again: tell it how this ended."""
+        if self.silent and not self._connection.session.settled:
+            await link.close()
+            return
         self._session.connection_lost()
         self._session.reconnected()
         link.start()
