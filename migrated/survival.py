@@ -43,6 +43,10 @@ class Survival(Generic[E]):
         """Remove the entry alone.  OSError when it cannot be: then it would be believed after a restart."""
         self._journal.remove(self._id)
 
+    async def let_go(self) -> None:
+        """Of the descriptors alone, where the next agent needs only the entry."""
+        await self._keeper.forget(PREFIX + self._id)
+
     async def over(self) -> None:
         """Nothing of this migration need survive any more."""
         async with self._writing:

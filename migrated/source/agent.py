@@ -78,10 +78,13 @@ class SourceAgent(HostAgent[SourceMigration]):
 
     async def _take_back(self) -> None:
         """Go on with what an agent before us left, guest by guest."""
-        for migration_id, entry, fds in await Legacy(self._journal, self._keeper).take():
+        found = await Legacy(self._journal, self._keeper).take()
+        newest = {entry.hello.guest: key for key, entry, _ in sorted(found, key=lambda left: left[1].started_at)}
+        for migration_id, entry, fds in found:
             survival = Survival(self._journal, self._keeper, migration_id)
             try:
-                self._launch(self._revive(entry, fds, survival))
+                superseded = newest[entry.hello.guest] != migration_id
+                self._launch(self._revive(entry, fds, survival, superseded=superseded))
             except (MigratedError, OSError) as error:
                 for fd in fds:
                     with contextlib.suppress(OSError):
@@ -95,7 +98,9 @@ class SourceAgent(HostAgent[SourceMigration]):
                     error=str(error),
                 )
 
-    def _revive(self, entry: SourceEntry, fds: list[int], survival: Survival[SourceEntry]) -> SourceMigration:
+    def _revive(
+        self, entry: SourceEntry, fds: list[int], survival: Survival[SourceEntry], *, superseded: bool
+    ) -> SourceMigration:
         hello = entry.hello
         table = self.config.guests.get(hello.guest)
         if table is None:
@@ -127,7 +132,7 @@ class SourceAgent(HostAgent[SourceMigration]):
             config=self.config,
             session_id=hello.session,
             survival=survival,
-            legacy=Recovered(entry, memory),
+            legacy=Recovered(entry, memory, superseded),
         )
 
     async def switchover(self, migration_id: str) -> Record:

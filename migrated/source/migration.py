@@ -306,7 +306,7 @@ class SourceMigration(Migration):
     async def _after_restart(self, legacy: Recovered) -> None:
         """Go on where the agent before us was: undo, or serve the frozen memory again."""
         if not legacy.committed:
-            await self._rollback.after_restart(legacy.entry.guest)
+            await self._rollback.after_restart(legacy.entry.guest, superseded=legacy.superseded)
             return
         self.record.page_size = max(legacy.entry.page_bytes)
         self.record.total_bytes = sum(region.size_bytes for region in legacy.memory.regions)

@@ -45,6 +45,7 @@ class Reconnect:
         pause = self._timeouts.reconnect_interval
         started = time.monotonic()
         while True:
+            self._now.clear()  # before the try: who asks while it is under way means the next one
             await connection.disconnect()
             migration.failure.clear()
             if connection.session.state is SessionState.CLOSED:
@@ -65,9 +66,9 @@ class Reconnect:
                 if limit and time.monotonic() - started > limit:
                     raise TimeoutExceededError(
                         f"{connection.dialer.address} could not be reached for {limit:g} s; the guest waits there",
-                        hint="`migrated resume` goes on once it can be reached again; timeouts.reconnect = 0 never gives up",
+                        hint="once it can be reached again, start the source agent anew: it goes on with what is kept; "
+                        "timeouts.reconnect = 0 never gives up",
                     ) from error
-                self._now.clear()
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._now.wait(), pause)
                 pause = min(2 * pause, self._timeouts.reconnect_interval_limit)

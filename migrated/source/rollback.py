@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import TYPE_CHECKING
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any
 
-from migrated.errors import MigratedError, named
+from migrated.errors import GuestError, MigratedError, named
+from migrated.journal import process_lives
 from migrated.migration import quietly
 from migrated.protocol.bounds import abort_of
 from migrated.protocol.messages import Aborted
@@ -53,6 +55,7 @@ class Rollback:
         self._stage = stage
         self._survival = survival
         self._timeouts = timeouts
+        self._stuck = False  # the guest is here and does not run on: the next agent must find it
 
     async def run(self, error: BaseException) -> None:
         """The guest runs on here, untracked; the target is told; nothing of ours stays."""
@@ -70,27 +73,56 @@ class Rollback:
             self._migration.set_state(State.FAILED, error)
             return
         if self._tracking.tracker is not None:
-            await quietly(self._guest.resume(), self._log, "resume the guest here")
+            error = await self._run_on(self._guest.resume(), error)
+            if self._stuck:  # the journal may have been struck
+                await quietly(self._stage.write("active"), self._log, "write the journal")
         await self._connection.drop_streams()
         await self._tracking.stop()
         told = link is not None and link.broken is None and await self._confirmed(link)
         await self._connection.disconnect()
         if told or not self._session.must_reconnect:
-            await self._survival.over()
+            await self._survival_over()
         self._migration.end_before_commit(error)
         if not told and self._session.must_reconnect:
             await self._settle(error)
 
-    async def after_restart(self, memento: Memento) -> None:
+    async def after_restart(self, memento: Memento, *, superseded: bool = False) -> None:
         """The agent before us died before COMMIT: likewise."""
-        error = MigratedError(
-            "the source agent was restarted before COMMIT: the guest runs on here",
+        error: BaseException = MigratedError(
+            "the source agent was restarted before COMMIT",
             code="agent-restarted",
-            hint="start the migration again",
+            hint="the guest runs on here: start the migration again",
         )
-        await quietly(self._guest.reclaim(memento), self._log, "run the guest on here")
+        entry = self._stage.entry
+        if entry is not None and not process_lives(entry.pid, entry.pid_started):
+            error = GuestError("the source agent was restarted before COMMIT; the guest has ended", code="guest-died")
+        elif not superseded:  # else a later migration has the guest, and only the target of this one is to be told
+            error = await self._run_on(self._guest.reclaim(memento), error)
         self._migration.end_before_commit(error)
         await self._settle(error)
+
+    async def _run_on(self, work: Coroutine[Any, Any, None], error: BaseException) -> BaseException:
+        """Have the guest run here; the error to end with: ``error``, or that it does not run."""
+        try:
+            await work
+        except Exception as problem:  # noqa: BLE001 - the rest is undone all the same
+            self._log.error("the guest does not run on here", error=str(problem))
+            entry = self._stage.entry
+            if entry is None or not process_lives(entry.pid, entry.pid_started):
+                return error  # its end is no news, or is told by who watches it
+            self._stuck = True
+            return GuestError(
+                f"{named(error).message}; and the guest does not run on here: {named(problem).message}",
+                code="guest-not-resumed",
+                hint="it is here and may be paused: start the source agent again, which tries again, or let it run by hand",
+            )
+        return error
+
+    async def _survival_over(self) -> None:
+        if self._stuck:
+            await self._survival.let_go()
+        else:
+            await self._survival.over()
 
     async def _confirmed(self, link: ControlLink) -> bool:
         """Whether the target says that nothing of the guest is left there."""
@@ -121,4 +153,4 @@ class Rollback:
             if self._session.must_reconnect:
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, self._timeouts.reconnect_interval_limit)
-        await self._survival.over()
+        await self._survival_over()

@@ -23,6 +23,7 @@ class Recovered:
 
     entry: SourceEntry
     memory: SourceMemory
+    superseded: bool = False  # a later migration of the same guest is left, too: this one's must not touch the guest
 
     @property
     def committed(self) -> bool:
