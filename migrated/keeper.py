@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -27,6 +28,10 @@ log = structlog.get_logger("migrated.keeper")
 
 START_SECONDS = 10.0
 LISTEN_TRIES = 50
+
+
+class HolderGoneError(HostError):
+    """The holder has ended: it holds nothing, or was killed."""
 
 
 class Keeper(Protocol):
@@ -130,13 +135,16 @@ class HolderKeeper:
         try:
             socket.send_fds(sock, [json.dumps(request).encode()], list(fds))
             data, received, _, _ = socket.recv_fds(sock, 1 << 16, 250)
+            if not data:
+                raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
             for fd in received:
                 os.set_inheritable(fd, False)
             answer: dict[str, Any] = json.loads(data)
         except (OSError, ValueError) as error:
             sock.close()
             self._socket = None
-            raise HostError(
+            gone = isinstance(error, BrokenPipeError | ConnectionResetError)
+            raise (HolderGoneError if gone else HostError)(
                 f"the holder of descriptors at {self._path} failed: {error}",
                 code="holder",
                 hint="it may have been killed; a crash of this agent could not be survived now",
@@ -145,17 +153,30 @@ class HolderKeeper:
 
     async def taken(self) -> dict[str, list[int]]:
         """See Keeper."""
+        known = self._socket is not None
         if not self._connect():
             return {}
-        answer, _ = self._ask({"op": "list"})
+        try:
+            answer, _ = self._ask({"op": "list"})
+        except HolderGoneError:
+            if known:
+                raise
+            return {}  # it was just ending: one that holds something does not
         return {name: self._ask({"op": "take", "name": name})[1] for name in answer.get("names", [])}
 
     async def keep(self, name: str, fds: Sequence[int]) -> None:
         """See Keeper."""
         async with self._lock:
+            known = self._socket is not None
             if not self._connect():
                 await self._start()
-            answer, _ = self._ask({"op": "keep", "name": name}, fds)
+            try:
+                answer, _ = self._ask({"op": "keep", "name": name}, fds)
+            except HolderGoneError:
+                if known:  # it held what is others', too
+                    raise
+                await self._start()  # that one was just ending
+                answer, _ = self._ask({"op": "keep", "name": name}, fds)
         if not answer.get("ok"):
             raise HostError(f"the holder of descriptors refused: {answer.get('error')}", code="holder")
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import select
 import shutil
 import signal
 import socket
 import subprocess
 import tempfile
+import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import ClassVar
@@ -389,6 +392,46 @@ async def test_the_next_agent_finds_entries_with_their_descriptors(
     keeper.die()
     await gone(pid)
     assert await Legacy(journal, OurKeeper(directory)).take() == []
+
+
+class Ending:
+    """A holder that takes the first connection and ends: before it reads the request, or without a look at it."""
+
+    def __init__(self, directory: Path, *, accepts: bool) -> None:
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._path = directory / "holder.sock"
+        self._listener.bind(str(self._path))
+        self._listener.listen(8)
+        self._accepts = accepts
+        self.thread = threading.Thread(target=self._end)
+        self.thread.start()
+
+    def _end(self) -> None:
+        with self._listener:
+            if self._accepts:
+                connection, _ = self._listener.accept()
+                with connection:
+                    select.select([connection], [], [], PATIENCE_SECONDS)
+            else:
+                select.select([self._listener], [], [], PATIENCE_SECONDS)
+                time.sleep(0.05)  # the request lies there unread
+            self._path.unlink()
+
+
+@pytest.mark.parametrize("accepts", [True, False])
+async def test_a_holder_that_is_just_ending_holds_nothing(directory: Path, accepts: bool) -> None:
+    ending = Ending(directory, accepts=accepts)
+    assert await OurKeeper(directory).taken() == {}
+    ending.thread.join()
+
+
+@pytest.mark.parametrize("accepts", [True, False])
+async def test_another_holder_is_started_where_one_is_just_ending(directory: Path, accepts: bool) -> None:
+    ending = Ending(directory, accepts=accepts)
+    keeper = OurKeeper(directory)
+    await kept(keeper, "m1", "a")
+    ending.thread.join()
+    assert texts((await OurKeeper(directory).taken())["m1"]) == ["a"]
 
 
 async def test_descriptors_of_an_entry_that_is_not_believed_are_let_go(
