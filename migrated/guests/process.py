@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import select
 import socket
 import struct
 from pathlib import Path
@@ -132,6 +133,15 @@ class GuestConnection:
     def alive(self) -> bool:
         """Whether it can still be asked."""
         return not self.closed.done()
+
+    @property
+    def hung_up(self) -> bool:
+        """Whether the guest has let go of its end; what it said before that may still have to be read."""
+        if not self.alive:
+            return True
+        poll = select.poll()
+        poll.register(self._sock, 0)  # a hang-up is told unasked
+        return bool(poll.poll(0))
 
     async def hello(self, limit_seconds: float) -> tuple[Hello, tuple[int, ...]]:
         """The guest's first message and the descriptors with it (the caller's from here on)."""

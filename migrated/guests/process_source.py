@@ -117,6 +117,7 @@ class ProcessHub:
         fds: tuple[int, ...] = ()
         try:
             hello, fds = await connection.hello(self.timeouts.guest_command)
+            await self._forget_former()
             if self.resident is not None:
                 raise GuestRefusedError(f"guest {self.name} is connected already", code="guest-connected")
             self.resident = resident = await self._settle(connection, hello, fds)
@@ -135,6 +136,17 @@ class ProcessHub:
             connection.close()
             for fd in fds:
                 os.close(fd)
+
+    async def _forget_former(self) -> None:
+        """A guest that has ended may still be the resident, where its end is to be read yet: then read it first."""
+        former = self.resident
+        if former is None or not former.connection.hung_up:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.timeouts.guest_command):
+                await asyncio.shield(former.connection.closed)
+            if self.resident is former:
+                self.resident = None
 
     async def _settle(self, connection: process.GuestConnection, hello: Hello, presented: tuple[int, ...]) -> Resident:
         """Give the guest its memory, or take up the memory it shows."""
