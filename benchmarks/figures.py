@@ -246,7 +246,7 @@ async def faults(settings: Settings) -> Section:
         (2 * MIB, 2 * MIB, light, {"drain_bandwidth": "100Mbit"}),
         *((source, GIB, more, {"downtime_limit_ms": 1}) for source in (4096, 2 * MIB, GIB)),
     )
-    for source, page, load, options in cases:
+    for source, page, load, options in cases[:2] if settings.quick else cases:
         size = max(settings.memory_bytes, page)
         samples = []
         name = f"{_page(source)} to {_page(page)}"
