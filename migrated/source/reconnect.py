@@ -70,7 +70,8 @@ class Reconnect:
                         "timeouts.reconnect = 0 never gives up",
                     ) from error
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._now.wait(), pause)
+                    async with asyncio.timeout(pause):
+                        await self._now.wait()
                 pause = min(2 * pause, self._timeouts.reconnect_interval_limit)
             else:
                 migration.record.error = None

@@ -58,6 +58,7 @@ class TargetAgent(HostAgent[TargetMigration]):
     def __init__(self, config: AgentConfig) -> None:
         super().__init__(config, log)
         self._connections: set[asyncio.Task[None]] = set()
+        self._waiting_for_next: set[bytes] = set()  # sessions of guests that wait here, and this agent cannot serve
         self._journal = Journal(config.state_dir / "journal", TargetEntry)
         self.bound: tuple[str, int] | None = None  # where we listen, once we do (port 0: any free one)
 
@@ -139,13 +140,21 @@ class TargetAgent(HostAgent[TargetMigration]):
                 for fd in fds:
                     with contextlib.suppress(OSError):
                         os.close(fd)
-                await survival.over()
+                # Letting the last userfaultfd go would set its waiting threads free onto pages that have not come.
+                waits = entry.stage != "setup" and process_lives(entry.pid, entry.pid_started)
+                if waits:
+                    self._waiting_for_next.add(entry.hello.session)
+                else:
+                    await survival.over()
                 log.error(  # noqa: TRY400 - expected: no traceback
                     "a migration of the agent before cannot go on",
                     migration=migration_id,
                     guest=entry.hello.guest,
                     stage=entry.stage,
                     error=str(error),
+                    hint="the guest waits, and all of it is kept: put this right and restart the agent"
+                    if waits
+                    else "",
                 )
 
     async def _end_left_over(self, entry: TargetEntry) -> None:
@@ -309,7 +318,10 @@ class TargetAgent(HostAgent[TargetMigration]):
             session.reconnected()
         link = ControlLink(session, reader, writer, heartbeat=heartbeat(self.config.timeouts), received=data)
         link.start()
-        if isinstance(first, Resume):
+        if isinstance(first, Resume) and first.session in self._waiting_for_next:
+            log.warning("a source asks for a guest that waits for the next agent", peer=link.peer)
+            await link.close()  # it goes on asking
+        elif isinstance(first, Resume):
             await self._nothing_left(link, first)
         else:
             await self._take_in(link)

@@ -80,6 +80,37 @@ async def test_a_guest_killed_on_the_target_after_commit_is_lost_by_name_and_not
         await moves_again(made, guest)
 
 
+async def test_a_target_agent_that_cannot_serve_a_guest_after_a_restart_keeps_it_for_the_next(
+    guest_program: Path,
+) -> None:
+    """Its table is gone from the configuration: the guest waits, its source goes on asking; put right, all goes on."""
+    async with rig(guest_program, prove=False) as made:
+        await made.sound()
+        gate = STAGES["drain-early"].gate()
+        made.proxy.expect(gate)
+        await made.begin(**STAGES["drain-early"].settings("postcopy"))
+        async with within(LIMIT_SECONDS, "post-copy to be reached"):
+            await gate.reached.wait()
+        await made.target.kill()
+        guests, made.target.table["guests"] = made.target.table["guests"], {}
+        await made.restart(made.target)
+        gate.release()
+        made.proxy.expect(None)
+        async with within(LIMIT_SECONDS, "the source to ask for it"):
+            while "waits for the next agent" not in made.target.log_path.read_text():  # noqa: ASYNC110 - a log
+                await asyncio.sleep(0.05)
+        record = await made.source.record(made.migration)
+        assert record["state"] in {"postcopy-paused", "recovering"}, f"{record}\n{made.logs()}"
+        await made.target.kill()
+        made.target.table["guests"] = guests
+        await made.restart(made.target)
+        record = await made.over()
+        assert record["state"] == "completed", f"{record}\n{made.logs()}"
+        (arrived,) = made.guests()
+        status = await made.sweep(arrived)
+        assert (status.wrong, status.errors, status.twice) == (0, 0, 0), f"{status}\n{made.logs()}"
+
+
 async def moves_again(made: Rig, guest: int) -> None:
     """People have ended what was left of it: both agents move the next one as ever."""
     os.kill(guest, signal.SIGKILL)
