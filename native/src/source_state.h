@@ -192,7 +192,7 @@ struct source_refinement *source_refine_begin(struct mgd_source *source, const s
 void source_refine_reached(struct source_refinement *refinement, uint64_t chunk);
 void source_refine_end(struct source_refinement *refinement);
 
-/* source_send.c */
+/* source_read.c */
 /* Copy blocks first … first+count-1 of the region, as they are just now; holes are zeros. */
 int source_read(struct mgd_source *source, const struct source_region *region, uint64_t first, uint32_t count,
 		uint8_t *to, struct mgd_error *err);
@@ -202,6 +202,8 @@ bool source_differing(struct mgd_source *source, const struct source_region *reg
 		      uint64_t *out_differing);
 /* What the table holds for a block that looks like this. */
 uint64_t source_hash(const struct mgd_source *source, const uint8_t *block);
+
+/* source_send.c */
 /* Each of these returns 0 or -1 with *err; all frames of a stream go through these.  They stay in the batch: flush
  * when nothing more is to be sent soon. */
 int source_send_chunk(struct source_stream *stream, struct source_region *region, uint64_t chunk,
