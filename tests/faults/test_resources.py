@@ -68,6 +68,11 @@ async def test_a_guest_that_does_not_pause_or_save_is_not_moved_and_runs_on(rigs
         record = await made.migrate(mode=mode, downtime_limit_ms=300.0)
         assert record["state"] == "failed", record
         await made.ask(guest, "behave well")
+        if word == "stuck":
+            # It did not answer the request to run on either: that is said, and kept for the agent's next start.
+            assert record["error"]["code"] == "guest-not-resumed", record
+            await made.source.kill()
+            await made.restart(made.source)
         assert await made.sound() == guest
         await moves(made)
 
