@@ -53,9 +53,9 @@ class Patience:
 
 
 #: What is left grows while it is being sent: a part r of a round's time becomes r / (1 - r) by the end of the next, for a
-#: guest that writes evenly.  So 0.4 stands for rounds of two thirds, and 0.5 for no progress at all.  In hybrid mode going on
+#: guest that writes evenly.  So 0.45 stands for rounds of four fifths, and 0.5 for no progress at all.  In hybrid mode going on
 #: costs time and bytes, and stopping costs little; in mode precopy stopping is failure, and doubt speaks for going on.
-PATIENCE = {"hybrid": Patience(0.4, 1), "precopy": Patience(0.9, 2)}
+PATIENCE = {"hybrid": Patience(0.45, 1), "precopy": Patience(0.9, 2)}
 
 
 class Convergence:
