@@ -46,7 +46,7 @@ class TargetEntry(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     started_at: float = 0.0
 
 
-class SourceEntry(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class SourceEntry(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """A migration from here.  ``stage``: ``active`` (COMMIT was never sent) or ``committed`` (it may have been)."""
 
     hello: Hello
@@ -61,6 +61,7 @@ class SourceEntry(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     started_at: float = 0.0
     max_bandwidth: int = 0
     drain_bandwidth: int = 0
+    superseded: bool = False  # a later migration was begun: the guest is no longer this one's to run
 
 
 E = TypeVar("E", TargetEntry, SourceEntry)

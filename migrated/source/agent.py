@@ -18,7 +18,7 @@ from migrated.journal import Journal, SourceEntry
 from migrated.record import Record
 from migrated.source.migration import SourceMigration
 from migrated.source.options import Options
-from migrated.source.stage import Recovered
+from migrated.source.stage import Recovered, supersede
 from migrated.survival import Legacy, Survival
 
 log = structlog.get_logger("migrated.source")
@@ -59,6 +59,7 @@ class SourceAgent(HostAgent[SourceMigration]):
                 code="too-many",
                 hint="wait for one to end, or raise limits.max_migrations",
             )
+        supersede(self._journal, request.guest)
         table = self.config.guests[request.guest]
         guest = self._residents.source_guest(request.guest)
         session_id = os.urandom(16)
@@ -83,7 +84,7 @@ class SourceAgent(HostAgent[SourceMigration]):
         for migration_id, entry, fds in found:
             survival = Survival(self._journal, self._keeper, migration_id)
             try:
-                superseded = newest[entry.hello.guest] != migration_id
+                superseded = entry.superseded or newest[entry.hello.guest] != migration_id
                 self._launch(self._revive(entry, fds, survival, superseded=superseded))
             except (MigratedError, OSError) as error:
                 for fd in fds:

@@ -13,7 +13,7 @@ from migrated.protocol.transitions import Role, State
 if TYPE_CHECKING:
     from migrated.dialing import Dialer
     from migrated.guests.driver import SourceGuest, SourceMemory
-    from migrated.journal import SourceEntry
+    from migrated.journal import Journal, SourceEntry
     from migrated.survival import Survival
 
 
@@ -35,6 +35,18 @@ class Recovered:
         state = State.PAUSED if self.committed else State.UNSETTLED
         ready = Ready(self.entry.page_bytes) if self.entry.page_bytes else None
         return Session(Role.SOURCE, state=state, hello=self.entry.hello, ready=ready)
+
+
+def supersede(journal: Journal[SourceEntry], guest: str) -> None:
+    """A migration of the guest begins: no entry left by an earlier one may ever make it run here again.
+
+    Such an entry stays where the guest did not answer, or its target could not be told.  Once the guest has moved on, an
+    agent that believed it would run the guest at two places.  What it says of its target stays.  HostError.
+    """
+    for migration_id, entry in journal.load().items():
+        if entry.hello.guest == guest and entry.stage != "committed" and not entry.superseded:
+            entry.superseded = True
+            journal.write(migration_id, entry)
 
 
 class JournalledStage:
