@@ -32,6 +32,19 @@ if TYPE_CHECKING:
     from migrated.survival import Survival
 
 
+#: A process that is dying closes its connections first, and is there until its memory is freed.
+DYING_SECONDS = 1.0
+
+
+async def _ends(entry: SourceEntry) -> bool:
+    """Whether the guest's process has ended, or does so within `DYING_SECONDS`."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DYING_SECONDS):
+            while process_lives(entry.pid, entry.pid_started):  # noqa: ASYNC110 - it need not be a child of ours
+                await asyncio.sleep(0.02)
+    return not process_lives(entry.pid, entry.pid_started)
+
+
 class Rollback:
     """Of one migration; `run`, or in a restarted agent `after_restart`, at most once."""
 
@@ -108,7 +121,7 @@ class Rollback:
         except Exception as problem:  # noqa: BLE001 - the rest is undone all the same
             self._log.error("the guest does not run on here", error=str(problem))
             entry = self._stage.entry
-            if entry is None or not process_lives(entry.pid, entry.pid_started):
+            if entry is None or await _ends(entry):
                 return error  # its end is no news, or is told by who watches it
             self._stuck = True
             return GuestError(
