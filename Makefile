@@ -45,7 +45,8 @@ PACKAGES := \
 # For real guests: without them, and without the right to install them, the demo says so and moves a co-operative guest.
 GUEST_PACKAGES := iproute2:ip qemu-system-x86:qemu-system-x86_64
 # For `make test` and `make bench` only.
-TEST_PACKAGES := clang:clang clang-format:clang-format iperf3:iperf3 systemd:systemd-analyze openssl:openssl
+TEST_PACKAGES := clang:clang libclang-rt-dev:/usr/share/doc/libclang-rt-dev clang-format:clang-format iperf3:iperf3 \
+	systemd:systemd-analyze openssl:openssl
 
 deps:
 	@.ci/deps $(PACKAGES) $(GUEST_PACKAGES) $(if $(WITHOUT_TEST_PACKAGES),,$(TEST_PACKAGES))
