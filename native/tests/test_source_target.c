@@ -10,6 +10,7 @@
 #include <linux/memfd.h>
 #include <poll.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdbool.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -33,6 +34,7 @@ struct move {
 	struct mgd_source *source;
 	struct mgd_target *target;
 	uint8_t secret[MGD_SECRET_BYTES];
+	uint64_t version; /* the last one written */
 	bool stop;
 };
 
@@ -65,11 +67,22 @@ static uint64_t next_random(uint64_t *state)
 static void *keep_writing(void *argument)
 {
 	struct move *move = argument;
-	uint64_t state = 88172645463325252ull, version = 1;
+	uint64_t state = 88172645463325252ull;
 
-	while (!__atomic_load_n(&move->stop, __ATOMIC_RELAXED))
-		write_word(move, next_random(&state), ++version);
+	while (!__atomic_load_n(&move->stop, __ATOMIC_RELAXED)) {
+		write_word(move, next_random(&state), move->version + 1);
+		__atomic_fetch_add(&move->version, 1, __ATOMIC_RELEASE);
+	}
 	return NULL;
+}
+
+/* Wait for a write that begins after this call: the second one to end from now on. */
+static void await_a_write(const struct move *move)
+{
+	uint64_t version = __atomic_load_n(&move->version, __ATOMIC_ACQUIRE);
+
+	while (__atomic_load_n(&move->version, __ATOMIC_ACQUIRE) < version + 2)
+		sched_yield();
 }
 
 static void start_tracking(struct move *move)
@@ -238,6 +251,7 @@ static void move_memory(uint64_t first_page_bytes, int compression_level)
 	CHECK(stats.dirty_bytes > 0);
 	for (uint64_t round = 1; round <= 4; round++)
 		round_of(&move, round);
+	await_a_write(&move); /* or the last round may leave nothing stale */
 	__atomic_store_n(&move.stop, true, __ATOMIC_RELAXED);
 	pthread_join(writer, NULL);
 	switch_over(&move);
