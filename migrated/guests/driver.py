@@ -28,10 +28,10 @@ class Mapping:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Region:
-    """One contiguous piece of guest memory, one file.
+    """One contiguous piece of guest memory: of one file, or of the guest process's address space.
 
     ``name`` pairs the regions of the two sides (QEMU: the memory backend's id).
-    ``page_bytes`` is the page size of the memory behind it: 4096, 2 MiB, 1 GiB.
+    ``page_bytes`` is the page size of the memory behind it: 4096 (also with transparent huge pages), 2 MiB, 1 GiB.
     """
 
     name: str
@@ -45,6 +45,15 @@ class SourceMemory:
 
     ``memory_fds[i]`` is open for reading on the file of ``regions[i]``, which starts at ``file_offsets[i]``; the driver
     closes the descriptors in `SourceGuest.close`.
+
+    ``private[i]``: the region is private memory of the process ``pid`` (anonymous, on huge pages, or a private mapping of
+    a file).  Then ``memory_fds[i]`` is open for reading on ``/proc/PID/mem``, a descriptor of its own or the same for
+    several regions, and ``file_offsets[i]`` is the address at which the region begins there; its one mapping has that
+    address and offset 0.
+    ``file_behind[i]``: a private mapping of a file.  Pages that the guest has not touched show the file, so that all of the
+    region is read and sent.
+
+    Both have one entry a region; left out, no region is private.
     """
 
     pid: int
@@ -52,6 +61,12 @@ class SourceMemory:
     mappings: tuple[Mapping, ...]
     memory_fds: tuple[int, ...]
     file_offsets: tuple[int, ...]
+    private: tuple[bool, ...] = ()
+    file_behind: tuple[bool, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("private", "file_behind"):
+            object.__setattr__(self, name, getattr(self, name) or (False,) * len(self.regions))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -174,6 +174,10 @@ class SourceEngine(_Engine):
         regions = ffi.new("struct mgd_source_region[]", count)
         for index, region in enumerate(memory.regions):
             regions[index].memory_fd = memory.memory_fds[index]
+            if memory.private[index]:
+                regions[index].flags = lib.MGD_SOURCE_PRIVATE
+            if memory.file_behind[index]:
+                regions[index].flags |= lib.MGD_SOURCE_FILE_BEHIND
             regions[index].file_offset = memory.file_offsets[index]
             regions[index].size_bytes = region.size_bytes
             regions[index].page_bytes = region.page_bytes

@@ -16,16 +16,15 @@ class Tracker:
     Made on a userfaultfd of the guest process (UFFDIO_API done with tracking), of which it keeps a duplicate.  Call `arm`
     with the guest quiesced, then give `handle` to the source engine's scans; `disarm` leaves nothing of ours in the guest's
     page tables; `close` frees our side only.
-
-    ``already_registered``: the mappings are registered with write-protection since the guest arrived here.
     """
 
-    def __init__(self, memory: SourceMemory, uffd: int, *, already_registered: bool = False) -> None:
-        self._already_registered = already_registered
+    def __init__(self, memory: SourceMemory, uffd: int) -> None:
         self._handle: Any | None = None
         mappings = ffi.new("struct mgd_mapping[]", len(memory.mappings))
         for raw, mapping in zip(mappings, memory.mappings, strict=True):
             raw.region = mapping.region
+            if memory.private[mapping.region] and not memory.file_behind[mapping.region]:
+                raw.flags = lib.MGD_MAPPING_SPARSE
             raw.address = mapping.address
             raw.offset = mapping.offset
             raw.length_bytes = mapping.length_bytes
@@ -65,7 +64,7 @@ class Tracker:
 
     def arm(self) -> None:
         """Register and write-protect all of it; the guest must be quiesced.  Blocks.  On failure nothing stays behind."""
-        call(lib.mgd_tracker_arm, self.handle, int(self._already_registered))
+        call(lib.mgd_tracker_arm, self.handle)
 
     def disarm(self) -> None:
         """Take everything of ours out of the guest's page tables.  Blocks.  Fine on a dead guest, and when called twice."""
@@ -76,7 +75,7 @@ class Tracker:
         return self._bitmaps(lib.mgd_tracker_scan)
 
     def present(self) -> list[bytes]:
-        """Bitmaps of the pages the guest process has mapped now (tests and tools)."""
+        """Bitmaps of the pages the guest process has mapped now, or on swap (tests and tools)."""
         return self._bitmaps(lib.mgd_tracker_present)
 
     def _bitmaps(self, function: Any) -> list[bytes]:

@@ -89,10 +89,14 @@ int mgd_inject_syscall(int pid, long number, const uint64_t arguments[6], int64_
 
 /* ---------------------------------------------------------------- dirty tracking of another process */
 
+/* For the tracker: an absent page holds zeros (private memory with no file behind it).  Only what is present or swapped is
+ * protected: memory that the guest never used gets no page tables, and is not read in. */
+#define MGD_MAPPING_SPARSE 1
+
 /* Where a piece of a region lies in the guest process's address space. */
 struct mgd_mapping {
 	uint32_t region;
-	uint32_t reserved;
+	uint32_t flags; /* MGD_MAPPING_* */
 	uint64_t address; /* in the guest process */
 	uint64_t offset; /* bytes from the start of the region */
 	uint64_t length_bytes;
@@ -100,28 +104,38 @@ struct mgd_mapping {
 
 struct mgd_tracker;
 /* pagemap_fd: /proc/PID/pagemap; uffd: a descriptor of that process, UFFDIO_API done with tracking.  Takes neither; keeps
- * duplicates.  page_bytes[region]: page size of the memory there.  Registers nothing: see mgd_tracker_arm. */
+ * duplicates.  page_bytes[region]: page size of the memory there (4096 where the kernel may use transparent huge pages).
+ * Registers nothing: see mgd_tracker_arm. */
 int mgd_tracker_create(int pagemap_fd, int uffd, const struct mgd_mapping *mappings, uint32_t mapping_count,
 		       const uint64_t *page_bytes, uint32_t region_count, struct mgd_tracker **out,
 		       struct mgd_error *err);
-/* Register the mappings with WP (unless already_registered) and write-protect them whole, pages not there yet included.
- * The guest must be quiesced. */
-int mgd_tracker_arm(struct mgd_tracker *tracker, int already_registered, struct mgd_error *err);
-/* Lift the write-protection, and unregister what mgd_tracker_arm registered.  Nothing of ours acts on the guest after it. */
+/* Register the mappings with WP and write-protect them: whole, pages not there yet included, or what is there of a SPARSE
+ * one.  The guest must be quiesced.  On failure nothing stays behind. */
+int mgd_tracker_arm(struct mgd_tracker *tracker, struct mgd_error *err);
+/* Lift the write-protection and unregister.  Nothing of ours acts on the guest after it.  May be called twice, and on a
+ * guest that has ended. */
 int mgd_tracker_disarm(struct mgd_tracker *tracker, struct mgd_error *err);
-/* Pages written since arming or the last scan: sets their bits (bit = page of page_bytes[region]) in bitmaps[region] and
- * arms them again, in one step.  bitmaps hold 64-bit words, little end first; bits are only ever set.  *out_bytes: how
- * much memory was reported. */
+/* Pages written, or written and zapped, since arming or the last scan, and those populated since in a SPARSE mapping: sets
+ * their bits (bit = page of page_bytes[region]) in bitmaps[region], after having armed them again.  bitmaps hold 64-bit
+ * words, little end first; bits are only ever set, also when it fails.  *out_bytes: how much memory was reported.  No call
+ * holds the guest's mmap_lock for more than about a millisecond at a time; this one least of all. */
 int mgd_tracker_scan(struct mgd_tracker *tracker, uint64_t **bitmaps, uint64_t *out_bytes, struct mgd_error *err);
-/* Pages the guest process has mapped right now, no re-arming: sets bits likewise. */
+/* Pages the guest process has mapped right now, and of SPARSE mappings those on swap as well; no re-arming.  Sets bits
+ * likewise. */
 int mgd_tracker_present(struct mgd_tracker *tracker, uint64_t **bitmaps, uint64_t *out_bytes, struct mgd_error *err);
 void mgd_tracker_destroy(struct mgd_tracker *tracker);
 
 /* ---------------------------------------------------------------- source engine */
 
+/* The region is private memory of the guest process: memory_fd is its /proc/PID/mem, file_offset the address at which the
+ * region begins there. */
+#define MGD_SOURCE_PRIVATE 1
+/* … and a private mapping of a file, which its absent pages show: all of it is sent in the first round. */
+#define MGD_SOURCE_FILE_BEHIND 2
+
 struct mgd_source_region {
 	int memory_fd; /* the guest's memory, opened for reading (pread: holes are not populated).  Duplicated. */
-	uint32_t reserved;
+	uint32_t flags; /* MGD_SOURCE_* */
 	uint64_t file_offset; /* of the region in the file */
 	uint64_t size_bytes;
 	uint64_t page_bytes; /* of the source's own pages: grain of the dirty bitmaps */
@@ -166,7 +180,7 @@ int mgd_source_add_stream(struct mgd_source *source, uint32_t stream, int fd, st
 void mgd_source_drop_streams(struct mgd_source *source);
 
 /* First round: mark everything that may be other than zero.  Uses mgd_tracker_present, and the file's own account of what
- * it holds (SEEK_DATA on shmem, st_blocks on hugetlbfs): memory that exists nowhere is never read. */
+ * it holds (SEEK_DATA on shmem, st_blocks on hugetlbfs): memory that exists nowhere is never read.  The tracker is armed. */
 int mgd_source_mark_populated(struct mgd_source *source, struct mgd_tracker *tracker, struct mgd_error *err);
 /* Copy the map of host pages with anything marked (what the next round may send), piecewise like the stale map below: so
  * that the target can have memory ready for them.  Before a round, in pre-copy. */

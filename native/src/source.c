@@ -24,6 +24,9 @@ static int check_region(const struct mgd_source_region *region, uint32_t index, 
 		return mgd_fail(err, MGD_ERR_ARGUMENT,
 				"source: region %" PRIu32 ": %" PRIu64 " bytes: not whole pages on both sides", index,
 				region->size_bytes);
+	if (region->flags & ~(MGD_SOURCE_PRIVATE | MGD_SOURCE_FILE_BEHIND) || region->flags == MGD_SOURCE_FILE_BEHIND)
+		return mgd_fail(err, MGD_ERR_ARGUMENT, "source: region %" PRIu32 ": flags %#" PRIx32, index,
+				region->flags);
 	if (region->file_offset % MGD_BLOCK_BYTES || region->file_offset > INT64_MAX - region->size_bytes ||
 	    region->size_bytes > INT64_MAX)
 		return mgd_fail(err, MGD_ERR_ARGUMENT, "source: region %" PRIu32 ": file offset %#" PRIx64, index,
@@ -63,6 +66,8 @@ static int region_init(struct mgd_source *source, struct source_region *region, 
 {
 	struct bitmap_place places[BITMAP_COUNT];
 
+	region->is_private = given->flags & MGD_SOURCE_PRIVATE;
+	region->file_behind = given->flags & MGD_SOURCE_FILE_BEHIND;
 	region->file_offset = given->file_offset;
 	region->size_bytes = given->size_bytes;
 	region->page_bytes = given->page_bytes;

@@ -131,6 +131,16 @@ static int look_present(struct mgd_source *source, struct mgd_tracker *tracker, 
 	return mgd_tracker_present(tracker, bitmaps, &bytes, err);
 }
 
+static void mark_scanned(struct mgd_source *source, struct source_region *region)
+{
+	for (uint64_t page = 0;; page++) {
+		page = mgd_bitmap_next_atomic(region->scanned, page, region->page_count);
+		if (page >= region->page_count)
+			return;
+		mark_page(source, region, page);
+	}
+}
+
 static bool same_file(const struct stat *a, const struct stat *b)
 {
 	return a->st_dev == b->st_dev && a->st_ino == b->st_ino;
@@ -147,6 +157,8 @@ static int mapped_bytes(struct mgd_source *source, const struct source_region *r
 		const struct source_region *other = &source->regions[i];
 		struct stat other_stat;
 
+		if (other->is_private)
+			continue;
 		if (fstat(other->fd, &other_stat))
 			return mgd_fail_errno(err, errno, "guest memory: fstat: region %" PRIu32, other->index);
 		if (same_file(out_stat, &other_stat))
@@ -176,12 +188,8 @@ static int mark_mapped(struct mgd_source *source, struct source_region *region, 
 			return -1;
 		if (before != held || after != held)
 			continue;
-		for (uint64_t page = 0;; page++) {
-			page = mgd_bitmap_next_atomic(region->scanned, page, region->page_count);
-			if (page >= region->page_count)
-				return 0;
-			mark_page(source, region, page);
-		}
+		mark_scanned(source, region);
+		return 0;
 	}
 	source_mark_blocks(source, region, 0, region->block_count);
 	return 0;
@@ -194,14 +202,43 @@ static void empty_scanned(struct source_region *region)
 			region->scanned[word] = 0;
 }
 
+/*
+ * Private memory: what is present or on swap is all there is, since an absent page holds zeros, unless there is a file
+ * behind it.  A page that is populated later, or zapped, is reported by the next scan.
+ */
+static int mark_private(struct mgd_source *source, struct mgd_tracker *tracker, struct mgd_error *err)
+{
+	bool looked = false;
+
+	for (uint32_t i = 0; i < source->region_count; i++) {
+		struct source_region *region = &source->regions[i];
+
+		if (!region->is_private)
+			continue;
+		if (region->file_behind || !tracker) {
+			source_mark_blocks(source, region, 0, region->block_count);
+			continue;
+		}
+		if (!looked && look_present(source, tracker, err))
+			return -1;
+		looked = true;
+		mark_scanned(source, region);
+	}
+	return 0;
+}
+
 int mgd_source_mark_populated(struct mgd_source *source, struct mgd_tracker *tracker, struct mgd_error *err)
 {
 	int failed = source_require_precopy(source, "mark populated", err);
 
+	if (!failed)
+		failed = mark_private(source, tracker, err);
 	for (uint32_t i = 0; i < source->region_count && !failed; i++) {
 		struct source_region *region = &source->regions[i];
 		struct statfs file_system;
 
+		if (region->is_private)
+			continue;
 		if (fstatfs(region->fd, &file_system))
 			failed = mgd_fail_errno(err, errno, "guest memory: fstatfs: region %" PRIu32, i);
 		else if (file_system.f_type == HUGETLBFS_MAGIC)

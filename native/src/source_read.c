@@ -5,6 +5,25 @@
 #include <inttypes.h>
 #include <unistd.h>
 
+/* reason: an errno, 0 for an end of file. */
+static int fail_read(const struct source_region *region, int reason, uint64_t offset, struct mgd_error *err)
+{
+	uint64_t at = offset - region->file_offset;
+
+	if (region->is_private && !reason)
+		return mgd_fail(err, MGD_ERR_GUEST_GONE, "guest memory: region %" PRIu32 ": the process has ended",
+				region->index);
+	if (region->is_private && (reason == EIO || reason == EFAULT))
+		return mgd_fail_errno(err, reason,
+				      "guest memory: region %" PRIu32 " at %#" PRIx64
+				      ": no longer mapped by the process (address %#" PRIx64 "), or bad memory",
+				      region->index, at, offset);
+	if (!reason)
+		return mgd_fail(err, MGD_ERR_OS, "guest memory: region %" PRIu32 ": the file ends at %#" PRIx64,
+				region->index, offset);
+	return mgd_fail_errno(err, reason, "guest memory: pread: region %" PRIu32 " at %#" PRIx64, region->index, at);
+}
+
 int source_read(struct mgd_source *source, const struct source_region *region, uint64_t first, uint32_t count,
 		uint8_t *to, struct mgd_error *err)
 {
@@ -19,12 +38,8 @@ int source_read(struct mgd_source *source, const struct source_region *region, u
 
 		if (got < 0 && errno == EINTR)
 			continue;
-		if (got < 0)
-			return mgd_fail_errno(err, errno, "guest memory: pread: region %" PRIu32 " at %#" PRIx64,
-					      region->index, first * MGD_BLOCK_BYTES + have);
-		if (got == 0)
-			return mgd_fail(err, MGD_ERR_OS, "guest memory: region %" PRIu32 ": the file ends at %#" PRIx64,
-					region->index, offset + have);
+		if (got <= 0)
+			return fail_read(region, got < 0 ? errno : 0, offset + have, err);
 		have += (size_t)got;
 	}
 	return 0;

@@ -55,6 +55,7 @@
 struct source_region {
 	int fd;
 	uint32_t index;
+	bool is_private, file_behind; /* MGD_SOURCE_PRIVATE, MGD_SOURCE_FILE_BEHIND */
 	uint64_t file_offset, size_bytes, page_bytes;
 	uint64_t block_count, chunk_count;
 	uint64_t page_blocks, page_count; /* the source's own pages */

@@ -88,7 +88,7 @@ void source_view_open(struct mgd_source *source, struct source_region *region)
 {
 	void *at;
 
-	if (region->page_bytes <= MGD_BLOCK_BYTES)
+	if (region->page_bytes <= MGD_BLOCK_BYTES || region->is_private)
 		return;
 	pthread_once(&handler_once, install_handler);
 	if (!handled)

@@ -8,6 +8,7 @@
  * caller then falls back on pread, which knows holes as zeros and tells the other two by name.
  *
  * Memory on 4 KiB pages is not mapped: page tables would cost another 0.2 % of it, and there the kernel's report is exact.
+ * Private memory cannot be mapped by anybody else.
  */
 #ifndef MGD_SOURCE_VIEW_H
 #define MGD_SOURCE_VIEW_H

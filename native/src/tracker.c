@@ -2,69 +2,104 @@
 /*
  * Dirty tracking of another process, from outside.
  *
- * The guest's mapping is registered with userfaultfd for asynchronous write-protection: the first write to a protected
- * page lifts the protection by itself, without a message, and the page counts as written.  PAGEMAP_SCAN on the guest's
- * pagemap fetches the written pages and protects them again in one step under the page table lock, so that no write
- * falls between "reported" and "armed".
+ * The guest's mappings are registered with userfaultfd for asynchronous write-protection: the first write to a protected
+ * page lifts the protection by itself, without a message.  PAGEMAP_SCAN on the guest's pagemap says of each page whether
+ * its page table entry is PRESENT, SWAPPED or neither (empty), and whether it is WRITTEN, that is, carries no protection.
  *
- * What it relies on, and what is ugly about it:
- *   - Arming protects the whole range first, pages not there yet included (WP_UNPOPULATED leaves a marker in the page
- *     table), and scans ask for PAGE_IS_WRITTEN only: re-arming hugetlb ranges that were never armed has hung kernels.
- *   - A page with neither protection nor marker counts as written, so the error of this interface is always to report too
- *     much: a page that was dropped from the page table (reclaim, MADV_DONTNEED, a new mapping) is reported once more.
- *   - It sees writes through this process's page tables.  Other processes, devices and pinned buffers are the caller's
- *     affair (invariant 7 of the design).
- *   - Scanning a process that has exited reports nothing and fails not: the caller watches the process.
+ * Four rules:
  *
- * Walking page tables costs 0.1 µs a huge page and 15 ns a small one, present or not: 60 ms for 1 TiB or 16 GiB, while the
- * guest is paused.  So large mappings are walked in parts, by as many threads as there are processors.
+ *   1. Present or swapped, and WRITTEN: the page was written since the last scan.  It is protected again under the page
+ *      table lock by the scan that finds it (PM_SCAN_WP_MATCHING), so no write falls between "reported" and "protected".
+ *   2. Empty, though we protected it: the page was zapped since (MADV_DONTNEED, a punched hole, reclaim, a split or
+ *      collapsed huge page).  The entry took with it what it knew of earlier writes, so the page counts as written.  A
+ *      zapped page of shared memory that had not been written leaves a marker, which counts as SWAPPED: its content is
+ *      still in the file.
+ *   3. Protect first, report afterwards.  Whoever reads the page after the report sees every write before the protection,
+ *      and the next scan reports every write after it.
+ *   4. The error of this interface is always to report too much.
+ *
+ * Shared memory is protected whole, absent pages included: protecting an absent page leaves a marker in its entry, so that
+ * only what was zapped is empty.  In a mapping that is SPARSE, absent pages hold zeros, and there may be far more of them
+ * than memory: a marker for each would fill the page tables of memory that the guest never used.  There, only what is
+ * present or swapped is protected; one bit a page remembers which those were.  A page populated afterwards carries no
+ * protection, and so is WRITTEN at the next scan.
+ *
+ * What is asked of PAGEMAP_SCAN is narrower than what it offers, because kernels differ in the rest:
+ *   - Only pages that are present or swapped are of interest, never WRITTEN by itself: whether an empty entry is WRITTEN
+ *     depends on kernel, page size and masks (07b4377bdbe7, 40de8160ca7f).  So is never re-armed what is not populated,
+ *     which has hung kernels on hugetlb (14a2508b1bf6).
+ *   - Gigantic pages are re-armed by UFFDIO_WRITEPROTECT, by rule 3: PM_SCAN_WP_MATCHING does not do it (645fc055fd92).
+ *
+ * What it does not see: writes other than through this process's page tables (other processes, devices, buffers pinned
+ * before a scan and filled after it); the caller deals with those.  Memory whose content is dropped without having been
+ * written since the last scan: reported where the mapping is SPARSE, but not always on shared memory or huge pages, where
+ * a marker keeps the protection.  A process that has exited: a scan of it reports nothing and does not fail; the caller
+ * watches the process.
+ *
+ * All of this runs beside a guest that maps and unmaps memory, and one that waits for its mmap_lock stands still.  So no
+ * ioctl covers more than a step, about a millisecond of work.  The steps of a walk are shared among threads: a walk costs
+ * 0.1 µs a huge page and 15 ns a small one, 60 ms for 1 TiB or 16 GiB, while the guest is paused.
  */
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
 #include <signal.h>
-#include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <unistd.h>
 
-#include "error.h"
+#include "bitmap.h"
 #include "uapi.h"
 
+/* The most that one ioctl covers. */
+#define STEP_BYTES ((uint64_t)32 << 20)
+#define STEP_BYTES_HUGE ((uint64_t)1 << 30)
 /* Runs fetched by one ioctl: 12 KiB of them; a scattered guest costs a call for each 512. */
 #define SCAN_RUNS 512
-/* A part of a mapping has at least so many pages, below which a thread costs more than it brings. */
-#define PART_PAGES_MIN ((uint64_t)1 << 16)
-#define PARTS_MAX 16
+/* One thread for so many pages, below which it costs more than it brings. */
+#define THREAD_PAGES ((uint64_t)1 << 16)
+#define THREADS_MAX 16
 /* How often an ioctl may find the address space changing before it counts as failed. */
 #define CHANGING_TRIES 1000
+/* What PM_SCAN_WP_MATCHING can re-arm: it compares with the size of a transparent huge page. */
+#define REARMED_BYTES_MAX ((uint64_t)2 << 20)
 
-enum registration { NOT_REGISTERED, REGISTERED_BY_US, REGISTERED_BEFORE };
+#define POPULATED (MGD_PAGE_IS_PRESENT | MGD_PAGE_IS_SWAPPED)
 
-/* What one thread does of a walk. */
-struct part {
-	struct mgd_tracker *tracker;
-	struct mgd_mapping mapping; /* or the part of one */
-	int (*walk)(struct part *part, struct mgd_error *err);
-	uint64_t flags, any_of, *bitmap; /* of a scan */
-	uint64_t bytes; /* found by it */
-	struct mgd_page_region runs[SCAN_RUNS];
-	pthread_t thread;
-	bool started;
-	int result;
-	struct mgd_error error;
+struct tracked {
+	struct mgd_mapping mapping;
+	uint64_t page_bytes;
+	bool registered; /* by us */
+	uint64_t *armed; /* SPARSE: a bit a page of the mapping, the pages that are protected */
 };
 
 struct mgd_tracker {
 	int pagemap_fd, uffd;
-	uint32_t mapping_count, region_count;
-	struct mgd_mapping *mappings;
-	enum registration *registered; /* [mapping_count] */
-	uint64_t *page_bytes; /* [region_count] */
-	struct part *parts; /* [part_count] */
-	uint64_t part_count;
+	uint32_t count;
+	struct tracked tracked[];
 };
+
+/* A piece of a mapping, in addresses of the guest process. */
+struct step {
+	struct tracked *tracked;
+	uint64_t start, end;
+};
+
+/* Going through all mappings, step by step, by several threads. */
+struct walk {
+	struct mgd_tracker *tracker;
+	int (*visit)(struct walk *walk, const struct step *step, struct mgd_error *err);
+	uint64_t **bitmaps; /* [region], where pages are reported */
+	uint64_t bytes; /* reported; atomic */
+	pthread_mutex_t lock; /* for what follows */
+	uint32_t index;
+	uint64_t offset; /* where the next step begins, in mapping `index` */
+	int result;
+	struct mgd_error error; /* the first one */
+};
+
+/* ---------------------------------------------------------------- making and ending */
 
 static int check_mapping(const struct mgd_mapping *mapping, const uint64_t *page_bytes, uint32_t region_count,
 			 struct mgd_error *err)
@@ -90,11 +125,9 @@ static int check_mapping(const struct mgd_mapping *mapping, const uint64_t *page
 	return 0;
 }
 
-static uint64_t processors(void)
+static size_t armed_bytes(const struct tracked *tracked)
 {
-	long count = sysconf(_SC_NPROCESSORS_ONLN);
-
-	return count < 1 ? 1 : count > PARTS_MAX ? PARTS_MAX : (uint64_t)count;
+	return mgd_bitmap_words(tracked->mapping.length_bytes / tracked->page_bytes) * 8;
 }
 
 int mgd_tracker_create(int pagemap_fd, int uffd, const struct mgd_mapping *mappings, uint32_t mapping_count,
@@ -110,7 +143,7 @@ int mgd_tracker_create(int pagemap_fd, int uffd, const struct mgd_mapping *mappi
 		if (check_mapping(&mappings[i], page_bytes, region_count, err))
 			return -1;
 	}
-	tracker = calloc(1, sizeof(*tracker));
+	tracker = calloc(1, sizeof(*tracker) + mapping_count * sizeof(tracker->tracked[0]));
 	if (!tracker)
 		return mgd_fail_errno(err, ENOMEM, "tracker");
 	tracker->pagemap_fd = fcntl(pagemap_fd, F_DUPFD_CLOEXEC, 0);
@@ -119,19 +152,17 @@ int mgd_tracker_create(int pagemap_fd, int uffd, const struct mgd_mapping *mappi
 		mgd_fail_errno(err, errno, "tracker: duplicate descriptors");
 		goto failed;
 	}
-	tracker->mapping_count = mapping_count;
-	tracker->region_count = region_count;
-	tracker->mappings = malloc(mapping_count * sizeof(*mappings));
-	tracker->registered = calloc(mapping_count, sizeof(*tracker->registered));
-	tracker->page_bytes = malloc(region_count * sizeof(*page_bytes));
-	tracker->part_count = processors();
-	tracker->parts = calloc(tracker->part_count, sizeof(*tracker->parts));
-	if (!tracker->mappings || !tracker->registered || !tracker->page_bytes || !tracker->parts) {
-		mgd_fail_errno(err, ENOMEM, "tracker");
-		goto failed;
+	for (; tracker->count < mapping_count; tracker->count++) {
+		struct tracked *tracked = &tracker->tracked[tracker->count];
+
+		tracked->mapping = mappings[tracker->count];
+		tracked->page_bytes = page_bytes[tracked->mapping.region];
+		if (tracked->mapping.flags & MGD_MAPPING_SPARSE) {
+			tracked->armed = mgd_map_zeros(armed_bytes(tracked), err);
+			if (!tracked->armed)
+				goto failed;
+		}
 	}
-	memcpy(tracker->mappings, mappings, mapping_count * sizeof(*mappings));
-	memcpy(tracker->page_bytes, page_bytes, region_count * sizeof(*page_bytes));
 	*out = tracker;
 	return 0;
 
@@ -148,125 +179,222 @@ void mgd_tracker_destroy(struct mgd_tracker *tracker)
 		close(tracker->pagemap_fd);
 	if (tracker->uffd >= 0)
 		close(tracker->uffd);
-	free(tracker->mappings);
-	free(tracker->registered);
-	free(tracker->page_bytes);
-	free(tracker->parts);
+	for (uint32_t i = 0; i < tracker->count; i++)
+		mgd_unmap(tracker->tracked[i].armed, armed_bytes(&tracker->tracked[i]));
 	free(tracker);
 }
 
-/* ---------------------------------------------------------------- walking in parts */
+/* ---------------------------------------------------------------- walking */
 
-static void *walk_part(void *argument)
+/* Steps end at round addresses, so that they cut no transparent huge page. */
+static bool next_step(struct walk *walk, struct step *step)
 {
-	struct part *part = argument;
+	bool found;
 
-	part->result = part->walk(part, &part->error);
+	pthread_mutex_lock(&walk->lock);
+	found = walk->index < walk->tracker->count;
+	if (found) {
+		struct tracked *tracked = &walk->tracker->tracked[walk->index];
+		uint64_t end = tracked->mapping.address + tracked->mapping.length_bytes;
+		uint64_t size = tracked->page_bytes == MGD_BLOCK_BYTES ? STEP_BYTES : STEP_BYTES_HUGE;
+
+		size = size < tracked->page_bytes ? tracked->page_bytes : size;
+		*step = (struct step){.tracked = tracked, .start = tracked->mapping.address + walk->offset, .end = end};
+		if (end - step->start > size)
+			step->end = (step->start / size + 1) * size;
+		walk->offset = step->end - tracked->mapping.address;
+		if (step->end == end) {
+			walk->index++;
+			walk->offset = 0;
+		}
+	}
+	pthread_mutex_unlock(&walk->lock);
+	return found;
+}
+
+/* Every step is tried, whatever became of the others; the first failure is reported. */
+static void *walk_steps(void *argument)
+{
+	struct walk *walk = argument;
+	struct mgd_error error = {0};
+	struct step step;
+
+	while (next_step(walk, &step)) {
+		if (!walk->visit(walk, &step, &error))
+			continue;
+		pthread_mutex_lock(&walk->lock);
+		if (!walk->result)
+			walk->error = error;
+		walk->result = -1;
+		pthread_mutex_unlock(&walk->lock);
+	}
 	return NULL;
 }
 
-/* The last part is what the calling thread does itself, with all that no thread could be had for. */
-static int walk_all(struct part *parts, uint64_t count, struct mgd_error *err)
+static uint64_t threads_wanted(const struct mgd_tracker *tracker)
 {
-	sigset_t all, before;
-	int result = 0;
+	long processors = sysconf(_SC_NPROCESSORS_ONLN);
+	uint64_t count = 0, most = processors < 1 ? 1 : processors > THREADS_MAX ? THREADS_MAX : (uint64_t)processors;
 
+	for (uint32_t i = 0; i < tracker->count; i++)
+		count += tracker->tracked[i].mapping.length_bytes / tracker->tracked[i].page_bytes;
+	count /= THREAD_PAGES;
+	return count < 1 ? 1 : count > most ? most : count;
+}
+
+/* The calling thread is one of `threads`; it does the work of those that could not be started. */
+static int walk_all(struct walk *walk, uint64_t threads, struct mgd_error *err)
+{
+	pthread_t started[THREADS_MAX];
+	uint64_t count = 0;
+	sigset_t all, before;
+
+	pthread_mutex_init(&walk->lock, NULL);
 	sigfillset(&all); /* signals are for the caller's threads */
 	pthread_sigmask(SIG_SETMASK, &all, &before);
-	for (uint64_t i = 0; i + 1 < count; i++)
-		parts[i].started = !pthread_create(&parts[i].thread, NULL, walk_part, &parts[i]);
+	while (count + 1 < threads && !pthread_create(&started[count], NULL, walk_steps, walk))
+		count++;
 	pthread_sigmask(SIG_SETMASK, &before, NULL);
-	for (uint64_t i = count; i-- > 0;)
-		if (!parts[i].started)
-			walk_part(&parts[i]);
-	for (uint64_t i = 0; i < count; i++) {
-		if (parts[i].started)
-			pthread_join(parts[i].thread, NULL);
-		if (parts[i].result && !result) {
-			result = -1;
-			if (err)
-				*err = parts[i].error;
-		}
-	}
-	return result;
+	walk_steps(walk);
+	while (count)
+		pthread_join(started[--count], NULL);
+	pthread_mutex_destroy(&walk->lock);
+	if (walk->result && err)
+		*err = walk->error;
+	return walk->result;
 }
 
-/* Have every part of a mapping walked as `what` says; the bytes found are added to its own. */
-static int walk_mapping(struct mgd_tracker *tracker, const struct mgd_mapping *mapping, struct part *what,
-			struct mgd_error *err)
-{
-	uint64_t page = tracker->page_bytes[mapping->region], pages = mapping->length_bytes / page, done = 0;
-	uint64_t count = pages / PART_PAGES_MIN;
-	int result;
+/* ---------------------------------------------------------------- what a step is made of */
 
-	count = count < 1 ? 1 : count > tracker->part_count ? tracker->part_count : count;
-	for (uint64_t i = 0; i < count; i++) {
-		struct part *part = &tracker->parts[i];
-		uint64_t share = (pages - done) / (count - i);
-
-		part->tracker = tracker;
-		part->walk = what->walk;
-		part->flags = what->flags;
-		part->any_of = what->any_of;
-		part->bitmap = what->bitmap;
-		part->mapping = *mapping;
-		part->mapping.address += done * page;
-		part->mapping.offset += done * page;
-		part->mapping.length_bytes = share * page;
-		part->bytes = 0;
-		part->started = false;
-		part->result = 0;
-		done += share;
-	}
-	result = walk_all(tracker->parts, count, err);
-	for (uint64_t i = 0; i < count; i++)
-		what->bytes += tracker->parts[i].bytes;
-	return result;
-}
-
-/* ---------------------------------------------------------------- arming */
-
-static int write_protect(const struct mgd_tracker *tracker, const struct mgd_mapping *mapping, int on,
-			 struct mgd_error *err)
+static int write_protect(const struct mgd_tracker *tracker, uint64_t start, uint64_t end, struct mgd_error *err)
 {
 	struct uffdio_writeprotect arg = {
-		.range = {.start = mapping->address, .len = mapping->length_bytes},
-		.mode = on ? UFFDIO_WRITEPROTECT_MODE_WP : 0,
+		.range = {.start = start, .len = end - start},
+		.mode = UFFDIO_WRITEPROTECT_MODE_WP,
 	};
 
 	for (int tries = 0; ioctl(tracker->uffd, UFFDIO_WRITEPROTECT, &arg); tries++) {
 		/* EAGAIN: the address space is being changed (mremap, madvise).  Doing it all again is harmless. */
 		if ((errno == EAGAIN || errno == EINTR) && tries < CHANGING_TRIES)
 			continue;
-		return mgd_fail_errno(err, errno, "UFFDIO_WRITEPROTECT: %#llx+%#llx",
-				      (unsigned long long)mapping->address, (unsigned long long)mapping->length_bytes);
+		return mgd_fail_errno(err, errno, "UFFDIO_WRITEPROTECT: %#llx+%#llx", (unsigned long long)start,
+				      (unsigned long long)(end - start));
 	}
 	return 0;
 }
 
-static int protect_part(struct part *part, struct mgd_error *err)
+/* Set bits [first, end).  Other threads may be setting bits, and taking words of the bitmap away. */
+static void set_bits(uint64_t *bitmap, uint64_t first, uint64_t end)
 {
-	return write_protect(part->tracker, &part->mapping, 1, err);
+	for (uint64_t word = first / 64; word * 64 < end; word++)
+		__atomic_fetch_or(&bitmap[word], mgd_word_mask(word, first, end - first), __ATOMIC_RELAXED);
 }
 
-int mgd_tracker_arm(struct mgd_tracker *tracker, int already_registered, struct mgd_error *err)
+/* The number of a page within its mapping. */
+static uint64_t page_of(const struct tracked *tracked, uint64_t address)
 {
-	struct part what = {.walk = protect_part};
+	return (address - tracked->mapping.address) / tracked->page_bytes;
+}
 
-	for (uint32_t i = 0; i < tracker->mapping_count; i++) {
-		const struct mgd_mapping *mapping = &tracker->mappings[i];
+static void report(struct walk *walk, const struct tracked *tracked, uint64_t start, uint64_t end)
+{
+	uint64_t shift = tracked->mapping.offset / tracked->page_bytes;
 
-		if (already_registered)
-			tracker->registered[i] = REGISTERED_BEFORE;
-		if (tracker->registered[i] == NOT_REGISTERED) {
-			if (mgd_uffd_register(tracker->uffd, mapping->address, mapping->length_bytes, MGD_REGISTER_WP,
-					      err))
-				goto failed;
-			tracker->registered[i] = REGISTERED_BY_US;
-		}
-		if (walk_mapping(tracker, mapping, &what, err))
-			goto failed;
+	set_bits(walk->bitmaps[tracked->mapping.region], shift + page_of(tracked, start),
+		 shift + page_of(tracked, end));
+	__atomic_fetch_add(&walk->bytes, end - start, __ATOMIC_RELAXED);
+}
+
+static int fail_scan(const struct step *step, int reason, struct mgd_error *err)
+{
+	unsigned long long start = step->start, length = step->end - step->start;
+
+	if (reason == ENOTTY)
+		return mgd_fail(err, MGD_ERR_UNSUPPORTED, "PAGEMAP_SCAN: this kernel has none (Linux 6.7)");
+	if (reason == EPERM)
+		return mgd_fail_errno(err, reason,
+				      "PAGEMAP_SCAN: %#llx+%#llx is not registered for asynchronous write-protection",
+				      start, length);
+	return mgd_fail_errno(err, reason, "PAGEMAP_SCAN: %#llx+%#llx", start, length);
+}
+
+/*
+ * Fetch runs of pages of which any of `categories` is true, from the beginning of the step on; the step then begins where
+ * the next call has to go on.  Between the runs, and from the last one to there, no page is of these categories.
+ */
+static int fetch(const struct mgd_tracker *tracker, struct step *step, uint64_t flags, uint64_t categories,
+		 struct mgd_page_region runs[SCAN_RUNS], int *out_count, struct mgd_error *err)
+{
+	struct mgd_pm_scan_arg arg = {
+		.size = sizeof(arg),
+		.flags = flags,
+		.start = step->start,
+		.end = step->end,
+		.vec = (uint64_t)(uintptr_t)runs,
+		.vec_len = SCAN_RUNS,
+		.category_anyof_mask = categories,
+		.return_mask = categories | MGD_PAGE_IS_WRITTEN,
+	};
+	uint64_t reached = step->start;
+	int count = ioctl(tracker->pagemap_fd, MGD_PAGEMAP_SCAN, &arg);
+
+	if (count < 0)
+		return fail_scan(step, errno, err);
+	for (int i = 0; i < count; i++) {
+		if (runs[i].start < reached || runs[i].start >= runs[i].end || runs[i].end > step->end ||
+		    (runs[i].start | runs[i].end) % step->tracked->page_bytes)
+			return mgd_fail(err, MGD_ERR_OS, "PAGEMAP_SCAN: run %#llx-%#llx in %#llx-%#llx",
+					(unsigned long long)runs[i].start, (unsigned long long)runs[i].end,
+					(unsigned long long)reached, (unsigned long long)step->end);
+		reached = runs[i].end;
 	}
+	reached = arg.walk_end > reached ? arg.walk_end : reached;
+	if (reached == step->start || reached > step->end)
+		return mgd_fail(err, MGD_ERR_OS, "PAGEMAP_SCAN: %#llx-%#llx: walked to %#llx",
+				(unsigned long long)step->start, (unsigned long long)step->end,
+				(unsigned long long)arg.walk_end);
+	step->start = reached;
+	*out_count = count;
+	return 0;
+}
+
+/* ---------------------------------------------------------------- arming */
+
+static int arm_step(struct walk *walk, const struct step *step, struct mgd_error *err)
+{
+	struct mgd_page_region runs[SCAN_RUNS];
+	struct tracked *tracked = step->tracked;
+	struct step rest = *step;
+	int count;
+
+	if (!tracked->armed)
+		return write_protect(walk->tracker, step->start, step->end, err);
+	while (rest.start < rest.end) {
+		if (fetch(walk->tracker, &rest, 0, POPULATED, runs, &count, err))
+			return -1;
+		for (int i = 0; i < count; i++) {
+			if (write_protect(walk->tracker, runs[i].start, runs[i].end, err))
+				return -1;
+			set_bits(tracked->armed, page_of(tracked, runs[i].start), page_of(tracked, runs[i].end));
+		}
+	}
+	return 0;
+}
+
+int mgd_tracker_arm(struct mgd_tracker *tracker, struct mgd_error *err)
+{
+	struct walk walk = {.tracker = tracker, .visit = arm_step};
+
+	for (uint32_t i = 0; i < tracker->count; i++) {
+		struct tracked *tracked = &tracker->tracked[i];
+
+		if (mgd_uffd_register(tracker->uffd, tracked->mapping.address, tracked->mapping.length_bytes,
+				      MGD_REGISTER_WP, err))
+			goto failed;
+		tracked->registered = true;
+	}
+	if (walk_all(&walk, threads_wanted(tracker), err))
+		goto failed;
 	return 0;
 
 failed:
@@ -274,153 +402,133 @@ failed:
 	return -1;
 }
 
+/* Unregistering lifts the protection and takes the markers away. */
+static int disarm_step(struct walk *walk, const struct step *step, struct mgd_error *err)
+{
+	if (!step->tracked->registered)
+		return 0;
+	if (!mgd_uffd_unregister(walk->tracker->uffd, step->start, step->end - step->start, err))
+		return 0;
+	/* A guest that has ended needs no freeing. */
+	return err->kind == MGD_ERR_GUEST_GONE ? 0 : -1;
+}
+
 int mgd_tracker_disarm(struct mgd_tracker *tracker, struct mgd_error *err)
 {
-	int result = 0;
+	struct walk walk = {.tracker = tracker, .visit = disarm_step};
+	/* One thread: the kernel lets only one at a time change the address space. */
+	int result = walk_all(&walk, 1, err);
 
-	/* All of it is tried; the first failure is told. */
-	for (uint32_t i = 0; i < tracker->mapping_count; i++) {
-		const struct mgd_mapping *mapping = &tracker->mappings[i];
-		enum registration before = tracker->registered[i];
-		struct mgd_error failure = {0};
-		int failed = 0;
+	for (uint32_t i = 0; i < tracker->count; i++) {
+		struct tracked *tracked = &tracker->tracked[i];
 
-		tracker->registered[i] = NOT_REGISTERED;
-		/* Unregistering lifts the protection, and takes the markers away. */
-		if (before == REGISTERED_BY_US)
-			failed = mgd_uffd_unregister(tracker->uffd, mapping->address, mapping->length_bytes, &failure);
-		else if (before == REGISTERED_BEFORE)
-			failed = write_protect(tracker, mapping, 0, &failure);
-		/* A guest that has ended needs no freeing. */
-		if (failed && failure.kind != MGD_ERR_GUEST_GONE && !result) {
-			result = -1;
-			if (err)
-				*err = failure;
-		}
+		tracked->registered = false;
+		if (tracked->armed)
+			memset(tracked->armed, 0, armed_bytes(tracked));
 	}
 	return result;
 }
 
 /* ---------------------------------------------------------------- scanning */
 
-/* Set bits [first, end).  Other parts may be setting, and senders taking words of the bitmap away at the same time. */
-static void set_bits(uint64_t *bitmap, uint64_t first, uint64_t end)
+/* Pages whose entries are empty: rule 2. */
+static int scan_empty(struct walk *walk, struct tracked *tracked, uint64_t start, uint64_t end, struct mgd_error *err)
 {
-	while (first < end) {
-		uint64_t word = first / 64, low = first % 64;
-		uint64_t count = end - first < 64 - low ? end - first : 64 - low;
-		uint64_t mask = (count == 64 ? ~(uint64_t)0 : ((uint64_t)1 << count) - 1) << low;
+	uint64_t page = page_of(tracked, start), last = page_of(tracked, end);
 
-		__atomic_fetch_or(&bitmap[word], mask, __ATOMIC_RELAXED);
-		first += count;
+	if (start >= end)
+		return 0;
+	if (!tracked->armed) {
+		if (write_protect(walk->tracker, start, end, err))
+			return -1;
+		report(walk, tracked, start, end);
+		return 0;
 	}
-}
+	while ((page = mgd_bitmap_next_atomic(tracked->armed, page, last)) < last) {
+		uint64_t address = tracked->mapping.address + page * tracked->page_bytes;
 
-static int fail_scan(const struct mgd_mapping *mapping, int reason, struct mgd_error *err)
-{
-	if (reason == ENOTTY)
-		return mgd_fail(err, MGD_ERR_UNSUPPORTED, "PAGEMAP_SCAN: this kernel has none (Linux 6.7)");
-	if (reason == EPERM)
-		return mgd_fail_errno(err, reason,
-				      "PAGEMAP_SCAN: %#llx+%#llx is not registered for asynchronous write-protection",
-				      (unsigned long long)mapping->address, (unsigned long long)mapping->length_bytes);
-	return mgd_fail_errno(err, reason, "PAGEMAP_SCAN: %#llx+%#llx", (unsigned long long)mapping->address,
-			      (unsigned long long)mapping->length_bytes);
-}
-
-/* The pages that match part->any_of become bits. */
-static int scan_part(struct part *part, struct mgd_error *err)
-{
-	const struct mgd_tracker *tracker = part->tracker;
-	const struct mgd_mapping *mapping = &part->mapping;
-	uint64_t page = tracker->page_bytes[mapping->region], next_page = 0;
-	uint64_t end = mapping->address + mapping->length_bytes;
-	struct mgd_pm_scan_arg arg = {
-		.size = sizeof(arg),
-		.flags = part->flags,
-		.start = mapping->address,
-		.end = end,
-		.vec = (uint64_t)(uintptr_t)part->runs,
-		.vec_len = SCAN_RUNS,
-		.category_anyof_mask = part->any_of,
-		.return_mask = part->any_of,
-	};
-	int tries = 0;
-
-	while (arg.start < end) {
-		int count = ioctl(tracker->pagemap_fd, MGD_PAGEMAP_SCAN, &arg);
-		int reason = errno;
-
-		if (count < 0 && reason != EINTR && reason != EAGAIN)
-			return fail_scan(mapping, reason, err);
-		/*
-		 * Runs collected before an interruption have been armed again, but the kernel tells how many there are
-		 * only on success.  EINTR comes for fatal signals alone; should it ever come otherwise, what was written
-		 * in the range is no longer known, and everything in it counts as written.
-		 */
-		if (count < 0) {
-			set_bits(part->bitmap, (arg.start - mapping->address + mapping->offset) / page,
-				 (mapping->offset + mapping->length_bytes) / page);
-			part->bytes += end - arg.start;
-			return 0;
-		}
-		for (int i = 0; i < count; i++) {
-			const struct mgd_page_region *run = &part->runs[i];
-			uint64_t first, last;
-
-			if (run->start < mapping->address || run->end > end || run->start >= run->end)
-				return mgd_fail(err, MGD_ERR_OS, "PAGEMAP_SCAN: run %#llx-%#llx out of range",
-						(unsigned long long)run->start, (unsigned long long)run->end);
-			first = (run->start - mapping->address + mapping->offset) / page;
-			last = (run->end - 1 - mapping->address + mapping->offset) / page;
-			set_bits(part->bitmap, first, last + 1);
-			/* Two runs may share a huge page where the array was full in between. */
-			if (first < next_page)
-				first = next_page;
-			if (first <= last)
-				part->bytes += (last + 1 - first) * page;
-			next_page = last + 1;
-		}
-		if (arg.walk_end <= arg.start && ++tries > CHANGING_TRIES)
-			return mgd_fail(err, MGD_ERR_OS, "PAGEMAP_SCAN: no progress at %#llx",
-					(unsigned long long)arg.start);
-		/* Stopped inside a huge page: look at all of it again. */
-		if (arg.walk_end > arg.start) {
-			uint64_t aligned = arg.walk_end & ~(page - 1);
-
-			arg.start = aligned > arg.start || arg.walk_end >= end ? aligned : arg.walk_end;
-		}
+		mgd_bit_clear_atomic(tracked->armed, page);
+		report(walk, tracked, address, address + tracked->page_bytes);
 	}
 	return 0;
 }
 
-static int scan_all(struct mgd_tracker *tracker, uint64_t flags, uint64_t any_of, uint64_t **bitmaps,
-		    uint64_t *out_bytes, struct mgd_error *err)
+static int scan_run(struct walk *walk, struct tracked *tracked, const struct mgd_page_region *run,
+		    struct mgd_error *err)
 {
-	struct part what = {.walk = scan_part, .flags = flags, .any_of = any_of};
-	int result = 0;
+	if (!(run->categories & MGD_PAGE_IS_WRITTEN))
+		return 0;
+	if (tracked->page_bytes > REARMED_BYTES_MAX && write_protect(walk->tracker, run->start, run->end, err))
+		return -1;
+	if (tracked->armed)
+		set_bits(tracked->armed, page_of(tracked, run->start), page_of(tracked, run->end));
+	report(walk, tracked, run->start, run->end);
+	return 0;
+}
 
-	for (uint32_t i = 0; i < tracker->mapping_count && !result; i++) {
-		what.bitmap = bitmaps[tracker->mappings[i].region];
-		result = walk_mapping(tracker, &tracker->mappings[i], &what, err);
+static int scan_step(struct walk *walk, const struct step *step, struct mgd_error *err)
+{
+	struct mgd_page_region runs[SCAN_RUNS];
+	uint64_t at = step->start, flags = MGD_PM_SCAN_CHECK_WPASYNC;
+	struct tracked *tracked = step->tracked;
+	struct step rest = *step;
+	int count;
+
+	if (tracked->page_bytes <= REARMED_BYTES_MAX)
+		flags |= MGD_PM_SCAN_WP_MATCHING;
+	while (rest.start < rest.end) {
+		if (fetch(walk->tracker, &rest, flags, POPULATED, runs, &count, err)) {
+			/* What the kernel had re-armed before it failed is unknown: rule 4. */
+			report(walk, tracked, rest.start, rest.end);
+			return -1;
+		}
+		for (int i = 0; i < count; i++) {
+			if (scan_empty(walk, tracked, at, runs[i].start, err) || scan_run(walk, tracked, &runs[i], err))
+				return -1;
+			at = runs[i].end;
+		}
+		if (scan_empty(walk, tracked, at, rest.start, err))
+			return -1;
+		at = rest.start;
 	}
-	if (out_bytes)
-		*out_bytes = what.bytes;
-	return result;
+	return 0;
 }
 
 int mgd_tracker_scan(struct mgd_tracker *tracker, uint64_t **bitmaps, uint64_t *out_bytes, struct mgd_error *err)
 {
-	return scan_all(tracker, MGD_PM_SCAN_WP_MATCHING | MGD_PM_SCAN_CHECK_WPASYNC, MGD_PAGE_IS_WRITTEN, bitmaps,
-			out_bytes, err);
+	struct walk walk = {.tracker = tracker, .visit = scan_step, .bitmaps = bitmaps};
+	int result = walk_all(&walk, threads_wanted(tracker), err);
+
+	*out_bytes = walk.bytes;
+	return result;
+}
+
+/*
+ * On shared memory, SWAPPED is a marker and no page: pages on swap are in the file's page cache, never in a page table.
+ * Nothing else would be seen by it but a page that is being migrated at this moment; the source engine finds such a gap by
+ * the size of the file.
+ */
+static int present_step(struct walk *walk, const struct step *step, struct mgd_error *err)
+{
+	uint64_t categories = step->tracked->armed ? POPULATED : MGD_PAGE_IS_PRESENT;
+	struct mgd_page_region runs[SCAN_RUNS];
+	struct step rest = *step;
+	int count;
+
+	while (rest.start < rest.end) {
+		if (fetch(walk->tracker, &rest, 0, categories, runs, &count, err))
+			return -1;
+		for (int i = 0; i < count; i++)
+			report(walk, step->tracked, runs[i].start, runs[i].end);
+	}
+	return 0;
 }
 
 int mgd_tracker_present(struct mgd_tracker *tracker, uint64_t **bitmaps, uint64_t *out_bytes, struct mgd_error *err)
 {
-	/*
-	 * Not PAGE_IS_SWAPPED: the markers that arming leaves on pages not there yet count as that.  Shared pages on swap are
-	 * in the file's page cache, never in a page table, so nothing else would be seen by it but a page that is being
-	 * migrated at this moment; the source engine finds such a gap by the size of the file.
-	 */
-	return scan_all(tracker, 0, MGD_PAGE_IS_PRESENT, bitmaps, out_bytes, err);
+	struct walk walk = {.tracker = tracker, .visit = present_step, .bitmaps = bitmaps};
+	int result = walk_all(&walk, threads_wanted(tracker), err);
+
+	*out_bytes = walk.bytes;
+	return result;
 }

@@ -100,7 +100,7 @@ static void start_tracking(struct move *move)
 	CHECK_OK(mgd_tracker_create(move->pagemap, move->uffd, mappings, REGIONS, move->page_bytes, REGIONS,
 				    &move->tracker, &err),
 		 err);
-	CHECK_OK(mgd_tracker_arm(move->tracker, 0, &err), err);
+	CHECK_OK(mgd_tracker_arm(move->tracker, &err), err);
 }
 
 static void connect_engines(struct move *move)

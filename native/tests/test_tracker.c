@@ -217,7 +217,7 @@ static void arm(struct guest *guest)
 {
 	struct mgd_error err = {0};
 
-	CHECK_OK(mgd_tracker_arm(guest->tracker, 0, &err), err);
+	CHECK_OK(mgd_tracker_arm(guest->tracker, &err), err);
 }
 
 static void disarm(struct guest *guest)
