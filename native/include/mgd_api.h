@@ -120,8 +120,8 @@ int mgd_tracker_disarm(struct mgd_tracker *tracker, struct mgd_error *err);
  * words, little end first; bits are only ever set, also when it fails.  *out_bytes: how much memory was reported.  No call
  * holds the guest's mmap_lock for more than about a millisecond at a time; this one least of all. */
 int mgd_tracker_scan(struct mgd_tracker *tracker, uint64_t **bitmaps, uint64_t *out_bytes, struct mgd_error *err);
-/* Pages the guest process has mapped right now, and of SPARSE mappings those on swap as well; no re-arming.  Sets bits
- * likewise. */
+/* Pages the guest process has mapped right now; of a SPARSE mapping, those that are protected, present or on swap.  Sets
+ * bits likewise; re-arms nothing. */
 int mgd_tracker_present(struct mgd_tracker *tracker, uint64_t **bitmaps, uint64_t *out_bytes, struct mgd_error *err);
 void mgd_tracker_destroy(struct mgd_tracker *tracker);
 

@@ -11,18 +11,19 @@
  *   1. Present or swapped, and WRITTEN: the page was written since the last scan.  It is protected again under the page
  *      table lock by the scan that finds it (PM_SCAN_WP_MATCHING), so no write falls between "reported" and "protected".
  *   2. Empty, though we protected it: the page was zapped since (MADV_DONTNEED, a punched hole, reclaim, a split or
- *      collapsed huge page).  The entry took with it what it knew of earlier writes, so the page counts as written.  A
- *      zapped page of shared memory that had not been written leaves a marker, which counts as SWAPPED: its content is
- *      still in the file.
+ *      collapsed huge page).  The entry took with it what it knew of earlier writes, so the page counts as written.  It is
+ *      protected again, absent as it is: that leaves a marker in the entry, which counts as SWAPPED and becomes the
+ *      protection of whatever is populated there.  A page of shared memory that is zapped unwritten leaves a marker by
+ *      itself: its content is still in the file.
  *   3. Protect first, report afterwards.  Whoever reads the page after the report sees every write before the protection,
  *      and the next scan reports every write after it.
  *   4. The error of this interface is always to report too much.
  *
- * Shared memory is protected whole, absent pages included: protecting an absent page leaves a marker in its entry, so that
- * only what was zapped is empty.  In a mapping that is SPARSE, absent pages hold zeros, and there may be far more of them
- * than memory: a marker for each would fill the page tables of memory that the guest never used.  There, only what is
- * present or swapped is protected; one bit a page remembers which those were.  A page populated afterwards carries no
- * protection, and so is WRITTEN at the next scan.
+ * Shared memory is protected whole, absent pages included, so that only what was zapped is empty.  In a mapping that is
+ * SPARSE, absent pages hold zeros, and there may be far more of them than memory: markers would fill the page tables of
+ * memory that the guest never used.  There, only what is present or swapped is protected; one bit a page remembers which
+ * pages ever were.  A page populated afterwards carries no protection, and so is WRITTEN at the next scan.  Nobody has read
+ * it before that: only protected pages are reported, and only reported pages are read.
  *
  * What is asked of PAGEMAP_SCAN is narrower than what it offers, because kernels differ in the rest:
  *   - Only pages that are present or swapped are of interest, never WRITTEN by itself: whether an empty entry is WRITTEN
@@ -71,7 +72,7 @@ struct tracked {
 	struct mgd_mapping mapping;
 	uint64_t page_bytes;
 	bool registered; /* by us */
-	uint64_t *armed; /* SPARSE: a bit a page of the mapping, the pages that are protected */
+	uint64_t *armed; /* SPARSE: a bit a page of the mapping, those that were protected */
 };
 
 struct mgd_tracker {
@@ -296,6 +297,22 @@ static uint64_t page_of(const struct tracked *tracked, uint64_t address)
 	return (address - tracked->mapping.address) / tracked->page_bytes;
 }
 
+/* The first run of pages in [*start, end) that were protected. */
+static bool next_armed(const struct tracked *tracked, uint64_t *start, uint64_t *out_run_end, uint64_t end)
+{
+	uint64_t first = page_of(tracked, *start), last = page_of(tracked, end), page;
+
+	if (tracked->armed) {
+		first = mgd_bitmap_next_atomic(tracked->armed, first, last);
+		for (page = first; page < last && mgd_bit_test_atomic(tracked->armed, page); page++)
+			;
+		last = page;
+	}
+	*start = tracked->mapping.address + first * tracked->page_bytes;
+	*out_run_end = tracked->mapping.address + last * tracked->page_bytes;
+	return first < last;
+}
+
 static void report(struct walk *walk, const struct tracked *tracked, uint64_t start, uint64_t end)
 {
 	uint64_t shift = tracked->mapping.offset / tracked->page_bytes;
@@ -432,23 +449,13 @@ int mgd_tracker_disarm(struct mgd_tracker *tracker, struct mgd_error *err)
 /* ---------------------------------------------------------------- scanning */
 
 /* Pages whose entries are empty: rule 2. */
-static int scan_empty(struct walk *walk, struct tracked *tracked, uint64_t start, uint64_t end, struct mgd_error *err)
+static int scan_empty(struct walk *walk, const struct tracked *tracked, uint64_t start, uint64_t end,
+		      struct mgd_error *err)
 {
-	uint64_t page = page_of(tracked, start), last = page_of(tracked, end);
-
-	if (start >= end)
-		return 0;
-	if (!tracked->armed) {
-		if (write_protect(walk->tracker, start, end, err))
+	for (uint64_t run_end; next_armed(tracked, &start, &run_end, end); start = run_end) {
+		if (write_protect(walk->tracker, start, run_end, err))
 			return -1;
-		report(walk, tracked, start, end);
-		return 0;
-	}
-	while ((page = mgd_bitmap_next_atomic(tracked->armed, page, last)) < last) {
-		uint64_t address = tracked->mapping.address + page * tracked->page_bytes;
-
-		mgd_bit_clear_atomic(tracked->armed, page);
-		report(walk, tracked, address, address + tracked->page_bytes);
+		report(walk, tracked, start, run_end);
 	}
 	return 0;
 }
@@ -507,19 +514,25 @@ int mgd_tracker_scan(struct mgd_tracker *tracker, uint64_t **bitmaps, uint64_t *
  * On shared memory, SWAPPED is a marker and no page: pages on swap are in the file's page cache, never in a page table.
  * Nothing else would be seen by it but a page that is being migrated at this moment; the source engine finds such a gap by
  * the size of the file.
+ *
+ * A SPARSE page populated since it was armed is left to the next scan, like anything that is not protected.
  */
 static int present_step(struct walk *walk, const struct step *step, struct mgd_error *err)
 {
-	uint64_t categories = step->tracked->armed ? POPULATED : MGD_PAGE_IS_PRESENT;
+	struct tracked *tracked = step->tracked;
 	struct mgd_page_region runs[SCAN_RUNS];
 	struct step rest = *step;
 	int count;
 
 	while (rest.start < rest.end) {
-		if (fetch(walk->tracker, &rest, 0, categories, runs, &count, err))
+		if (fetch(walk->tracker, &rest, 0, tracked->armed ? POPULATED : MGD_PAGE_IS_PRESENT, runs, &count, err))
 			return -1;
-		for (int i = 0; i < count; i++)
-			report(walk, step->tracked, runs[i].start, runs[i].end);
+		for (int i = 0; i < count; i++) {
+			uint64_t start = runs[i].start, run_end;
+
+			for (; next_armed(tracked, &start, &run_end, runs[i].end); start = run_end)
+				report(walk, tracked, start, run_end);
+		}
 	}
 	return 0;
 }
