@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 /*
  * Source engine, dirty tracker and target engine together: two regions of our own memory move while a thread writes them,
- * and the digests agree.  Once over ordinary pages, once over 2 MiB pages where the pool has them.
+ * and the digests agree.  Over ordinary pages, over 2 MiB pages where the pool has them, and from private memory to either.
  */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -27,7 +27,8 @@
 static const uint64_t sizes[REGIONS] = {24 * MIB, 10 * MIB};
 
 struct move {
-	uint64_t page_bytes[REGIONS]; /* of both sides */
+	uint64_t page_bytes[REGIONS], host_page_bytes[REGIONS];
+	bool is_private; /* the first region: private memory with transparent huge pages */
 	int from[REGIONS], to[REGIONS], ledger, uffd, pagemap;
 	uint8_t *memory[REGIONS];
 	struct mgd_tracker *tracker;
@@ -70,7 +71,12 @@ static void *keep_writing(void *argument)
 	uint64_t state = 88172645463325252ull;
 
 	while (!__atomic_load_n(&move->stop, __ATOMIC_RELAXED)) {
-		write_word(move, next_random(&state), move->version + 1);
+		uint64_t random = next_random(&state);
+
+		write_word(move, random, move->version + 1);
+		if (move->is_private && (random >> 32) % 256 == 0) /* a balloon inflates */
+			CHECK(!madvise(move->memory[0] + (random >> 40) % (sizes[0] / 4096) * 4096, 4096,
+				       MADV_DONTNEED));
 		__atomic_fetch_add(&move->version, 1, __ATOMIC_RELEASE);
 	}
 	return NULL;
@@ -91,8 +97,10 @@ static void start_tracking(struct move *move)
 	struct mgd_error err;
 
 	for (uint32_t i = 0; i < REGIONS; i++)
-		mappings[i] = (struct mgd_mapping){
-			.region = i, .address = (uint64_t)move->memory[i], .length_bytes = sizes[i]};
+		mappings[i] = (struct mgd_mapping){.region = i,
+						   .flags = i == 0 && move->is_private ? MGD_MAPPING_SPARSE : 0,
+						   .address = (uint64_t)move->memory[i],
+						   .length_bytes = sizes[i]};
 	CHECK_OK(mgd_uffd_open(0, &move->uffd, &err), err);
 	CHECK_OK(mgd_uffd_api(move->uffd, 0, 1, &err), err);
 	move->pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
@@ -117,6 +125,11 @@ static void connect_engines(struct move *move)
 	}
 }
 
+static uint64_t offset_of(const struct move *move, int region)
+{
+	return region == 0 && move->is_private ? (uint64_t)move->memory[0] : 0;
+}
+
 static void create_engines(struct move *move)
 {
 	struct mgd_source_region from[REGIONS];
@@ -125,11 +138,13 @@ static void create_engines(struct move *move)
 
 	for (int i = 0; i < REGIONS; i++) {
 		from[i] = (struct mgd_source_region){.memory_fd = move->from[i],
+						     .flags = i == 0 && move->is_private ? MGD_SOURCE_PRIVATE : 0,
+						     .file_offset = offset_of(move, i),
 						     .size_bytes = sizes[i],
 						     .page_bytes = move->page_bytes[i],
-						     .host_page_bytes = move->page_bytes[i]};
+						     .host_page_bytes = move->host_page_bytes[i]};
 		to[i] = (struct mgd_target_region){
-			.memory_fd = move->to[i], .size_bytes = sizes[i], .host_page_bytes = move->page_bytes[i]};
+			.memory_fd = move->to[i], .size_bytes = sizes[i], .host_page_bytes = move->host_page_bytes[i]};
 	}
 	move->ledger = memory_of((mgd_ledger_bytes(to, REGIONS) + 4095) / 4096 * 4096, 4096);
 	CHECK_OK(mgd_source_create(from, REGIONS, STREAMS, move->secret, &move->source, &err), err);
@@ -182,7 +197,7 @@ static void switch_over(struct move *move)
 	CHECK(stale > 0);
 	for (uint32_t i = 0; i < REGIONS; i++) {
 		uint8_t map[24 * MIB / 4096 / 8];
-		size_t map_bytes = (sizes[i] / move->page_bytes[i] + 7) / 8;
+		size_t map_bytes = (sizes[i] / move->host_page_bytes[i] + 7) / 8;
 
 		CHECK_OK(mgd_source_stale_map(move->source, i, 0, map, map_bytes, &err), err);
 		CHECK_OK(mgd_target_stale_map(move->target, i, 0, map, map_bytes, &err), err);
@@ -199,22 +214,38 @@ static void check_digests(struct move *move)
 		struct mgd_error err;
 		uint64_t from, to;
 
-		CHECK_OK(mgd_digest(move->from[i], 0, sizes[i], move->secret, &from, &err), err);
+		CHECK_OK(mgd_digest(move->from[i], offset_of(move, i), sizes[i], move->secret, &from, &err), err);
 		CHECK_OK(mgd_digest(move->to[i], 0, sizes[i], move->secret, &to, &err), err);
 		CHECK(from == to);
 	}
 }
 
-static void open_memory(struct move *move, uint64_t first_page_bytes)
+static uint8_t *map_private(uint64_t bytes)
+{
+	uint8_t *at = mmap(NULL, bytes + 2 * MIB, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	uint64_t skip = -(uintptr_t)at % (2 * MIB);
+
+	CHECK(at != MAP_FAILED);
+	munmap(at, skip);
+	munmap(at + skip + bytes, 2 * MIB - skip);
+	madvise(at + skip, bytes, MADV_HUGEPAGE);
+	return at + skip;
+}
+
+static void open_memory(struct move *move)
 {
 	fill_secret(move->secret);
-	move->page_bytes[0] = first_page_bytes;
-	move->page_bytes[1] = 4096;
+	move->page_bytes[1] = move->host_page_bytes[1] = 4096;
 	for (int i = 0; i < REGIONS; i++) {
-		move->from[i] = memory_of(sizes[i], move->page_bytes[i]);
-		move->to[i] = memory_of(sizes[i], move->page_bytes[i]);
-		move->memory[i] = mmap(NULL, sizes[i], PROT_READ | PROT_WRITE, MAP_SHARED, move->from[i], 0);
-		CHECK(move->memory[i] != MAP_FAILED);
+		bool is_private = i == 0 && move->is_private;
+
+		move->from[i] = is_private ? open("/proc/self/mem", O_RDONLY | O_CLOEXEC)
+					   : memory_of(sizes[i], move->page_bytes[i]);
+		move->to[i] = memory_of(sizes[i], move->host_page_bytes[i]);
+		move->memory[i] = is_private
+					  ? map_private(sizes[i])
+					  : mmap(NULL, sizes[i], PROT_READ | PROT_WRITE, MAP_SHARED, move->from[i], 0);
+		CHECK(move->from[i] >= 0 && move->memory[i] != MAP_FAILED);
 	}
 }
 
@@ -230,15 +261,14 @@ static void close_memory(struct move *move)
 	close(move->uffd);
 }
 
-static void move_memory(uint64_t first_page_bytes, int compression_level)
+static void move_memory(struct move move, int compression_level)
 {
-	struct move move = {.stop = false};
 	uint64_t state = 7;
 	struct mgd_source_stats stats;
 	struct mgd_error err;
 	pthread_t writer;
 
-	open_memory(&move, first_page_bytes);
+	open_memory(&move);
 	for (uint64_t version = 1; version < 2000; version++) /* before anybody looks */
 		write_word(&move, next_random(&state), version);
 	start_tracking(&move);
@@ -267,15 +297,25 @@ static void move_memory(uint64_t first_page_bytes, int compression_level)
 	close_memory(&move);
 }
 
+static const struct move ordinary = {.page_bytes = {4096}, .host_page_bytes = {4096}};
+static const struct move huge = {.page_bytes = {2 * MIB}, .host_page_bytes = {2 * MIB}};
+static const struct move private = {.is_private = true, .page_bytes = {4096}, .host_page_bytes = {4096}};
+static const struct move private_to_huge = {.is_private = true, .page_bytes = {4096}, .host_page_bytes = {2 * MIB}};
+
 static void test_memory_moves_over_ordinary_pages(void)
 {
-	move_memory(4096, 0);
+	move_memory(ordinary, 0);
 }
 
 static void test_memory_moves_compressed(void)
 {
-	move_memory(4096, 1);
-	move_memory(4096, 3);
+	move_memory(ordinary, 1);
+	move_memory(ordinary, 3);
+}
+
+static void test_private_memory_moves(void)
+{
+	move_memory(private, 0);
 }
 
 static bool pool_has(uint64_t pages)
@@ -293,18 +333,23 @@ static bool pool_has(uint64_t pages)
 
 static void test_memory_moves_over_huge_pages(void)
 {
-	move_memory(2 * MIB, 0);
-	move_memory(2 * MIB, 1);
+	move_memory(huge, 0);
+	move_memory(huge, 1);
+}
+
+static void test_private_memory_moves_to_huge_pages(void)
+{
+	move_memory(private_to_huge, 0);
 }
 
 /* hugetlbfs does not say where its data is: what is mapped is all, unless the file holds more than that. */
 static void test_only_populated_huge_pages_are_marked(void)
 {
-	struct move move = {.stop = false};
+	struct move move = huge;
 	struct mgd_source_stats stats;
 	struct mgd_error err;
 
-	open_memory(&move, 2 * MIB);
+	open_memory(&move);
 	move.memory[0][3 * 2 * MIB] = 1;
 	move.memory[0][9 * 2 * MIB + 4711] = 1;
 	start_tracking(&move);
@@ -336,8 +381,10 @@ int main(void)
 	}
 	RUN(test_memory_moves_over_ordinary_pages);
 	RUN(test_memory_moves_compressed);
+	RUN(test_private_memory_moves);
 	if (pool_has(2 * sizes[0] / (2 * MIB))) {
 		RUN(test_memory_moves_over_huge_pages);
+		RUN(test_private_memory_moves_to_huge_pages);
 		RUN(test_only_populated_huge_pages_are_marked);
 	} else {
 		printf("fewer than %llu free 2 MiB pages: not over huge pages\n", 2 * sizes[0] / (2 * MIB));
