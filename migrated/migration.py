@@ -12,6 +12,7 @@ import structlog
 from migrated.errors import AbortedError, MigratedError, hinted, named
 from migrated.memory.engine import Event, EventKind
 from migrated.record import NEXT, ErrorInfo, Record, State, StateChange
+from migrated.waiting import end
 
 if TYPE_CHECKING:
     from migrated.guests.driver import SourceGuest, TargetGuest
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-#: A cancelled piece of work that is not over after so long is cancelled again.
-CANCEL_AGAIN_SECONDS = 3.0
 #: Figures are told to watchers at most this often.
 TICK_SECONDS = 0.5
 
@@ -71,17 +70,6 @@ class Failure:
         finally:
             failed.cancel()
             await end(task)
-
-
-async def end(task: asyncio.Future[Any]) -> None:
-    """Cancel it and wait until it is over.
-
-    Cancelled again now and then: a cancellation that meets the end of an ``asyncio.wait_for`` is lost (Python 3.11), and a
-    library's may be; the work would go on as if nothing had been asked.
-    """
-    while not task.done():
-        task.cancel()
-        await asyncio.wait({task}, timeout=CANCEL_AGAIN_SECONDS)
 
 
 class Migration:

@@ -11,6 +11,9 @@ from migrated.errors import TimeoutExceededError
 
 T = TypeVar("T")
 
+#: A cancelled piece of work that is not over after so long is cancelled again.
+CANCEL_AGAIN_SECONDS = 3.0
+
 
 async def in_thread(function: Callable[..., T], *arguments: Any, undo: Callable[[T], None] | None = None) -> T:
     """``asyncio.to_thread`` that is over when it returns, cancelled or not.
@@ -42,3 +45,14 @@ async def within(limit_seconds: float, what: str, *, who: str = "") -> AsyncIter
             f"{subject}waited {limit_seconds:g} s for {what}",
             hint="look at the other agent's log too; the limits are in [timeouts] of the configuration",
         ) from error
+
+
+async def end(task: asyncio.Future[Any]) -> None:
+    """Cancel it and wait until it is over.
+
+    Cancelled again now and then: a cancellation that meets the end of an ``asyncio.wait_for`` is lost (Python 3.11), and a
+    library's may be; the work would go on as if nothing had been asked.
+    """
+    while not task.done():
+        task.cancel()
+        await asyncio.wait({task}, timeout=CANCEL_AGAIN_SECONDS)

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import Protocol
+from typing import Any, Protocol
 
 #: Plain values of a driver's own, kept in the journal.
 Memento = dict[str, int | str | bool]
+#: What a driver's source side tells its target side before anything is transferred: plain values, checked by the target.
+Description = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -28,15 +30,17 @@ class Mapping:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Region:
-    """One contiguous piece of guest memory: of one file, or of the guest process's address space.
+    """One contiguous piece of guest memory, one file.
 
-    ``name`` pairs the regions of the two sides (QEMU: the memory backend's id).
-    ``page_bytes`` is the page size of the memory behind it: 4096 (also with transparent huge pages), 2 MiB, 1 GiB.
+    ``name`` pairs the regions of the two sides (QEMU: the name of the RAM block).
+    ``page_bytes`` is the page size of the memory behind it: 4096, 2 MiB, 1 GiB.
+    ``device``: memory of a device or of the firmware, which the target keeps on 4 KiB pages whatever the guest's RAM is on.
     """
 
     name: str
     size_bytes: int
     page_bytes: int
+    device: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -85,8 +89,7 @@ class TargetMemory:
 class FaultSource:
     """The incoming guest's userfaultfd and where its memory is mapped.
 
-    UFFDIO_API done (faults and tracking), the mappings registered MISSING|MINOR|WP, nothing of them mapped yet (checked:
-    a guest that preallocates is refused).  ``uffd`` belongs to the driver (closed in `TargetGuest.close`); the guest
+    UFFDIO_API done, the mappings registered MISSING|MINOR, no page of them in the process's page tables.  ``uffd`` belongs to the driver (closed in `TargetGuest.close`); the guest
     process holds a descriptor of its own, so that our death leaves its threads waiting.
     """
 
@@ -121,6 +124,10 @@ class SourceGuest(abc.ABC):
     async def open(self) -> SourceMemory:
         """Connect, inspect, refuse by name what cannot be moved.  Changes nothing in the guest."""
 
+    def describe(self) -> Description:
+        """After `open`: what the target's driver compares with its own guest.  Travels in the hello."""
+        return {}
+
     @property
     @abc.abstractmethod
     def needs_quiesced_scans(self) -> bool:
@@ -147,11 +154,18 @@ class SourceGuest(abc.ABC):
 
     @abc.abstractmethod
     async def pause(self, channel: StateChannel) -> None:
-        """Stop the guest for good, I/O drained: its memory is frozen when this returns.  May start using the channel."""
+        """Stop the guest for good, I/O drained: its memory is frozen when this returns.
+
+        Whatever saving the guest state may write to memory has been written by then.  The state may be sent already: loading it
+        on the target then overlaps with the last scan.
+        """
 
     @abc.abstractmethod
     async def send_state(self, channel: StateChannel) -> None:
-        """Send the guest state; returns when the peer's driver has all of it (the target then reports `Loaded`)."""
+        """Send what is left of the guest state, and see that the guest is still stopped.
+
+        Returns when the peer's driver has all of it (the target then reports `Loaded`).
+        """
 
     @abc.abstractmethod
     async def resume(self) -> None:
@@ -192,10 +206,10 @@ class TargetGuest(abc.ABC):
     """A guest that is to run here."""
 
     @abc.abstractmethod
-    async def check(self, regions: tuple[Region, ...]) -> None:
+    async def check(self, regions: tuple[Region, ...], description: Description) -> None:
         """Refuse what cannot work (region names or sizes that differ, missing command) before memory is reserved.
 
-        ``regions`` are the source's; names and sizes must fit ours.
+        ``regions`` and ``description`` are the source's; names and sizes must fit ours.
         """
 
     @abc.abstractmethod

@@ -26,10 +26,15 @@ from migrated.memory.native import inject_syscall, uffd_api
 from migrated.waiting import in_thread
 
 _SYS_CLOSE = 3
+_SYS_MMAP = 9
 _SYS_IOCTL = 16
+_SYS_MADVISE = 28
 _SYS_KCMP = 312
 _SYS_USERFAULTFD = 323
 _KCMP_FILE = 0
+_PROT_READ_WRITE = 1 | 2
+_MAP_SHARED_FIXED = 0x01 | 0x10
+_MADV_DONTNEED_LOCKED = 24  # Linux 5.18
 _USERFAULTFD_IOC_NEW = 0xAA00
 _FLAGS = os.O_CLOEXEC | os.O_NONBLOCK
 _LINK = "anon_inode:[userfaultfd]"
@@ -69,6 +74,34 @@ def remote_syscall(process: PidHandle, number: int, *arguments: int) -> tuple[in
             hint="the agent needs CAP_SYS_PTRACE, and nothing else (a debugger) may trace the process",
         ) from error
     return injected.result, injected.stopped_seconds
+
+
+def map_over(process: PidHandle, address: int, length_bytes: int, remote_fd: int) -> None:
+    """Have the process map its descriptor ``remote_fd``, shared, over whatever is at ``address``.  Blocks.
+
+    Raises GuestRefusedError ``cannot-inject``.
+    """
+    arguments = (address, length_bytes, _PROT_READ_WRITE, _MAP_SHARED_FIXED, remote_fd, 0)
+    result, _ = remote_syscall(process, _SYS_MMAP, *arguments)
+    if result != address:
+        raise _failed(process, "mmap", address, length_bytes, result)
+
+
+def empty_page_tables(process: PidHandle, address: int, length_bytes: int) -> None:
+    """Take a shared mapping's pages out of the page tables of the process, locked ones too; the file keeps them.  Blocks.
+
+    Raises GuestRefusedError ``cannot-inject``.
+    """
+    result, _ = remote_syscall(process, _SYS_MADVISE, address, length_bytes, _MADV_DONTNEED_LOCKED)
+    if result != 0:
+        raise _failed(process, "madvise", address, length_bytes, result)
+
+
+def _failed(process: PidHandle, call: str, address: int, length_bytes: int, result: int) -> GuestRefusedError:
+    return GuestRefusedError(
+        f"process {process.pid}: {call} of {length_bytes} bytes at {address:#x}: {os.strerror(-result)}",
+        code="cannot-inject",
+    )
 
 
 def userfaultfds(pid: int) -> list[int]:

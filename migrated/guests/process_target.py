@@ -16,7 +16,16 @@ from pathlib import Path
 from migrated.config import Timeouts
 from migrated.errors import GuestError, GuestRefusedError, TimeoutExceededError
 from migrated.guests import process
-from migrated.guests.driver import FaultSource, Mapping, Memento, Region, StateChannel, TargetGuest, TargetMemory
+from migrated.guests.driver import (
+    Description,
+    FaultSource,
+    Mapping,
+    Memento,
+    Region,
+    StateChannel,
+    TargetGuest,
+    TargetMemory,
+)
 from migrated.guests.pidfd import PidHandle
 from migrated.guests.process_wire import (
     MAX_PAYLOAD_BYTES,
@@ -46,8 +55,8 @@ class ProcessTarget(TargetGuest):
         self._uffd = -1
         self._return: asyncio.Task[None] | None = None  # of a guest whose agent was restarted
 
-    async def check(self, regions: tuple[Region, ...]) -> None:
-        del regions  # what the guest wants it says itself, when it is started
+    async def check(self, regions: tuple[Region, ...], description: Description) -> None:
+        del regions, description  # what the guest wants it says itself, when it is started
         if shutil.which(self._config.command[0]) is None:
             raise GuestError(
                 f"guest {self.name}: {self._config.command[0]} is not there, or not a program",

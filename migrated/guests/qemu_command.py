@@ -27,32 +27,15 @@ _ON = frozenset({"on", "yes", "true", "y"})
 def regions_differ(guest: str, why: str) -> GuestRefusedError:
     """The two sides' memory backends do not fit."""
     return GuestRefusedError(
-        f"guest {guest}: its memory backends differ between the hosts: {why}",
+        f"guest {guest}: its memory differs between the hosts: {why}",
         code="regions-differ",
-        hint="both QEMU commands need memory backends of the same ids and sizes",
-    )
-
-
-def preallocated(guest: str, why: str) -> GuestRefusedError:
-    """Pages would be mapped, and so never fault, before they have arrived."""
-    return GuestRefusedError(
-        f"guest {guest}: its memory is mapped before it has arrived ({why})",
-        code="memory-preallocated",
-        hint="remove prealloc=on and -mem-prealloc from the command: the agent reserves the memory beforehand",
-    )
-
-
-def locked(guest: str, why: str) -> GuestRefusedError:
-    """Locking maps everything at once."""
-    return GuestRefusedError(
-        f"guest {guest}: its memory is locked, so that it is mapped before it has arrived ({why})",
-        code="memory-locked",
-        hint="remove mem-lock=on from the command; huge pages are never swapped anyway",
+        hint="both QEMU commands need the same machine type, devices, and memory backends of the same ids and sizes; "
+        "`migrated inspect PID --target-config` on the source prints a matching command",
     )
 
 
 def check_command(guest: str, command: list[str], regions: tuple[Region, ...], *, reserve: bool = True) -> None:
-    """Raises GuestRefusedError if this command cannot take a guest with the source's ``regions``.
+    """Raises GuestRefusedError if this command cannot take a guest whose RAM is these ``regions`` on the source.
 
     ``reserve``: all of their memory is reserved; otherwise QEMU must not reserve it either.
     """
@@ -73,8 +56,6 @@ def check_command(guest: str, command: list[str], regions: tuple[Region, ...], *
         name = str(backend.get("id", ""))
         if name not in wanted:
             continue
-        if str(backend.get("prealloc", "off")).lower() in _ON:
-            raise preallocated(guest, f"memory backend {name} has prealloc=on")
         if not reserve and str(backend.get("reserve", "on")).lower() in _ON:
             raise GuestRefusedError(
                 f"guest {guest}: its memory is not to be reserved (reserve = false), but backend {name} would reserve it",
@@ -93,16 +74,12 @@ def check_command(guest: str, command: list[str], regions: tuple[Region, ...], *
 def _refuse_options(guest: str, command: list[str]) -> None:
     for argument in command[1:]:
         option = argument.lstrip("-") if argument.startswith("-") else ""
-        if option == "mem-prealloc":
-            raise preallocated(guest, f"the command has {argument}")
         if option in {"incoming", "daemonize", "loadvm", "snapshot"}:
             raise GuestRefusedError(
                 f"guest {guest}: the command has {argument}, which does not fit a guest started by the agent",
                 code="guest-command",
                 hint="leave it out; -incoming defer -S is added by the agent",
             )
-        if "mem-lock=on" in argument or argument == "mlock=on":
-            raise locked(guest, f"the command has {argument}")
 
 
 def command_line(command: list[str], memory: tuple[TargetMemory, ...], qmp: Path) -> list[str]:

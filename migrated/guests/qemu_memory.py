@@ -1,19 +1,23 @@
-"""Where a QEMU process has the memory of its guest: which mapping belongs to which memory backend.
+"""Where a QEMU process keeps its RAM blocks: guest RAM, video memory, ROMs, ACPI tables.
 
-QMP names backends and sizes, `/proc/PID/maps` has addresses and files, and nothing joins the two: every
-``memory-backend-memfd`` has the same name in `/proc`, and two NUMA nodes have the same size.  So the address is asked of
-QEMU itself: newer ones print it in ``info ramblock``; older ones translate a guest-physical address (``gpa2hva``), and
-``info mtree -f`` says at which guest-physical address each backend is visible.  Only a backend that is not visible at the
-moment (a device's, not mapped by the guest) is found by elimination, and refused when more than one mapping could be it.
+QEMU migrates RAM blocks by name, so both sides of a migration pair their memory by these names.  QEMU 8.0 and newer print the
+host address of each block in ``info ramblock``.  Older ones do not: there ``info mtree -f`` says at which guest-physical
+address a block is visible, and ``gpa2hva`` translates that address.  A block that is not visible at the moment (a BAR that is
+not enabled, as on every incoming QEMU) is found by its size, if just one mapping has it.
+
+ROM blocks that an old QEMU shows nowhere are left out: QEMU fills them itself on both sides.  A writable block that cannot be
+found is a reason to refuse.
 """
 
 from __future__ import annotations
 
 import ctypes
 import dataclasses
+import itertools
 import os
 import re
 import struct
+from collections.abc import Iterable
 from typing import Any
 
 from migrated.errors import GuestRefusedError
@@ -21,16 +25,45 @@ from migrated.guests.driver import Mapping, Region
 from migrated.guests.pidfd import open_files
 from migrated.guests.qmp import Monitor
 from migrated.memory.maps import Area, areas
+from migrated.units import parse_size
 
 _HUGETLBFS = 0x958458F6
 _TMPFS = 0x01021994
-_PAGE_BYTES = 4096
+BASE_PAGE_BYTES = 4096
 
-_RAMBLOCK = re.compile(r"^ *(\S+) +\d+ [KMG]iB +0x\w+ +0x\w+ +0x(\w+)(?: +0x(\w+) +\w+)?", re.MULTILINE)
-_FLAT_RANGE = re.compile(r"^ +([0-9a-f]{16})-[0-9a-f]{16} \(prio -?\d+, ram\): (\S+)(?: @([0-9a-f]+))?", re.MULTILINE)
+# Block Name, PSize, Offset, Used, Total; from QEMU 8.0 on also the host address and (8.1) whether the block is a ROM.
+_RAMBLOCK = re.compile(
+    r"^ *(\S+) +(\d+) ([KMGTPE]?)i?B +0x\w+ +0x(\w+) +0x(\w+)(?: +0x(\w+)(?: +(ro|rw))?)? *\r?$", re.MULTILINE
+)
+_FLAT_RANGE = re.compile(
+    r"^ +([0-9a-f]{16})-[0-9a-f]{16} \(prio -?\d+, (?:ram|rom|romd|nv-dimm)\): (\S+)(?: @([0-9a-f]+))?", re.MULTILINE
+)
 _GPA2HVA = re.compile(r"\((.*)\) is 0x([0-9a-f]+)")
+_OBJECTS = "/objects/"
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Block:
+    """A RAM block.
+
+    ``id`` is QEMU's name for it; ``name`` is the same without ``/objects/``, which only some versions put before the id of a
+    memory backend.  ``size_bytes`` is what is mapped, ``used_bytes`` what the guest sees: they differ for resizable blocks.
+    ``address``: where it begins in the process, if QEMU says so.
+    """
+
+    id: str
+    page_bytes: int
+    used_bytes: int
+    size_bytes: int
+    address: int | None
+    rom: bool
+
+    @property
+    def name(self) -> str:
+        """The name under which the two sides of a migration pair it."""
+        return self.id.removeprefix(_OBJECTS)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -38,196 +71,217 @@ class Backend:
     """A memory backend that the guest uses, from ``query-memdev``."""
 
     name: str
-    size_bytes: int
     share: bool
     prealloc: bool
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Placed:
-    """A backend and the mappings that show it, in address order, without a gap."""
+    """A block and the areas that show it, in address order, without a gap."""
 
-    backend: Backend
+    block: Block
+    address: int
     areas: tuple[Area, ...]
 
     @property
-    def address(self) -> int:
-        """Where it begins in the process."""
-        return self.areas[0].start
+    def shared(self) -> bool:
+        """Whether it is in a file that others can map too."""
+        return self.areas[0].shared
 
     @property
     def file_offset(self) -> int:
-        """Where it begins in its file."""
-        return self.areas[0].offset
+        """Where it begins in its file, if it is shared."""
+        return self.areas[0].offset + self.address - self.areas[0].start
 
-    def mappings(self, region: int) -> tuple[Mapping, ...]:
-        """As the driver contract tells them."""
-        return tuple(Mapping(region, a.start, a.start - self.address, a.end - a.start) for a in self.areas)
+    @property
+    def shows_file(self) -> bool:
+        """Whether private memory shows a file's content where the guest has written nothing."""
+        return not self.shared and self.areas[0].inode != 0 and self.block.page_bytes == BASE_PAGE_BYTES
+
+    def mapping(self, region: int) -> Mapping:
+        """As the driver contract describes it."""
+        return Mapping(region, self.address, 0, self.block.size_bytes)
 
 
-async def backends(monitor: Monitor) -> tuple[Backend, ...]:
-    """The backends that are part of the guest, by name.
+# ---------------------------------------------------------------- what QEMU says
 
-    One that was created and never plugged in holds nothing of the guest: QEMU has no name for its RAM block.
-    Raises GuestRefusedError ``memory-not-in-backends`` when guest memory lies elsewhere.
-    """
-    blocks = {match[1] for match in _RAMBLOCK.finditer(await monitor.hmp("info ramblock"))}
+
+async def ram_blocks(monitor: Monitor) -> tuple[Block, ...]:
+    """Every RAM block that QEMU would migrate, in QEMU's order."""
     found = []
-    for memdev in await monitor.execute("query-memdev"):
-        name = memdev.get("id")
-        if name is None or not {name, f"/objects/{name}"} & blocks:
-            continue
-        found.append(Backend(name, int(memdev["size"]), bool(memdev.get("share", False)), bool(memdev["prealloc"])))
-    summary = await monitor.execute("query-memory-size-summary")
-    total = int(summary["base-memory"]) + int(summary.get("plugged-memory", 0))
-    inside = sum(backend.size_bytes for backend in found)
-    if total > inside:
-        raise GuestRefusedError(
-            f"guest {monitor.guest}: {total - inside} bytes of its memory are in no memory backend",
-            code="memory-not-in-backends",
-            hint="give QEMU all memory as -object memory-backend-…,share=on with -machine memory-backend=ID (or -numa)",
-        )
-    return tuple(sorted(found, key=lambda backend: backend.name))
-
-
-def refuse_private(guest: str, found: tuple[Backend, ...]) -> None:
-    """Raises GuestRefusedError ``memory-not-shared`` naming the backends nobody else can reach."""
-    private = [backend.name for backend in found if not backend.share]
-    if private:
-        raise GuestRefusedError(
-            f"guest {guest}: memory backend {', '.join(private)} is private to QEMU (share=off)",
-            code="memory-not-shared",
-            hint="start QEMU with -object memory-backend-memfd (or -file),…,share=on and -machine memory-backend=ID",
-        )
-
-
-async def place(monitor: Monitor, pid: int, found: tuple[Backend, ...]) -> tuple[Placed, ...]:
-    """Find each backend's mappings in process ``pid``.  Raises GuestRefusedError ``memory-not-found``."""
-    addresses = await _addresses(monitor, found)
-    shared = [area for area in areas(pid) if area.shared and area.inode]
-    placed: dict[str, Placed] = {}
-    for backend in found:
-        if backend.name in addresses:
-            placed[backend.name] = Placed(backend, _cover(monitor.guest, shared, backend, addresses[backend.name]))
-    for backend in found:
-        if backend.name not in placed:
-            placed[backend.name] = Placed(backend, _only_candidate(monitor.guest, shared, backend, placed))
-    _refuse_second_view(monitor.guest, pid, shared, tuple(placed.values()))
-    return tuple(placed[backend.name] for backend in found)
-
-
-async def _addresses(monitor: Monitor, found: tuple[Backend, ...]) -> dict[str, int]:
-    """Host addresses, as far as QEMU tells them."""
-    names = {form: backend.name for backend in found for form in (backend.name, f"/objects/{backend.name}")}
-    addresses: dict[str, int] = {}
     for match in _RAMBLOCK.finditer(await monitor.hmp("info ramblock")):
-        if match[1] in names and match[3] is not None:
-            addresses[names[match[1]]] = int(match[3], 16)
-    missing = {backend.name for backend in found} - addresses.keys()
-    if not missing:
-        return addresses
+        ident, pages, unit, used, total, address, kind = match.groups()
+        if int(total, 16) == 0:
+            continue
+        found.append(
+            Block(
+                id=ident,
+                page_bytes=parse_size(f"{pages}{unit}"),
+                used_bytes=int(used, 16),
+                size_bytes=int(total, 16),
+                address=int(address, 16) if address is not None and int(address, 16) else None,
+                rom=kind == "ro" if kind is not None else _named_as_rom(ident),
+            )
+        )
+    return tuple(found)
+
+
+def _named_as_rom(ident: str) -> bool:
+    return ident.endswith(".rom") or ident.startswith("/rom@") or ident in {"pc.bios", "isa-bios"}
+
+
+async def backends(monitor: Monitor, blocks: Iterable[Block]) -> tuple[Backend, ...]:
+    """The memory backends among the blocks; one that was created and never plugged in holds nothing of the guest."""
+    names = {block.name for block in blocks}
+    return tuple(
+        Backend(memdev["id"], bool(memdev.get("share", False)), bool(memdev["prealloc"]))
+        for memdev in await monitor.execute("query-memdev")
+        if memdev.get("id") in names
+    )
+
+
+async def machine_type(monitor: Monitor) -> str:
+    """The concrete machine type (``pc-q35-7.2``), which QEMU's stream names."""
+    kind = str(await monitor.execute("qom-get", {"path": "/machine", "property": "type"}))
+    return kind.removesuffix("-machine")
+
+
+async def version(monitor: Monitor) -> tuple[int, int, int]:
+    """QEMU's version."""
+    found = (await monitor.execute("query-version"))["qemu"]
+    return int(found["major"]), int(found["minor"]), int(found["micro"])
+
+
+# ---------------------------------------------------------------- finding the blocks in the process
+
+
+async def place(monitor: Monitor, pid: int, blocks: Iterable[Block]) -> tuple[Placed, ...]:
+    """Find the blocks in process ``pid``.
+
+    Raises GuestRefusedError ``memory-not-found`` for a writable block that cannot be found, and ``memory-mapped-elsewhere``
+    for one that the process maps a second time.
+    """
+    wanted = tuple(blocks)
+    addresses = {block.id: block.address for block in wanted if block.address is not None}
+    if len(addresses) < len(wanted):
+        addresses |= await _visible(monitor, [block for block in wanted if block.id not in addresses])
+    every = areas(pid)
+    placed = [_cover(monitor.guest, every, block, addresses[block.id]) for block in wanted if block.id in addresses]
+    for block in wanted:
+        if block.id not in addresses and not block.rom:
+            placed.append(_only_candidate(monitor.guest, every, block, placed))
+    _refuse_second_view(monitor.guest, pid, every, placed)
+    order = {block.id: index for index, block in enumerate(wanted)}
+    return tuple(sorted(placed, key=lambda item: order[item.block.id]))
+
+
+async def _visible(monitor: Monitor, blocks: list[Block]) -> dict[str, int]:
+    """Addresses of those blocks that the guest has mapped at the moment."""
+    found: dict[str, int] = {}
     for view in (await monitor.hmp("info mtree -f")).replace("\r", "").split("FlatView #"):
         if 'AS "memory"' not in view:
             continue
         for match in _FLAT_RANGE.finditer(view):
-            name = match[2]
-            if name not in missing:
+            # A memory region's name lacks the device that its block is named after.
+            named = [block for block in blocks if block.id == match[2] or block.id.endswith(f"/{match[2]}")]
+            if len(named) != 1 or named[0].id in found:
                 continue
             answer = _GPA2HVA.search(await monitor.hmp(f"gpa2hva 0x{match[1]}"))
-            if answer is not None and answer[1] == name:
-                addresses[name] = int(answer[2], 16) - int(match[3] or "0", 16)
-                missing.discard(name)
-    return addresses
+            if answer is not None and answer[1] == match[2]:
+                found[named[0].id] = int(answer[2], 16) - int(match[3] or "0", 16)
+    return found
 
 
-def _run_from(shared: list[Area], address: int) -> list[Area]:
-    """The areas from ``address`` on that continue one another in the address space and in one file."""
-    by_start = {area.start: area for area in shared}
-    run: list[Area] = []
-    area = by_start.get(address)
-    while area is not None:
-        if run and (area.key != run[0].key or area.offset - run[0].offset != area.start - run[0].start):
-            break
-        run.append(area)
-        area = by_start.get(area.end)
-    return run
-
-
-def _cover(guest: str, shared: list[Area], backend: Backend, address: int) -> tuple[Area, ...]:
-    run = _run_from(shared, address)
-    end = address + backend.size_bytes
-    covering = tuple(area for area in run if area.start < end)
-    if not covering or covering[-1].end != end:
+def _cover(guest: str, every: list[Area], block: Block, address: int) -> Placed:
+    """The areas that show the block: one behind the other, all private or all of one file."""
+    end = address + block.size_bytes
+    covering = tuple(area for area in every if area.end > address and area.start < end)
+    whole = bool(covering) and covering[0].start <= address and covering[-1].end >= end
+    if not whole or not all(_continues(before, after) for before, after in itertools.pairwise(covering)):
         raise GuestRefusedError(
-            f"guest {guest}: memory backend {backend.name} is not one shared mapping of {backend.size_bytes} bytes "
-            f"at {address:#x}",
+            f"guest {guest}: RAM block {block.id} is not one mapping of {block.size_bytes} bytes at {address:#x}",
             code="memory-not-found",
         )
-    return covering
+    return Placed(block, address, covering)
 
 
-def _only_candidate(guest: str, shared: list[Area], backend: Backend, placed: dict[str, Placed]) -> tuple[Area, ...]:
-    taken = {area.start for other in placed.values() for area in other.areas}
-    candidates = []
-    for area in shared:
-        if area.start in taken:
-            continue
-        run = _run_from(shared, area.start)
-        if run and run[-1].end - area.start == backend.size_bytes:
-            candidates.append(tuple(run))
+def _continues(before: Area, after: Area) -> bool:
+    """Whether ``after`` shows what follows ``before``, in the address space and in the file, if there is one."""
+    if before.end != after.start or before.key != after.key or before.shared != after.shared:
+        return False
+    return not before.inode or after.offset - before.offset == after.start - before.start
+
+
+def _only_candidate(guest: str, every: list[Area], block: Block, placed: list[Placed]) -> Placed:
+    """The one mapping that could be the block: writable, of its size, and nothing else's."""
+    taken = [(item.address, item.address + item.block.size_bytes) for item in placed]
+    candidates = [
+        area
+        for area in every
+        if area.length_bytes == block.size_bytes
+        and area.permissions[:3] == "rw-"
+        and not area.path.startswith("[")
+        and not any(begin < area.end and area.start < end for begin, end in taken)
+    ]
     if len(candidates) != 1:
         raise GuestRefusedError(
-            f"guest {guest}: cannot tell which mapping of QEMU is memory backend {backend.name} "
-            f"({len(candidates)} could be it)",
+            f"guest {guest}: cannot tell which mapping of QEMU is RAM block {block.id} of {block.size_bytes} bytes: "
+            f"{len(candidates)} could be it",
             code="memory-not-found",
-            hint="the guest has not mapped this device memory now; unplug it, or move the guest once its driver is loaded",
+            hint="QEMU 8.0 and newer say where each block is",
         )
-    return candidates[0]
+    return Placed(block, candidates[0].start, (candidates[0],))
 
 
-def _refuse_second_view(guest: str, pid: int, shared: list[Area], placed: tuple[Placed, ...]) -> None:
-    """Writes through another mapping of the same bytes in the same process would not be seen (invariant 7)."""
-    ours = {area.start for place_ in placed for area in place_.areas}
-    for place_ in placed:
-        first = place_.areas[0]
-        begin, end = place_.file_offset, place_.file_offset + place_.backend.size_bytes
-        for area in shared:
-            same_file = area.key == first.key
-            overlaps = area.offset < end and begin < area.offset + (area.end - area.start)
-            if same_file and overlaps and (area.start not in ours or area not in place_.areas):
+def _refuse_second_view(guest: str, pid: int, every: list[Area], placed: list[Placed]) -> None:
+    """A second mapping of the same memory in the process: its writes would not be seen."""
+    for item in placed:
+        if not item.shared:
+            continue
+        begin, end = item.file_offset, item.file_offset + item.block.size_bytes
+        for area in every:
+            same = area.key == item.areas[0].key and area.offset < end and begin < area.offset + area.length_bytes
+            if same and area not in item.areas:
                 raise GuestRefusedError(
-                    f"guest {guest}: QEMU (process {pid}) maps memory backend {place_.backend.name} twice",
+                    f"guest {guest}: QEMU (process {pid}) maps RAM block {item.block.id} twice",
                     code="memory-mapped-elsewhere",
                 )
 
 
-def page_bytes(guest: str, backend: Backend, fd: int) -> int:
-    """The page size of the memory behind ``fd``.  Raises GuestRefusedError ``memory-unsupported`` (a disk file)."""
-    kind, block_bytes = _file_system(fd)
-    if kind == _HUGETLBFS:
-        return block_bytes
-    if kind == _TMPFS:
-        return _PAGE_BYTES
-    raise GuestRefusedError(
-        f"guest {guest}: memory backend {backend.name} is a file of a kind whose writes cannot be tracked",
-        code="memory-unsupported",
-        hint="memory must be a memfd, or a file on hugetlbfs or tmpfs",
-    )
+# ---------------------------------------------------------------- as regions
 
 
-def _file_system(fd: int) -> tuple[int, int]:
-    """f_type and f_bsize of fstatfs(2); os.fstatvfs leaves the type out."""
+def region(placed: Placed, backends: Iterable[Backend]) -> Region:
+    """The block as a region of the migration."""
+    block = placed.block
+    return Region(block.name, block.size_bytes, block.page_bytes, device=is_device(block, backends))
+
+
+def is_device(block: Block, backends: Iterable[Backend]) -> bool:
+    """Whether the block belongs to a device or to the firmware, rather than being RAM that a backend provides."""
+    return block.name not in {backend.name for backend in backends}
+
+
+def refuse_disk_file(guest: str, block: Block, fd: int) -> None:
+    """Raises GuestRefusedError ``memory-unsupported``: writes to a file on disk cannot be tracked."""
+    if _file_system(fd) not in {_HUGETLBFS, _TMPFS}:
+        raise GuestRefusedError(
+            f"guest {guest}: RAM block {block.id} is a file of a kind whose writes cannot be tracked",
+            code="memory-unsupported",
+            hint="shared memory must be a memfd, or a file on hugetlbfs or tmpfs",
+        )
+
+
+def _file_system(fd: int) -> int:
+    """f_type of fstatfs(2), which os.fstatvfs leaves out."""
     buffer = ctypes.create_string_buffer(512)
     if _LIBC.fstatfs(fd, buffer) != 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code), "fstatfs")
-    kind, block_bytes = struct.unpack_from("ll", buffer)
-    return kind & 0xFFFFFFFF, block_bytes
+    return int(struct.unpack_from("l", buffer)[0]) & 0xFFFFFFFF
 
 
-def region(guest: str, backend: Backend, fd: int) -> Region:
-    """The backend as a region of the migration."""
-    return Region(backend.name, backend.size_bytes, page_bytes(guest, backend, fd))
+# ---------------------------------------------------------------- writers that tracking cannot see
 
 
 def passed_through_devices(pid: int) -> list[str]:
@@ -241,8 +295,12 @@ def passed_through_devices(pid: int) -> list[str]:
 
 
 async def disks_pin_buffers(monitor: Monitor, pid: int) -> bool:
-    """Whether a disk may read into pinned guest memory: direct I/O, or an io_uring beside any disk."""
+    """Whether a disk may read into pinned guest memory.
+
+    Direct I/O does, an io_uring beside any disk may, and so does a host device: scsi-block hands the guest's buffers to SG_IO
+    whatever the cache mode is.
+    """
     nodes: list[dict[str, Any]] = await monitor.execute("query-named-block-nodes", {"flat": True})
-    return any(node.get("cache", {}).get("direct", True) for node in nodes) or (
+    return any(node.get("cache", {}).get("direct", True) or node.get("drv") == "host_device" for node in nodes) or (
         bool(nodes) and "anon_inode:[io_uring]" in open_files(pid).values()
     )

@@ -57,8 +57,10 @@ class QemuProcess:
         return self._monitor
 
     async def open_uffd(self, monitor: Monitor, *, faults: bool) -> injection.InjectedUffd:
-        """A userfaultfd of QEMU that tracks writes, and reports ``faults``.  Raises as `injection.open_uffd`."""
-        self.uffd = await injection.open_uffd(self.handle, faults=faults, tracking=True, hand_over=_hand_over(monitor))
+        """A userfaultfd of QEMU that reports ``faults``, or else tracks writes.  Raises as `injection.open_uffd`."""
+        self.uffd = await injection.open_uffd(
+            self.handle, faults=faults, tracking=not faults, hand_over=_hand_over(monitor)
+        )
         return self.uffd
 
     async def close_uffd(self) -> None:

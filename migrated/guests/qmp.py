@@ -30,6 +30,7 @@ POLL_SECONDS = 0.25
 SOCKET_PATH_BYTES = 107
 
 _UCRED = struct.Struct("iII")
+_OURS = "migrated"
 
 
 class Monitor:
@@ -115,6 +116,21 @@ class Monitor:
 
     async def give_fd(self, name: str, fd: int) -> None:
         """Hand a descriptor to QEMU under ``name`` (getfd); it belongs to the session until used or `closefd`."""
+        self._pass_fd(fd)
+        await self.execute("getfd", {"fdname": name})
+
+    async def add_fd(self, fd: int) -> int:
+        """Hand a descriptor to QEMU in a descriptor set of its own (add-fd); the set's number."""
+        self._pass_fd(fd)
+        return int((await self.execute("add-fd", {"opaque": _OURS}))["fdset-id"])
+
+    async def remove_fds(self) -> None:
+        """Have QEMU close what `add_fd` gave it, in this session or an earlier one.  It does so only while the guest runs."""
+        for fdset in await self.execute("query-fdsets"):
+            if any(entry.get("opaque") == _OURS for entry in fdset["fds"]):
+                await self.execute("remove-fd", {"fdset-id": fdset["fdset-id"]})
+
+    def _pass_fd(self, fd: int) -> None:
         try:
             # Beside the client's transport, which knows nothing of ancillary data (and hides the socket under uvloop).
             # The blank is white space between two JSON texts.  Nothing of ours is ever queued here: commands are short
@@ -124,7 +140,6 @@ class Monitor:
             raise GuestError(
                 f"guest {self.guest}: cannot hand a descriptor to QEMU: {error.strerror}", code="qmp-lost"
             ) from error
-        await self.execute("getfd", {"fdname": name})
 
     async def status(self) -> str:
         """QEMU's run state (``running``, ``paused``, ``postmigrate`` …)."""

@@ -1,4 +1,4 @@
-"""How much of its memory a process has mapped at this moment, and who wants to hear of its faults there."""
+"""How much of its memory a process has mapped at the moment, and which faults there are reported to a userfaultfd."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from migrated.errors import GuestError
-from migrated.memory.maps import Area, FileKey, parse
+from migrated.memory.maps import Area, parse
 
 _FIELD = re.compile(r"^(\w+): +(\d+) kB$")
 _PRESENT = frozenset({"Rss", "Shared_Hugetlb", "Private_Hugetlb"})
@@ -27,8 +27,8 @@ class Residence:
     flags: frozenset[str]
 
 
-def residences(pid: int, keys: Collection[FileKey]) -> list[Residence]:
-    """Those of the areas that show these files.  Raises GuestError ``guest-gone``.
+def residences(pid: int, ranges: Collection[tuple[int, int]]) -> list[Residence]:
+    """The areas that overlap one of these ranges, each ``(start, end)``.  Raises GuestError ``guest-gone``.
 
     Walks all page tables of the process (``smaps``): quick only while there is little in them.
     """
@@ -49,5 +49,6 @@ def residences(pid: int, keys: Collection[FileKey]) -> list[Residence]:
             # Either the first line of the next area, or a field in other units (THPeligible, ProtectionKey).
             with contextlib.suppress(ValueError):
                 head = parse(line)[0]
-                area, present = (head if head.key in keys else None), 0
+                wanted = any(head.start < end and start < head.end for start, end in ranges)
+                area, present = (head if wanted else None), 0
     return found

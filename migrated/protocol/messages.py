@@ -5,9 +5,11 @@ S→T: source to target, T→S: target to source.  Pages never travel here: they
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 class Message(msgspec.Struct, frozen=True, tag_field="t", forbid_unknown_fields=True):
@@ -20,6 +22,7 @@ class RegionInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str
     size_bytes: int
     page_bytes: int
+    device: bool = False  # memory of a device or of the firmware
 
 
 class Hello(Message, frozen=True, tag="hello"):
@@ -35,6 +38,7 @@ class Hello(Message, frozen=True, tag="hello"):
     block_secret: bytes  # MGD_SECRET_BYTES, key of the block hash
     regions: tuple[RegionInfo, ...]
     agent: str  # "migrated 0.1.0", for people
+    description: dict[str, Any] = {}  # what the source's driver says of the guest; checked by the target's driver
 
 
 class Ready(Message, frozen=True, tag="ready"):

@@ -106,7 +106,9 @@ class SourceAgent(HostAgent[SourceMigration]):
         table = self.config.guests.get(hello.guest)
         if table is None:
             raise NotFoundError(f"{hello.guest} is no longer configured in {self.config.path}", code="unknown-guest")
-        regions = tuple(Region(region.name, region.size_bytes, region.page_bytes) for region in hello.regions)
+        regions = tuple(
+            Region(region.name, region.size_bytes, region.page_bytes, region.device) for region in hello.regions
+        )
         if entry.stage == "committed" and len(fds) != len(regions):
             raise GuestError(
                 f"{len(fds)} memory descriptors were kept, {len(regions)} are needed: the frozen memory is lost",

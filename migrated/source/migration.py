@@ -180,8 +180,9 @@ class SourceMigration(Migration):
             mode=self.options.mode,
             streams=self.options.streams,
             block_secret=self._secret,
-            regions=tuple(RegionInfo(r.name, r.size_bytes, r.page_bytes) for r in memory.regions),
+            regions=tuple(RegionInfo(r.name, r.size_bytes, r.page_bytes, r.device) for r in memory.regions),
             agent=f"migrated {__version__}",
+            description=self._guest.describe(),
         )
         entry = self._stage.entry = SourceEntry(
             hello=hello,

@@ -177,7 +177,7 @@ class TargetAgent(HostAgent[TargetMigration]):
             raise GuestError(f"{hello.guest} is no longer configured in {self.config.path}", code="unknown-guest")
         uffd, ledger_fd, *memory_fds = fds
         memory = tuple(
-            TargetMemory(Region(region.name, region.size_bytes, page), fd, reserve=False)
+            TargetMemory(Region(region.name, region.size_bytes, page, region.device), fd, reserve=False)
             for region, page, fd in zip(hello.regions, entry.page_bytes, memory_fds, strict=True)
         )
         for piece in memory:

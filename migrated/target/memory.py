@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 
@@ -44,12 +45,13 @@ class GuestMemory:
         try:
             pieces = []
             for region in regions:
+                wanted = memfd.BASE_PAGE_BYTES if region.device else page_bytes
                 fd, found = await in_thread(
-                    functools.partial(memfd.reserve, region.size_bytes, page_bytes, name=region.name, reserved=reserve),
+                    functools.partial(memfd.reserve, region.size_bytes, wanted, name=region.name, reserved=reserve),
                     undo=lambda allocated: os.close(allocated[0]),
                 )
                 fds.append(fd)
-                pieces.append(TargetMemory(Region(region.name, region.size_bytes, found), fd, reserve=reserve))
+                pieces.append(TargetMemory(dataclasses.replace(region, page_bytes=found), fd, reserve=reserve))
         except BaseException:
             for fd in fds:
                 os.close(fd)

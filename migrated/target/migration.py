@@ -150,8 +150,8 @@ class TargetMigration(Migration):
 
     async def _until_committed(self) -> None:
         hello = self.hello
-        regions = tuple(Region(r.name, r.size_bytes, r.page_bytes) for r in hello.regions)
-        await self._guest.check(regions)
+        regions = tuple(Region(r.name, r.size_bytes, r.page_bytes, r.device) for r in hello.regions)
+        await self._guest.check(regions, hello.description)
         memory = self._memory
         await memory.allocate(regions, self._page_bytes, reserve=self._reserve)
         self.record.page_size = max(memory.page_bytes)

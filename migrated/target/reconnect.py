@@ -9,11 +9,11 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from migrated.errors import MigratedError
-from migrated.migration import end, quietly
+from migrated.migration import quietly
 from migrated.protocol.messages import Abort, Aborted, Done, Lacking, LackingEnd, Released, Resume, Resumed
 from migrated.protocol.transitions import State as SessionState
 from migrated.record import State
-from migrated.waiting import within
+from migrated.waiting import end, within
 
 if TYPE_CHECKING:
     from migrated.config import Timeouts

@@ -38,7 +38,7 @@ pytestmark = [
 
 LOAD: dict[str, str | int] = {"rate": 1000, "pattern": "hot", "sweep_seconds": 0}
 #: Guests of the source's configuration beside the running one, by what is the matter with them.
-IDLE, PRIVATE, VAST, DEAD, BUSY = "idle", "private", "vast", "dead", "busy"
+IDLE, VAST, DEAD, BUSY = "idle", "vast", "dead", "busy"
 QUICK = {"timeouts": {"handshake": 1.0, "connect": 2.0}}
 
 Edit = Callable[[dict[str, Any]], None]
@@ -47,7 +47,7 @@ Edit = Callable[[dict[str, Any]], None]
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def guest(page_pool: None) -> AsyncIterator[MovingGuest]:
     async with moving_guest(kind="boot", load=LOAD, config=QUICK) as moving:
-        for name in (IDLE, PRIVATE, VAST, DEAD, BUSY):
+        for name in (IDLE, VAST, DEAD, BUSY):
             moving.here.source_guests[name] = {"driver": "qemu", "qmp": str(_qmp(moving, name))}
         yield moving
 
@@ -120,32 +120,17 @@ def _replace(old: str, new: str) -> Edit:
     ("old", "new", "code", "words"),
     [
         ("share=on", "share=off", "memory-not-shared", ("ram", "share=on")),
-        ("share=on", "share=on,prealloc=on", "memory-preallocated", ("prealloc=on", "remove")),
         (f"size={128 * MIB}", f"size={64 * MIB}", "regions-differ", ("ram", str(128 * MIB), str(64 * MIB))),
         ("{memory:ram}", "{memory:other}", "regions-differ", ("ram", "other")),
         (QEMU, "qemu-that-is-not-there", "guest-command-missing", ("qemu-that-is-not-there",)),
         ("unix:{qmp}", "nonsense:{qmp}", "guest-start", ("nonsense",)),
     ],
-    ids=["private", "preallocated", "sizes", "names", "program", "option"],
+    ids=["private", "sizes", "names", "program", "option"],
 )
 async def test_an_unfit_target_configuration_is_refused(
     guest: MovingGuest, target: Callable[..., Host], old: str, new: str, code: str, words: tuple[str, ...]
 ) -> None:
     await _refused(guest, target(_replace(old, new)), code, NAME, *words)
-
-
-async def test_a_preallocated_memory_that_the_command_does_not_show_is_seen_in_the_process(
-    guest: MovingGuest, target: Callable[..., Host], tmp_path: Path
-) -> None:
-    """The option hides in a script of the user's."""
-    script = tmp_path / "start-guest"
-    script.write_text('#!/bin/sh\nexec "$@" -mem-prealloc\n')
-    script.chmod(0o755)
-
-    def edit(guests: dict[str, Any]) -> None:
-        guests[NAME]["command"] = [str(script), *guests[NAME]["command"]]
-
-    await _refused(guest, target(edit), "memory-preallocated", NAME, "prealloc")
 
 
 async def test_a_guest_the_target_does_not_know_is_refused(guest: MovingGuest, target: Callable[..., Host]) -> None:
@@ -262,13 +247,6 @@ async def _try(guest: MovingGuest, name: str) -> dict[str, Any]:
     record = await source.wait(str(answer["id"]), limit_seconds=60)
     assert record["state"] == "failed", record
     return record
-
-
-async def test_a_guest_whose_memory_is_not_shared_is_refused(guest: MovingGuest, target: Callable[..., Host]) -> None:
-    host = target(name=PRIVATE)
-    async with attempt(guest, host), _idle_qemu(guest, PRIVATE, "share=off"):
-        record = await _try(guest, PRIVATE)
-    _says(record["error"], "memory-not-shared", PRIVATE, "ram", "share=on")
 
 
 async def test_a_target_without_huge_pages_enough_says_how_many_it_lacks(

@@ -263,7 +263,7 @@ async def test_regions_that_differ_are_refused_by_name(
     fd = memfd.allocate(size, 4096, "ram")
     try:
         region = Region(name, size, 4096)
-        await target.check((region,))
+        await target.check((region,), {})
         with pytest.raises(GuestRefusedError) as caught:
             await target.start((TargetMemory(region, fd),))
         assert caught.value.code == code
