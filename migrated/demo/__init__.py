@@ -86,15 +86,18 @@ async def _qemu_demo(show: Show, mode: str) -> dict[str, Any]:
             directory=directory,
             cache=cache_directory(),
             memory_bytes=QEMU_MEMORY_BYTES,
+            memory="private",
             load={"size": "60%", "rate": 20000, "pattern": "sparse"},
         )
         show.step("building the guest image (Debian's kernel, an init that checks its own memory)")
         await asyncio.to_thread(guest.source_command)
-        show.step(f"reserving {2 * QEMU_MEMORY_BYTES // MIB} MiB of 2 MiB huge pages, for both sides")
-        stack.enter_context(huge_pages(2 * QEMU_MEMORY_BYTES, guest.page_bytes))
+        show.step(f"reserving {QEMU_MEMORY_BYTES // MIB} MiB of 2 MiB huge pages for the target")
+        stack.enter_context(huge_pages(QEMU_MEMORY_BYTES, guest.page_bytes))
         running = RunningQemu(guest)
         stack.push_async_callback(running.stop)
-        show.step("booting Linux in an unmodified QEMU (TCG), writing and checking its memory from then on")
+        show.step(
+            "booting Linux in an ordinary QEMU (TCG, default memory), writing and checking its memory from then on"
+        )
         await running.start()
         pair = AgentPair(
             directory,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,18 @@ from migrated.guests.images import build_bootsector, build_linux_guest
 
 QEMU = "qemu-system-x86_64"
 MIB = 1 << 20
+
+
+#: Where the first QEMU keeps the guest's memory: on its default, private memory ("private-small": without transparent huge
+#: pages), on a memfd with pages of ``page_bytes``, or in a file on a hugetlbfs.
+Memory = Literal["private", "private-small", "memfd", "file"]
+
+#: Starts the command that follows it without transparent huge pages (PR_SET_THP_DISABLE).
+_WITHOUT_THP = (
+    sys.executable,
+    "-c",
+    "import ctypes, os, sys; ctypes.CDLL(None).prctl(41, 1, 0, 0, 0); os.execvp(sys.argv[1], sys.argv[1:])",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,7 +40,9 @@ class QemuGuest:
     memory_bytes: int = 512 * MIB
     page_bytes: int = 2 * MIB
     target_page_bytes: int | None = None  # default: as the source
+    memory: Memory = "memfd"
     regions: int = 1  # memory backends, each a NUMA node
+    hugetlbfs: Path | None = None  # a mount for `memory` "file"
     load: dict[str, str | int] = dataclasses.field(default_factory=dict)  # of linux_init.c / build_bootsector
     disk: Path | None = None
     disk_options: str = "cache=none"
@@ -36,28 +51,36 @@ class QemuGuest:
 
     @property
     def backends(self) -> tuple[str, ...]:
-        """Ids of the memory backends."""
-        return ("ram",) if self.regions == 1 else tuple(f"ram{index}" for index in range(self.regions))
+        """Ids of the memory backends; one that QEMU makes by itself is called pc.ram on a PC."""
+        if self.regions == 1:
+            return ("pc.ram",) if self._private else ("ram",)
+        return tuple(f"ram{index}" for index in range(self.regions))
+
+    @property
+    def _private(self) -> bool:
+        return self.memory in {"private", "private-small"}
 
     def _memory(self, paths: bool) -> list[str]:
+        arguments = ["-m", f"{self.memory_bytes // MIB}M", "-machine"]
+        if self._private and self.regions == 1 and not paths:
+            return [*arguments, "q35"]
         size = self.memory_bytes // self.regions
-        arguments = ["-m", f"{self.memory_bytes // MIB}M"]
+        arguments += [f"q35,memory-backend={self.backends[0]}" if self.regions == 1 else "q35"]
         for backend in self.backends:
-            if paths:
-                what = f"memory-backend-file,id={backend},size={size},share=on,mem-path={{memory:{backend}}}"
-            elif self.page_bytes > 4096:
-                what = (
-                    f"memory-backend-memfd,id={backend},size={size},share=on,hugetlb=on,hugetlbsize={self.page_bytes}"
-                )
-            else:
-                what = f"memory-backend-memfd,id={backend},size={size},share=on"
-            arguments += ["-object", what]
-        if self.regions == 1:
-            return [*arguments, "-machine", "q35,memory-backend=ram"]
-        arguments += ["-machine", "q35"]
-        for backend in self.backends:
-            arguments += ["-numa", f"node,memdev={backend}"]
+            arguments += ["-object", self._target_backend(backend, size) if paths else self._backend(backend, size)]
+            arguments += ["-numa", f"node,memdev={backend}"] if self.regions > 1 else []
         return arguments
+
+    def _target_backend(self, backend: str, size: int) -> str:
+        return f"memory-backend-file,id={backend},size={size},share=on,mem-path={{memory:{backend}}}"
+
+    def _backend(self, backend: str, size: int) -> str:
+        if self._private:
+            return f"memory-backend-ram,id={backend},size={size}"
+        if self.memory == "file":
+            return f"memory-backend-file,id={backend},size={size},share=on,mem-path={self.hugetlbfs}"
+        huge = f",hugetlb=on,hugetlbsize={self.page_bytes}" if self.page_bytes > 4096 else ""
+        return f"memory-backend-memfd,id={backend},size={size},share=on{huge}"
 
     def _devices(self) -> list[str]:
         arguments = ["-accel", self.accel, "-nodefaults", "-display", "none"]
@@ -96,6 +119,7 @@ class QemuGuest:
     def source_command(self) -> list[str]:
         """The running guest's command."""
         return [
+            *(_WITHOUT_THP if self.memory == "private-small" else ()),
             *(QEMU, *self._memory(paths=False), *self._devices()),
             *("-serial", f"unix:{self.source_serial},server=on,wait=off"),
             *("-qmp", f"unix:{self.source_qmp},server=on,wait=off"),

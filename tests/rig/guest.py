@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import dataclasses
+import os
+import struct
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from migrated.demo import cache_directory
 from migrated.demo.pair import short_directory
 from migrated.demo.qemu_guest import QemuGuest, RunningQemu
 from migrated.guests.console import GuestConsole, Load
+from migrated.guests.qemu_memory import place, ram_blocks
+from migrated.guests.qmp import Monitor
+from migrated.memory.maps import areas
 from migrated.waiting import within
 from tests.rig import supervisor, traces
 from tests.rig.host import Host
 
 MIB = 1 << 20
 NAME = "vm"
+VIDEO_NOISE_BYTES = 15 * MIB
+_PROCESS_MADVISE = 440
+_MADV_PAGEOUT = 21
 MOVE_SECONDS = 90.0
 GONE_SECONDS = 20.0
 
@@ -42,6 +52,7 @@ class MovingGuest:
         self.hosts = hosts
         self.at = 0
         self.qemu = RunningQemu(self.guest)
+        self._noise = b""
         for index, (host, pages) in enumerate(zip(hosts, page_bytes, strict=True)):
             host.source_guests[self.name] = self.guest.source_table(host.qmp(self.name))
             host.target_guests[self.name] = dataclasses.replace(guest, target_page_bytes=pages).target_table(index)
@@ -112,6 +123,50 @@ class MovingGuest:
         await self.alone()
         await self.assert_sound(before)
         return record
+
+    # ------------------------------------------------------------ video memory
+
+    async def _open_video_memory(self) -> tuple[int, int]:
+        """``/proc/PID/mem`` of its QEMU, and where in it the middle of the frame buffer is: no text is written there."""
+        monitor = await Monitor.connect(self.name, self.here.qmp(self.name))
+        try:
+            blocks = [block for block in await ram_blocks(monitor) if block.name.endswith("vga.vram")]
+            (placed,) = await place(monitor, monitor.peer_pid(), blocks)
+        finally:
+            await monitor.close()
+        return os.open(f"/proc/{self.pids[0]}/mem", os.O_RDWR), placed.address + MIB
+
+    async def fill_video_memory(self) -> None:
+        """Fill the frame buffer with noise, but for its first MiB."""
+        fd, address = await self._open_video_memory()
+        self._noise = os.urandom(VIDEO_NOISE_BYTES)
+        try:
+            assert os.pwrite(fd, self._noise, address) == len(self._noise)
+        finally:
+            os.close(fd)
+
+    async def assert_video_memory(self) -> None:
+        """The noise is still there."""
+        fd, address = await self._open_video_memory()
+        try:
+            assert os.pread(fd, len(self._noise), address) == self._noise
+        finally:
+            os.close(fd)
+
+    def swap_out(self) -> int:
+        """Have the kernel swap out its QEMU's private memory (process_madvise); how many bytes are on swap then."""
+        (pid,) = self.pids
+        libc = ctypes.CDLL(None, use_errno=True)
+        pidfd = os.pidfd_open(pid)
+        try:
+            for area in areas(pid):
+                if not area.shared and area.length_bytes >= MIB and area.permissions.startswith("rw"):
+                    piece = struct.pack("QQ", area.start, area.length_bytes)
+                    libc.syscall(_PROCESS_MADVISE, pidfd, piece, 1, _MADV_PAGEOUT, 0)
+        finally:
+            os.close(pidfd)
+        status = Path(f"/proc/{pid}/status").read_text()
+        return int(status.partition("VmSwap:")[2].split()[0]) * 1024
 
     # ------------------------------------------------------------ what must be true
 
