@@ -503,7 +503,9 @@ async def test_a_process_without_the_right_gets_it_through_the_device(
     folder.chmod(0o777)
     monkeypatch.chdir(folder)
     try:
-        qemu = Qemu(folder, "nobody", *memory(), "-runas", "nobody")
+        usage = subprocess.run(["qemu-system-x86_64", "-help"], capture_output=True, text=True, check=True).stdout
+        run_as = ("-run-with", "user=nobody") if "user=" in usage else ("-runas", "nobody")  # gone with QEMU 10.0
+        qemu = Qemu(folder, "nobody", *memory(), *run_as)
         await qemu.up()
         status = Path(f"/proc/{qemu.pid}/status").read_text()
         assert "CapEff:\t0000000000000000" in status
