@@ -40,7 +40,7 @@ CONTROL_SOCKET_NAME: Final = "control.sock"
 DEFAULT_STATUS: Final[dict[str, str]] = {"target": "127.0.0.1:7441", "source": "127.0.0.1:7442"}
 
 _DAY: Final = 86400
-_GUEST_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
+GUEST_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 # The control socket's path must fit sockaddr_un.sun_path: 108 bytes with the NUL.
 _STATE_DIRECTORY_MAX_BYTES: Final = 90
 
@@ -268,7 +268,7 @@ def _check_text(path: str, key: str, parse: Callable[[str], object], text: str) 
 
 
 def _check_guest(path: str, name: str, table: dict[str, Any]) -> None:
-    if _GUEST_NAME.fullmatch(name) is None:
+    if GUEST_NAME.fullmatch(name) is None:
         allowed = "up to 64 letters, digits, '.', '_' and '-', the first a letter or digit"
         raise _bad(path, f"guests.{name}", f"{name!r} cannot be a guest's name", f"allowed: {allowed}")
     if not isinstance(table.get("driver"), str):

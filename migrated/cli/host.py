@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import platform
-from typing import TYPE_CHECKING, Any, Final
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from migrated.cli import failure, rendering
 from migrated.cli.migrations import json_flag, print_json
+from migrated.errors import GuestError
 from migrated.units import format_size
 
 if TYPE_CHECKING:
-    from migrated.memory.maps import Area, MemoryFile
+    from migrated.guests.qemu_target_table import Answers
+    from migrated.memory.maps import MemoryFile
     from migrated.memory.probe import Requirement
-
-#: Private memory below this is a program's own, not a guest's.
-_PRIVATE_LEAST_BYTES: Final = 16 << 20
 
 
 @click.command()
@@ -56,18 +57,54 @@ def _mark(need: Requirement) -> str:
 
 @click.command()
 @click.argument("pid", type=click.IntRange(min=1))
+@click.option("--target-config", is_flag=True, help="Print the guest's table for the target's configuration.")
+@click.option("--name", default="", help="The guest's name in that table (default: as QEMU's -name says).")
+@click.option("--qmp", type=click.Path(), help="QEMU's QMP socket: ask it what its command line does not say.")
 @json_flag
-def inspect(*, pid: int, as_json: bool) -> int:
-    """Say which memory of process PID can be moved, and what stands in the way of the rest."""
+def inspect(*, pid: int, target_config: bool, name: str, qmp: str | None, as_json: bool) -> int:
+    """Say which memory of process PID can be migrated, or print a target's configuration for it."""
+    if target_config:
+        return _print_target_config(pid, name, qmp, as_json=as_json)
+    if name:
+        raise click.UsageError("--name names the guest of --target-config")
+    return _print_memory(pid, as_json=as_json)
+
+
+def _print_target_config(pid: int, name: str, qmp: str | None, *, as_json: bool) -> int:
+    from migrated.guests import qemu_target_table
+
+    running = qemu_target_table.read_running(pid)
+    answers = asyncio.run(_ask(pid, name, qmp)) if qmp is not None else None
+    table = qemu_target_table.target_table(running, name=name, qmp=qmp or "", answers=answers)
+    if as_json:
+        print_json({"name": table.name, "target_config": str(table), "checks": table.every_check})
+    else:
+        print(table, end="")
+    return failure.DONE
+
+
+async def _ask(pid: int, name: str, qmp: str) -> Answers:
+    """Raises GuestError if another process than ``pid`` listens there."""
+    from migrated.guests import qemu_target_table
+    from migrated.guests.qmp import Monitor
+
+    monitor = await Monitor.connect(name or str(pid), Path(qmp))
+    try:
+        if (peer := monitor.peer_pid()) != pid:
+            raise GuestError(
+                f"{qmp} is the QMP socket of process {peer}, not of process {pid}",
+                code="wrong-qmp",
+                hint="give the QMP socket of the QEMU that is inspected",
+            )
+        return await qemu_target_table.ask(monitor)
+    finally:
+        await monitor.close()
+
+
+def _print_memory(pid: int, *, as_json: bool) -> int:
     from migrated.memory import maps
 
-    files = maps.inspect(pid)
-    private = _private(maps.areas(pid))
-    rows = [_row(one) for one in files]
-    if private:
-        problem = "private: not in a file that an agent can open; start the guest with shared memory (QEMU: share=on)"
-        row = {"file": "(private memory)", "size_bytes": private, "page_bytes": 4096, "shared": False}
-        rows.append({**row, "movable": False, "reason": problem})
+    rows = [_row(one) for one in maps.inspect(pid)]
     movable = any(row["movable"] for row in rows)
     if as_json:
         print_json({"pid": pid, "command": maps.command(pid), "movable": movable, "memory": rows})
@@ -77,27 +114,15 @@ def inspect(*, pid: int, as_json: bool) -> int:
     return failure.DONE if movable else failure.FAILED
 
 
-def _row(file: MemoryFile) -> dict[str, Any]:
+def _row(memory: MemoryFile) -> dict[str, Any]:
     return {
-        "file": file.path,
-        "size_bytes": file.size_bytes,
-        "page_bytes": file.page_bytes,
-        "shared": True,
-        "movable": not file.problem,
-        "reason": file.problem,
+        "file": memory.path or "(private memory)",
+        "size_bytes": memory.size_bytes,
+        "page_bytes": memory.page_bytes,
+        "shared": memory.shared,
+        "movable": not memory.problem,
+        "reason": memory.problem,
     }
-
-
-def _private(areas: list[Area]) -> int:
-    """Bytes of large private writable areas without a file: where a VMM without share=on keeps its guest."""
-    return sum(
-        area.length_bytes
-        for area in areas
-        if not area.shared
-        and area.permissions[1] == "w"
-        and not area.inode
-        and area.length_bytes >= _PRIVATE_LEAST_BYTES
-    )
 
 
 def _print_rows(rows: list[dict[str, Any]]) -> None:

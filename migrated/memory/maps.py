@@ -189,9 +189,9 @@ def page_bytes(fd: int) -> int:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MemoryFile:
-    """A file that a process maps shared and writable: what `inspect` found out about it.
+    """Memory that may be a guest's: a file that a process maps shared, or one private area of it.
 
-    ``problem``: why it cannot be moved; empty if it can.
+    ``path`` is empty for anonymous memory.  ``problem``: why it cannot be migrated; empty if it can.
     """
 
     path: str
@@ -206,31 +206,51 @@ class MemoryFile:
         """How much of it is mapped."""
         return sum(area.length_bytes for area in self.areas)
 
+    @property
+    def shared(self) -> bool:
+        """Whether other processes may map it."""
+        return self.areas[0].shared
 
-def inspect(pid: int, *, least_bytes: int = 1 << 20) -> list[MemoryFile]:
-    """What memory of a process could be moved, and what stands in the way; files below ``least_bytes`` are left out.
 
+def inspect(pid: int, *, least_bytes: int = 1 << 20, least_private_bytes: int = 16 << 20) -> list[MemoryFile]:
+    """Which memory of a process could be migrated, and what stands in the way: shared files first, then private memory.
+
+    Files below ``least_bytes`` are left out, and so are private areas below ``least_private_bytes``: they are a program's own.
     Raises GuestError as `areas` does.
     """
     grouped: dict[FileKey, list[Area]] = {}
+    private: list[Area] = []
     for area in areas(pid):
-        if area.shared and area.inode and area.permissions[1] == "w":
-            grouped.setdefault(area.key, []).append(area)
-    sizes = page_sizes(pid) if grouped else {}
-    found = []
-    for key, group in grouped.items():
-        if sum(area.length_bytes for area in group) < least_bytes:
+        if area.permissions[1] != "w":
             continue
-        others = tuple(mapped_elsewhere({key}, {pid}))
-        problem = ""
-        if not _is_memory(group[0]):
-            problem = "a file on disk or of a device: its writes cannot be tracked"
-        elif others:
-            problem = "mapped by " + ", ".join(str(other) for other in others) + ", whose writes would not be seen"
-        elif _overlap(group):
-            problem = "mapped more than once in the process"
-        found.append(MemoryFile(group[0].path, key, tuple(group), sizes.get(group[0].start, 4096), others, problem))
-    return found
+        if area.shared and area.inode:
+            grouped.setdefault(area.key, []).append(area)
+        elif not area.shared and area.length_bytes >= least_private_bytes:
+            private.append(area)
+    shared = [group for group in grouped.values() if sum(area.length_bytes for area in group) >= least_bytes]
+    sizes = page_sizes(pid) if shared or private else {}
+    return [_inspect_file(pid, group, sizes) for group in shared] + [_inspect_private(area, sizes) for area in private]
+
+
+def _inspect_file(pid: int, group: list[Area], sizes: dict[int, int]) -> MemoryFile:
+    first = group[0]
+    others = tuple(mapped_elsewhere({first.key}, {pid}))
+    problem = ""
+    if not _is_memory(first):
+        problem = "a file on disk or of a device: its writes cannot be tracked"
+    elif others:
+        problem = "mapped by " + ", ".join(str(other) for other in others) + ", whose writes would not be seen"
+    elif _overlap(group):
+        problem = "mapped more than once in the process"
+    return MemoryFile(first.path, first.key, tuple(group), sizes.get(first.start, 4096), others, problem)
+
+
+def _inspect_private(area: Area, sizes: dict[int, int]) -> MemoryFile:
+    anonymous = not area.inode
+    problem = (
+        "" if anonymous or _is_memory(area) else "a private mapping of a file on disk: its writes cannot be tracked"
+    )
+    return MemoryFile(area.path if not anonymous else "", area.key, (area,), sizes.get(area.start, 4096), (), problem)
 
 
 def _is_memory(area: Area) -> bool:
