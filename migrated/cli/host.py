@@ -17,23 +17,34 @@ from migrated.units import format_size
 
 if TYPE_CHECKING:
     from migrated.guests.qemu_target_table import Answers
+    from migrated.memory.defects import Finding
     from migrated.memory.maps import MemoryFile
     from migrated.memory.probe import Requirement
 
 
 @click.command()
 @click.option("--role", type=click.Choice(["source", "target"]), help="Only what this agent needs.")
+@click.option("--hanging", is_flag=True, help="Also try what on some kernels leaves a process that only a reboot ends.")
 @json_flag
-def check(*, role: str | None, as_json: bool) -> int:
-    """Say whether this host can do it: each failing need with its fix."""
-    from migrated.memory.probe import requirements  # loads the C core
+def check(*, role: str | None, hanging: bool, as_json: bool) -> int:
+    """Say whether this host can do it: each failing need with its fix, each kernel defect with the guests it concerns."""
+    from migrated.memory import defects, probe  # loads the C core
 
-    needs = [need for need in requirements() if role is None or need.role in ("both", role)]
+    needs = [need for need in probe.requirements() if role is None or need.role in ("both", role)]
+    found = [finding for finding in defects.findings(hanging=hanging) if role is None or finding.role == role]
     ok = all(need.ok for need in needs if need.needed)
     if as_json:
-        print_json({"ok": ok, "kernel": platform.release(), "requirements": [dataclasses.asdict(one) for one in needs]})
+        print_json(
+            {
+                "ok": ok,
+                "kernel": platform.release(),
+                "requirements": [dataclasses.asdict(need) for need in needs],
+                "kernel_defects": [dataclasses.asdict(finding) for finding in found],
+            }
+        )
     else:
         _print_needs(needs)
+        _print_findings(found)
     return failure.DONE if ok else failure.FAILED
 
 
@@ -53,6 +64,28 @@ def _mark(need: Requirement) -> str:
     if need.ok:
         return "[green]ok[/green]"
     return "[red]FAILS[/red]" if need.needed else "[yellow]without[/yellow]"
+
+
+_STATES = {
+    "absent": "[green]ok[/green]",
+    "handled": "[green]handled[/green]",
+    "excludes": "[red]EXCLUDES[/red]",
+    "untested": "[yellow]unknown[/yellow]",
+}
+
+
+def _print_findings(found: list[Finding]) -> None:
+    table = rendering.plain_table("", "KERNEL", "FOR", "FOUND")
+    for finding in found:
+        table.add_row(
+            _STATES[finding.state], rendering.literal(finding.name), finding.role, rendering.literal(finding.found)
+        )
+    out = rendering.console()
+    out.print()
+    out.print(table)
+    for finding in found:
+        if finding.effect:
+            out.print(f"{finding.name}: {finding.effect}", markup=False, soft_wrap=True)
 
 
 @click.command()

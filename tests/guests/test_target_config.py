@@ -21,6 +21,7 @@ from click.testing import CliRunner
 
 from migrated.cli.host import inspect
 from migrated.demo.pair import short_directory
+from migrated.demo.qemu_guest import QEMU
 from migrated.errors import GuestError
 from migrated.guests.driver import Region, TargetMemory
 from migrated.guests.pidfd import PidHandle
@@ -31,7 +32,6 @@ from migrated.guests.qmp import Monitor
 from migrated.memory import memfd
 from tests.rig import supervisor
 
-QEMU = "qemu-system-x86_64"
 PLAIN = (QEMU, "-nodefaults", "-display", "none", "-vga", "none", "-S")
 UP_SECONDS = 60.0
 
@@ -175,7 +175,9 @@ async def test_the_printed_table_starts_the_same_machine(directory: Path, shape:
         printed = await inspected(source.peer_pid(), "--target-config", "--name", "vm")
         table = decode_config("vm", tomllib.loads(printed)["guests"]["vm"], QemuTargetConfig)
         assert "{qmp}" in " ".join(table.command)
-        await comes_up_with_the_same_blocks(table.command, source, directory)
+        assert table.command[0] == Path(QEMU).name
+        # QEMU may be a script that starts the program of that name from another distribution's tree.
+        await comes_up_with_the_same_blocks([QEMU, *table.command[1:]], source, directory)
 
 
 async def test_what_the_command_line_does_not_say_is_asked_of_qemu(directory: Path) -> None:

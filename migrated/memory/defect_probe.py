@@ -1,0 +1,253 @@
+"""Try the kernel's dirty tracking on throw-away memory: ``python -m migrated.memory.defect_probe PROBE``.
+
+Run by `migrated.memory.defects` as a process of its own, since some kernels hang or crash in what is tried here.  Prints one
+JSON object of facts, or ``{"untested": reason}``.  Huge pages are taken from the pool only if it has free ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import functools
+import json
+import mmap
+import os
+import struct
+import sys
+from collections.abc import Callable
+
+from migrated.errors import MigratedError
+from migrated.guests.driver import Mapping, Region, SourceMemory
+from migrated.memory import memfd
+from migrated.memory.native import uffd_api, uffd_open, uffd_register
+from migrated.memory.tracker import Tracker
+
+_PAGEMAP_SCAN = 0xC0606610
+_UFFDIO_WRITEPROTECT = 0xC018AA06
+_WP_MATCHING, _CHECK_WPASYNC = 1, 2
+_WPALLOWED, _WRITTEN, _PRESENT = 1, 2, 8
+_MADV_DONTNEED_LOCKED = 24
+_MAP_FIXED = 0x10
+_MIB = 1 << 20
+#: Page size and number of pages of each kind of memory that is tried.
+_KINDS = {
+    "anonymous": (4096, 8),
+    "transparent": (4096, 1024),
+    "shmem": (4096, 8),
+    "2M": (2 * _MIB, 4),
+    "1G": (1 << 30, 1),
+}
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_LIBC.mmap.restype = ctypes.c_void_p
+_LIBC.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+_LIBC.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_LIBC.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_LIBC.mlock.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+
+Facts = dict[str, bool | str]
+
+
+class Untested(Exception):  # noqa: N818 - an answer, not an error
+    """This host has not what the probe needs."""
+
+
+class Memory:
+    """Pages of our own, and a userfaultfd for them.  ``kind``: one of `_KINDS`."""
+
+    def __init__(self, kind: str) -> None:
+        self.page_bytes, self.pages = _KINDS[kind]
+        self.size_bytes = self.page_bytes * self.pages
+        self.is_file = kind not in {"anonymous", "transparent"}
+        if self.is_file:
+            try:
+                self.fd = memfd.allocate(self.size_bytes, self.page_bytes, "probe")
+            except MigratedError as error:
+                raise Untested(f"no free {kind} pages") from error
+            self._map = mmap.mmap(self.fd, self.size_bytes)
+            self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        else:
+            self.fd = -1
+            self._map = mmap.mmap(-1, self.size_bytes + 2 * _MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            start = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+            self.address = -(-start // (2 * _MIB)) * 2 * _MIB
+            self._advise(mmap.MADV_HUGEPAGE if kind == "transparent" else mmap.MADV_NOHUGEPAGE, 0, self.pages)
+        try:
+            self.uffd = uffd_open()
+        except MigratedError:
+            self.uffd = uffd_open(user_mode_only=True)  # enough: nobody else touches this memory
+        uffd_api(self.uffd, faults=False, tracking=True)
+        self._pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+
+    def free(self) -> None:
+        """Give it back: there may be one huge page only."""
+        os.close(self.uffd)
+        _LIBC.munmap(self.address, self.size_bytes)
+        if self.is_file:
+            os.close(self.fd)
+
+    def write(self, page: int, pages: int = 1) -> None:
+        """One byte a page."""
+        for number in range(page, page + pages):
+            ctypes.memset(self.address + number * self.page_bytes + 5, number + 1, 1)
+
+    def _advise(self, advice: int, page: int, pages: int) -> None:
+        if _LIBC.madvise(self.address + page * self.page_bytes, pages * self.page_bytes, advice):
+            code = ctypes.get_errno()
+            raise Untested(f"madvise({advice}): {os.strerror(code)}")
+
+    def drop(self, page: int, *, punch: bool) -> None:
+        """Take one page out of the page table, and with ``punch`` out of the file as well."""
+        self._advise(mmap.MADV_REMOVE if punch else mmap.MADV_DONTNEED, page, 1)
+
+    def drop_locked(self) -> bool:
+        """Lock all of it, then empty the page table.  False: this kernel cannot."""
+        if _LIBC.mlock(self.address, self.size_bytes):
+            raise Untested(f"mlock: {os.strerror(ctypes.get_errno())}")
+        return not _LIBC.madvise(self.address, self.size_bytes, _MADV_DONTNEED_LOCKED)
+
+    def map_over(self, page: int) -> None:
+        """Put a new anonymous page there."""
+        flags = _MAP_FIXED | mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        at = self.address + page * self.page_bytes
+        if _LIBC.mmap(at, self.page_bytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0) != at:
+            raise Untested(f"mmap: {os.strerror(ctypes.get_errno())}")
+
+    def register(self) -> None:
+        """For asynchronous write-protection."""
+        uffd_register(self.uffd, self.address, self.size_bytes, missing=False, minor=False, tracking=True)
+
+    def protect(self) -> None:
+        """Arm all of it, pages that are not there included."""
+        fcntl.ioctl(self.uffd, _UFFDIO_WRITEPROTECT, bytearray(struct.pack("QQQ", self.address, self.size_bytes, 1)))
+
+    def scan(self, *, mask: int = 0, any_of: int = 0, rearm: bool = True) -> set[int]:
+        """The pages that match, by PAGEMAP_SCAN."""
+        found = (ctypes.c_uint64 * (3 * 64))()
+        flags = _WP_MATCHING | _CHECK_WPASYNC if rearm else 0
+        end = self.address + self.size_bytes
+        vector = ctypes.addressof(found)
+        argument = struct.pack("12Q", 96, flags, self.address, end, 0, vector, 64, 0, 0, mask, any_of, mask | any_of)
+        count = fcntl.ioctl(self._pagemap, _PAGEMAP_SCAN, bytearray(argument))
+        pages: set[int] = set()
+        for number in range(count):
+            first, last = found[3 * number] - self.address, found[3 * number + 1] - self.address - 1
+            pages |= set(range(first // self.page_bytes, last // self.page_bytes + 1))
+        return pages
+
+    def tracker(self) -> Tracker:
+        """The engine's own tracker of this memory."""
+        region = Region("probe", self.size_bytes, self.page_bytes)
+        mapping = Mapping(0, self.address, 0, self.size_bytes)
+        return Tracker(SourceMemory(os.getpid(), (region,), (mapping,), (self.fd,), (0,)), self.uffd)
+
+
+def _bits(bitmaps: list[bytes]) -> set[int]:
+    value = int.from_bytes(bitmaps[0], "little")
+    return {bit for bit in range(value.bit_length()) if value >> bit & 1}
+
+
+def tracking(kind: str) -> Facts:
+    """Exactly the written pages are reported, re-armed, and reported although they were zapped meanwhile."""
+    facts: Facts = {}
+    with_masks = (("category_mask", _WRITTEN, 0), ("category_anyof_mask", 0, _WRITTEN))
+    memory = Memory(kind)
+    last = memory.pages - 1
+    memory.write(0, max(1, memory.pages // 2))  # half of it is there before arming
+    memory.register()
+    memory.protect()
+    unwritten = memory.scan(mask=_WRITTEN)
+    memory.write(last)
+    written = memory.scan(mask=_WRITTEN)
+    facts["exact"] = (unwritten, written) == (set(), {last})
+    facts["rearmed"] = not memory.scan(mask=_WRITTEN)
+    memory.write(last)
+    facts["written_again"] = last in memory.scan(mask=_WRITTEN)
+    for name, mask, any_of in with_masks:
+        for punch in (False, True) if memory.is_file else (False,):
+            memory.protect()
+            memory.write(0)
+            memory.drop(0, punch=punch)
+            zap = "punched" if punch else "zapped"
+            facts[f"{zap}_{name}"] = 0 in memory.scan(mask=mask, any_of=any_of)
+    memory.free()
+    facts["engine"] = _engine_finds(kind)
+    return facts
+
+
+def _engine_finds(kind: str) -> bool:
+    """Whether the tracker reports a page that was written, then zapped."""
+    found = True
+    memory = Memory(kind)
+    memory.write(0, memory.pages)
+    tracker = memory.tracker()
+    tracker.arm()
+    for punch in (False, True) if memory.is_file else (False,):
+        tracker.scan()
+        memory.write(0)
+        memory.drop(0, punch=punch)
+        found = found and 0 in _bits(tracker.scan())
+    tracker.disarm()
+    tracker.close()
+    return found
+
+
+def locked() -> Facts:
+    """Page tables of locked memory can be emptied, and the pages stay in the file."""
+    memory = Memory("shmem")
+    memory.write(0, memory.pages)
+    if not memory.drop_locked():
+        return {"emptied": False, "kept": True}
+    empty = not memory.scan(mask=_PRESENT, rearm=False)
+    kept = all(os.pread(memory.fd, 1, page * 4096 + 5) == bytes((page + 1,)) for page in range(memory.pages))
+    return {"emptied": empty, "kept": kept}
+
+
+def mapped_over() -> Facts:
+    """A scan of a range of which a part is no longer tracked fails, and never says that nothing was written."""
+    memory = Memory("anonymous")
+    memory.write(0, memory.pages)
+    tracker = memory.tracker()
+    tracker.arm()
+    memory.map_over(3)
+    memory.write(3)
+    try:
+        return {"noticed": 3 in _bits(tracker.scan())}
+    except MigratedError as error:
+        return {"noticed": True, "said": error.message}
+
+
+def rearming_a_hole() -> Facts:
+    """Re-arm a hugetlb range without page tables: before 14a2508b1bf6 the caller hangs, and no signal ends it."""
+    memory = Memory("2M")
+    memory.register()
+    memory.scan(mask=_WPALLOWED)
+    return {"hangs": False}
+
+
+PROBES: dict[str, Callable[[], Facts]] = {
+    **{f"tracking-{kind}": functools.partial(tracking, kind) for kind in _KINDS},
+    "locked": locked,
+    "mapped-over": mapped_over,
+    "rearming-a-hole": rearming_a_hole,
+}
+
+
+def main(name: str) -> None:
+    """Entry point."""
+    try:
+        answer = PROBES[name]()
+    except Untested as reason:
+        answer = {"untested": str(reason)}
+    except MigratedError as error:
+        answer = {"untested": error.message}
+    except OSError as error:
+        answer = {"untested": error.strerror or str(error)}
+    with contextlib.suppress(BrokenPipeError):
+        print(json.dumps(answer), flush=True)  # noqa: T201 - the answer
+    os._exit(0)  # what is left of the memory and its registrations goes with the process
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
