@@ -55,7 +55,6 @@ _DESCRIPTORS = frozenset({"fd", "fds", "vhostfd", "vhostfds", "sock_fd", "sockfd
 _PATH = re.compile(r"(?:^|[:=])(/[^:,]+)")
 _VERSIONED = re.compile(r"-(\d+)\.(\d+)(?:\.\d+)?$")
 _SERVER = "server=on,wait=off"
-_ON = frozenset({"on", "yes", "true", "y"})
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -203,7 +202,6 @@ class _Derivation:
             **dict.fromkeys(("qmp", "qmp-pretty"), self._qmp),
             "object": self._object,
             "chardev": self._chardev,
-            "overcommit": self._overcommit,
         }
 
     # ------------------------------------------------------------ what the options say together
@@ -433,15 +431,6 @@ class _Derivation:
         properties.set("path", "{qmp}")
         return Line((option.flag, str(properties)), was=self._text(option))
 
-    def _overcommit(self, index: int, option: Option) -> Line:
-        properties = self._properties[index]
-        if properties is None or properties.get("mem-lock", "off") not in _ON:
-            return self._kept(index, option)
-        properties.remove("mem-lock")
-        rest = str(properties)
-        check = "mem-lock was left out: pages must not be mapped before they have arrived"
-        return Line((option.flag, rest) if rest else (), was=self._text(option), checks=(check,))
-
     def _kept(self, index: int, option: Option) -> Line:
         checks = [*self._doubts(option, self._properties[index])]
         placeholders = re.findall(r"\{(?:qmp|memory:[^{}]*)\}", option.value or "")
@@ -524,8 +513,10 @@ def _device(kind: str) -> Iterator[str]:
         yield f"{kind}: a device of the host, which cannot be migrated"
     elif kind.startswith("vhost-user"):
         yield f"{kind}: its other process writes guest memory; such a guest cannot be migrated"
-    elif kind.startswith(("ivshmem", "virtio-mem", "virtio-pmem")):
-        yield f"{kind}: its memory is not QEMU's alone, or changes its size; try it first"
+    elif kind.startswith("virtio-mem"):
+        yield f"{kind}: only QEMU's own migration saves all of its state; such a guest cannot be migrated"
+    elif kind.startswith(("ivshmem", "virtio-pmem")):
+        yield f"{kind}: its memory belongs to others as well; on the target it is the guest's alone"
 
 
 # ---------------------------------------------------------------- TOML

@@ -69,7 +69,7 @@ def _judge_tracking(probe: _Probe, facts: Facts) -> Finding:
         effects.append("the agent finds such pages by the markers that arming leaves")
     if not facts["rearmed"]:
         found.append("reported pages are not re-armed")
-        effects.append("what was written once is read again in every round, so pre-copy is slower")
+        effects.append("the agent re-arms them by UFFDIO_WRITEPROTECT")
     if not facts["engine"]:
         effect = f"{probe.guests} lose writes if they give memory back meanwhile (balloon, free page reporting)"
         return probe.finding("excludes", "; ".join(found) or "the agent misses pages that were zapped", effect)
@@ -115,7 +115,7 @@ _PROBES = (
     _Probe("locked", "unmapping locked memory", "target", _judge_locked, "incoming guests with mem-lock=on"),
 )
 _HOLE = _Probe("rearming-a-hole", "re-arming huge pages that are not there", "source", _judge_hole, "")
-_HOLE_HANDLED = "the agent arms all of a guest's memory first, and re-arms nothing but written pages"
+_HOLE_HANDLED = "the agent never has PAGEMAP_SCAN re-arm what is not there"
 
 
 def findings(*, hanging: bool = False) -> list[Finding]:

@@ -116,7 +116,7 @@ def test_a_kernel_without_defects(monkeypatch: pytest.MonkeyPatch) -> None:
     ("facts", "state", "says"),
     [
         ({"zapped_category_mask": False}, "handled", "finds such pages"),
-        ({"rearmed": False}, "handled", "slower"),
+        ({"rearmed": False}, "handled", "UFFDIO_WRITEPROTECT"),
         (
             {"zapped_category_mask": False, "engine": False},
             "excludes",
