@@ -12,13 +12,15 @@ import click
 
 from migrated.cli import failure, rendering
 from migrated.cli.migrations import json_flag, print_json
+from migrated.config import STATE_DIRECTORY
 from migrated.errors import GuestError
 from migrated.units import format_size
 
 if TYPE_CHECKING:
+    from migrated.guests.driver import SourceMemory
     from migrated.guests.qemu_target_table import Answers
     from migrated.memory.defects import Finding
-    from migrated.memory.maps import MemoryFile
+    from migrated.memory.maps import Area, MemoryFile
     from migrated.memory.probe import Requirement
 
 
@@ -92,7 +94,7 @@ def _print_findings(found: list[Finding]) -> None:
 @click.argument("pid", type=click.IntRange(min=1))
 @click.option("--target-config", is_flag=True, help="Print the guest's table for the target's configuration.")
 @click.option("--name", default="", help="The guest's name in that table (default: as QEMU's -name says).")
-@click.option("--qmp", type=click.Path(), help="QEMU's QMP socket: ask it what its command line does not say.")
+@click.option("--qmp", type=click.Path(), help="QEMU's QMP socket: ask it what /proc does not say.")
 @json_flag
 def inspect(*, pid: int, target_config: bool, name: str, qmp: str | None, as_json: bool) -> int:
     """Say which memory of process PID can be migrated, or print a target's configuration for it."""
@@ -100,7 +102,7 @@ def inspect(*, pid: int, target_config: bool, name: str, qmp: str | None, as_jso
         return _print_target_config(pid, name, qmp, as_json=as_json)
     if name:
         raise click.UsageError("--name names the guest of --target-config")
-    return _print_memory(pid, as_json=as_json)
+    return _print_memory(pid, qmp, as_json=as_json)
 
 
 def _print_target_config(pid: int, name: str, qmp: str | None, *, as_json: bool) -> int:
@@ -117,27 +119,52 @@ def _print_target_config(pid: int, name: str, qmp: str | None, *, as_json: bool)
 
 
 async def _ask(pid: int, name: str, qmp: str) -> Answers:
-    """Raises GuestError if another process than ``pid`` listens there."""
+    """Raises GuestError as `Monitor.connect` and `_check_peer` do."""
     from migrated.guests import qemu_target_table
     from migrated.guests.qmp import Monitor
 
     monitor = await Monitor.connect(name or str(pid), Path(qmp))
     try:
-        if (peer := monitor.peer_pid()) != pid:
-            raise GuestError(
-                f"{qmp} is the QMP socket of process {peer}, not of process {pid}",
-                code="wrong-qmp",
-                hint="give the QMP socket of the QEMU that is inspected",
-            )
+        _check_peer(pid, qmp, monitor.peer_pid())
         return await qemu_target_table.ask(monitor)
     finally:
         await monitor.close()
 
 
-def _print_memory(pid: int, *, as_json: bool) -> int:
+def _check_peer(pid: int, qmp: str, peer: int) -> None:
+    """Raises GuestError ``wrong-qmp`` if another process than ``pid`` listens there."""
+    if peer != pid:
+        raise GuestError(
+            f"{qmp} is the QMP socket of process {peer}, not of process {pid}",
+            code="wrong-qmp",
+            hint="give the QMP socket of the QEMU that is inspected",
+        )
+
+
+async def _open_guest(pid: int, qmp: str) -> SourceMemory:
+    """What the source's driver finds.  Raises GuestRefusedError with its reason if it cannot migrate the guest."""
+    from migrated.config import Timeouts
+    from migrated.guests.qemu import QemuSourceConfig
+    from migrated.guests.qemu_source import QemuSource
+
+    guest = QemuSource(str(pid), QemuSourceConfig(qmp=qmp), STATE_DIRECTORY, Timeouts())
+    try:
+        memory = await guest.open()
+        _check_peer(pid, qmp, memory.pid)
+        return memory
+    finally:
+        await guest.close()
+
+
+def _print_memory(pid: int, qmp: str | None, *, as_json: bool) -> int:
     from migrated.memory import maps
 
-    rows = [_row(one) for one in maps.inspect(pid)]
+    if qmp is None:
+        rows = [_row(one) for one in maps.inspect(pid)]
+    else:
+        memory = asyncio.run(_open_guest(pid, str(Path(qmp).absolute())))
+        areas = maps.areas(pid)
+        rows = [_region_row(memory, index, areas) for index in range(len(memory.regions))]
     movable = any(row["movable"] for row in rows)
     if as_json:
         print_json({"pid": pid, "command": maps.command(pid), "movable": movable, "memory": rows})
@@ -145,6 +172,19 @@ def _print_memory(pid: int, *, as_json: bool) -> int:
         print(f"{maps.command(pid)} (process {pid})")
         _print_rows(rows)
     return failure.DONE if movable else failure.FAILED
+
+
+def _region_row(memory: SourceMemory, index: int, areas: list[Area]) -> dict[str, Any]:
+    region = memory.regions[index]
+    address = next(mapping.address for mapping in memory.mappings if mapping.region == index)
+    return {
+        "file": region.name,
+        "size_bytes": region.size_bytes,
+        "page_bytes": region.page_bytes,
+        "shared": any(area.shared for area in areas if area.start <= address < area.end),
+        "movable": True,
+        "reason": "",
+    }
 
 
 def _row(memory: MemoryFile) -> dict[str, Any]:
@@ -162,7 +202,7 @@ def _print_rows(rows: list[dict[str, Any]]) -> None:
     if not rows:
         print("no memory that could be a guest's")
         return
-    table = rendering.plain_table("MOVABLE", "SIZE", "PAGES", "SHARED", "FILE", "REASON")
+    table = rendering.plain_table("MOVABLE", "SIZE", "PAGES", "SHARED", "MEMORY", "REASON")
     for row in rows:
         table.add_row(
             "[green]yes[/green]" if row["movable"] else "[red]no[/red]",

@@ -263,7 +263,11 @@ class _Derivation:
                 candidates[index] = value.removeprefix("unix:").partition(",")[0]
             elif option.name == "chardev" and properties is not None and properties.get("id") in control:
                 candidates |= {index: properties.get("path")} if "path" in properties or "fd" in properties else {}
-        return next((index for index, path in candidates.items() if path == qmp), next(iter(candidates), -1))
+        return next((index for index, path in candidates.items() if self._same(path, qmp)), next(iter(candidates), -1))
+
+    def _same(self, path: str, qmp: str) -> bool:
+        """Whether both name one socket; ``path`` may be relative to where QEMU was started."""
+        return bool(path and qmp) and os.path.realpath(Path(self._running.directory, path)) == os.path.realpath(qmp)
 
     # ------------------------------------------------------------ the table
 

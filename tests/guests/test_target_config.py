@@ -15,6 +15,7 @@ import subprocess
 import tomllib
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -31,6 +32,7 @@ from migrated.guests.qemu_options import Properties, parse_options, parse_size
 from migrated.guests.qmp import Monitor
 from migrated.memory import memfd
 from tests.rig import supervisor
+from tests.rig.guest import MIB, moving_guest
 
 PLAIN = (QEMU, "-nodefaults", "-display", "none", "-vga", "none", "-S")
 UP_SECONDS = 60.0
@@ -73,6 +75,10 @@ SHAPES = {
         *("-M", "pc-i440fx-3.1", "-smp", "2", "-m", "128", "-numa", "node,mem=64", "-numa", "node,mem=64"),
     ],
 }
+
+
+#: Guests that are migrated.
+MIGRATED: list[dict[str, Any]] = [{"page_bytes": (4096, 2 * MIB)}]
 
 
 @pytest.fixture
@@ -210,3 +216,73 @@ async def test_the_monitor_of_another_process_is_refused(directory: Path) -> Non
             assert isinstance(error, GuestError)
             assert error.code == "wrong-qmp"
             assert f"process {pid}" in error.message
+
+
+@pytest.mark.root
+async def test_inspect_asks_qemu_which_memory_is_the_guests(directory: Path) -> None:
+    qmp = directory / "here.qmp"
+    memory = ["-machine", "q35,memory-backend=m", "-m", "96", "-object", "memory-backend-memfd,id=m,size=96M,share=on"]
+    async with qemu([*PLAIN, *memory, "-qmp", f"unix:{qmp},server=on,wait=off"], qmp) as source:
+        pid = source.peer_pid()
+        await source.close()
+        told = json.loads(await inspected(pid, "--qmp", str(qmp), "--json"))
+        (ram,) = (row for row in told["memory"] if row["file"] == "m")
+        assert (ram["size_bytes"], ram["page_bytes"], ram["shared"], ram["movable"]) == (96 << 20, 4096, True, True)
+
+
+@pytest.mark.root
+async def test_inspect_says_why_the_agent_refuses_a_guest(directory: Path) -> None:
+    qmp = directory / "here.qmp"
+    incoming = ["-m", "96", "-incoming", "defer", "-qmp", f"unix:{qmp},server=on,wait=off"]
+    async with qemu([*PLAIN, *incoming], qmp) as source:
+        pid = source.peer_pid()
+        await source.close()
+        _, error = await asyncio.to_thread(invoke, pid, "--qmp", str(qmp))
+        assert isinstance(error, GuestError)
+        assert "inmigrate" in error.message or error.code == "guest-incoming"
+
+
+def inode(path: Path) -> int:
+    """0 while there is none."""
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return 0
+
+
+@contextlib.asynccontextmanager
+async def linked_once_rebound(path: Path, link: Path) -> AsyncIterator[None]:
+    """``link`` becomes another name of the socket at ``path``, as soon as somebody else listens there."""
+    first = inode(path)
+
+    async def follow() -> None:
+        while inode(path) in {0, first}:  # noqa: ASYNC110 - a socket tells nobody that it is bound
+            await asyncio.sleep(0.01)
+        os.link(path, link)
+
+    task = asyncio.create_task(follow())
+    try:
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+@pytest.mark.root
+@pytest.mark.hugepages
+@pytest.mark.timeout(300)  # on a busy machine; usually seconds
+@pytest.mark.usefixtures("page_pool")
+@pytest.mark.parametrize("memory", MIGRATED)
+async def test_a_guest_migrates_with_the_printed_table(fast_accel: str, memory: dict[str, Any]) -> None:
+    async with moving_guest(kind="boot", accel=fast_accel, load={"rate": 2000, "sweep_seconds": 0}, **memory) as moving:
+        guest = moving.guest
+        (pid,) = moving.pids
+        printed = await inspected(pid, "--target-config", "--name", guest.name, "--qmp", str(guest.source_qmp))
+        table = tomllib.loads(printed)["guests"][guest.name]
+        table["command"][0] = QEMU
+        moving.there.target_guests[guest.name] = table
+        # Both hosts are one machine here: the two QEMUs listen for their consoles on the same path.
+        async with linked_once_rebound(guest.source_serial, guest.target_serial(1)):
+            move = await moving.move(downtime_limit_ms=2000)
+        assert move.target["page_size"] == 2 * MIB

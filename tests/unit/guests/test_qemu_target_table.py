@@ -222,6 +222,8 @@ def test_the_monitor_becomes_the_agents() -> None:
     assert value(chosen, "-qmp", 1) == "unix:{qmp},server=on,wait=off"
     assert any("/run/a.qmp" in check for check in chosen.every_check)
     assert value(derive(two), "-qmp", 0) == "unix:{qmp},server=on,wait=off"
+    relative = derive("-m 1G -qmp unix:/a,server=on -qmp unix:vm.qmp,server=on", qmp="/home/./user/vm.qmp")
+    assert value(relative, "-qmp", 1) == "unix:{qmp},server=on,wait=off"
 
 
 def test_a_control_monitor_on_a_character_device_becomes_the_agents() -> None:
