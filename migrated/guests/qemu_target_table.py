@@ -19,6 +19,7 @@ from pathlib import Path
 
 from migrated.config import GUEST_NAME
 from migrated.errors import GuestError, GuestRefusedError, UsageError
+from migrated.guests.qemu_host_parts import doubts
 from migrated.guests.qemu_options import Option, Properties, format_size, parse_options, parse_size
 from migrated.guests.qmp import Monitor
 
@@ -44,15 +45,6 @@ _KEYED = {
     "virtfs": "fsdriver", "vnc": "vnc",
 }
 # fmt: on
-_DISKS = frozenset(
-    {"", "blockdev", "drive", "hda", "hdb", "hdc", "hdd", "cdrom", "fda", "fdb", "sd", "pflash", "mtdblock"}
-)
-_FILES = frozenset({"kernel", "initrd", "dtb", "bios", "option-rom", "pidfile", "D", "L", "chroot"})
-_CHARACTER_DEVICES = frozenset({"serial", "parallel", "monitor", "debugcon", "gdb", "qmp", "qmp-pretty"})
-_NO_PATHS = frozenset({"append", "name", "uuid", "numa", "smp", "cpu", "m", "boot", "rtc"})
-_COMMON_FILES = frozenset({"/dev/urandom", "/dev/random", "/dev/null", "/dev/zero", "/dev/kvm"})
-_DESCRIPTORS = frozenset({"fd", "fds", "vhostfd", "vhostfds", "sock_fd", "sockfd", "tpmfd"})
-_PATH = re.compile(r"(?:^|[:=])(/[^:,]+)")
 _VERSIONED = re.compile(r"-(\d+)\.(\d+)(?:\.\d+)?$")
 _SERVER = "server=on,wait=off"
 
@@ -116,7 +108,7 @@ class TargetTable:
         yield from (_comment("check: ", check) for check in self.checks)
         yield f"[guests.{_toml_key(self.name)}]"
         yield 'driver = "qemu"'
-        yield f'page_size = "{self.page_size}"  # may differ from the source\'s'
+        yield f'page_size = "{self.page_size}"  # may differ from the source\'s; "4K" needs no huge pages'
         yield "command = ["
         for line in self.lines:
             if line.was:
@@ -189,10 +181,7 @@ class _Derivation:
             for option in self._options
         ]
         self._sizes: list[int | None] = []
-        # Whether QEMU makes the guest's RAM itself, without a backend in the command line.
-        self._uses_default_ram = not any("memory-backend" in p for p in self._all("machine", "M")) and not any(
-            "memdev" in p for p in self._all("numa")
-        )
+        self._uses_default_ram = self._find_default_ram()
         self._monitor = self._find_monitor(qmp)
         self._rules: dict[str, Callable[[int, Option], Line]] = {
             **dict.fromkeys(("incoming", "S", "daemonize"), self._by_agent),
@@ -235,6 +224,13 @@ class _Derivation:
         if self._answers is not None:
             used |= {block.removeprefix("/objects/") for block in self._answers.blocks} & self._answers.backends
         return used
+
+    def _find_default_ram(self) -> bool:
+        """Whether QEMU makes the guest's RAM itself, without a backend in the command line."""
+        if self._answers is not None and self._answers.blocks and self._default_ram() not in self._answers.blocks:
+            return False
+        named = any("memory-backend" in properties for properties in self._all("machine", "M"))
+        return not named and not any("memdev" in properties for properties in self._all("numa"))
 
     def _memory_bytes(self) -> int | None:
         size: int | None = _DEFAULT_MEMORY_BYTES
@@ -308,7 +304,7 @@ class _Derivation:
         else:
             known = {p.get("id") for p in self._all("object")} | {self._default_ram()}
             for backend in sorted(answers.backends - known):
-                yield f"memory backend {backend} was plugged in after the start: add its -object and its -device"
+                yield f"memory backend {backend} is not in the command line: add its -object, and its -device if it has one"
             yield "devices that were plugged in or out since the start are not in the command line"
         if self._running.uid:
             yield f"the source runs it as user {self._running.uid}, the agent as its own user"
@@ -436,91 +432,11 @@ class _Derivation:
         return Line((option.flag, str(properties)), was=self._text(option))
 
     def _kept(self, index: int, option: Option) -> Line:
-        checks = [*self._doubts(option, self._properties[index])]
+        kind = _KEYED.get(option.name, "")
+        checks = [*doubts(option, self._properties[index], kind, self._running.directory)]
         placeholders = re.findall(r"\{(?:qmp|memory:[^{}]*)\}", option.value or "")
         checks += [f"{text} is text of the source, which the agent would replace" for text in placeholders]
         return Line(option.words, checks=tuple(dict.fromkeys(checks)))
-
-    # ------------------------------------------------------------ what only the target's operator can know
-
-    def _doubts(self, option: Option, properties: Properties | None) -> Iterator[str]:
-        name, value = option.name, option.value or ""
-        pairs = [*properties.items()] if properties is not None else [("", value)]
-        kind = properties.get(_KEYED[name]) if properties is not None else value
-        yield from _descriptors(name, pairs)
-        if name in _DISKS:
-            for key, text in pairs:
-                named = key in {"", "file"} if name != "blockdev" else key.rpartition(".")[2] in {"filename", "host"}
-                if named or "/" in text:
-                    yield f"{text}: the target must reach the same image{self._relative(text)}"
-            return
-        if name in _FILES or name == "readconfig":
-            more = ", and what it configures is not shown here" if name == "readconfig" else ""
-            yield f"{value}: must fit the target{more}{self._relative(value)}"
-        elif name in {"netdev", "nic", "net"}:
-            if kind not in {"none", "nic"}:
-                yield "the network back end must be there on the target"
-        elif name in _CHARACTER_DEVICES or name == "chardev":
-            yield from _character_device(kind)
-        elif name == "s":
-            yield "TCP port 1234 must be free on the target"
-        elif name in {"vnc", "spice"}:
-            if kind != "none":
-                yield "the address must be free on the target"
-        elif name in {"display", "sdl", "curses"}:
-            if kind not in {"none", "vnc"}:
-                yield "needs a display or a GPU of the target"
-        elif name == "nographic":
-            yield "the agent gives QEMU no terminal: the serial console goes to its log"
-        elif name == "cpu":
-            if kind.partition(",")[0] in {"host", "max"}:
-                yield "depends on the host's processor: both hosts need the same one"
-        elif name == "runas":
-            yield f"{value}: the user must exist on the target"
-        elif name == "device":
-            yield from _device(kind)
-        elif name == "object" and kind.startswith(("sev-", "tdx-", "pef-")):
-            yield f"{kind}: memory that is encrypted for one host cannot be migrated"
-        if name not in _NO_PATHS and name not in _FILES:
-            for path in (match for _, text in pairs for match in _PATH.findall(text)):
-                if path not in _COMMON_FILES:
-                    yield f"{path}: must fit the target"
-
-    def _relative(self, path: str) -> str:
-        bare = "/" not in path and Path(path).suffix == ""
-        return "" if path.startswith("/") or ":" in path or bare else f" (relative to {self._running.directory})"
-
-
-def _descriptors(name: str, pairs: list[tuple[str, str]]) -> Iterator[str]:
-    """Descriptors that whoever started the source's QEMU had opened for it."""
-    by_type = {key.rpartition(".")[0]: value for key, value in pairs if key.endswith("addr.type")}
-    for key, value in pairs:
-        inner = key.rpartition(".")
-        fd_address = inner[2] == "str" and by_type.get(inner[0]) == "fd"
-        if inner[2] in _DESCRIPTORS or fd_address or (name == "add-fd" and key == "fd"):
-            yield f"{key}={value}: a file descriptor that QEMU was started with; the agent passes none"
-        elif "/dev/fdset/" in value or value.startswith("fd:"):
-            yield f"{value}: a file descriptor that QEMU was started with; the agent passes none"
-
-
-def _character_device(kind: str) -> Iterator[str]:
-    backend = kind.partition(":")[2] if kind.startswith("mon:") else kind
-    word = backend.partition(":")[0]
-    if word == "stdio":
-        yield "the agent gives QEMU no terminal: input is empty, output goes to its log"
-    elif word not in {"none", "null", "vc", "chardev", "ringbuf", "spicevmc", "spiceport", "qemu-vdagent"}:
-        yield "the socket, port, file or device must be free on the target"
-
-
-def _device(kind: str) -> Iterator[str]:
-    if kind.startswith(("vfio-", "vhost-vdpa", "usb-host")):
-        yield f"{kind}: a device of the host, which cannot be migrated"
-    elif kind.startswith("vhost-user"):
-        yield f"{kind}: its other process writes guest memory; such a guest cannot be migrated"
-    elif kind.startswith("virtio-mem"):
-        yield f"{kind}: only QEMU's own migration saves all of its state; such a guest cannot be migrated"
-    elif kind.startswith(("ivshmem", "virtio-pmem")):
-        yield f"{kind}: its memory belongs to others as well; on the target it is the guest's alone"
 
 
 # ---------------------------------------------------------------- TOML

@@ -172,6 +172,13 @@ def test_a_machine_whose_ram_has_an_unknown_name_is_marked() -> None:
     assert not any("info ramblock" in check for check in asked.every_check)
 
 
+def test_memory_that_is_in_no_option_is_not_made_twice() -> None:
+    """A configuration file may hold the backend."""
+    table = derive("-readconfig vm.cfg -m 1G", answers=answers(backends="m", blocks="m pc.bios"))
+    assert "-object" not in table.command
+    assert any("memory backend m" in check for check in table.checks)
+
+
 # ---------------------------------------------------------------- the machine type
 
 
@@ -251,6 +258,7 @@ def test_a_control_monitor_on_a_character_device_becomes_the_agents() -> None:
         ("-cdrom /iso/x.iso", "/iso/x.iso"),
         ("""-blockdev '{"driver":"raw","file":{"driver":"file","filename":"/srv/b.raw"}}'""", "/srv/b.raw"),
         ("-blockdev driver=file,filename=/srv/c.raw,node-name=c", "/srv/c.raw"),
+        ("-blockdev driver=nbd,node-name=n,server.type=unix,server.path=/run/nbd", "/run/nbd"),
         ("-drive file=nbd://10.0.0.1/x,if=virtio", "nbd://10.0.0.1/x"),
         ("-drive if=pflash,format=raw,file=/usr/share/OVMF/CODE.fd", "/usr/share/OVMF/CODE.fd"),
         ("-netdev tap,id=n,ifname=tap0", "network"),
