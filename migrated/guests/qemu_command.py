@@ -6,21 +6,17 @@ raises the same refusals.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
-
-import msgspec
 
 from migrated.errors import GuestRefusedError
 from migrated.guests.driver import Region, TargetMemory
+from migrated.guests.qemu_options import Properties, parse_size
 
 _MEMORY = re.compile(r"\{memory:([^{}]*)\}")
-_SIZE = re.compile(r"^(\d+)([bkmgtpe]?)$", re.IGNORECASE)
 _ON = frozenset({"on", "yes", "true", "y"})
 
 
@@ -53,20 +49,20 @@ def check_command(guest: str, command: list[str], regions: tuple[Region, ...], *
             guest, f"the source has {_names(wanted)}, the command here has {_names(named)} (as {{memory:ID}})"
         )
     for backend in _declared_backends(command):
-        name = str(backend.get("id", ""))
+        name = backend.get("id")
         if name not in wanted:
             continue
-        if not reserve and str(backend.get("reserve", "on")).lower() in _ON:
+        if not reserve and backend.get("reserve", "on").lower() in _ON:
             raise GuestRefusedError(
                 f"guest {guest}: its memory is not to be reserved (reserve = false), but backend {name} would reserve it",
                 code="guest-command",
                 hint="add reserve=off to that -object memory-backend-file (QEMU 6.1 or newer)",
             )
-        if str(backend.get("share", "off")).lower() not in _ON:
+        if backend.get("share", "off").lower() not in _ON:
             raise GuestRefusedError(
                 f"guest {guest}: memory backend {name} in the command lacks share=on", code="memory-not-shared"
             )
-        size = _parse_size(backend.get("size"))
+        size = parse_size(backend.get("size"))
         if size is not None and size != wanted[name]:
             raise regions_differ(guest, f"{name} has {wanted[name]} bytes on the source and {size} here")
 
@@ -95,29 +91,8 @@ def _names(names: Iterable[str]) -> str:
     return ", ".join(sorted(names)) or "none"
 
 
-def _declared_backends(command: list[str]) -> list[dict[str, Any]]:
-    """The -object memory-backend-… of a command, keyed options and JSON alike; what cannot be read is QEMU's to judge."""
-    found: list[dict[str, Any]] = []
-    for flag, value in itertools.pairwise(command):
-        if flag not in {"-object", "--object"}:
-            continue
-        if value.startswith("{"):
-            # {memory:ID} is legal inside a JSON string.
-            with contextlib.suppress(msgspec.DecodeError):
-                table = msgspec.json.decode(value)
-                if isinstance(table, dict) and str(table.get("qom-type", "")).startswith("memory-backend"):
-                    found.append({key: "on" if item is True else item for key, item in table.items()})
-            continue
-        kind, *options = value.split(",")
-        if kind.removeprefix("qom-type=").startswith("memory-backend"):
-            pairs = (option.partition("=") for option in options)
-            found.append({key: value if equals else "on" for key, equals, value in pairs})
-    return found
-
-
-def _parse_size(value: object) -> int | None:
-    """A size as QEMU reads it: a number is bytes, a suffix a power of 1024.  None: not readable here."""
-    match = _SIZE.match(str(value)) if value is not None else None
-    if match is None:
-        return None
-    return int(match[1]) << (10 * "bkmgtpe".index(match[2].lower() or "b"))
+def _declared_backends(command: list[str]) -> list[Properties]:
+    """The -object memory-backend-… of a command; what cannot be read is QEMU's to judge."""
+    values = [value for flag, value in itertools.pairwise(command) if flag in {"-object", "--object"}]
+    objects = [Properties(value, "qom-type") for value in values]
+    return [one for one in objects if one.get("qom-type").startswith("memory-backend")]

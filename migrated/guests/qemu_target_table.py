@@ -19,6 +19,7 @@ from pathlib import Path
 
 from migrated.config import GUEST_NAME
 from migrated.errors import GuestError, GuestRefusedError, UsageError
+from migrated.guests import qemu_memory
 from migrated.guests.qemu_host_parts import doubts
 from migrated.guests.qemu_options import Option, Properties, format_size, parse_options, parse_size
 from migrated.guests.qmp import Monitor
@@ -68,7 +69,7 @@ class Answers:
     machine: str  # without alias
     default_ram: str  # name of the machine type's own RAM block; empty: QEMU does not say (before 5.2)
     backends: frozenset[str]
-    blocks: frozenset[str]  # RAM blocks
+    blocks: frozenset[str]  # RAM blocks, without /objects/
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -151,14 +152,15 @@ def _is_qemu(program: str) -> bool:
 
 async def ask(monitor: Monitor) -> Answers:
     """Ask a running QEMU.  Raises as `Monitor.execute`."""
-    version = (await monitor.execute("query-version"))["qemu"]
-    machine = str(await monitor.execute("qom-get", {"path": "/machine", "property": "type"})).removesuffix("-machine")
+    machine = await qemu_memory.machine_type(monitor)
     known = await monitor.execute("query-machines")
-    default = next((entry.get("default-ram-id", "") for entry in known if entry["name"] == machine), "")
-    backends = frozenset(str(entry["id"]) for entry in await monitor.execute("query-memdev") if "id" in entry)
-    blocks = frozenset(re.findall(r"^ *(\S+) +\d+ [KMG]iB ", await monitor.hmp("info ramblock"), re.MULTILINE))
-    number = f"{version['major']}.{version['minor']}.{version['micro']}"
-    return Answers(number, machine, str(default), backends, blocks)
+    return Answers(
+        version=".".join(map(str, await qemu_memory.version(monitor))),
+        machine=machine,
+        default_ram=next((str(entry.get("default-ram-id", "")) for entry in known if entry["name"] == machine), ""),
+        backends=frozenset(str(entry["id"]) for entry in await monitor.execute("query-memdev") if "id" in entry),
+        blocks=frozenset(block.name for block in await qemu_memory.ram_blocks(monitor)),
+    )
 
 
 def target_table(running: Running, *, name: str = "", qmp: str = "", answers: Answers | None = None) -> TargetTable:
@@ -222,7 +224,7 @@ class _Derivation:
             if key == "memory-backend" or key.endswith("memdev")
         }
         if self._answers is not None:
-            used |= {block.removeprefix("/objects/") for block in self._answers.blocks} & self._answers.backends
+            used |= self._answers.blocks & self._answers.backends
         return used
 
     def _find_default_ram(self) -> bool:

@@ -140,7 +140,8 @@ class Memory:
         """The engine's own tracker of this memory."""
         region = Region("probe", self.size_bytes, self.page_bytes)
         mapping = Mapping(0, self.address, 0, self.size_bytes)
-        return Tracker(SourceMemory(os.getpid(), (region,), (mapping,), (self.fd,), (0,)), self.uffd)
+        private = (not self.is_file,)
+        return Tracker(SourceMemory(os.getpid(), (region,), (mapping,), (self.fd,), (0,), private), self.uffd)
 
 
 def _bits(bitmaps: list[bytes]) -> set[int]:

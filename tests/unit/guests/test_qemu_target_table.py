@@ -10,7 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from migrated.config import load
@@ -406,12 +406,14 @@ def test_the_agent_loads_the_printed_table(tmp_path: Path) -> None:
     assert decode_config("a.b", config.guests["a.b"], QemuTargetConfig).command[0] == "qemu-system-x86_64"
 
 
-@given(st.lists(st.text(st.characters(exclude_characters="\0"), min_size=1), max_size=8))
+@settings(deadline=None)
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1), max_size=8))
 def test_any_command_line_becomes_toml_that_says_the_same(words: list[str]) -> None:
     table = derive(words)
     assert table.command[0] == "qemu-system-x86_64"
 
 
+@settings(deadline=None)
 @given(st.lists(st.binary(min_size=1).filter(lambda word: 0 not in word), max_size=3))
 def test_bytes_that_are_no_text_are_marked(words: list[bytes]) -> None:
     table = derive(["-name", *(os.fsdecode(word) for word in words)])
@@ -419,6 +421,7 @@ def test_bytes_that_are_no_text_are_marked(words: list[bytes]) -> None:
         assert any("UTF-8" in check for check in table.every_check)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.from_regex(r"[a-z][a-z0-9.-]*", fullmatch=True), st.text("ab,=\"'{", min_size=1)), max_size=5)
 )
@@ -436,6 +439,7 @@ def test_options_with_and_without_an_argument() -> None:
     ]
 
 
+@settings(deadline=None)
 @given(st.integers(min_value=1, max_value=1 << 50))
 def test_sizes_are_read_as_they_are_written(size: int) -> None:
     assert parse_size(format_size(size)) == size
