@@ -43,7 +43,6 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.mmap.restype = ctypes.c_void_p
 _LIBC.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
 _LIBC.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-_LIBC.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _LIBC.mlock.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
 Facts = dict[str, bool | str]
@@ -83,7 +82,7 @@ class Memory:
     def free(self) -> None:
         """Give it back: there may be one huge page only."""
         os.close(self.uffd)
-        _LIBC.munmap(self.address, self.size_bytes)
+        self._map.close()
         if self.is_file:
             os.close(self.fd)
 
