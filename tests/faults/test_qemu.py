@@ -26,8 +26,18 @@ CONFIG: dict[str, Any] = {
     "timeouts": {"heartbeat_interval": 0.5, "heartbeat_limit": 3.0, "reconnect_interval": 0.1, "connect": 2.0}
 }
 SLOW_DRAIN = "4MB"
+#: Where the first QEMU has the guest's memory.
+MEMORY: dict[str, dict[str, Any]] = {
+    "private": {"memory": "private", "page_bytes": (4096, 2 * MIB)},
+    "memfd": {"page_bytes": (2 * MIB, 2 * MIB)},
+}
 #: Of the ten that the heartbeats' limit is by default; TCP, which tries ever more rarely, needs some of them.
 STALL_SECONDS = 4.0
+
+
+@pytest.fixture(params=MEMORY)
+def memory(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return MEMORY[request.param]
 
 
 @pytest.fixture
@@ -60,9 +70,13 @@ def hosts(link: Namespaces) -> tuple[dict[str, Any], ...]:
     return tuple({**host, "config": CONFIG} for host in link.hosts)
 
 
-async def test_a_cut_link_pauses_a_postcopy_which_goes_on_when_it_is_back(link: Namespaces, fast_accel: str) -> None:  # noqa: F811
+async def test_a_cut_link_pauses_a_postcopy_which_goes_on_when_it_is_back(
+    link: Namespaces,
+    fast_accel: str,  # noqa: F811
+    memory: dict[str, Any],
+) -> None:
     async with moving_guest(
-        kind="boot", accel=fast_accel, load=LOAD, memory_bytes=128 * MIB, hosts=hosts(link)
+        kind="boot", accel=fast_accel, load=LOAD, memory_bytes=128 * MIB, **memory, hosts=hosts(link)
     ) as guest:
         before = await guest.console.stats()
         migration = await in_postcopy(guest)
@@ -77,9 +91,13 @@ async def test_a_cut_link_pauses_a_postcopy_which_goes_on_when_it_is_back(link: 
         await guest.assert_sound(before)
 
 
-async def test_a_cut_link_in_precopy_leaves_the_guest_where_it_is(link: Namespaces, fast_accel: str) -> None:  # noqa: F811
+async def test_a_cut_link_in_precopy_leaves_the_guest_where_it_is(
+    link: Namespaces,
+    fast_accel: str,  # noqa: F811
+    memory: dict[str, Any],
+) -> None:
     async with moving_guest(
-        kind="boot", accel=fast_accel, load=LOAD, memory_bytes=128 * MIB, hosts=hosts(link)
+        kind="boot", accel=fast_accel, load=LOAD, memory_bytes=128 * MIB, **memory, hosts=hosts(link)
     ) as guest:
         before = await guest.console.stats()
         migration = await guest.begin(mode="hybrid", max_bandwidth="2MB")
@@ -125,9 +143,10 @@ async def test_an_agent_killed_in_postcopy_goes_on_when_it_is_started_again(
     link: Namespaces,
     victim: str,
     fast_accel: str,  # noqa: F811
+    memory: dict[str, Any],
 ) -> None:
     async with moving_guest(
-        kind="boot", accel=fast_accel, load=LOAD, memory_bytes=128 * MIB, hosts=hosts(link)
+        kind="boot", accel=fast_accel, load=LOAD, memory_bytes=128 * MIB, **memory, hosts=hosts(link)
     ) as guest:
         before = await guest.console.stats()
         migration = await in_postcopy(guest)

@@ -43,17 +43,22 @@ LIMIT_SECONDS = 60.0
 
 
 @contextlib.asynccontextmanager
-async def behind_proxy(accel: str) -> AsyncIterator[tuple[MovingGuest, Proxy]]:
-    async with moving_guest(kind="boot", accel=accel, load=LOAD, memory_bytes=128 * MIB, config=CONFIG) as guest:
+async def behind_proxy(accel: str, **shape: Any) -> AsyncIterator[tuple[MovingGuest, Proxy]]:
+    shape = {"kind": "boot", "accel": accel, "load": LOAD, "memory_bytes": 128 * MIB, "config": CONFIG, **shape}
+    async with moving_guest(**shape) as guest:
         host, _, port = guest.there.address.rpartition(":")
         async with Proxy((host, int(port))).listening() as proxy:
             yield guest, proxy
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def pair(page_pool: None, fast_accel: str) -> AsyncIterator[tuple[MovingGuest, Proxy]]:  # noqa: F811
-    """A guest that stays where it is, so that one is enough."""
-    async with behind_proxy(fast_accel) as both:
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["private", "memfd"])
+async def pair(
+    page_pool: None,  # noqa: F811
+    fast_accel: str,  # noqa: F811
+    request: pytest.FixtureRequest,
+) -> AsyncIterator[tuple[MovingGuest, Proxy]]:
+    """A guest that stays where it is, so that one of each kind is enough."""
+    async with behind_proxy(fast_accel, memory=request.param) as both:
         yield both
 
 

@@ -504,11 +504,7 @@ async def test_a_process_without_the_right_gets_it_through_the_device(
     monkeypatch.chdir(folder)
     try:
         usage = subprocess.run(["qemu-system-x86_64", "-help"], capture_output=True, text=True, check=True).stdout
-        run_as = (
-            ("-run-with", "user=nobody")
-            if "-run-with" in usage and "user=" in usage.partition("-run-with")[2][:400]
-            else ("-runas", "nobody")
-        )  # gone with QEMU 10.0
+        run_as = ("-run-with", "user=nobody") if "[user=username" in usage else ("-runas", "nobody")
         qemu = Qemu(folder, "nobody", *memory(), *run_as)
         await qemu.up()
         status = Path(f"/proc/{qemu.pid}/status").read_text()
