@@ -47,6 +47,7 @@ class QemuGuest:
     disk: Path | None = None
     disk_options: str = "cache=none"
     extra: tuple[str, ...] = ()
+    source_extra: tuple[str, ...] = ()  # of the first QEMU alone
     qmp: Path | None = None  # QMP socket of the first QEMU; default: beside everything else
 
     @property
@@ -123,6 +124,7 @@ class QemuGuest:
             *(QEMU, *self._memory(paths=False), *self._devices()),
             *("-serial", f"unix:{self.source_serial},server=on,wait=off"),
             *("-qmp", f"unix:{self.source_qmp},server=on,wait=off"),
+            *self.source_extra,
         ]
 
     def target_command(self, move: int = 1) -> list[str]:

@@ -33,6 +33,7 @@ class Load(msgspec.Struct, frozen=True):
     stall_ms: float
     gap_ms: float = 0.0
     disk_reads: int = 0
+    churns: int = 0
 
 
 class Swept(msgspec.Struct, frozen=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import subprocess
 from collections.abc import Iterator
@@ -10,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from migrated.errors import GuestError
 from migrated.guests.images import build_disk
+from migrated.guests.qmp import Monitor
 from tests.rig import supervisor
 from tests.rig.guest import MIB, MovingGuest, moving_guest
 from tests.rig.pages import PagesUnavailableError, more_pages
@@ -87,6 +90,46 @@ async def test_memory_that_is_full_of_swapped_out_pages_arrives_whole() -> None:
             swapped = guest.swap_out()
             assert swapped > MIB
             await guest.move()
+
+
+@pytest.mark.parametrize("memory", ["private", "memfd"])
+async def test_memory_that_the_guest_gives_back_arrives_clear(tmp_path: Path, memory: str) -> None:
+    """The balloon goes up and down, and free pages are reported, all the time: what was cleared must not come back."""
+    monitor = tmp_path / "balloon.qmp"
+    load: dict[str, str | int] = {"size": "35%", "rate": 2000, "pattern": "hot", "churn": 1}
+    async with moving_guest(
+        kind="linux",
+        load=load,
+        memory=memory,
+        memory_bytes=256 * MIB,
+        page_bytes=(4096 if memory == "private" else 2 * MIB, 2 * MIB),
+        extra=("-device", "virtio-balloon-pci,free-page-reporting=on"),
+        source_extra=("-qmp", f"unix:{monitor},server=on,wait=off"),
+    ) as guest:
+        qmp = await Monitor.connect("balloon", monitor)
+        squeezing = asyncio.ensure_future(_squeeze(qmp, 256 * MIB))
+        try:
+            before = await guest.console.stats()
+            await guest.console.wait_for(lambda load: load.churns > before.churns + 20, 60, "memory to be given back")
+            await guest.move(mode="hybrid", max_bandwidth="400Mbit")
+        finally:
+            squeezing.cancel()
+            await asyncio.gather(squeezing, return_exceptions=True)
+            await qmp.close()
+        assert squeezing.cancelled() or isinstance(squeezing.exception(), GuestError)  # with the first QEMU
+        arrived = await guest.console.stats()
+        await guest.console.wait_for(
+            lambda load: load.churns > arrived.churns + 20, 60, "memory to be given back there"
+        )
+        await guest.move(mode="hybrid")
+
+
+async def _squeeze(qmp: Monitor, memory_bytes: int) -> None:
+    """Inflate and deflate the balloon until QEMU ends."""
+    while True:
+        for size in (memory_bytes * 3 // 4, memory_bytes):
+            await qmp.execute("balloon", {"value": size})
+            await asyncio.sleep(0.2)  # the guest follows in its own time
 
 
 @contextlib.contextmanager

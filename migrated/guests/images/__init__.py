@@ -26,8 +26,11 @@ from migrated.errors import HostError
 
 SOURCES = Path(__file__).parent
 KERNEL_PACKAGE = "linux-image-cloud-amd64"
-#: What a virtio disk needs.
-MODULES = ("virtio", "virtio_ring", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci", "virtio_blk")
+#: What a virtio disk and a balloon need.
+MODULES = (
+    *("virtio", "virtio_ring", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci"),
+    *("virtio_blk", "virtio_balloon"),
+)
 PATTERNS = ("sparse", "hot", "dense", "idle")
 BLOCK_BYTES = 4096
 BUILD_SECONDS = 120
@@ -45,8 +48,10 @@ class LinuxImage:
     initrd: Path
 
     def arguments(self, **load: str | int) -> list[str]:
-        """QEMU arguments; ``load``: size, rate, pattern, sweep, disk, as linux_init.c documents them."""
+        """QEMU arguments; ``load``: size, rate, pattern, sweep, disk, churn, as linux_init.c documents them."""
         words = ["console=ttyS0", "quiet", "panic=-1", *(f"load_{key}={value}" for key, value in load.items())]
+        if "churn" in load:
+            words.append("init_on_free=1")
         return ["-kernel", str(self.kernel), "-initrd", str(self.initrd), "-append", " ".join(words)]
 
 
@@ -164,8 +169,9 @@ def _compile(*arguments: str) -> None:
 
 
 def _debian_kernel(cache: Path) -> tuple[Path, list[Path]]:
-    """The newest cached kernel and its disk modules; fetched by apt when the cache has none."""
-    for directory in sorted(cache.glob("linux-*"), reverse=True):
+    """The newest cached kernel and its modules; fetched by apt when the cache has none."""
+    suffix = f"+{hashlib.sha256(' '.join(MODULES).encode()).hexdigest()[:8]}"  # which modules were extracted
+    for directory in sorted(cache.glob(f"linux-*{suffix}"), reverse=True):
         if (directory / "complete").exists():
             return directory / "vmlinuz", _module_paths(directory)
     package = _kernel_package()
@@ -181,7 +187,7 @@ def _debian_kernel(cache: Path) -> tuple[Path, list[Path]]:
             message = f"{archive.name} holds no kernel"
             raise HostError(message, code="guest-kernel")
         (wanted / "complete").touch()
-        directory = cache / f"linux-{package.removeprefix('linux-image-')}"
+        directory = cache / f"linux-{package.removeprefix('linux-image-')}{suffix}"
         try:
             wanted.rename(directory)
         except OSError:

@@ -8,6 +8,7 @@
  *   load_pattern=sparse|hot|dense|idle                                                   default sparse
  *   load_sweep=N              seconds for one background sweep, 0 for none               default 10
  *   load_disk=/dev/vda        read this disk with O_DIRECT into an eighth of the memory
+ *   load_churn=1              besides, allocate memory, see that it is clear, fill it and free it, again and again
  *
  * Prints READY, then about twice a second LOAD {json}; CORRUPT {json} for the first mismatch.  Takes `sweep`, `reset` (of the
  * longest stall) and `quit`, a line each.  A stall is a gap between two turns of the loop on the guest's own clock: the time
@@ -39,6 +40,7 @@
 #define DISK_THREADS 4
 #define DISK_READ_BLOCKS 16 /* 64 KiB a read: long enough in flight to be overtaken by a scan */
 #define MPOL_INTERLEAVE 3
+#define CHURN_BYTES (16u << 20)
 
 struct disk_reader {
 	pthread_mutex_t lock; /* held while memory and `loaded` do not agree with each other */
@@ -58,6 +60,7 @@ static size_t pending_bytes;
 static struct disk_reader readers[DISK_THREADS];
 static int reader_count;
 static int sweeping; /* readers stand back for it */
+static uint64_t churn_turns, churn_errors;
 
 static uint64_t now_ns(void)
 {
@@ -181,7 +184,7 @@ static uint64_t disk_sweep(void)
 static void load_modules(void)
 {
 	static const char *const names[] = { "virtio", "virtio_ring", "virtio_pci_legacy_dev", "virtio_pci_modern_dev",
-					     "virtio_pci", "virtio_blk" };
+					     "virtio_pci", "virtio_blk", "virtio_balloon" };
 	const int count = sizeof(names) / sizeof(names[0]);
 	int loaded = 0;
 
@@ -200,7 +203,40 @@ static void load_modules(void)
 				close(fd);
 		}
 	if (loaded != (1 << count) - 1)
-		fatal("loading the disk's modules");
+		fatal("loading the modules");
+}
+
+/*
+ * Give memory back and take some again, all the time.  With init_on_free=1 this kernel clears pages when they are freed, not
+ * when they are allocated: a page whose clearing was lost on the way to another host is handed out with what it held before.
+ */
+static void *churn(void *unused)
+{
+	(void)unused;
+	for (;;) {
+		uint64_t *memory = mmap(NULL, CHURN_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+		if (memory == MAP_FAILED)
+			fatal("allocating memory to give back");
+		for (size_t i = 0; i < CHURN_BYTES / sizeof(*memory); i++) {
+			if (memory[i])
+				__atomic_fetch_add(&churn_errors, 1, __ATOMIC_RELAXED);
+			memory[i] = i | 1;
+		}
+		munmap(memory, CHURN_BYTES);
+		__atomic_fetch_add(&churn_turns, 1, __ATOMIC_RELAXED);
+		usleep(20000);
+	}
+	return NULL;
+}
+
+static void start_churn(void)
+{
+	pthread_t thread;
+
+	load_modules();
+	if (pthread_create(&thread, NULL, churn, NULL))
+		fatal("starting the thread that gives memory back");
 }
 
 /* Take the first blocks of the memory for disk reads. */
@@ -332,6 +368,8 @@ int main(void)
 		fatal("allocating memory");
 	if (disk)
 		disk_blocks = start_disk(disk, memory, blocks);
+	if (getenv("load_churn"))
+		start_churn();
 	load.context = memory + disk_blocks * SC_BLOCK_WORDS;
 	load.blocks = blocks - disk_blocks;
 	load.expected = calloc(load.blocks, sizeof(*load.expected));
@@ -375,14 +413,16 @@ int main(void)
 			if (readers[n].errors && !disk_errors_said++)
 				say_mismatch("disk", &readers[n].first);
 		}
+		disk_errors += __atomic_load_n(&churn_errors, __ATOMIC_RELAXED);
 		if (load.errors && !corrupt_said++)
 			say_mismatch("ram", &load.first);
 		if (turn - reported >= REPORT_NS) {
 			reported = turn;
-			say("LOAD {\"seconds\":%.3f,\"operations\":%llu,\"sweeps\":%llu,\"errors\":%llu,\"stall_ms\":%.3f,\"gap_ms\":%.3f,\"disk_reads\":%llu}\n",
+			say("LOAD {\"seconds\":%.3f,\"operations\":%llu,\"sweeps\":%llu,\"errors\":%llu,\"stall_ms\":%.3f,\"gap_ms\":%.3f,\"disk_reads\":%llu,\"churns\":%llu}\n",
 			    (double)(turn - started) / 1e9, (unsigned long long)load.operations,
 			    (unsigned long long)load.sweeps, (unsigned long long)(load.errors + disk_errors),
-			    (double)stall / 1e6, (double)gap / 1e6, (unsigned long long)disk_reads);
+			    (double)stall / 1e6, (double)gap / 1e6, (unsigned long long)disk_reads,
+			    (unsigned long long)__atomic_load_n(&churn_turns, __ATOMIC_RELAXED));
 			gap = 0;
 		}
 		console_push();
