@@ -99,15 +99,25 @@ class Connection:
 
     def end(self, *, reset: bool) -> None:
         """Both ends at once."""
-        for writer in (self.near_out, self.far_out):
-            if writer is None or writer.transport.is_closing():
+        for writer in self._writers:
+            if not reset:
+                writer.close()
                 continue
-            if reset:
+            if not writer.transport.is_closing():
                 sock = writer.get_extra_info("socket")
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                writer.transport.abort()
-            else:
-                writer.close()
+            # One that is closing waits until its peer has taken what was written, which may be never.
+            writer.transport.abort()
+
+    async def ended(self) -> None:
+        """After `end`: until the loop has let go of both."""
+        for writer in self._writers:
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+
+    @property
+    def _writers(self) -> list[asyncio.StreamWriter]:
+        return [writer for writer in (self.near_out, self.far_out) if writer is not None]
 
     async def run(self) -> None:
         """Until both ends are closed."""
@@ -280,6 +290,7 @@ class Proxy:
             pass  # the ends of connections are what this is about
         finally:
             connection.end(reset=True)
+            await connection.ended()
             self.connections.remove(connection)
             if task is not None:
                 self._tasks.discard(task)
