@@ -1,8 +1,8 @@
 """``/metrics``: the records, as Prometheus wants them.
 
 Figures of one migration (labels ``migration`` and ``guest``) are there only while it runs, so that labels do not pile up.
-Counters and histograms are the agent's, without such labels, and only ever grow: what a forgotten record had counted
-is kept in `RecordCollector`.
+Counters and histograms are the agent's, without such labels.  They start at 0 with the agent's process and only ever grow:
+`RecordCollector` leaves out the records of earlier agents, and keeps what a forgotten record had counted.
 """
 
 from __future__ import annotations
@@ -92,6 +92,9 @@ class RecordCollector(Collector):
     def __init__(self, agent: Agent, about: dict[str, Any]) -> None:
         self._agent = agent
         self._about = about
+        # Records of earlier agents, which a restarted agent still lists.  Compared by identity: a migration that this
+        # agent takes up again has the same id, a record of its own, and counts.
+        self._inherited = {record.id: record for record in agent.records() if record.ended}
         # Last figures of every migration seen; what the agent has forgotten since goes into _forgotten for good.
         self._seen: dict[str, Record] = {}
         self._forgotten: _Totals = _Totals()
@@ -102,7 +105,7 @@ class RecordCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Make all metrics, from records as they are now."""
-        records = self._agent.records()
+        records = [record for record in self._agent.records() if self._inherited.get(record.id) is not record]
         yield from self._about_agent()
         yield from _live(records)
         yield from _grown(self._totals(records))
