@@ -73,21 +73,6 @@ class _File(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     entry: msgspec.Raw
 
 
-def process_lives(pid: int, started: int) -> bool:
-    """Whether the process an entry speaks of is still there (and not a later one with its number, or a zombie)."""
-    return pid > 0 and started > 0 and process_started(pid) == started
-
-
-def process_started(pid: int) -> int:
-    """Start time of a process in clock ticks since boot; 0 when there is none, or only a zombie of it."""
-    try:
-        # The name is in parentheses and may hold anything; what follows the last one is plain.
-        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-        return 0 if fields[0] in b"ZX" else int(fields[19])
-    except (OSError, IndexError, ValueError):
-        return 0
-
-
 class Journal(Generic[E]):
     """All entries of one agent."""
 

@@ -57,6 +57,24 @@ def open_files(pid: int) -> dict[int, str]:
     return found
 
 
+def process_started(pid: int) -> int:
+    """When the process was started, in clock ticks since boot; 0 when there is none, or only a zombie.
+
+    With the pid, this is the identity of a process: a later one with the same pid has another start time.
+    """
+    try:
+        # The name is in parentheses and may hold anything; what follows the last one is plain.
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        return 0 if fields[0] in b"ZX" else int(fields[19])
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+def process_lives(pid: int, started: int) -> bool:
+    """Whether the process that had this pid and start time still runs (and is neither a later one nor a zombie)."""
+    return pid > 0 and started > 0 and process_started(pid) == started
+
+
 def _status_text(result: os.waitid_result) -> str:
     if result.si_code == os.CLD_EXITED:
         return f"exited with status {result.si_status}"
@@ -77,12 +95,20 @@ class PidHandle:
         self._end: str | None = None
 
     @classmethod
-    def attach(cls, pid: int) -> PidHandle:
-        """A process that runs already.  Raises GuestError (``guest-gone``)."""
+    def attach(cls, pid: int, *, started: int | None = None) -> PidHandle:
+        """Watch a process that runs already.  Raises GuestError (``guest-gone``).
+
+        ``started``: its `process_started` when it was known to be ours.  Without it, whoever has the pid now is taken.
+        """
         try:
-            return cls(pid, os.pidfd_open(pid), child=False)
+            handle = cls(pid, os.pidfd_open(pid), child=False)
         except OSError as error:
             raise GuestError(f"process {pid} cannot be watched: {error.strerror}", code="guest-gone") from error
+        # Checked after the pidfd was opened: from then on it is the pidfd that says which process is meant.
+        if started is not None and not process_lives(pid, started):
+            handle.close()
+            raise GuestError(f"process {pid} has ended, or is a later one with its pid", code="guest-gone")
+        return handle
 
     @classmethod
     def spawn(cls, command: Sequence[str], *, pass_fds: Sequence[int], log: Path) -> PidHandle:

@@ -98,15 +98,6 @@ def listen(path: str) -> socket.socket:
     return sock
 
 
-def started_at(pid: int) -> int:
-    """When the process was started, in clock ticks since boot: with the pid, its identity.  0: there is none."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return 0
-    return int(text.rpartition(")")[2].split()[19])
-
-
 class GuestConnection:
     """The agent's end of a guest's connection.
 

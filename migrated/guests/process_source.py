@@ -22,7 +22,7 @@ from migrated.config import Timeouts
 from migrated.errors import GuestError, GuestRefusedError, MigratedError, TimeoutExceededError
 from migrated.guests import process
 from migrated.guests.driver import Mapping, Memento, Region, SourceGuest, SourceMemory, StateChannel
-from migrated.guests.pidfd import PidHandle
+from migrated.guests.pidfd import PidHandle, process_started
 from migrated.guests.process_wire import (
     HELLO_DIRECT_IO,
     HELLO_PRESENTS,
@@ -314,7 +314,7 @@ class ProcessSource(SourceGuest):
 
     def memento(self) -> Memento:
         pid = self._process.pid if self._process is not None else 0
-        return {"started": process.started_at(pid)}
+        return {"started": process_started(pid)}
 
     async def reclaim(self, memento: Memento) -> None:
         # The guest closed its userfaultfd when the agent before us was gone; what is left is to let it run.
@@ -326,9 +326,8 @@ class ProcessSource(SourceGuest):
         resident = self._hub.resident
         if resident is not None and resident.connection.pid == pid:
             self._resident = resident
-        if process.started_at(pid) == memento.get("started"):
-            with contextlib.suppress(GuestError):  # ended just now
-                self._process = PidHandle.attach(pid)
+        with contextlib.suppress(GuestError):  # it has ended
+            self._process = PidHandle.attach(pid, started=int(memento.get("started", 0)))
 
     async def release(self) -> None:
         if self._process is None or self._process.poll() is not None:

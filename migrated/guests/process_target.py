@@ -26,7 +26,7 @@ from migrated.guests.driver import (
     TargetGuest,
     TargetMemory,
 )
-from migrated.guests.pidfd import PidHandle
+from migrated.guests.pidfd import PidHandle, process_started
 from migrated.guests.process_wire import (
     MAX_PAYLOAD_BYTES,
     VERSION,
@@ -215,12 +215,10 @@ class ProcessTarget(TargetGuest):
 
     def memento(self) -> Memento:
         pid = self._process.pid if self._process is not None else 0
-        return {"started": process.started_at(pid)}
+        return {"started": process_started(pid)}
 
     async def adopt(self, pid: int, uffd: int, memory: tuple[TargetMemory, ...], memento: Memento) -> FaultSource:
-        if process.started_at(pid) != memento.get("started"):
-            raise GuestError(f"guest {self.name}: its process {pid} has ended", code="guest-gone")
-        self._process = PidHandle.attach(pid)
+        self._process = PidHandle.attach(pid, started=int(memento.get("started", 0)))
         found = tuple(find_mappings(pid, item.memory_fd, region=index) for index, item in enumerate(memory))
         if not all(found):
             raise GuestError(f"guest {self.name}: process {pid} does not map its memory", code="guest-gone")

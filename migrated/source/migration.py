@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING
 from migrated import __version__
 from migrated.dialing import Dialer
 from migrated.errors import AbortedError, ConflictError, GuestError, PeerError
-from migrated.journal import SourceEntry, process_started
+from migrated.guests.pidfd import process_started
+from migrated.journal import SourceEntry
 from migrated.memory.engine import Event, EventKind, SourceEngine
 from migrated.memory.native import lib
 from migrated.memory.tracker import Tracker

@@ -13,7 +13,7 @@ from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any
 
 from migrated.errors import GuestError, MigratedError, named
-from migrated.journal import process_lives
+from migrated.guests.pidfd import process_lives
 from migrated.migration import quietly
 from migrated.protocol.bounds import abort_of
 from migrated.protocol.messages import Aborted

@@ -24,9 +24,9 @@ from migrated.errors import (
     RemoteProtocolError,
 )
 from migrated.guests.driver import Region, TargetMemory
-from migrated.guests.pidfd import PidHandle
+from migrated.guests.pidfd import PidHandle, process_lives
 from migrated.host_agent import HostAgent
-from migrated.journal import Journal, TargetEntry, process_lives
+from migrated.journal import Journal, TargetEntry
 from migrated.link import ControlLink, tune
 from migrated.memory.engine import URGENT
 from migrated.protocol.bounds import abort_of

@@ -26,7 +26,8 @@ from migrated.errors import (
     named,
 )
 from migrated.guests.driver import Region, TargetGuest
-from migrated.journal import TargetEntry, process_started
+from migrated.guests.pidfd import process_started
+from migrated.journal import TargetEntry
 from migrated.memory.engine import Event, EventKind, TargetEngine
 from migrated.migration import Failure, Migration, quietly
 from migrated.protocol.messages import (

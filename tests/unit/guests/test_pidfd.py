@@ -1,13 +1,17 @@
-"""A guest process that its driver has let go of runs on, and is no zombie once it ends."""
+"""A guest process outlives its driver and leaves no zombie, and is never confused with a later one of the same pid."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import signal
+import subprocess
 from pathlib import Path
 
-from migrated.guests.pidfd import PidHandle
+import pytest
+
+from migrated.errors import GuestError
+from migrated.guests.pidfd import PidHandle, process_lives, process_started
 from migrated.waiting import within
 
 
@@ -62,3 +66,48 @@ def test_a_child_whose_loop_has_ended_is_collected_when_the_next_is_started(tmp_
     while second.poll() is None:
         pass
     second.close()
+
+
+# ---------------------------------------------------------------- still the same process?
+
+
+def test_a_process_is_known_by_its_start(python: str) -> None:
+    with subprocess.Popen([python, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        started = process_started(process.pid)
+        assert started > 0
+        assert process_lives(process.pid, started)
+        assert not process_lives(process.pid, started + 1)  # another one with its number
+        process.communicate(b"\n")
+    assert not process_lives(process.pid, started)
+
+
+def test_a_zombie_is_not_alive(python: str) -> None:
+    with subprocess.Popen([python, "-c", ""]) as process:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert process_started(process.pid) == 0
+
+
+def test_a_process_may_have_any_name(python: str) -> None:
+    """The name in /proc/PID/stat is bytes, parentheses and all."""
+    code = "import sys; open('/proc/self/comm', 'wb').write(b'a) b \\xff'); print(flush=True); input()"
+    with subprocess.Popen([python, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert process_started(process.pid) > 0
+        process.communicate(b"\n")
+
+
+def test_no_process_is_not_alive() -> None:
+    assert not process_lives(0, 0)
+    assert process_started(1 << 22) == 0
+
+
+def test_a_later_process_with_the_same_pid_is_not_attached(python: str, no_descriptor_left: None) -> None:
+    with subprocess.Popen([python, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        started = process_started(process.pid)
+        PidHandle.attach(process.pid, started=started).close()
+        for other in (started + 1, 0):
+            with pytest.raises(GuestError) as caught:
+                PidHandle.attach(process.pid, started=other)
+            assert caught.value.code == "guest-gone"
+        process.communicate(b"\n")

@@ -17,7 +17,8 @@ from migrated.config import Timeouts
 from migrated.dialing import Dialer
 from migrated.errors import AbortedError, ConnectionLostError, GuestError, MigratedError, TimeoutExceededError
 from migrated.guests.driver import Memento, SourceGuest
-from migrated.journal import Journal, SourceEntry, process_started
+from migrated.guests.pidfd import process_started
+from migrated.journal import Journal, SourceEntry
 from migrated.keeper import HolderKeeper
 from migrated.migration import Migration
 from migrated.protocol.messages import Ready

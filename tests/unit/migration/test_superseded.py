@@ -11,7 +11,8 @@ import pytest
 
 from migrated import config
 from migrated.agent import StartRequest
-from migrated.journal import Journal, SourceEntry, process_started
+from migrated.guests.pidfd import process_started
+from migrated.journal import Journal, SourceEntry
 from migrated.source.agent import SourceAgent
 from migrated.source.stage import supersede
 from tests.unit.survival.entries import HELLO, SOURCE

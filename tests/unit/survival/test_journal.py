@@ -14,7 +14,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from migrated.errors import HostError
-from migrated.journal import Journal, SourceEntry, TargetEntry, process_lives, process_started
+from migrated.journal import Journal, SourceEntry, TargetEntry
 from tests.rig import supervisor
 from tests.unit.survival.entries import SOURCE, TARGET
 
@@ -191,37 +191,3 @@ def test_a_directory_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "journal").write_text("a file")
     with pytest.raises(HostError, match="cannot be written"):
         Journal(tmp_path / "journal", TargetEntry).write(ID, TARGET)
-
-
-# ---------------------------------------------------------------- the process an entry speaks of
-
-
-def test_a_process_is_known_by_its_start(python: str) -> None:
-    with subprocess.Popen([python, "-c", "input()"], stdin=subprocess.PIPE) as process:
-        started = process_started(process.pid)
-        assert started > 0
-        assert process_lives(process.pid, started)
-        assert not process_lives(process.pid, started + 1)  # another one with its number
-        process.communicate(b"\n")
-    assert not process_lives(process.pid, started)
-
-
-def test_a_zombie_is_not_alive(python: str) -> None:
-    with subprocess.Popen([python, "-c", ""]) as process:
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        assert process_started(process.pid) == 0
-
-
-def test_a_process_may_have_any_name(python: str) -> None:
-    """The name in /proc/PID/stat is bytes, parentheses and all."""
-    code = "import sys; open('/proc/self/comm', 'wb').write(b'a) b \\xff'); print(flush=True); input()"
-    with subprocess.Popen([python, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        assert process_started(process.pid) > 0
-        process.communicate(b"\n")
-
-
-def test_no_process_is_not_alive() -> None:
-    assert not process_lives(0, 0)
-    assert process_started(1 << 22) == 0
