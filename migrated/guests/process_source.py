@@ -25,6 +25,7 @@ from migrated.guests.driver import Mapping, Memento, Region, SourceGuest, Source
 from migrated.guests.pidfd import PidHandle, process_started
 from migrated.guests.process_wire import (
     HELLO_DIRECT_IO,
+    HELLO_PAUSED,
     HELLO_PRESENTS,
     VERSION,
     Hello,
@@ -40,15 +41,30 @@ from migrated.memory.native import uffd_api
 _log = structlog.get_logger(__name__)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class Resident:
-    """A guest that is connected and has its memory."""
+    """A guest that is connected and has its memory.
+
+    ``paused``: somebody made it stop and nobody made it run since; kept up to date by `ask`.
+    """
 
     connection: process.GuestConnection
     regions: tuple[Region, ...]
     memory_fds: tuple[int, ...]
     addresses: tuple[int, ...]
     direct_io: bool
+    paused: bool = False
+
+    async def ask(
+        self, kind: Kind, payload: bytes = b"", *, limit_seconds: float, what: str
+    ) -> tuple[bytes, tuple[int, ...]]:
+        """`process.GuestConnection.request`."""
+        if kind is Kind.PAUSE:
+            self.paused = True  # perhaps, even if its answer never comes
+        answer = await self.connection.request(kind, payload, limit_seconds=limit_seconds, what=what)
+        if kind is Kind.RUN:
+            self.paused = False
+        return answer
 
 
 class ProcessHub:
@@ -77,11 +93,15 @@ class ProcessHub:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.to_thread(Path(self._config.socket).unlink, missing_ok=True)
 
-    async def wait_connected(self, limit_seconds: float) -> Resident:
-        """The guest, waited for.  Raises TimeoutExceededError."""
+    async def wait_connected(self, limit_seconds: float, *, pid: int | None = None) -> Resident:
+        """Wait for the guest (for the one with this pid).  Raises TimeoutExceededError."""
+
+        def here() -> bool:
+            return self.resident is not None and pid in (None, self.resident.connection.pid)
+
         try:
             async with asyncio.timeout(limit_seconds), self._changed:
-                await self._changed.wait_for(lambda: self.resident is not None)
+                await self._changed.wait_for(here)
         except TimeoutError:
             raise TimeoutExceededError(
                 f"guest {self.name}: waited {limit_seconds:g} s for it to connect to {self._config.socket}"
@@ -198,7 +218,8 @@ class ProcessHub:
             tuple(Region(r.name, r.size_bytes, page) for r, page in zip(hello.regions, pages, strict=True)),
             tuple(fds) if fds else presented,
             addresses,
-            bool(hello.flags & HELLO_DIRECT_IO),
+            direct_io=bool(hello.flags & HELLO_DIRECT_IO),
+            paused=bool(hello.flags & HELLO_PAUSED),
         )
 
 
@@ -231,7 +252,16 @@ class ProcessSource(SourceGuest):
         self._uffd = -1
 
     async def open(self) -> SourceMemory:
-        self._resident = resident = self._hub.require()
+        resident = self._hub.require()
+        if resident.paused:
+            raise GuestRefusedError(
+                f"guest {self.name} is paused: an earlier migration stopped it, and it may run elsewhere",
+                code="guest-not-movable",
+                hint="if it runs nowhere else, restart the source agent: it resumes a guest that was not handed over",
+            )
+        self._resident = (
+            resident  # not earlier: a roll-back of this migration must not run a guest that it never stopped
+        )
         pid = resident.connection.pid
         self._process = PidHandle.attach(pid)
         keys = frozenset(file_key(fd) for fd in resident.memory_fds)
@@ -265,7 +295,7 @@ class ProcessSource(SourceGuest):
             raise GuestError(f"guest {self.name} is not open", code="guest-not-open")
         limit = self._timeouts.guest_command if limit_seconds is None else limit_seconds
         payload = bytes(4) if kind is Kind.UFFD else b""
-        return await self._resident.connection.request(kind, payload, limit_seconds=limit, what=what)
+        return await self._resident.ask(kind, payload, limit_seconds=limit, what=what)
 
     async def tracking_uffd(self) -> int:
         if self._uffd < 0:
@@ -323,9 +353,6 @@ class ProcessSource(SourceGuest):
         await self.resume()
 
     async def adopt(self, pid: int, memento: Memento) -> None:
-        resident = self._hub.resident
-        if resident is not None and resident.connection.pid == pid:
-            self._resident = resident
         with contextlib.suppress(GuestError):  # it has ended
             self._process = PidHandle.attach(pid, started=int(memento.get("started", 0)))
 
@@ -333,6 +360,8 @@ class ProcessSource(SourceGuest):
         if self._process is None or self._process.poll() is not None:
             return
         with contextlib.suppress(GuestError, TimeoutExceededError):
+            # After a restart of the agent it connects by itself, some time after `adopt`.
+            self._resident = await self._hub.wait_connected(self._timeouts.guest_command, pid=self._process.pid)
             await self._ask(Kind.END, "it to end")
         try:
             await self._process.wait(self._timeouts.release)

@@ -380,3 +380,65 @@ async def test_a_guest_of_two_regions_moves_on_from_where_it_arrived(short: Path
         if guest is not None:
             guest.end()
         await console.close()
+
+
+async def test_a_guest_that_was_paused_and_not_resumed_is_not_moved_a_second_time(
+    short: Path, program: list[str]
+) -> None:
+    """After COMMIT it may run elsewhere: to move what is left of it here would make it run twice."""
+    table: dict[str, Any] = {"driver": "process", "socket": str(short / "p.sock"), "page_size": "4K"}
+    guest = Guest(program, short / "p.sock", short / "con")
+    console = GuestConsole()
+    try:
+        async with ProcessHub("p", table, short, Timeouts()) as hub:
+            await hub.wait_connected(LIMIT)
+            await console.attach(short / "con")
+            await console.stats(LIMIT)
+            source = ProcessSource("p", hub)
+            await source.open()
+            await source.pause(Pipe())
+            memento = source.memento()
+            await source.close()
+            await refused_as_paused(hub)
+        async with ProcessHub("p", table, short, Timeouts()) as hub:  # the agent was restarted
+            await hub.wait_connected(LIMIT)
+            await refused_as_paused(hub)
+            reclaimed = ProcessSource("p", hub)
+            await reclaimed.reclaim(memento)
+            await reclaimed.close()
+            again = ProcessSource("p", hub)
+            await again.open()
+            await again.close()
+    finally:
+        guest.end()
+        await console.close()
+
+
+async def refused_as_paused(hub: ProcessHub) -> None:
+    source = ProcessSource("p", hub)
+    with pytest.raises(GuestRefusedError) as caught:
+        await source.open()
+    assert caught.value.code == "guest-not-movable"
+    await source.close()
+
+
+async def test_a_guest_left_by_an_agent_that_was_restarted_is_asked_to_end(short: Path, program: list[str]) -> None:
+    """It connects some time after the restart; it ends by itself then, rather than by SIGKILL."""
+    table: dict[str, Any] = {"driver": "process", "socket": str(short / "p.sock"), "page_size": "4K"}
+    guest = Guest(program, short / "p.sock", short / "con")
+    timeouts = Timeouts(release=LIMIT)
+    try:
+        async with ProcessHub("p", table, short, timeouts) as hub:
+            await hub.wait_connected(LIMIT)
+            source = ProcessSource("p", hub)
+            pid = (await source.open()).pid
+            memento = source.memento()
+            await source.close()
+        async with ProcessHub("p", table, short, timeouts) as hub:
+            source = ProcessSource("p", hub)
+            await source.adopt(pid, memento)
+            await source.release()
+            await source.close()
+        assert guest.process.wait(timeout=LIMIT) == 0
+    finally:
+        guest.end()
