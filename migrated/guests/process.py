@@ -10,6 +10,7 @@ import contextlib
 import os
 import select
 import socket
+import stat
 import struct
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -75,17 +76,10 @@ def decode_config(name: str, table: dict[str, Any], kind: type[C]) -> C:
 
 
 def listen(path: str) -> socket.socket:
-    """A Unix socket for guests, in place of a dead one.  Raises GuestError."""
+    """Listen on a Unix socket for guests, in place of a dead one.  Raises GuestError."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            try:
-                probe.connect(path)
-            except (FileNotFoundError, ConnectionRefusedError):
-                with contextlib.suppress(FileNotFoundError):
-                    Path(path).unlink()
-            else:
-                raise GuestError(f"{path}: another agent listens there", code="socket-in-use")
+        _remove_dead_socket(path)
         sock.bind(path)
         Path(path).chmod(0o600)
         sock.listen(8)
@@ -96,6 +90,31 @@ def listen(path: str) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+def _remove_dead_socket(path: str) -> None:
+    """Remove a socket that nobody listens on.  Raises GuestError, OSError; a file of another kind is left alone."""
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise GuestError(
+                f"cannot listen on {path}: it exists and is not a socket",
+                code="guest-socket",
+                hint="remove it, or give this guest another path in the configuration",
+            )
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        try:
+            probe.connect(path)
+        except (FileNotFoundError, ConnectionRefusedError):
+            Path(path).unlink(missing_ok=True)
+            return
+        except BlockingIOError:  # its backlog is full
+            pass
+    raise GuestError(f"{path}: another agent listens there", code="socket-in-use")
+
+
+def _close_all(fds: tuple[int, ...]) -> None:
+    for fd in fds:
+        os.close(fd)
 
 
 class GuestConnection:
@@ -140,8 +159,7 @@ class GuestConnection:
         try:
             return Hello.decode(payload), fds
         except WireError as error:
-            for fd in fds:
-                os.close(fd)
+            _close_all(fds)
             raise GuestError(f"guest {self.name}: {error}", code="guest-protocol") from None
 
     async def request(
@@ -154,10 +172,11 @@ class GuestConnection:
         try:
             async with asyncio.timeout(limit_seconds):
                 await self.send(kind, payload, fds=fds, sequence=sequence)
-        except TimeoutError:
+        except BaseException as error:
             self._waiting.pop(sequence).cancel()
-            self._lose("it does not read")  # half a message may be out
-            raise TimeoutExceededError(f"guest {self.name}: waited {limit_seconds:g} s for {what}") from None
+            if isinstance(error, TimeoutError):
+                raise TimeoutExceededError(f"guest {self.name}: waited {limit_seconds:g} s for {what}") from None
+            raise
         return await self._answer(sequence, limit_seconds, what)
 
     async def send(self, kind: Kind, payload: bytes = b"", *, fds: tuple[int, ...] = (), sequence: int = 0) -> None:
@@ -172,6 +191,9 @@ class GuestConnection:
             except OSError as error:
                 self._lose(error.strerror or str(error))
                 raise self._lost() from error
+            except asyncio.CancelledError:
+                self._lose("it does not read")  # half a message may be out
+                raise
 
     async def _answer(self, sequence: int, limit_seconds: float, what: str) -> tuple[bytes, tuple[int, ...]]:
         answer = self._waiting[sequence]
@@ -179,7 +201,12 @@ class GuestConnection:
             raise self._lost()
         try:
             async with asyncio.timeout(limit_seconds):
-                return await answer
+                try:
+                    return await answer
+                except asyncio.CancelledError:
+                    if answer.done() and not answer.cancelled() and answer.exception() is None:
+                        _close_all(answer.result()[1])  # it came at the same time, and nobody takes it any more
+                    raise
         except TimeoutError:
             raise TimeoutExceededError(
                 f"guest {self.name} (process {self.pid}): waited {limit_seconds:g} s for {what}",
@@ -211,6 +238,7 @@ class GuestConnection:
             header = Header.parse(bytes(self._buffer[: HEADER.size]))
             end = HEADER.size + header.payload_bytes
             if len(self._buffer) < end:
+                self._refuse_descriptors_beyond(header.descriptors)
                 return
             payload = bytes(self._buffer[HEADER.size : end])
             del self._buffer[:end]
@@ -220,15 +248,23 @@ class GuestConnection:
             del self._fds[: header.descriptors]
             answer = self._waiting.get(header.sequence)
             if answer is None or answer.done() or (header.kind is Kind.HELLO) != (header.sequence == 0):
-                for fd in fds:  # nobody waits for it any more
-                    os.close(fd)
+                _close_all(fds)  # nobody waits for it any more
             elif header.kind is Kind.FAIL:
+                _close_all(fds)
                 text = payload.decode(errors="replace")[:500]
                 answer.set_exception(GuestError(f"guest {self.name} says: {text}"))
             elif header.kind in (Kind.REPLY, Kind.HELLO):
                 answer.set_result((payload, fds))
             else:
+                _close_all(fds)
                 raise WireError(f"a {header.kind.name}, which only an agent may send")
+        # They come with the first byte of their message: without one there is nothing they could belong to.
+        self._refuse_descriptors_beyond(MAX_REGIONS if self._buffer else 0)
+
+    def _refuse_descriptors_beyond(self, announced: int) -> None:
+        """Raises WireError: a guest must not fill the agent's descriptor table."""
+        if len(self._fds) > announced:
+            raise WireError(f"{len(self._fds)} descriptors where its message announces {announced}")
 
     def _lost(self) -> GuestError:
         why = self.closed.result() if self.closed.done() else "closed"

@@ -38,6 +38,12 @@ from migrated.memory import memfd
 from migrated.memory.maps import areas, file_key, mapped_elsewhere
 from migrated.memory.native import uffd_api
 
+#: After a failure to listen, or to accept.
+LISTEN_AGAIN_SECONDS = 5.0
+ACCEPT_AGAIN_SECONDS = 0.1
+#: One guest needs one connection, and a second for a moment when it is started again.
+MAX_CONNECTIONS = 8
+
 _log = structlog.get_logger(__name__)
 
 
@@ -79,9 +85,12 @@ class ProcessHub:
         self._run_dir = run_dir
         self._tasks: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Condition()
+        self._settling = asyncio.Lock()
+        self._listening = False
+        self._problem = ""  # why nobody can connect
 
     async def __aenter__(self) -> Self:
-        listener = process.listen(self._config.socket)
+        listener = self._listen()
         self._spawn(self._accept(listener))
         return self
 
@@ -91,7 +100,8 @@ class ProcessHub:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.to_thread(Path(self._config.socket).unlink, missing_ok=True)
+        if self._listening:
+            await asyncio.to_thread(Path(self._config.socket).unlink, missing_ok=True)
 
     async def wait_connected(self, limit_seconds: float, *, pid: int | None = None) -> Resident:
         """Wait for the guest (for the one with this pid).  Raises TimeoutExceededError."""
@@ -114,7 +124,7 @@ class ProcessHub:
         """The guest.  Raises GuestError ``guest-not-connected``."""
         if self.resident is None or not self.resident.connection.alive:
             raise GuestError(
-                f"guest {self.name} is not connected",
+                f"guest {self.name} is not connected" + (f": {self._problem}" if self._problem else ""),
                 code="guest-not-connected",
                 hint=f"start it with MIGRATED_SOCKET={self._config.socket} in its environment",
             )
@@ -125,11 +135,36 @@ class ProcessHub:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _accept(self, listener: socket.socket) -> None:
+    def _listen(self) -> socket.socket | None:
+        """None where it cannot: this guest cannot connect then, which is no reason to leave the other guests alone."""
+        try:
+            listener = process.listen(self._config.socket)
+        except GuestError as error:
+            if self._problem != error.message:
+                _log.error("guests cannot connect", guest=self.name, reason=error.message, hint=error.hint)
+            self._problem = error.message
+            return None
+        self._problem = ""
+        self._listening = True
+        return listener
+
+    async def _accept(self, listener: socket.socket | None) -> None:
         loop = asyncio.get_running_loop()
+        while listener is None:
+            await asyncio.sleep(LISTEN_AGAIN_SECONDS)
+            listener = self._listen()
         with listener:
             while True:
-                sock, _ = await loop.sock_accept(listener)
+                try:
+                    sock, _ = await loop.sock_accept(listener)
+                except OSError as error:  # out of descriptors, or the guest has gone already
+                    _log.warning("accept failed", guest=self.name, error=str(error))
+                    await asyncio.sleep(ACCEPT_AGAIN_SECONDS)
+                    continue
+                if len(self._tasks) > MAX_CONNECTIONS:  # one of them is this one
+                    _log.warning("too many connections", guest=self.name)
+                    sock.close()
+                    continue
                 self._spawn(self._serve(process.GuestConnection(self.name, sock)))
 
     async def _serve(self, connection: process.GuestConnection) -> None:
@@ -137,10 +172,11 @@ class ProcessHub:
         fds: tuple[int, ...] = ()
         try:
             hello, fds = await connection.hello(self.timeouts.guest_command)
-            await self._forget_former()
-            if self.resident is not None:
-                raise GuestRefusedError(f"guest {self.name} is connected already", code="guest-connected")
-            self.resident = resident = await self._settle(connection, hello, fds)
+            async with self._settling:  # two that connect at the same time must not both find the place free
+                await self._forget_former()
+                if self.resident is not None:
+                    raise GuestRefusedError(f"guest {self.name} is connected already", code="guest-connected")
+                self.resident = resident = await self._settle(connection, hello, fds)
             fds = resident.memory_fds
             async with self._changed:
                 self._changed.notify_all()
