@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from migrated.errors import ConfigError
+from migrated.guests import guest_log
 from migrated.units import parse_size
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ class Residents:
                 (self._config.state_dir / "guests" / name).rmdir()
 
     async def __aenter__(self) -> Self:
+        await self._stack.enter_async_context(guest_log.kept_short(self._config.state_dir / "guests"))
         if self._config.role == "source":
             for name, table in self._config.guests.items():
                 if table["driver"] == "process":

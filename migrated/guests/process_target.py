@@ -15,7 +15,7 @@ from pathlib import Path
 
 from migrated.config import Timeouts
 from migrated.errors import GuestError, GuestRefusedError, TimeoutExceededError
-from migrated.guests import process
+from migrated.guests import guest_log, process
 from migrated.guests.driver import (
     Description,
     FaultSource,
@@ -139,9 +139,7 @@ class ProcessTarget(TargetGuest):
         return connection, hello
 
     def _fail_start(self, died: asyncio.Future[str], limit: float) -> None:
-        tail = ""
-        with contextlib.suppress(OSError):
-            tail = self._log.read_text(errors="replace").strip()[-500:]
+        tail = guest_log.tail(self._log, 500)
         if died.done():
             raise GuestError(
                 f"guest {self.name}: its program {died.result()} before it connected: {tail or 'it said nothing'}",
