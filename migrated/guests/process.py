@@ -16,12 +16,17 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import msgspec
+import structlog
 
 from migrated.errors import ConfigError, GuestError, TimeoutExceededError
 from migrated.guests.process_wire import HEADER, MAX_REGIONS, Header, Hello, Kind, WireError, message
 
+#: After a failure to accept.
+ACCEPT_AGAIN_SECONDS = 0.1
 _RECEIVE_BYTES = 256 << 10
 _PEER = struct.Struct("3i")
+
+_log = structlog.get_logger(__name__)
 
 
 class ProcessSourceConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -110,6 +115,18 @@ def _remove_dead_socket(path: str) -> None:
         except BlockingIOError:  # its backlog is full
             pass
     raise GuestError(f"{path}: another agent listens there", code="socket-in-use")
+
+
+async def accept(listener: socket.socket, name: str) -> socket.socket:
+    """Wait for the next connection to guest ``name``'s socket, however often accepting fails meanwhile."""
+    while True:
+        try:
+            sock, _ = await asyncio.get_running_loop().sock_accept(listener)
+        except OSError as error:  # out of descriptors, or the guest has gone already
+            _log.warning("accept failed", guest=name, error=str(error))
+            await asyncio.sleep(ACCEPT_AGAIN_SECONDS)
+        else:
+            return sock
 
 
 def _close_all(fds: tuple[int, ...]) -> None:

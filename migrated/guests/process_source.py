@@ -38,9 +38,8 @@ from migrated.memory import memfd
 from migrated.memory.maps import areas, file_key, mapped_elsewhere
 from migrated.memory.native import uffd_api
 
-#: After a failure to listen, or to accept.
+#: After a failure to listen.
 LISTEN_AGAIN_SECONDS = 5.0
-ACCEPT_AGAIN_SECONDS = 0.1
 #: One guest needs one connection, and a second for a moment when it is started again.
 MAX_CONNECTIONS = 8
 
@@ -149,18 +148,12 @@ class ProcessHub:
         return listener
 
     async def _accept(self, listener: socket.socket | None) -> None:
-        loop = asyncio.get_running_loop()
         while listener is None:
             await asyncio.sleep(LISTEN_AGAIN_SECONDS)
             listener = self._listen()
         with listener:
             while True:
-                try:
-                    sock, _ = await loop.sock_accept(listener)
-                except OSError as error:  # out of descriptors, or the guest has gone already
-                    _log.warning("accept failed", guest=self.name, error=str(error))
-                    await asyncio.sleep(ACCEPT_AGAIN_SECONDS)
-                    continue
+                sock = await process.accept(listener, self.name)
                 if len(self._tasks) > MAX_CONNECTIONS:  # one of them is this one
                     _log.warning("too many connections", guest=self.name)
                     sock.close()

@@ -13,8 +13,10 @@ import shutil
 import socket
 from pathlib import Path
 
+import structlog
+
 from migrated.config import Timeouts
-from migrated.errors import GuestError, GuestRefusedError, TimeoutExceededError
+from migrated.errors import GuestError, GuestRefusedError, MigratedError, TimeoutExceededError
 from migrated.guests import guest_log, process
 from migrated.guests.driver import (
     Description,
@@ -40,6 +42,8 @@ from migrated.memory.maps import find_mappings
 from migrated.memory.native import uffd_api, uffd_register
 from migrated.waiting import within
 
+_log = structlog.get_logger(__name__)
+
 
 class ProcessTarget(TargetGuest):
     """See `TargetGuest`."""
@@ -52,8 +56,9 @@ class ProcessTarget(TargetGuest):
         self._log = run_dir / "guest.log"
         self._process: PidHandle | None = None
         self._connection: process.GuestConnection | None = None
+        self._regions = 0
         self._uffd = -1
-        self._return: asyncio.Task[None] | None = None  # of a guest whose agent was restarted
+        self._return: asyncio.Task[process.GuestConnection] | None = None  # waits for a guest that connects again
 
     async def check(self, regions: tuple[Region, ...], description: Description) -> None:
         del regions, description  # what the guest wants it says itself, when it is started
@@ -65,6 +70,7 @@ class ProcessTarget(TargetGuest):
             )
 
     async def start(self, memory: tuple[TargetMemory, ...]) -> FaultSource:
+        self._regions = len(memory)
         connection, hello = await self._launch()
         self._refuse_differences(hello, memory)
         given = {item.region.name: (index, item) for index, item in enumerate(memory)}
@@ -115,28 +121,39 @@ class ProcessTarget(TargetGuest):
             self._process = PidHandle.spawn(
                 ["/usr/bin/env", f"MIGRATED_SOCKET={self._socket}", *self._config.command], pass_fds=(), log=self._log
             )
-            loop = asyncio.get_running_loop()
             limit = self._timeouts.guest_start
-            accept = asyncio.ensure_future(loop.sock_accept(listener))
+            accept = asyncio.ensure_future(self._accept(listener, self._process.pid))
             died = asyncio.ensure_future(self._process.died())
             try:
                 await asyncio.wait({accept, died}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
                 if not accept.done():
                     self._fail_start(died, limit)
-                sock, _ = accept.result()
             finally:
                 for task in (accept, died):
                     task.cancel()
                 await asyncio.gather(accept, died, return_exceptions=True)
+                if not accept.cancelled():
+                    self._connection = accept.result()  # also when we were cancelled: `close` closes it
+            connection = accept.result()
         finally:
             listener.close()
             with contextlib.suppress(FileNotFoundError):
                 self._socket.unlink()
-        self._connection = connection = process.GuestConnection(self.name, sock)
         hello, fds = await connection.hello(self._timeouts.guest_command)
         for fd in fds:
             os.close(fd)
         return connection, hello
+
+    async def _accept(self, listener: socket.socket, pid: int) -> process.GuestConnection:
+        """The connection of our process: what an earlier agent left may still try to connect to the same socket."""
+        while True:
+            connection = process.GuestConnection(self.name, await process.accept(listener, self.name))
+            if connection.pid == pid:
+                return connection
+            _log.warning(
+                "a stranger connected to the guest's socket", guest=self.name, pid=connection.pid, expected=pid
+            )
+            connection.close()
 
     def _fail_start(self, died: asyncio.Future[str], limit: float) -> None:
         tail = guest_log.tail(self._log, 500)
@@ -147,8 +164,9 @@ class ProcessTarget(TargetGuest):
                 hint=f"its output is in {self._log}",
             )
         raise TimeoutExceededError(
-            f"guest {self.name}: waited {limit:g} s for it to connect to {self._socket}",
-            hint=f"does it use MIGRATED_SOCKET?  Its output is in {self._log}",
+            f"guest {self.name}: waited {limit:g} s for it to connect to {self._socket}"
+            + (tail and f"; it said: {tail}"),
+            hint=f"does it use MIGRATED_SOCKET, in the very process that was started?  Its output is in {self._log}",
         )
 
     def _refuse_differences(self, hello: Hello, memory: tuple[TargetMemory, ...]) -> None:
@@ -174,15 +192,23 @@ class ProcessTarget(TargetGuest):
                     hint="start the guest with the same size on both hosts",
                 )
 
-    async def _guest(self, limit_seconds: float | None = None) -> process.GuestConnection:
-        """The connection; after `adopt` it is waited for, since the guest comes back by itself."""
-        if self._return is not None:
-            limit = self._timeouts.guest_command if limit_seconds is None else limit_seconds
-            async with within(limit, "it to connect again", who=f"guest {self.name}"):
-                await asyncio.shield(self._return)
-        if self._connection is None:
+    async def _guest(self) -> process.GuestConnection:
+        """The connection.  After `adopt`, or when it broke, it is waited for: the guest connects again by itself."""
+        if self._process is None:
             raise GuestError(f"guest {self.name} is not started", code="guest-not-open")
-        return self._connection
+        if self._connection is not None and self._connection.alive:
+            return self._connection
+        if (end := self._process.poll()) is not None:
+            raise GuestError(f"guest {self.name}: its process {self._process.pid} {end}", code="guest-gone")
+        if self._return is None or self._return.done():
+            self._return = self._wait_for_return(self._process.pid)
+        async with within(self._timeouts.guest_command, "it to connect again", who=f"guest {self.name}"):
+            return await asyncio.shield(self._return)
+
+    def _wait_for_return(self, pid: int) -> asyncio.Task[process.GuestConnection]:
+        task = asyncio.ensure_future(self._take_back(process.listen(str(self._socket)), pid))
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return task
 
     async def load_state(self, channel: StateChannel) -> None:
         state = bytearray()
@@ -221,23 +247,36 @@ class ProcessTarget(TargetGuest):
         if not all(found):
             raise GuestError(f"guest {self.name}: process {pid} does not map its memory", code="guest-gone")
         self._uffd = uffd
-        self._return = asyncio.ensure_future(self._take_back(process.listen(str(self._socket)), len(memory)))
-        self._return.add_done_callback(lambda task: task.cancelled() or task.exception())
+        self._regions = len(memory)
+        self._return = self._wait_for_return(pid)
         return FaultSource(pid=pid, uffd=uffd, mappings=tuple(mapping for part in found for mapping in part))
 
-    async def _take_back(self, listener: socket.socket, regions: int) -> None:
-        """The guest connects again as soon as none of its pages keeps it from doing so."""
+    async def _take_back(self, listener: socket.socket, pid: int) -> process.GuestConnection:
+        """The guest connects again as soon as none of its pages keeps it from doing so.  What fails is tried again."""
         try:
-            sock, _ = await asyncio.get_running_loop().sock_accept(listener)
+            while True:
+                connection = await self._accept(listener, pid)
+                try:
+                    await self._greet(connection)
+                except MigratedError as error:
+                    _log.warning("a guest that connected again was lost", guest=self.name, reason=error.message)
+                    connection.close()
+                except BaseException:
+                    connection.close()
+                    raise
+                else:
+                    self._connection = connection
+                    return connection
         finally:
             listener.close()
             self._socket.unlink(missing_ok=True)
-        self._connection = connection = process.GuestConnection(self.name, sock)
+
+    async def _greet(self, connection: process.GuestConnection) -> None:
         limit = self._timeouts.guest_command
         _, fds = await connection.hello(limit)
         for fd in fds:
             os.close(fd)
-        pages = encode_memory(tuple(0 for _ in range(regions)), incoming=True)
+        pages = encode_memory(tuple(0 for _ in range(self._regions)), incoming=True)
         await connection.request(Kind.MEMORY, pages, limit_seconds=limit, what="it to go on with its memory")
 
     async def close(self) -> None:

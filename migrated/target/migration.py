@@ -55,7 +55,7 @@ from migrated.target.memory import GuestMemory
 from migrated.target.reconnect import Reconnect
 from migrated.target.rollback import Rollback
 from migrated.target.stage import JournalledStage
-from migrated.waiting import in_thread, within
+from migrated.waiting import in_thread
 
 if TYPE_CHECKING:
     from migrated.config import AgentConfig
@@ -157,8 +157,7 @@ class TargetMigration(Migration):
         await memory.allocate(regions, self._page_bytes, reserve=self._reserve)
         self.record.page_size = max(memory.page_bytes)
         engine = self._make_engine(recover=False)
-        async with within(self._timeouts.guest_start, f"the incoming process of {hello.guest} to start"):
-            faults = await self._guest.start(memory.pieces)
+        faults = await self._guest.start(memory.pieces)  # its own limit: it can say what the guest wrote meanwhile
         # Should we die from here on, the next agent finds the guest, its memory and its faults.
         await self._survival.hold([faults.uffd, *memory.fds])
         entry = self._stage.entry

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from migrated.config import Timeouts
 from migrated.demo.pair import AgentPair
@@ -442,3 +445,90 @@ async def test_a_guest_left_by_an_agent_that_was_restarted_is_asked_to_end(short
         assert guest.process.wait(timeout=LIMIT) == 0
     finally:
         guest.end()
+
+
+async def test_a_program_that_never_connects_is_told_with_its_words(short: Path, python: str) -> None:
+    """On the source, where the operator is: the limit of the driver is met before any other."""
+    words = "waiting for a licence server"
+    pair = AgentPair(
+        short,
+        source_guests={"p": {"driver": "process", "socket": str(short / "p.sock"), "page_size": "4K"}},
+        target_guests={"p": {"driver": "process", "command": ["sh", "-c", f"echo {words}; exec sleep 600"]}},
+        extra={"timeouts": {"guest_start": 1.0}},
+    )
+    console = GuestConsole()
+    guest = None
+    try:
+        async with pair:
+            guest = Guest([python, "-m", "migrated.guests.example"], short / "p.sock", short / "con")
+            await console.attach(short / "con")
+            await console.stats(LIMIT)
+            record = await pair.migrate("p")
+            assert record["state"] == "failed"
+            assert words in record["error"]["message"]
+    finally:
+        if guest is not None:
+            guest.end()
+        await console.close()
+
+
+async def test_only_the_program_that_was_started_is_taken_for_the_guest(short: Path, python: str) -> None:
+    """What an earlier agent left may still try to connect to the same socket."""
+    example = f"{python} -m migrated.guests.example --size {SIZE // MIB} --console {short / 'con'}"
+    wait = f"while [ ! -e {short / 'go'} ]; do sleep 0.01; done"
+    target = ProcessTarget("p", ProcessTargetConfig(command=["sh", "-c", f"{wait}; exec {example}"]), short, Timeouts())
+    stranger = Guest([python, "-m", "migrated.guests.example"], short / "guest.sock", short / "con2")
+    fd = memfd.allocate(SIZE, 4096, "ram")
+    try:
+        with capture_logs() as logs:
+            starting = asyncio.ensure_future(target.start((TargetMemory(Region("ram", SIZE, 4096), fd),)))
+            async with asyncio.timeout(LIMIT):
+                while not starting.done() and not any("stranger" in entry["event"] for entry in logs):  # noqa: ASYNC110 - a log line is no event
+                    await asyncio.sleep(0.01)
+        (short / "go").touch()
+        faults = await asyncio.wait_for(starting, LIMIT)
+        assert faults.pid != stranger.process.pid
+    finally:
+        stranger.end()
+        await target.kill()
+        await target.close()
+        os.close(fd)
+
+
+async def test_an_incoming_guest_is_found_again_after_its_connection_broke(
+    short: Path, python: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever its first attempt meets: after COMMIT there is nobody else who could make it run."""
+    command = [python, "-m", "migrated.guests.example", "--size", str(SIZE // MIB), "--console", str(short / "con")]
+    config = ProcessTargetConfig(command=command)
+    fd = memfd.allocate(SIZE, 4096, "ram")
+    memory = (TargetMemory(Region("ram", SIZE, 4096), fd),)
+    first = ProcessTarget("p", config, short, Timeouts())
+    faults = await first.start(memory)
+    uffd, memento = os.dup(faults.uffd), first.memento()
+    await first.close()
+    accept = socket.socket.accept
+    failed: list[int] = []
+
+    def scarce(sock: socket.socket) -> Any:
+        if not failed:
+            failed.append(errno.EMFILE)
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return accept(sock)
+
+    monkeypatch.setattr(socket.socket, "accept", scarce)
+    second = ProcessTarget("p", config, short, Timeouts())
+    try:
+        await second.adopt(faults.pid, uffd, memory, memento)
+        pipe = Pipe()
+        await pipe.write(bytes(32 + 4 * SIZE // 4096))
+        await pipe.close_write()
+        await asyncio.wait_for(second.load_state(pipe), LIMIT)
+        assert failed
+        assert second._connection is not None
+        second._connection.close()
+        await asyncio.wait_for(second.resume(), LIMIT)
+    finally:
+        await second.kill()
+        await second.close()
+        os.close(fd)
