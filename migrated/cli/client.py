@@ -37,7 +37,22 @@ class MigrationList(msgspec.Struct):
 def default_agent() -> str:
     """Find the control socket of the source on this host if there is one, else of the target."""
     source, target = (STATE_DIRECTORY / role / CONTROL_SOCKET_NAME for role in ("source", "target"))
-    return str(source if source.exists() or not target.exists() else target)
+    return str(source if _may_exist(source) or not _may_exist(target) else target)
+
+
+def _may_exist(path: Path) -> bool:
+    """Whether it exists, or is hidden from this user: then the attempt to connect says so, with its hint."""
+    try:
+        return path.exists()
+    except PermissionError:
+        return True
+
+
+def _is_directory(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except PermissionError:
+        return False
 
 
 class Client:
@@ -58,7 +73,7 @@ class Client:
             self._socket = None
         else:
             path = Path(self.agent)
-            self._socket = path / CONTROL_SOCKET_NAME if path.is_dir() else path
+            self._socket = path / CONTROL_SOCKET_NAME if _is_directory(path) else path
             self._base = "http://agent"
 
     async def __aenter__(self) -> Self:

@@ -48,15 +48,22 @@ def exit_code_of_record(record: Record) -> int:
     return {State.FAILED: FAILED, State.ABORTED: ABORTED}.get(record.state, DONE)
 
 
+def printable(text: str) -> str:
+    """Escape what a terminal would obey: error messages quote QEMU and guests."""
+    return "".join(
+        sign if sign.isprintable() or sign in "\n\t" else sign.encode("unicode_escape").decode() for sign in text
+    )
+
+
 def tell(error: BaseException, *, as_json: bool) -> None:
     """Write ``error: …`` and its hint to stderr, and the error object to stdout where the output is JSON."""
     if isinstance(error, click.ClickException):
         info: dict[str, Any] = {"code": "usage", "message": error.format_message(), "hint": _usage_hint(error)}
     else:
         info = hinted(error)
-    print(f"error: {info['message']}", file=sys.stderr)
+    print(f"error: {printable(info['message'])}", file=sys.stderr)
     if info.get("hint"):
-        print(f"  hint: {info['hint']}", file=sys.stderr)
+        print(f"  hint: {printable(info['hint'])}", file=sys.stderr)
     if as_json:
         print(json.dumps({"error": {key: value for key, value in info.items() if key != "state" or value}}))
 

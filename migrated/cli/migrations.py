@@ -320,8 +320,9 @@ async def abandon(client: Client, *, id: str, confirm: str | None, as_json: bool
 def format_loss(record: Record) -> str:
     """Say what `abandon` would destroy."""
     since = units.format_duration(max(0.0, time.time() - record.timeline[-1].at)) if record.timeline else "unknown"
-    lost = f"{record.stale_pages} pages of {units.format_size(record.page_size)}"
-    return f"Guest {record.guest} is {record.state.value} (for {since}) and lacks {lost}: they would be lost."
+    # Not stale_pages, which is the number at the switch-over: much of that has arrived since.
+    lost = f"{units.format_size(record.remaining_bytes)} of its {units.format_size(record.total_bytes)} of memory"
+    return f"Guest {record.guest} is {record.state.value} (for {since}) and lacks {lost}: that would be lost."
 
 
 def _done(record: Record, *, as_json: bool, word: str) -> int:

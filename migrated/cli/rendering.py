@@ -12,6 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from migrated.cli.failure import printable
 from migrated.record import Record, State
 from migrated.units import format_duration, format_rate, format_size
 
@@ -39,8 +40,8 @@ def plain_table(*columns: str) -> Table:
 
 
 def literal(text: str) -> Text:
-    """Text in which rich is to see no markup."""
-    return Text(text)
+    """Text in which rich sees no markup and the terminal no control sequences."""
+    return Text(printable(text))
 
 
 def state_text(record: Record) -> Text:
@@ -119,9 +120,9 @@ def summary(record: Record) -> Table:
     for name, value in _figures(record):
         table.add_row(name, value)
     if record.error is not None:
-        table.add_row("error", f"{record.error.message} [{record.error.code}]", style="red")
+        table.add_row("error", literal(f"{record.error.message} [{record.error.code}]"), style="red")
         if record.error.hint:
-            table.add_row("hint", record.error.hint)
+            table.add_row("hint", literal(record.error.hint))
     if record.timeline:
         steps = (
             f"{step.state.value} +{format_duration(max(0.0, step.at - record.started_at))}" for step in record.timeline

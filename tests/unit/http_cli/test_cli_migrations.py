@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import os
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from migrated.agent import StartRequest
-from migrated.record import State
+from migrated.cli import client, failure, rendering
+from migrated.cli.migrations import format_loss
+from migrated.errors import HostError, MigratedError
+from migrated.record import ErrorInfo, Record, State
 from tests.unit.http_cli.served import Served
 
 pytest_plugins = ["tests.unit.http_cli.served_fixtures"]
@@ -84,6 +91,22 @@ async def test_verbs(source: Served) -> None:
     await agent.start(StartRequest(guest="vm1", to="b:1"))
     assert (await source.cli("abort", "vm1"))[0] == 0
     assert agent.all[-1].state is State.ABORTED
+
+
+def test_abandon_says_how_much_would_be_lost() -> None:
+    """What is missing now: not what was stale at the switch-over, of which a restarted agent knows nothing."""
+    record = Record(
+        id="0" * 12,
+        guest="vm1",
+        role="target",
+        mode="hybrid",
+        state=State.POSTCOPY_PAUSED,
+        page_size=2 << 20,
+        total_bytes=1 << 30,
+        remaining_bytes=14 << 20,
+        stale_pages=0,
+    )
+    assert "14 MiB of its 1 GiB" in format_loss(record)
 
 
 async def test_abandon_is_asked_twice(source: Served) -> None:
@@ -207,3 +230,59 @@ async def test_a_reader_that_goes_away_is_no_error(source: Served) -> None:
     )
     out, _ = await process.communicate()
     assert b"Traceback" not in out
+
+
+# ---------------------------------------------------------------- an ordinary user
+
+
+@contextlib.contextmanager
+def hidden(short_dir: Path) -> Iterator[None]:
+    """A state directory that is another user's: root gives up its right to look into every directory."""
+    directory = short_dir / "source"
+    directory.mkdir()
+    (directory / "control.sock").touch()
+    short_dir.chmod(0o755)
+    is_root = os.geteuid() == 0
+    directory.chmod(0o700 if is_root else 0)
+    if is_root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
+        directory.chmod(0o700)
+
+
+@pytest.mark.parametrize("agent", [None, "source", "source/control.sock"])
+async def test_a_user_who_may_not_see_the_control_socket_is_told_to_use_sudo(
+    short_dir: Path, monkeypatch: pytest.MonkeyPatch, agent: str | None
+) -> None:
+    monkeypatch.setattr(client, "STATE_DIRECTORY", short_dir)
+    with hidden(short_dir):
+        async with client.Client(agent and str(short_dir / agent)) as connected:
+            with pytest.raises(HostError, match="permission denied") as caught:
+                await connected.migrations()
+    assert caught.value.code == "no-agent"
+    assert "sudo" in caught.value.hint
+
+
+# ---------------------------------------------------------------- text of others
+
+HOSTILE = "QEMU said: \x1b]0;owned\x07\x1b[2J\u202egone\nsecond line"
+HARMLESS = "QEMU said: \\x1b]0;owned\\x07\\x1b[2J\\u202egone\nsecond line"
+
+
+def test_errors_carry_no_control_sequences_to_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    failure.tell(MigratedError(HOSTILE, hint=HOSTILE), as_json=False)
+    assert capsys.readouterr().err == f"error: {HARMLESS}\n  hint: {HARMLESS}\n"
+
+
+def test_a_summary_carries_no_control_sequences_to_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    record = Record(id="0" * 12, guest="vm1", role="target", mode="hybrid", state=State.FAILED)
+    record.error = ErrorInfo(code="guest-start", message=HOSTILE, hint=HOSTILE)
+    rendering.console().print(rendering.summary(record))
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "\u202e" not in out
+    assert "\\x1b[2J" in out
