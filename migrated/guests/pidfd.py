@@ -20,6 +20,21 @@ from migrated.errors import GuestError, TimeoutExceededError
 _SYS_PIDFD_GETFD = 438  # the same number on every architecture
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
+#: What systemd tells the agent and no guest may use in its name (systemd.exec(5), sd_notify(3), sd_listen_fds(3)).
+_OF_THE_AGENT = (
+    "NOTIFY_SOCKET",
+    "WATCHDOG_",
+    "LISTEN_",
+    "FDSTORE",
+    "MAINPID",
+    "MANAGERPID",
+    "INVOCATION_ID",
+    "JOURNAL_STREAM",
+    "SYSTEMD_EXEC_PID",
+    "CREDENTIALS_DIRECTORY",
+    "MEMORY_PRESSURE_",
+)
+
 #: Children that still ran when their driver was closed: pidfds, kept only to collect their exit status, and the loop that
 #: waits for their end, if one ran.
 _detached: dict[int, asyncio.AbstractEventLoop | None] = {}
@@ -130,7 +145,7 @@ class PidHandle:
             pid = os.posix_spawnp(
                 command[0],
                 list(command),
-                os.environ,
+                {name: value for name, value in os.environ.items() if not name.startswith(_OF_THE_AGENT)},
                 file_actions=actions,
                 setsid=True,
                 setsigmask=[],

@@ -50,6 +50,30 @@ async def test_a_child_that_ended_unseen_leaves_no_zombie(tmp_path: Path, no_des
     await collected(process.pid)
 
 
+def test_a_guest_inherits_nothing_that_is_between_the_agent_and_systemd(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It could send READY and WATCHDOG in the agent's name, or close what the agent keeps."""
+    ours = (
+        "NOTIFY_SOCKET",
+        "WATCHDOG_USEC",
+        "WATCHDOG_PID",
+        "LISTEN_FDS",
+        "FDSTORE",
+        "JOURNAL_STREAM",
+        "INVOCATION_ID",
+    )
+    for name in (*ours, "LANG"):
+        monkeypatch.setenv(name, "1")
+    process = PidHandle.spawn(["env"], pass_fds=[], log=tmp_path / "log")
+    while process.poll() is None:
+        pass
+    process.close()
+    seen = {line.partition("=")[0] for line in (tmp_path / "log").read_text().splitlines()}
+    assert {"LANG", "PATH"} <= seen
+    assert seen.isdisjoint(ours)
+
+
 def test_a_child_whose_loop_has_ended_is_collected_when_the_next_is_started(tmp_path: Path) -> None:
     first = started(tmp_path)
 
