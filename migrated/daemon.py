@@ -14,6 +14,7 @@ import faulthandler
 import fcntl
 import os
 import signal
+import socket
 import stat
 from typing import TYPE_CHECKING, Any, Final
 
@@ -108,7 +109,7 @@ async def serve(settings: AgentConfig, agent: Agent, stop: asyncio.Event) -> Non
                 status=str(settings.status_address or "off"),
                 guests=sorted(settings.guests),
             )
-            _warn_of_plain_text(settings)
+            _warn_of_openness(settings)
             work = asyncio.create_task(agent.run(stop), name="agent")
             telling = asyncio.create_task(_tell_service_manager(agent, stop, work), name="service-manager")
             try:
@@ -193,7 +194,8 @@ async def _sites(settings: AgentConfig, agent: Agent, about: dict[str, Any]) -> 
         await _listen_control(control, settings.control_socket)
         stack.callback(settings.control_socket.unlink, missing_ok=True)
         if (address := settings.status_address) is not None:
-            await _listen_status(await _runner(stack, status_app(agent, about)), address)
+            hosts = {address.host, settings.agent.name, socket.gethostname()}
+            await _listen_status(await _runner(stack, status_app(agent, about, hosts=hosts)), address)
         yield
 
 
@@ -239,12 +241,18 @@ async def _listen_status(runner: web.AppRunner, address: Address) -> None:
         raise HostError(message, code="address", hint=hint) from error
 
 
-def _warn_of_plain_text(settings: AgentConfig) -> None:
+def _warn_of_openness(settings: AgentConfig) -> None:
     if settings.role == "target" and settings.tls.insecure and not settings.listen_address.is_loopback:
         logger.warning(
             "guest memory is accepted unencrypted and from anybody who can connect",
             listen=settings.listen.address,
             hint="use a network of your own, such as WireGuard or a dedicated link",
+        )
+    if settings.status_address is not None and not settings.status_address.is_loopback:
+        logger.warning(
+            "the status site shows guests and peers to anybody who can connect",
+            status=str(settings.status_address),
+            hint="let it listen on loopback, and put a proxy with authentication in front of it",
         )
 
 

@@ -30,6 +30,7 @@ STATUS: Final[tuple[tuple[type[errors.MigratedError], int], ...]] = (
 _HINTS: Final = {
     404: "see docs/http.md for the paths",
     405: "the status site is read-only: control goes through the control socket",
+    421: "use an IP address, localhost, or the host that http.status or agent.name of the configuration names",
     413: "requests are small: see docs/http.md",
 }
 

@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 AGENT: Final = web.AppKey("agent", object)  # an Agent: a protocol cannot be checked by AppKey
 ABOUT: Final = web.AppKey("about", dict)
 STOPPING: Final = web.AppKey("stopping", asyncio.Event)
+#: Ids of the migrations being watched, one for each stream.  An application without it does not limit them.
 WATCHERS: Final = web.AppKey("watchers", list)
 
 #: A comment goes down a silent event stream this often, so that a client that has gone is noticed.
 KEEPALIVE_SECONDS: Final = 15.0
-#: Each watcher of the status site costs a task and a socket; the control socket is not limited.
+#: Of the status site, which anybody who reaches it may watch: each costs a task and a socket.
 MAX_WATCHERS: Final = 64
 
 
@@ -54,9 +55,8 @@ def add_reading_routes(app: web.Application) -> None:
     app.router.add_get("/v1/agent", _get_agent)
     app.router.add_get("/v1/migrations", _get_migrations)
     app.router.add_get("/v1/migrations/{id}", _get_migration)
-    app.router.add_get("/v1/migrations/{id}/events", _get_events)
+    app.router.add_get("/v1/migrations/{id}/events", _get_events, allow_head=False)
     app[STOPPING] = asyncio.Event()
-    app[WATCHERS] = []
     app.on_shutdown.append(_end_streams)
 
 
@@ -82,8 +82,10 @@ async def _get_events(request: web.Request) -> web.StreamResponse:
     """Server-sent events: the record, now and whenever it changes, until the migration is over."""
     agent = agent_of(request)
     record = agent.record(request.match_info["id"])  # NotFoundError before the stream begins
-    watchers = request.app[WATCHERS]
-    if len(watchers) >= MAX_WATCHERS:
+    watchers: list[str] | None = request.app.get(WATCHERS)
+    if watchers is None:
+        watchers = []
+    elif len(watchers) >= MAX_WATCHERS:
         raise web.HTTPServiceUnavailable(reason="Too many event streams")
     answer = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
     watchers.append(record.id)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import importlib.resources
+import ipaddress
 import re
 from typing import TYPE_CHECKING, Any, Final
 
@@ -13,10 +14,12 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from migrated.http.errors import errors_as_json, json_answer
 from migrated.http.metrics import exposition, make_registry
-from migrated.http.reading import ABOUT, AGENT, add_reading_routes, agent_of, summary
+from migrated.http.reading import ABOUT, AGENT, WATCHERS, add_reading_routes, agent_of, summary
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Collection
+
+    from aiohttp.typedefs import Handler, Middleware
 
     from migrated.agent import Agent
 
@@ -25,11 +28,15 @@ MAX_BODY_BYTES: Final = 1024
 _INLINE: Final = re.compile(r"<(script|style)>(.*?)</\1>", re.DOTALL)
 
 
-def status_app(agent: Agent, about: dict[str, Any]) -> web.Application:
-    """Build the application for the status address."""
-    app = web.Application(middlewares=[_common_headers, errors_as_json, _read_only], client_max_size=MAX_BODY_BYTES)
+def status_app(agent: Agent, about: dict[str, Any], *, hosts: Collection[str] = ()) -> web.Application:
+    """Build the application for the status address; ``hosts`` are the names it may be asked by, beside localhost."""
+    app = web.Application(
+        middlewares=[_common_headers, errors_as_json, _only_for_hosts({"localhost", *hosts}), _read_only],
+        client_max_size=MAX_BODY_BYTES,
+    )
     app[AGENT] = agent
     app[ABOUT] = about
+    app[WATCHERS] = []
     add_reading_routes(app)
     registry = make_registry(agent, about)
     page = importlib.resources.files("migrated.http").joinpath("dashboard.html").read_text(encoding="utf-8")
@@ -66,19 +73,42 @@ async def _get_readyz(request: web.Request) -> web.Response:
 
 
 @web.middleware
-async def _read_only(
-    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-) -> web.StreamResponse:
+async def _read_only(request: web.Request, handler: Handler) -> web.StreamResponse:
     # Before "not found", so that a verb sent here by mistake learns why it cannot work.
     if request.method not in ("GET", "HEAD"):
         raise web.HTTPMethodNotAllowed(request.method, ["GET", "HEAD"])
     return await handler(request)
 
 
+def _only_for_hosts(names: Collection[str]) -> Middleware:
+    """Refuse requests for hosts of other names: a web page whose name was made to mean our address (DNS rebinding).
+
+    An address needs no check: a browser that asks for one counts the answer to that address, not to a page's name.
+    """
+    known = {name.lower() for name in names}
+
+    @web.middleware
+    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+        host = request.headers.get("Host")
+        if host is not None and not _is_address(host) and host.partition(":")[0].lower() not in known:
+            raise web.HTTPMisdirectedRequest
+        return await handler(request)
+
+    return check
+
+
+def _is_address(host: str) -> bool:
+    """Whether it is ``192.0.2.7``, ``192.0.2.7:80``, ``[2001:db8::7]`` or ``[2001:db8::7]:80``."""
+    bracketed = re.fullmatch(r"\[(.*)\](?::\d*)?", host)
+    try:
+        ipaddress.ip_address(bracketed[1] if bracketed else host.partition(":")[0])
+    except ValueError:
+        return False
+    return True
+
+
 @web.middleware
-async def _common_headers(
-    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-) -> web.StreamResponse:
+async def _common_headers(request: web.Request, handler: Handler) -> web.StreamResponse:
     answer = await handler(request)
     if not answer.prepared:
         answer.headers.setdefault("Cache-Control", "no-store")

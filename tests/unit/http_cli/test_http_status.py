@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from structlog.testing import capture_logs
 
-from migrated import __version__
+from migrated import __version__, daemon
 from migrated.agent import StartRequest
+from migrated.http import reading
 from migrated.record import State
-from tests.unit.http_cli.served import Served
+from tests.unit.http_cli.served import Served, settings_for
 
 pytest_plugins = ["tests.unit.http_cli.served_fixtures"]
 
@@ -49,6 +52,21 @@ async def test_status_says_who_how_and_what(source: Served) -> None:
     assert set(migration["fault_seconds"]) == {"p50", "p99", "max", "histogram_log2_us"}
 
 
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:7442", "127.0.0.1.evil.example", "[::1", ""])
+@pytest.mark.parametrize("path", ["/status", "/metrics", "/"])
+async def test_a_page_elsewhere_reads_nothing_by_a_name_that_leads_here(source: Served, path: str, host: str) -> None:
+    """DNS rebinding: a browser takes the answer for its own site's, whose name has come to mean 127.0.0.1."""
+    async with source.status() as http, http.get(path, headers={"Host": host}) as answer:
+        assert answer.status == 421
+        assert "http.status" in (await answer.json())["error"]["hint"]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]:7442", "localhost:7442", "LOCALHOST", "host-a", "192.0.2.7:80"])
+async def test_addresses_and_the_names_of_this_host_are_answered(source: Served, host: str) -> None:
+    async with source.status() as http, http.get("/healthz", headers={"Host": host}) as answer:
+        assert answer.status == 200
+
+
 @pytest.mark.parametrize("path", ["/v1/migrations", "/v1/migrations/vm1/abort", "/status", "/", "/nothing"])
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH"])
 async def test_nothing_can_be_changed_over_the_status_site(source: Served, method: str, path: str) -> None:
@@ -71,6 +89,25 @@ async def test_reading_half_of_the_api_is_there(source: Served) -> None:
             assert answer.status == 400
         async with http.get("/v1/migrations/nobody") as answer:
             assert (answer.status, (await answer.json())["error"]["code"]) == (404, "not-found")
+
+
+async def test_a_head_request_opens_no_event_stream(source: Served) -> None:
+    await source.agent.start(StartRequest(guest="vm1", to="b:1"))
+    async with source.status() as http, http.head("/v1/migrations/vm1/events") as answer:
+        assert answer.status == 405
+
+
+async def test_event_streams_are_few_on_the_status_site_and_unlimited_on_the_control_socket(
+    source: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "MAX_WATCHERS", 1)
+    await source.agent.start(StartRequest(guest="vm1", to="b:1"))
+    events = "/v1/migrations/vm1/events"
+    async with source.status() as http, http.get(events) as first, http.get(events) as second:
+        assert (first.status, second.status) == (200, 503)
+        assert "event streams" in (await second.json())["error"]["message"]
+    async with source.control() as http, http.get(events) as first, http.get(events) as second:
+        assert (first.status, second.status) == (200, 200)
 
 
 async def test_health_and_readiness(source: Served) -> None:
@@ -148,3 +185,10 @@ async def test_the_dashboard_needs_nothing_from_elsewhere(source: Served) -> Non
     assert not re.search(r"""(src|href)=["']|@import|url\(""", page)
     assert set(re.findall(r"https?://[^\s\"'<]+", page)) <= {"http://www.w3.org/2000/svg"}
     assert "innerHTML" not in page  # what guests are called is text, never markup
+
+
+@pytest.mark.parametrize(("status", "warned"), [("127.0.0.1:0", False), ("[::1]:0", False), ("0.0.0.0:0", True)])
+def test_a_status_site_that_others_can_reach_is_warned_of(short_dir: Path, status: str, *, warned: bool) -> None:
+    with capture_logs() as logs:
+        daemon._warn_of_openness(settings_for(short_dir, "source", status))
+    assert [entry["log_level"] for entry in logs] == ["warning"] * warned
