@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 Role = Literal["source", "target"]
 Mode = Literal["hybrid", "precopy", "postcopy"]
 Compression = Literal["off", "zstd"]
-ROLES: Final = typing.get_args(Role)
 MODES: Final[tuple[str, ...]] = typing.get_args(Mode)
 COMPRESSIONS: Final[tuple[str, ...]] = typing.get_args(Compression)
 
@@ -75,10 +74,6 @@ class TlsSection(_Section, frozen=True):
     """``[tls]``.  TLS comes in a later version; until then the operator says in so many words that there is none."""
 
     insecure: Annotated[bool, Meta(description="true or false")] = False
-    ca: Annotated[str, Meta(description="a path")] = ""
-    cert: Annotated[str, Meta(description="a path")] = ""
-    key: Annotated[str, Meta(description="a path")] = ""
-    peers: Annotated[list[str], Meta(description="a list of host names")] = []
 
 
 class MigrationSection(_Section, frozen=True):
@@ -93,16 +88,6 @@ class MigrationSection(_Section, frozen=True):
     max_bandwidth: Annotated[str, Meta(description=units.RATE_EXAMPLES)] = "0"
     drain_bandwidth: Annotated[str, Meta(description=units.RATE_EXAMPLES)] = "0"
     compression: Annotated[Compression, Meta(description="off or zstd")] = "off"
-
-    @property
-    def max_bandwidth_bytes_per_second(self) -> int:
-        """0: no limit."""
-        return units.parse_rate(self.max_bandwidth)
-
-    @property
-    def drain_bandwidth_bytes_per_second(self) -> int:
-        """0: only the common limit."""
-        return units.parse_rate(self.drain_bandwidth)
 
 
 class Timeouts(_Section, frozen=True):
@@ -244,7 +229,8 @@ def _check(config: AgentConfig) -> None:
     if len(bytes(config.state_dir)) > _STATE_DIRECTORY_MAX_BYTES:
         problem = f"{config.agent.state_dir!r} is longer than {_STATE_DIRECTORY_MAX_BYTES} bytes"
         raise _bad(path, "agent.state_dir", problem, "Unix socket paths are short: give a shorter path")
-    _check_tls(config)
+    if not config.tls.insecure:
+        raise _bad(path, "tls.insecure", "connections would need TLS, which this version does not have yet", _TLS_HINT)
     _check_text(path, "migration.max_bandwidth", units.parse_rate, config.migration.max_bandwidth)
     _check_text(path, "migration.drain_bandwidth", units.parse_rate, config.migration.drain_bandwidth)
     listening = functools.partial(parse_address, listening=True)
@@ -275,16 +261,6 @@ def _check_guest(path: str, name: str, table: dict[str, Any]) -> None:
         problem = "not a string" if "driver" in table else "the driver is missing"
         hint = 'say what kind of guest it is: driver = "qemu" or "process"'
         raise _bad(path, f"guests.{name}.driver", problem, hint)
-
-
-def _check_tls(config: AgentConfig) -> None:
-    tls = config.tls
-    for key in ("ca", "cert", "key", "peers"):
-        if getattr(tls, key):
-            raise _bad(config.path, f"tls.{key}", "this version has no TLS yet", _TLS_HINT)
-    if not tls.insecure:
-        problem = "connections would need TLS, which this version does not have yet"
-        raise _bad(config.path, "tls.insecure", problem, _TLS_HINT)
 
 
 _TLS_HINT: Final = (

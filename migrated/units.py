@@ -1,4 +1,4 @@
-"""Sizes, rates and durations, as people write and read them.
+"""Sizes and rates as people write and read them, durations as they read them.
 
 Sizes are bytes.  ``K M G T`` and ``KiB MiB GiB TiB`` are powers of 1024 (as page sizes are written everywhere),
 ``KB MB GB TB`` powers of 1000.  Rates are bytes a second and always carry a unit, since ``500M`` could mean bits, bytes
@@ -27,13 +27,11 @@ _BIT_UNITS: Final[dict[str, int]] = {
     "bit": 1,
     **{f"{letter}bit": 1000**power for power, letter in enumerate("kmgt", 1)},
 }
-_DURATION_UNITS: Final[dict[str, float]] = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 
 _MAX_BYTES: Final = 1 << 62
 
 SIZE_EXAMPLES: Final = "a size such as 4K, 2M, 1G or 1.5GiB"
 RATE_EXAMPLES: Final = "a rate such as 10Gbit, 500MB or 200MiB (a second), or 0 for no limit"
-DURATION_EXAMPLES: Final = "a duration such as 250ms, 30s, 5m or 2h"
 
 
 def parse_size(text: str) -> int:
@@ -64,16 +62,6 @@ def parse_rate(text: str) -> int:
         message = f"{text!r} is less than one byte a second"
         raise ConfigError(message, hint=f"give {RATE_EXAMPLES}")
     return _bounded(value, text, RATE_EXAMPLES)
-
-
-def parse_duration(text: str) -> float:
-    """Seconds of ``"250ms"``, ``"30s"``, ``"5m"``, ``"2h"``; a bare number is seconds.  Raises ConfigError."""
-    number, unit = _split(text, "duration", DURATION_EXAMPLES)
-    factor = _DURATION_UNITS.get(unit.lower() or "s")
-    if factor is None:
-        message = f"{text!r} is not a duration: unknown unit {unit!r}"
-        raise ConfigError(message, hint=f"give {DURATION_EXAMPLES}")
-    return float(number) * factor
 
 
 def format_size(size_bytes: float) -> str:

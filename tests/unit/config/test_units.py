@@ -35,16 +35,9 @@ def test_rates_always_carry_a_unit(text: str, bytes_per_second: int | None) -> N
         assert units.parse_rate(text) == bytes_per_second
 
 
-@pytest.mark.parametrize(
-    ("text", "seconds"), [("250ms", 0.25), ("30s", 30.0), ("30", 30.0), ("5m", 300.0), ("2h", 7200.0)]
-)
-def test_durations(text: str, seconds: float) -> None:
-    assert units.parse_duration(text) == seconds
-
-
 @given(st.text(max_size=20))
 def test_any_text_parses_or_is_a_config_error(text: str) -> None:
-    for parse in (units.parse_size, units.parse_rate, units.parse_duration, parse_address):
+    for parse in (units.parse_size, units.parse_rate, parse_address):
         try:
             parse(text)
         except ConfigError as error:

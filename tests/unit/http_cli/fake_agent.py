@@ -149,11 +149,12 @@ class FakeAgent:
 
 def main() -> int:
     """The real daemon around it."""
-    path, role = Path(sys.argv[1]), sys.argv[2]
+    path = Path(sys.argv[1])
+    role: config.Role = "source" if sys.argv[2] == "source" else "target"
     agent = FakeAgent(role)
     daemon.build_agent = lambda _settings: agent  # type: ignore[assignment]
     with contextlib.suppress(KeyboardInterrupt):
-        return daemon.run(config.ROLES[config.ROLES.index(role)], str(path), log_format="json")
+        return daemon.run(role, str(path), log_format="json")
     return 1
 
 
