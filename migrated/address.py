@@ -39,7 +39,7 @@ def parse_address(text: str, *, listening: bool = False) -> Address:
         message = f"{text!r} is not an address: " + ("the port is missing" if not colon else "the host is missing")
         raise ConfigError(message, hint=_ALLOWED)
     host = _checked_host(host, text)
-    if not (port_text.isascii() and port_text.isdigit()) or int(port_text[:6]) > 65535:
+    if not (port_text.isascii() and port_text.isdigit() and len(port_text) <= 5) or int(port_text) > 65535:
         message = f"{text!r} is not an address: port {port_text!r} is not a number up to 65535"
         raise ConfigError(message, hint=_ALLOWED)
     port = int(port_text)

@@ -15,6 +15,7 @@ import contextlib
 import socket
 from typing import Any, TypeVar
 
+from migrated.address import Address
 from migrated.errors import ConnectionLostError, MigratedError, PeerError, RemoteProtocolError, named
 from migrated.protocol.heartbeat import Heartbeat
 from migrated.protocol.messages import Abort, AnyMessage, Ping, Pong, StateChunk, StateEnd
@@ -131,7 +132,7 @@ class ControlLink:
         self._received = received
         self._feeding = False  # the reader waits for the driver to take guest state
         peer = writer.get_extra_info("peername")
-        self.peer = f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else str(peer or "local")
+        self.peer = str(Address(*peer[:2])) if isinstance(peer, tuple) else str(peer or "local")
 
     def start(self) -> None:
         """Begin reading and heart-beating."""

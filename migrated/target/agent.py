@@ -11,6 +11,7 @@ import time
 import structlog
 
 from migrated import guests
+from migrated.address import Address
 from migrated.agent import Health, SetRequest, StartRequest
 from migrated.config import AgentConfig
 from migrated.dialing import heartbeat
@@ -221,7 +222,7 @@ class TargetAgent(HostAgent[TargetMigration]):
             ) from error
         listener.setblocking(False)
         self.bound = listener.getsockname()[:2]
-        log.info("listening", address=f"{self.bound[0]}:{self.bound[1]}")
+        log.info("listening", address=str(Address(*self.bound)))
         return listener
 
     async def _accept(self, listener: socket.socket) -> None:
@@ -237,7 +238,7 @@ class TargetAgent(HostAgent[TargetMigration]):
                 log.warning("too many connections", peer=str(peer))
                 sock.close()
                 continue
-            task = asyncio.ensure_future(self._greet(sock, f"{peer[0]}:{peer[1]}"))
+            task = asyncio.ensure_future(self._greet(sock, str(Address(*peer[:2]))))
             self._connections.add(task)
             task.add_done_callback(self._connections.discard)
 

@@ -69,7 +69,8 @@ def test_addresses_come_back_as_they_were_written(text: str, host: str, port: in
 
 
 @pytest.mark.parametrize(
-    "text", ["a", ":1", "a:", "a:x", "a:0", "a:70000", "::1:1", "[::1", "[x]:1", "a b:1", "-a:1", "a:²"]
+    "text",
+    ["a", ":1", "a:", "a:x", "a:0", "a:70000", "::1:1", "[::1", "[x]:1", "a b:1", "-a:1", "a:²", "a:00000099999"],
 )
 def test_what_is_no_address(text: str) -> None:
     with pytest.raises(ConfigError):

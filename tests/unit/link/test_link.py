@@ -417,4 +417,24 @@ def test_a_tcp_connection_notices_a_dead_peer_in_time() -> None:
 def test_other_sockets_are_left_alone() -> None:
     left, right = socket.socketpair()
     with left, right:
+        before = [left.getsockopt(socket.SOL_SOCKET, option) for option in (socket.SO_KEEPALIVE, socket.SO_SNDTIMEO)]
         tune(left, silence_seconds=9)
+        after = [left.getsockopt(socket.SOL_SOCKET, option) for option in (socket.SO_KEEPALIVE, socket.SO_SNDTIMEO)]
+        assert after == before
+        left.send(b"it still works")
+        assert right.recv(100) == b"it still works"
+
+
+@pytest.mark.parametrize(("host", "shown"), [("127.0.0.1", "127.0.0.1:{}"), ("::1", "[::1]:{}")])
+async def test_the_peer_is_named_as_an_address_one_can_dial(host: str, shown: str) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as listener:
+        try:
+            listener.bind((host, 0))
+        except OSError as error:
+            pytest.skip(f"{host}: {error.strerror}")
+        listener.listen()
+        port = listener.getsockname()[1]
+        link = await link_on(socket.create_connection((host, port)), Role.SOURCE)
+        assert link.peer == shown.format(port)
+        await link.close()
