@@ -10,14 +10,17 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from migrated import service
+from migrated import config, service
 from migrated.cli.client import Client
+from migrated.daemon import blocking_calls
 from migrated.errors import HostError
+from migrated.waiting import in_thread
 from tests.unit.http_cli.served import serving
 
 pytest_plugins = ["tests.unit.http_cli.served_fixtures"]
@@ -161,6 +164,15 @@ async def test_somebodys_file_in_the_sockets_place_is_left_alone(short_dir: Path
     assert process.returncode == 1
     assert "a file of another kind" in log[-1]["message"]
     assert (short_dir / "state" / "control.sock").read_text() == "mine"
+
+
+async def test_no_migration_waits_for_the_blocking_calls_of_others(short_dir: Path) -> None:
+    """As many at once as two for each migration, on a machine of any size."""
+    settings = config.decode({"limits": {"max_migrations": 32}, "tls": {"insecure": True}}, "source")
+    with blocking_calls(settings) as pool:
+        asyncio.get_running_loop().set_default_executor(pool)
+        all_there = threading.Barrier(64, timeout=20)
+        await asyncio.gather(*(in_thread(all_there.wait) for _ in range(64)))
 
 
 async def test_a_status_port_in_use_is_named(short_dir: Path) -> None:
