@@ -127,18 +127,33 @@ async def test_another_version_is_refused_in_words_it_can_read(here: Place) -> N
     ids=["http", "tls", "magic-only", "zeros"],
 )
 async def test_garbage_on_the_port_ends_only_itself(here: Place, guest: Guest, garbage: bytes) -> None:
+    before = await standing(here)
     async with stranger(here) as sock:
         await asyncio.get_running_loop().sock_sendall(sock, garbage)
         await said(sock)
-    assert (await here.target.request("GET", "/v1/migrations"))["migrations"] is not None
+    assert await standing(here) == before
 
 
-async def test_a_stranger_who_says_hello_wrongly_ends_only_itself(here: Place) -> None:
-    for rest in (b"\xff" * 100, framing.encode(Abort("x", "y")), framing.encode(HELLO)[:-1] + b"\x00"):
-        async with stranger(here) as sock:
-            preamble = encode(Preamble(Purpose.CONTROL, HELLO.session, HELLO.token))
-            await asyncio.get_running_loop().sock_sendall(sock, preamble + rest)
-            await said(sock)
+@pytest.mark.parametrize(
+    "first",
+    [b"\xff" * 100, framing.encode(Abort("x", "y")), framing.encode(HELLO)[:-1] + b"\x00"],
+    ids=["no-frame", "abort", "broken-hello"],
+)
+async def test_a_stranger_who_says_hello_wrongly_ends_only_itself(here: Place, guest: Guest, first: bytes) -> None:
+    before = await standing(here)
+    async with stranger(here) as sock:
+        preamble = encode(Preamble(Purpose.CONTROL, HELLO.session, HELLO.token))
+        await asyncio.get_running_loop().sock_sendall(sock, preamble + first)
+        await said(sock)
+    assert await standing(here) == before
+    await guest.assert_sound()
+
+
+async def standing(here: Place) -> tuple[int, bool, list[Any]]:
+    """The target agent's process, its health and every migration it knows of."""
+    about = await here.target.request("GET", "/v1/agent")
+    known = await here.target.request("GET", "/v1/migrations")
+    return about["pid"], about["healthy"], known["migrations"]
 
 
 async def test_page_connections_of_nobody_are_closed(here: Place) -> None:

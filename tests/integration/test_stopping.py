@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
 
 from migrated.demo.pair import AgentProcess
 from migrated.errors import MigratedError
-from tests.integration.place import Place, place
+from migrated.waiting import within
+from tests.integration.place import PATIENCE_SECONDS, Place, place
 
 
 @pytest.mark.parametrize("agent", ["source", "target"])
@@ -35,17 +37,13 @@ async def test_an_agent_stopped_before_commit_gives_up_and_is_no_loss(program: P
 
 async def back_at_work(here: Place) -> None:
     """The restarted agents move a guest as ever; a guest that has lost its agent connects again by itself."""
-    while True:
-        try:
-            migration = await here.start()
-        except MigratedError as error:
-            assert error.code == "guest-unreachable"  # noqa: PT017 - anything else is a failure
-            continue
-        record = await here.over(migration)
-        if record["state"] == "failed" and record["error"]["code"] in {"guest-unreachable", "guest-not-connected"}:
-            continue
-        assert record["state"] == "completed", record
-        return
+    async with within(PATIENCE_SECONDS, "the guest to connect again"):
+        while True:
+            record = await here.over(await here.start())
+            if record["state"] == "completed":
+                return
+            assert record["error"]["code"] == "guest-not-connected", record
+            await asyncio.sleep(0.1)
 
 
 async def test_what_has_been_is_still_told_after_a_restart(program: Path) -> None:
