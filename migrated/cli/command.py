@@ -17,7 +17,7 @@ from migrated.cli.host import check, inspect
 from migrated.cli.migrations import VERBS
 from migrated.errors import MigratedError
 
-_EPILOG: Final = "Exit codes: 0 done, 1 failed, 2 usage, 3 aborted."
+_EPILOG: Final = "Exit codes: 0 done, 1 failed, 2 usage, 3 aborted, 130 interrupted."
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=_EPILOG)

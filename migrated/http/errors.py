@@ -23,9 +23,11 @@ STATUS: Final[tuple[tuple[type[errors.MigratedError], int], ...]] = (
     (errors.GuestRefusedError, 422),
     (errors.GuestError, 502),
     (errors.PeerError, 502),
+    (errors.RemoteProtocolError, 502),
     (errors.ConnectionLostError, 502),
     (errors.TimeoutExceededError, 504),
     (errors.HostError, 503),
+    (errors.NativeError, 503),  # the kernel refused what the C core asked for
 )
 _HINTS: Final = {
     404: "see docs/http.md for the paths",

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from migrated import errors
 from migrated.agent import StartRequest
 from migrated.cli.client import Client
 from migrated.cli.failure import RemoteError
@@ -88,6 +89,27 @@ async def test_a_bug_in_a_verb_is_an_error_object_and_the_daemon_lives_on(
         await client.start(START)
     assert (caught.value.status, caught.value.code) == (500, "internal")
     assert await client.migrations() == []
+
+
+def every_error() -> list[type[errors.MigratedError]]:
+    kinds = [errors.MigratedError]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    return [kind for kind in kinds if kind.__module__ == errors.__name__]
+
+
+@pytest.mark.parametrize("kind", every_error())
+async def test_only_a_bug_is_answered_as_one(
+    source: Served, client: Client, monkeypatch: pytest.MonkeyPatch, kind: type[errors.MigratedError]
+) -> None:
+    async def fails(_request: object) -> Record:
+        raise kind("oh", kind=1) if kind is errors.NativeError else kind("oh")
+
+    monkeypatch.setattr(source.agent, "start", fails)
+    with pytest.raises(RemoteError) as caught:
+        await client.start(START)
+    bugs = (errors.MigratedError, errors.ProtocolError, errors.LocalProtocolError)
+    assert (caught.value.status == 500) == (kind in bugs)
 
 
 async def test_what_the_peer_said_reaches_the_user(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
 from migrated import archive, config
@@ -72,3 +74,27 @@ def test_a_migration_that_a_restarted_agent_takes_up_is_counted_once(tmp_path: P
         assert now["migrated_migrations_ended_total"] == 1
         assert now["migrated_transferred_bytes_total"] == 1000
         assert now["migrated_downtime_seconds_count"] == 1
+
+
+# ---------------------------------------------------------------- docs/http.md
+
+
+DOCUMENT = Path(__file__).parents[3] / "docs" / "http.md"
+
+
+def test_every_field_of_a_record_is_documented() -> None:
+    text = DOCUMENT.read_text()
+    described = text[text.index("\nA record: ") : text.index("\nStates: ")]
+    for field in msgspec.structs.fields(Record):
+        assert re.search(rf"[ \n`]{field.name}\b", described), field.name
+
+
+def test_every_metric_is_documented(tmp_path: Path) -> None:
+    text = DOCUMENT.read_text()
+    described = text[text.index("\n## Metrics") :]
+    agent = restarted(tmp_path, 0)
+    for family in text_string_to_metric_families(
+        exposition(make_registry(agent, {"version": "1", "name": "a"})).decode()
+    ):
+        short = re.sub(r"^migrated_(agent|migration)_", "_", family.name)
+        assert f"`{family.name}" in described or f"`{short}`" in described, family.name
