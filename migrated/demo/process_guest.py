@@ -35,7 +35,7 @@ class RunningProcess(RunningGuest):
     def _command(self, console: Path) -> list[str]:
         size = str(self.memory_bytes // MIB)
         return [
-            *(sys.executable, "-m", "migrated.guests.example", "--size", size, "--rate", str(self._rate)),
+            *(sys.executable, "-P", "-m", "migrated.guests.example", "--size", size, "--rate", str(self._rate)),
             *("--console", str(console)),
         ]
 

@@ -1,0 +1,42 @@
+"""The demo's processes run the installed code, whatever lies in the directory somebody starts it in."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from migrated.demo.pair import AgentProcess, short_directory
+from migrated.demo.process_guest import RunningProcess
+
+
+async def test_an_agent_imports_nothing_from_the_current_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hostile(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with tempfile.TemporaryDirectory(prefix="mg", dir=short_directory()) as directory:
+        agent = AgentProcess("source", Path(directory), {"tls": {"insecure": True}, "http": {"status": ""}})
+        try:
+            await agent.start()
+        finally:
+            await agent.stop()
+
+
+async def test_a_guest_imports_nothing_from_the_current_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hostile(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    guest = RunningProcess(tmp_path, memory_bytes=1 << 20)
+    process = await guest._launch(*guest._command(tmp_path / "tty"), "--help")
+    try:
+        assert await process.wait() == 0, guest.log_path.read_text()
+    finally:
+        await guest.stop()
+
+
+def hostile(directory: Path) -> None:
+    for module in ("migrated", "struct", "msgspec", "mmap", "argparse"):
+        (directory / f"{module}.py").write_text("raise SystemExit('this must not run')\n")
