@@ -19,7 +19,7 @@ import structlog
 
 from migrated.config import Timeouts
 from migrated.errors import GuestError, GuestRefusedError, MigratedError, RemoteProtocolError
-from migrated.guests import injection, qemu_memory
+from migrated.guests import guest_log, injection, qemu_memory
 from migrated.guests import qemu as qemu_driver
 from migrated.guests.driver import (
     Description,
@@ -48,7 +48,6 @@ log = structlog.get_logger("migrated.qemu")
 #: ``events``: the end of loading is announced.  ``late-block-activate``: disks stay the source's until `cont`.
 _CAPABILITIES = ("events", "late-block-activate")
 _POLL_SECONDS = 0.02
-_LOG_TAIL_BYTES = 2000
 
 
 class QemuTarget(TargetGuest):
@@ -307,11 +306,7 @@ class QemuTarget(TargetGuest):
 
     def log_tail(self) -> str:
         """The end of what QEMU wrote."""
-        try:
-            data = self.log_path.read_bytes()[-_LOG_TAIL_BYTES:]
-        except OSError:
-            return ""
-        return data.decode(errors="replace").strip()
+        return guest_log.tail(self.log_path)
 
     # ------------------------------------------------------------ a restarted agent
 

@@ -425,7 +425,7 @@ async def test_a_clean_up_can_still_be_cancelled() -> None:
 
 
 async def test_work_that_loses_its_cancellation_is_cancelled_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("migrated.migration.CANCEL_AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr("migrated.waiting.CANCEL_AGAIN_SECONDS", 0.01)
     failure = Failure()
     swallowed = 0
 
@@ -450,7 +450,7 @@ async def test_work_that_loses_its_cancellation_is_cancelled_again(monkeypatch: 
 async def test_background_work_that_loses_its_cancellation_is_cancelled_again(
     migration: OneMigration, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("migrated.migration.CANCEL_AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr("migrated.waiting.CANCEL_AGAIN_SECONDS", 0.01)
 
     async def stubborn() -> None:
         with contextlib.suppress(asyncio.CancelledError):
