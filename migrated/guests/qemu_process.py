@@ -9,7 +9,8 @@ from pathlib import Path
 from migrated.errors import GuestError
 from migrated.guests import injection
 from migrated.guests.pidfd import PidHandle
-from migrated.guests.qmp import GREETING_SECONDS, Monitor
+from migrated.guests.qmp import Monitor
+from migrated.waiting import in_thread
 
 #: Under which names QEMU is handed a descriptor (getfd): its migration stream, and /dev/userfaultfd for a moment.
 STATE_STREAM = "migrated-state"
@@ -19,10 +20,11 @@ _DEVICE = "migrated-userfaultfd"
 class QemuProcess:
     """Empty until `connect`, or `adopt` in a restarted agent."""
 
-    def __init__(self, guest: str, qmp: Path) -> None:
+    def __init__(self, guest: str, qmp: Path, *, command_seconds: float) -> None:
         self.uffd: injection.InjectedUffd | None = None
         self._guest = guest
         self._qmp = qmp
+        self._command_seconds = command_seconds
         self._handle: PidHandle | None = None
         self._monitor: Monitor | None = None
 
@@ -33,10 +35,12 @@ class QemuProcess:
             raise GuestError(f"guest {self._guest}: QEMU is not known yet", code="guest-not-open")
         return self._handle
 
-    async def connect(self, child: PidHandle | None = None, *, greeting_seconds: float = GREETING_SECONDS) -> Monitor:
+    async def connect(self, child: PidHandle | None = None, *, greeting_seconds: float | None = None) -> Monitor:
         """The first session with whoever listens; its process is ``child``, unless that is a wrapper that forked."""
-        self._monitor = await Monitor.connect(self._guest, self._qmp, greeting_seconds=greeting_seconds)
-        pid = self._monitor.peer_pid()
+        self._monitor = await Monitor.connect(
+            self._guest, self._qmp, command_seconds=self._command_seconds, greeting_seconds=greeting_seconds
+        )
+        pid = await in_thread(self._monitor.peer_pid)  # may look at every process of the host
         self._handle = child if child is not None and child.pid == pid else PidHandle.attach(pid)
         return self._monitor
 
@@ -53,7 +57,7 @@ class QemuProcess:
             raise GuestError(f"guest {self._guest}: QEMU {end}", code="guest-gone")
         if self._monitor is not None:
             await self._monitor.close()
-        self._monitor = await Monitor.connect(self._guest, self._qmp)
+        self._monitor = await Monitor.connect(self._guest, self._qmp, command_seconds=self._command_seconds)
         return self._monitor
 
     async def open_uffd(self, monitor: Monitor, *, faults: bool) -> injection.InjectedUffd:

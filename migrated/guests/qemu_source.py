@@ -46,7 +46,7 @@ class QemuSource(SourceGuest):
         self._config = config
         self._run_dir = run_dir
         self._timeouts = timeouts
-        self.qemu = QemuProcess(name, Path(config.qmp))
+        self.qemu = QemuProcess(name, Path(config.qmp), command_seconds=timeouts.guest_command)
         self._memory: SourceMemory | None = None
         self._fds: list[int] = []
         self._description: qemu_driver.Description | None = None

@@ -61,7 +61,7 @@ class QemuTarget(TargetGuest):
         self.log_path = run_dir / f"{name}.log"
         self._owns_files = False  # socket and log are of the process we started, or adopted
         self._child: PidHandle | None = None  # what we started: QEMU, or a wrapper that forks it
-        self.qemu = QemuProcess(name, self.qmp_path)
+        self.qemu = QemuProcess(name, self.qmp_path, command_seconds=timeouts.guest_command)
         self._description: qemu_driver.Description | None = None  # the source's
         self._ids: dict[str, str] = {}  # of the regions' RAM blocks, as this QEMU names them
         self._incoming: socket.socket | None = None  # where QEMU reads its migration stream from

@@ -22,7 +22,7 @@ from qemu.qmp.protocol import Runstate, StateError
 from migrated.errors import GuestError
 from migrated.guests.pidfd import open_files
 
-GREETING_SECONDS = 3.0
+#: Of whoever has no configuration: timeouts.guest_command's default.
 COMMAND_SECONDS = 10.0
 #: Events are waited for, but a status is asked for again at least this often: an event sent before we listened is no loss.
 POLL_SECONDS = 0.25
@@ -36,9 +36,18 @@ _OURS = "migrated"
 class Monitor:
     """One QMP session.  Make it with `connect`."""
 
-    def __init__(self, guest: str, path: Path, client: QMPClient, sock: socket.socket) -> None:
+    def __init__(
+        self,
+        guest: str,
+        path: Path,
+        client: QMPClient,
+        sock: socket.socket,
+        *,
+        command_seconds: float = COMMAND_SECONDS,
+    ) -> None:
         self.guest = guest
         self.path = path
+        self._command_seconds = command_seconds
         self._client = client
         self._socket = sock
         self._events: EventListener = EventListener(("MIGRATION", "STOP", "RESUME", "SHUTDOWN"))
@@ -47,8 +56,20 @@ class Monitor:
         self.stopped_at: float | None = None
 
     @classmethod
-    async def connect(cls, guest: str, path: Path, *, greeting_seconds: float = GREETING_SECONDS) -> Monitor:
-        """Connect and negotiate.  Raises GuestError ``qmp-unreachable`` or ``qmp-busy``."""
+    async def connect(
+        cls,
+        guest: str,
+        path: Path,
+        *,
+        command_seconds: float = COMMAND_SECONDS,
+        greeting_seconds: float | None = None,
+    ) -> Monitor:
+        """Connect and negotiate.  Raises GuestError ``qmp-unreachable`` or ``qmp-busy``.
+
+        ``command_seconds``: limit of every command that is given none of its own, and of the greeting likewise.
+        """
+        if greeting_seconds is None:
+            greeting_seconds = command_seconds
         if len(os.fsencode(path)) > SOCKET_PATH_BYTES:
             raise GuestError(
                 f"guest {guest}: the QMP socket's path {path} is longer than {SOCKET_PATH_BYTES} bytes",
@@ -67,7 +88,7 @@ class Monitor:
             # BlockingIOError: the listener's queue is full, so somebody else is being served (or nobody is).
             sock.close()
             raise GuestError(
-                f"guest {guest}: QEMU did not answer on {path} within {greeting_seconds:g} s: another client holds this monitor",
+                f"guest {guest}: QEMU did not answer on {path} within {greeting_seconds:g} s: another client holds this monitor, or QEMU is stuck",
                 code="qmp-busy",
                 hint="give QEMU a second QMP socket (-qmp unix:…,server=on,wait=off) for migrated alone",
             ) from error
@@ -81,7 +102,7 @@ class Monitor:
         except BaseException:
             sock.close()
             raise
-        return cls(guest, path, client, sock)
+        return cls(guest, path, client, sock, command_seconds=command_seconds)
 
     @property
     def alive(self) -> bool:
@@ -89,9 +110,10 @@ class Monitor:
         return self._client.runstate is Runstate.RUNNING
 
     async def execute(
-        self, command: str, arguments: Mapping[str, object] | None = None, *, limit: float = COMMAND_SECONDS
+        self, command: str, arguments: Mapping[str, object] | None = None, *, limit: float | None = None
     ) -> Any:
         """Run one command.  Raises GuestError ``qmp-failed``, ``qmp-lost`` or ``qmp-timeout``."""
+        limit = self._command_seconds if limit is None else limit
         try:
             # Never asyncio.wait_for: up to Python 3.11 it forgets a cancellation that comes together with the answer, and
             # a migration that was aborted at that moment would go on (https://github.com/python/cpython/issues/86296).
@@ -226,7 +248,7 @@ class Monitor:
     async def close(self) -> None:
         """End the session; QEMU takes the next client.  Idempotent."""
         with contextlib.suppress(QMPError, OSError, EOFError, TimeoutError):
-            async with asyncio.timeout(COMMAND_SECONDS):
+            async with asyncio.timeout(self._command_seconds):
                 await self._client.disconnect()
         self._socket.close()
 
