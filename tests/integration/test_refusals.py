@@ -13,7 +13,7 @@ import pytest
 from migrated.demo.pair import free_port
 from migrated.errors import MigratedError
 from migrated.protocol import framing
-from migrated.protocol.messages import Abort
+from migrated.protocol.messages import PROTOCOL_VERSION, Abort
 from migrated.protocol.preamble import PREAMBLE_BYTES, Preamble, Purpose, encode
 from migrated.waiting import within
 from tests.integration.place import PATIENCE_SECONDS, Guest, Place
@@ -112,12 +112,12 @@ async def test_another_version_is_refused_in_words_it_can_read(here: Place) -> N
     for _ in range(10):  # what has been sent already must not take the answer away
         async with stranger(here) as sock:
             preamble = bytearray(encode(Preamble(Purpose.CONTROL, HELLO.session, HELLO.token)))
-            preamble[4:6] = (2).to_bytes(2, "big")
+            preamble[4:6] = (PROTOCOL_VERSION + 1).to_bytes(2, "big")
             await asyncio.get_running_loop().sock_sendall(sock, bytes(preamble) + framing.encode(HELLO))
             (message,) = framing.FrameDecoder().feed(await said(sock))
         assert isinstance(message, Abort)
         assert message.code == "version-mismatch"
-        assert "version 2" in message.message
+        assert f"version {PROTOCOL_VERSION + 1}" in message.message
         assert message.hint
 
 

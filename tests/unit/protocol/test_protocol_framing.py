@@ -16,6 +16,7 @@ from migrated.errors import LocalProtocolError, MigratedError, RemoteProtocolErr
 from migrated.protocol import bounds
 from migrated.protocol.framing import LENGTH_BYTES, MAX_FRAME_BYTES, FrameDecoder, encode
 from migrated.protocol.messages import (
+    PROTOCOL_VERSION,
     Abort,
     Aborted,
     AnyMessage,
@@ -72,7 +73,7 @@ messages: st.SearchStrategy[AnyMessage] = st.one_of(
     st.builds(Abort, st.from_regex(r"[a-z0-9]{1,20}(-[a-z]{1,9}){0,2}", fullmatch=True), texts, texts),
     st.builds(Ping, numbers),
     st.builds(Pong, numbers),
-    st.builds(lambda committed: Resume(1, SESSION, TOKEN, committed), st.booleans()),
+    st.builds(lambda committed: Resume(PROTOCOL_VERSION, SESSION, TOKEN, committed), st.booleans()),
     st.builds(Resumed, st.sampled_from(bounds.STANDINGS), numbers),
     st.sampled_from([StateEnd(), Commit(), Aborted(), LackingEnd()]),
 )
@@ -248,7 +249,7 @@ def test_a_wrong_hello_is_refused_by_the_name_of_the_field(changes: dict[str, An
         (BarrierAck(-1), "barrier must be"),
         (Ping(1 << 63), "sequence must be"),
         (Resumed("asleep", 0), "state must be one of loaded, running, done"),
-        (Resume(1, b"", TOKEN, committed=True), "session must be 16"),
+        (Resume(PROTOCOL_VERSION, b"", TOKEN, committed=True), "session must be 16"),
         (Abort("No Good", "x"), "code must be"),
         (Abort("x" * 65, "x"), "code must be"),
         (Abort("x", "\x07"), "message must be printable"),
@@ -280,10 +281,12 @@ def test_malformed_bodies_are_named(body: bytes, named: str) -> None:
         decode_all(framed(body))
 
 
-@pytest.mark.parametrize("opening", [HELLO, Resume(1, SESSION, TOKEN, committed=True)])
+@pytest.mark.parametrize("opening", [HELLO, Resume(PROTOCOL_VERSION, SESSION, TOKEN, committed=True)])
 def test_another_version_names_both(opening: Hello | Resume) -> None:
     body = msgspec.msgpack.encode(msgspec.structs.replace(opening, version=9))
-    with pytest.raises(RemoteProtocolError, match="peer speaks protocol version 9, we speak 1") as caught:
+    with pytest.raises(
+        RemoteProtocolError, match=f"peer speaks protocol version 9, we speak {PROTOCOL_VERSION}"
+    ) as caught:
         decode_all(framed(body))
     assert caught.value.code == "version-mismatch"
     assert caught.value.hint

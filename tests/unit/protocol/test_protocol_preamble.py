@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 
 from migrated.errors import LocalProtocolError, RemoteProtocolError
 from migrated.protocol.framing import FrameDecoder
-from migrated.protocol.messages import Abort
+from migrated.protocol.messages import PROTOCOL_VERSION, Abort
 from migrated.protocol.preamble import PREAMBLE_BYTES, Preamble, Purpose, VersionMismatchError, decode, encode, refusal
 from tests.unit.protocol.wired_sessions import SESSION, TOKEN
+
+VERSION = PROTOCOL_VERSION.to_bytes(2, "big")
 
 
 @given(
@@ -30,12 +32,12 @@ def test_there_and_back(purpose: Purpose, session: bytes, token: bytes, stream: 
 
 def test_the_layout_is_what_the_documents_say() -> None:
     data = encode(Preamble(Purpose.BULK, SESSION, TOKEN, stream=3))
-    assert data == b"MGRT" + b"\x00\x01" + b"\x01\x03" + SESSION + TOKEN + bytes(8)
+    assert data == b"MGRT" + VERSION + b"\x01\x03" + SESSION + TOKEN + bytes(8)
 
 
 @given(st.binary(max_size=80))
 def test_garbage_is_an_error_of_the_peer_and_nothing_else(data: bytes) -> None:
-    for stream in (data, b"MGRT\x00\x01" + data):
+    for stream in (data, b"MGRT" + VERSION + data):
         with contextlib.suppress(RemoteProtocolError):
             decode(stream)
 
@@ -50,10 +52,10 @@ def test_another_protocol_is_shown() -> None:
     [
         (b"", "not a migrated connection"),
         (b"MG", "2 of 64 bytes"),
-        (b"MGRT\x00\x01\x03\x00" + SESSION + TOKEN + bytes(8), "unknown purpose 3"),
-        (b"MGRT\x00\x01\x01\x10" + SESSION + TOKEN + bytes(8), "stream must be from 0 to 15"),
-        (b"MGRT\x00\x01\x02\x01" + SESSION + TOKEN + bytes(8), "stream must be from 0 to 0 on a urgent"),
-        (b"MGRT\x00\x01\x00\x00" + SESSION + TOKEN + b"1".rjust(8, b"\x00"), "padding must be zero"),
+        (b"MGRT" + VERSION + b"\x03\x00" + SESSION + TOKEN + bytes(8), "unknown purpose 3"),
+        (b"MGRT" + VERSION + b"\x01\x10" + SESSION + TOKEN + bytes(8), "stream must be from 0 to 15"),
+        (b"MGRT" + VERSION + b"\x02\x01" + SESSION + TOKEN + bytes(8), "stream must be from 0 to 0 on a urgent"),
+        (b"MGRT" + VERSION + b"\x00\x00" + SESSION + TOKEN + b"1".rjust(8, b"\x00"), "padding must be zero"),
     ],
 )
 def test_what_is_wrong_is_named(data: bytes, named: str) -> None:
@@ -62,7 +64,7 @@ def test_what_is_wrong_is_named(data: bytes, named: str) -> None:
 
 
 def test_another_version_is_answered_so_that_any_peer_can_read_it() -> None:
-    with pytest.raises(VersionMismatchError, match="version 513, we speak 1") as caught:
+    with pytest.raises(VersionMismatchError, match=f"version 513, we speak {PROTOCOL_VERSION}") as caught:
         decode(b"MGRT\x02\x01" + bytes(range(58)))
     (answer,) = FrameDecoder().feed(refusal(caught.value))
     assert isinstance(answer, Abort)

@@ -9,6 +9,7 @@ import pytest
 from migrated.errors import LocalProtocolError, RemoteProtocolError
 from migrated.protocol import framing, transitions
 from migrated.protocol.messages import (
+    PROTOCOL_VERSION,
     Aborted,
     AnyMessage,
     Commit,
@@ -334,7 +335,7 @@ def test_a_resume_of_another_session_is_refused(which: str) -> None:
     pair.cut()
     pair.reconnect()
     session, token = (bytes(16), TOKEN) if which == "session" else (SESSION, bytes(32))
-    stranger = Resume(1, session, token, committed=True)
+    stranger = Resume(PROTOCOL_VERSION, session, token, committed=True)
     with pytest.raises(LocalProtocolError, match="not those of this migration"):
         pair.source.send(stranger)
     with pytest.raises(RemoteProtocolError, match="not those of this migration"):
