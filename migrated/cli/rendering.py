@@ -66,6 +66,11 @@ def eta_seconds(record: Record) -> float | None:
     return record.remaining_bytes / pace if pace > 0 else None
 
 
+def short_id(record: Record) -> str:
+    """Enough of the id for people to name the migration by; commands take any unique beginning of an id."""
+    return record.id[:12]
+
+
 def migrations_table(records: Iterable[Record]) -> Table:
     """One line a migration."""
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -76,7 +81,7 @@ def migrations_table(records: Iterable[Record]) -> Table:
     table.add_column("STARTED", no_wrap=True)
     for record in records:
         table.add_row(
-            record.id,
+            short_id(record),
             record.guest,
             record.role,
             state_text(record),
@@ -94,7 +99,7 @@ def migrations_table(records: Iterable[Record]) -> Table:
 
 def line(record: Record) -> str:
     """One plain line: progress where there is no terminal."""
-    parts = [f"{record.id} {record.guest}: {record.state.value}"]
+    parts = [f"{short_id(record)} {record.guest}: {record.state.value}"]
     if not record.ended:
         parts.append(f"round {record.round}")
         parts.append(f"{progress_percent(record):.1f} % of {format_size(record.total_bytes)}")
@@ -194,7 +199,9 @@ class Progress:
 
     @staticmethod
     def _display(record: Record) -> Group:
-        head = Text.assemble((record.guest, "bold"), "  ", state_text(record), f"  round {record.round}  {record.id}")
+        head = Text.assemble(
+            (record.guest, "bold"), "  ", state_text(record), f"  round {record.round}  {short_id(record)}"
+        )
         row = Table.grid(padding=(0, 1))
         left = eta_seconds(record)
         row.add_row(

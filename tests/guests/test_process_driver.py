@@ -454,7 +454,7 @@ async def test_a_program_that_never_connects_is_told_with_its_words(short: Path,
         short,
         source_guests={"p": {"driver": "process", "socket": str(short / "p.sock"), "page_size": "4K"}},
         target_guests={"p": {"driver": "process", "command": ["sh", "-c", f"echo {words}; exec sleep 600"]}},
-        extra={"timeouts": {"guest_start": 1.0}},
+        extra={"timeouts": {"guest_start": 3.0}},
     )
     console = GuestConsole()
     guest = None

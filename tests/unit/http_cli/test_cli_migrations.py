@@ -232,6 +232,13 @@ async def test_a_reader_that_goes_away_is_no_error(source: Served) -> None:
     assert b"Traceback" not in out
 
 
+def test_tables_show_as_much_of_an_id_as_people_need(capsys: pytest.CaptureFixture[str]) -> None:
+    record = Record(id="0123456789abcdef" * 2, guest="vm1", role="target", mode="hybrid")
+    rendering.console().print(rendering.migrations_table([record]))
+    assert capsys.readouterr().out.splitlines()[1].startswith("0123456789ab ")
+    assert rendering.line(record).startswith("0123456789ab ")
+
+
 # ---------------------------------------------------------------- an ordinary user
 
 
