@@ -39,7 +39,7 @@ class AgentProcess:
         table: dict[str, Any],
         *,
         prefix: tuple[str, ...] = (),
-        program: tuple[str, ...] = (sys.executable, "-P", "-m", "migrated"),  # -P: nothing from the current directory
+        program: tuple[str, ...] = (sys.executable, "-P", "-m", "migrated"),
     ) -> None:
         self.role = role
         self.directory = directory
