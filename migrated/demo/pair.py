@@ -63,7 +63,7 @@ class AgentProcess:
         return self.process.pid
 
     async def start(self) -> None:
-        """Start it and wait until it answers."""
+        """Start it and wait until it is ready."""
         self.state_dir.mkdir(parents=True, exist_ok=True)
         self.config_path.write_text(to_toml({"agent": {"state_dir": str(self.state_dir)}, **self.table}))
         with self.log_path.open("ab") as log:
@@ -75,8 +75,8 @@ class AgentProcess:
                 stderr=log,
                 start_new_session=True,
             )
-        async with within(START_SECONDS, f"the {self.role} agent to answer ({self.log_path})"):
-            while not await self._answers():
+        async with within(START_SECONDS, f"the {self.role} agent to be ready ({self.log_path})"):
+            while not await self._ready():
                 if self.process.returncode is not None:
                     raise HostError(
                         f"the {self.role} agent ended at once, with status {self.process.returncode}:\n{self.log_tail()}"
@@ -87,12 +87,11 @@ class AgentProcess:
         """The end of its log."""
         return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-lines:])
 
-    async def _answers(self) -> bool:
+    async def _ready(self) -> bool:
         try:
-            await self.request("GET", "/v1/migrations")
+            return bool((await self.request("GET", "/v1/agent"))["ready"])
         except (OSError, aiohttp.ClientError):
             return False
-        return True
 
     async def stop(self) -> int:
         """SIGTERM, and wait: the status it ended with (-9 if it had to be killed)."""
