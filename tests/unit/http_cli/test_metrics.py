@@ -37,6 +37,7 @@ class Ended:
 
     def __init__(self, record: Record) -> None:
         self.id, self.record, self.on_end = record.id, record, None
+        self.over = True
 
 
 def restarted(state_dir: Path, records: int) -> SourceAgent:
