@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final
+from typing import TypeVar
 
+import msgpack
 import msgspec
 
 from migrated.errors import LocalProtocolError, RemoteProtocolError
 from migrated.protocol import bounds
 from migrated.protocol.messages import AnyMessage
 
+T = TypeVar("T")
+
 LENGTH_BYTES = 4
 MAX_FRAME_BYTES = 16 * 1024 * 1024
 
-_encoder: Final = msgspec.msgpack.Encoder()
-_decoder: Final[msgspec.msgpack.Decoder[AnyMessage]] = msgspec.msgpack.Decoder(AnyMessage)
+#: What a frame may hold, so that it cannot become many times its size in objects.  A Hello has the most: a map of fields, an
+#: array of regions, a map for each, and the driver's description; twice as many, so that one region too many is refused by
+#: its name (bounds).
+#: msgpack itself refuses more than 1,024 arrays and maps inside each other.
+MAX_CONTAINERS = 2 * (8 + bounds.MAX_REGIONS)
+MAX_FIELDS = 16
 
 
 def encode(message: AnyMessage) -> bytes:
@@ -23,7 +30,7 @@ def encode(message: AnyMessage) -> bytes:
     name = type(message).__name__
     try:
         bounds.check(message)
-        body = _encoder.encode(message)
+        body: bytes = msgpack.packb(msgspec.to_builtins(message, builtin_types=(bytes,)))
     except (ValueError, OverflowError) as error:
         raise LocalProtocolError(f"{name}: {error}", hint="this is a bug: please report it") from error
     if len(body) > MAX_FRAME_BYTES:
@@ -31,12 +38,36 @@ def encode(message: AnyMessage) -> bytes:
     return len(body).to_bytes(LENGTH_BYTES, "big") + body
 
 
+def _unpack(body: bytes) -> object:
+    """Raises ValueError."""
+    containers = 0
+
+    def count(container: T) -> T:
+        nonlocal containers
+        containers += 1
+        if containers > MAX_CONTAINERS:
+            raise ValueError(f"more than {MAX_CONTAINERS} arrays and maps")
+        return container
+
+    return msgpack.unpackb(
+        body,
+        list_hook=count,
+        object_hook=count,
+        max_str_len=4 * bounds.MAX_TEXT_CHARACTERS,
+        max_bin_len=MAX_FRAME_BYTES,
+        max_array_len=2 * bounds.MAX_REGIONS,
+        max_map_len=MAX_FIELDS,
+        max_ext_len=0,
+    )
+
+
 def _decode(body: bytes) -> AnyMessage:
     try:
-        message = _decoder.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        # builtin_types: a text where bytes belong is wrong, not base64.
+        message: AnyMessage = msgspec.convert(_unpack(body), AnyMessage, builtin_types=(bytes,))
+    except ValueError as error:
         raise RemoteProtocolError(
-            f"malformed control message of {len(body)} bytes: {error}", code="malformed"
+            f"malformed control message of {len(body)} bytes: {str(error) or type(error).__name__}", code="malformed"
         ) from error
     try:
         bounds.check(message)
