@@ -60,7 +60,7 @@
 #include "uapi.h"
 
 /* The most that one ioctl covers. */
-#define STEP_BYTES ((uint64_t)32 << 20)
+#define STEP_BYTES ((uint64_t)16 << 20)
 #define STEP_BYTES_HUGE ((uint64_t)1 << 30)
 /* Runs fetched by one ioctl: 12 KiB of them; a scattered guest costs a call for each 512. */
 #define SCAN_RUNS 512

@@ -4,6 +4,8 @@
 
 #include "tracker_guest.h"
 
+#define STORM_ROUNDS 60
+
 /* Where a page is populated by 512 others, only memory that is there is reported exactly. */
 static void populate(struct guest *guest)
 {
@@ -76,12 +78,12 @@ static void weather(struct guest *guest, enum order kind_of_storm)
 	for (uint64_t page = 0; page < guest->pages; page++)
 		copy[page] = peek(guest, page);
 	tell(guest, kind_of_storm, 0, 0);
-	for (int rounds = 0; rounds < 200; rounds++) {
+	for (int round = 1; round <= STORM_ROUNDS; round++) {
 		unsigned long before = atomic_load(&storm[0]);
 
 		while (atomic_load(&storm[0]) < before + 20)
 			sched_yield();
-		if (rounds == 199) {
+		if (round == STORM_ROUNDS) {
 			atomic_store(&storm[1], 1);
 			answered(guest);
 		}
