@@ -17,7 +17,7 @@
  *      itself: its content is still in the file.
  *   3. Protect first, report afterwards.  Whoever reads the page after the report sees every write before the protection,
  *      and the next scan reports every write after it.
- *   4. The error of this interface is always to report too much.
+ *   4. The error of this interface is always to report too much, also where a call fails half-way.
  *
  * Shared memory is protected whole, absent pages included, so that only what was zapped is empty.  In a mapping that is
  * SPARSE, absent pages hold zeros, and there may be far more of them than memory: markers would fill the page tables of
@@ -57,13 +57,11 @@
 #include <unistd.h>
 
 #include "bitmap.h"
-#include "uapi.h"
+#include "pagemap.h"
 
 /* The most that one ioctl covers. */
 #define STEP_BYTES ((uint64_t)16 << 20)
 #define STEP_BYTES_HUGE ((uint64_t)1 << 30)
-/* Runs fetched by one ioctl: 12 KiB of them; a scattered guest costs a call for each 512. */
-#define SCAN_RUNS 512
 /* One thread for so many pages, below which it costs more than it brings. */
 #define THREAD_PAGES ((uint64_t)1 << 16)
 #define THREADS_MAX 16
@@ -74,21 +72,15 @@
 
 #define POPULATED (MGD_PAGE_IS_PRESENT | MGD_PAGE_IS_SWAPPED)
 
-/* What is asked of PAGEMAP_SCAN: pages of which all of, and any of, these are true; those in `inverted` count as their
- * opposite there.  `answered`: what is told of each run. */
-struct query {
-	uint64_t flags, all_of, any_of, inverted, answered;
-};
-
-static const struct query PRESENT_ONES = {.any_of = MGD_PAGE_IS_PRESENT, .answered = MGD_PAGE_IS_PRESENT};
-static const struct query POPULATED_ONES = {.any_of = POPULATED, .answered = POPULATED};
-static const struct query WRITTEN_OR_NOT_PRESENT = {
+static const struct mgd_pagemap_query PRESENT_ONES = {.any_of = MGD_PAGE_IS_PRESENT, .answered = MGD_PAGE_IS_PRESENT};
+static const struct mgd_pagemap_query POPULATED_ONES = {.any_of = POPULATED, .answered = POPULATED};
+static const struct mgd_pagemap_query WRITTEN_OR_NOT_PRESENT = {
 	.flags = MGD_PM_SCAN_CHECK_WPASYNC,
 	.any_of = MGD_PAGE_IS_WRITTEN | MGD_PAGE_IS_PRESENT,
 	.inverted = MGD_PAGE_IS_PRESENT,
 	.answered = POPULATED | MGD_PAGE_IS_WRITTEN,
 };
-static const struct query PROTECT_WRITTEN = {
+static const struct mgd_pagemap_query PROTECT_WRITTEN = {
 	.flags = MGD_PM_SCAN_CHECK_WPASYNC | MGD_PM_SCAN_WP_MATCHING,
 	.all_of = MGD_PAGE_IS_WRITTEN,
 	.any_of = POPULATED,
@@ -349,64 +341,19 @@ static void report(struct walk *walk, const struct tracked *tracked, uint64_t st
 	__atomic_fetch_add(&walk->bytes, end - start, __ATOMIC_RELAXED);
 }
 
-static int fail_scan(const struct step *step, int reason, struct mgd_error *err)
+/* Fetch runs from the beginning of the step on; the step then begins where the next call has to go on. */
+static int fetch(const struct mgd_tracker *tracker, struct step *step, const struct mgd_pagemap_query *query,
+		 struct mgd_page_region runs[MGD_PAGEMAP_RUNS], int *out_count, struct mgd_error *err)
 {
-	unsigned long long start = step->start, length = step->end - step->start;
-
-	if (reason == ENOTTY)
-		return mgd_fail(err, MGD_ERR_UNSUPPORTED, "PAGEMAP_SCAN: this kernel has none (Linux 6.7)");
-	if (reason == EPERM)
-		return mgd_fail_errno(err, reason,
-				      "PAGEMAP_SCAN: %#llx+%#llx is not registered for asynchronous write-protection",
-				      start, length);
-	return mgd_fail_errno(err, reason, "PAGEMAP_SCAN: %#llx+%#llx", start, length);
-}
-
-/* Fetch runs of pages from the beginning of the step on; the step then begins where the next call has to go on. */
-static int fetch(const struct mgd_tracker *tracker, struct step *step, const struct query *query,
-		 struct mgd_page_region runs[SCAN_RUNS], int *out_count, struct mgd_error *err)
-{
-	struct mgd_pm_scan_arg arg = {
-		.size = sizeof(arg),
-		.flags = query->flags,
-		.start = step->start,
-		.end = step->end,
-		.vec = (uint64_t)(uintptr_t)runs,
-		.vec_len = SCAN_RUNS,
-		.category_inverted = query->inverted,
-		.category_mask = query->all_of,
-		.category_anyof_mask = query->any_of,
-		.return_mask = query->answered,
-	};
-	uint64_t reached = step->start;
-	int count = ioctl(tracker->pagemap_fd, MGD_PAGEMAP_SCAN, &arg);
-
-	if (count < 0)
-		return fail_scan(step, errno, err);
-	for (int i = 0; i < count; i++) {
-		if (runs[i].start < reached || runs[i].start >= runs[i].end || runs[i].end > step->end ||
-		    (runs[i].start | runs[i].end) % step->tracked->page_bytes)
-			return mgd_fail(err, MGD_ERR_OS, "PAGEMAP_SCAN: run %#llx-%#llx in %#llx-%#llx",
-					(unsigned long long)runs[i].start, (unsigned long long)runs[i].end,
-					(unsigned long long)reached, (unsigned long long)step->end);
-		reached = runs[i].end;
-	}
-	/* Where the runs did not all fit, the walk has ended before the first that did not. */
-	reached = arg.walk_end > reached ? arg.walk_end : reached;
-	if (reached == step->start || reached > step->end)
-		return mgd_fail(err, MGD_ERR_OS, "PAGEMAP_SCAN: %#llx-%#llx: walked to %#llx",
-				(unsigned long long)step->start, (unsigned long long)step->end,
-				(unsigned long long)arg.walk_end);
-	step->start = reached;
-	*out_count = count;
-	return 0;
+	return mgd_pagemap_fetch(tracker->pagemap_fd, query, &step->start, step->end, step->tracked->page_bytes, runs,
+				 out_count, err);
 }
 
 /* ---------------------------------------------------------------- arming */
 
 static int arm_step(struct walk *walk, const struct step *step, struct mgd_error *err)
 {
-	struct mgd_page_region runs[SCAN_RUNS];
+	struct mgd_page_region runs[MGD_PAGEMAP_RUNS];
 	struct tracked *tracked = step->tracked;
 	struct step rest = *step;
 	int count;
@@ -480,9 +427,11 @@ static int scan_empty(struct walk *walk, const struct tracked *tracked, uint64_t
 		      struct mgd_error *err)
 {
 	for (uint64_t run_end; next_armed(tracked, &start, &run_end, end); start = run_end) {
-		if (write_protect(walk->tracker, start, run_end, err))
-			return -1;
+		int failed = write_protect(walk->tracker, start, run_end, err);
+
 		report(walk, tracked, start, run_end);
+		if (failed)
+			return -1;
 	}
 	return 0;
 }
@@ -498,7 +447,7 @@ static void scan_written(struct walk *walk, const struct tracked *tracked, uint6
 /* The first look: deal with empty pages, and find out between which addresses there are written ones. */
 static int look(struct walk *walk, const struct step *step, struct step *out_written, struct mgd_error *err)
 {
-	struct mgd_page_region runs[SCAN_RUNS];
+	struct mgd_page_region runs[MGD_PAGEMAP_RUNS];
 	struct tracked *tracked = step->tracked;
 	struct step rest = *step;
 	int count;
@@ -514,9 +463,11 @@ static int look(struct walk *walk, const struct step *step, struct step *out_wri
 			} else if (!(runs[i].categories & MGD_PAGE_IS_WRITTEN)) {
 				continue;
 			} else if (tracked->page_bytes > REARMED_BYTES_MAX) {
-				if (write_protect(walk->tracker, runs[i].start, runs[i].end, err))
-					return -1;
+				int failed = write_protect(walk->tracker, runs[i].start, runs[i].end, err);
+
 				scan_written(walk, tracked, runs[i].start, runs[i].end);
+				if (failed)
+					return -1;
 			} else {
 				if (out_written->start == step->end)
 					out_written->start = runs[i].start;
@@ -529,7 +480,7 @@ static int look(struct walk *walk, const struct step *step, struct step *out_wri
 
 static int scan_step(struct walk *walk, const struct step *step, struct mgd_error *err)
 {
-	struct mgd_page_region runs[SCAN_RUNS];
+	struct mgd_page_region runs[MGD_PAGEMAP_RUNS];
 	struct tracked *tracked = step->tracked;
 	struct step rest;
 	int count;
@@ -569,8 +520,8 @@ int mgd_tracker_scan(struct mgd_tracker *tracker, uint64_t **bitmaps, uint64_t *
 static int present_step(struct walk *walk, const struct step *step, struct mgd_error *err)
 {
 	struct tracked *tracked = step->tracked;
-	const struct query *query = tracked->armed ? &POPULATED_ONES : &PRESENT_ONES;
-	struct mgd_page_region runs[SCAN_RUNS];
+	const struct mgd_pagemap_query *query = tracked->armed ? &POPULATED_ONES : &PRESENT_ONES;
+	struct mgd_page_region runs[MGD_PAGEMAP_RUNS];
 	struct step rest = *step;
 	int count;
 

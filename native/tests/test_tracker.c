@@ -183,8 +183,11 @@ static void nothing_stays_after_disarming(struct guest *guest)
 
 static void a_dead_guest_is_disarmed_without_complaint(struct guest *guest)
 {
+	order(guest, ORDER_WRITE, 0, 2);
 	arm(guest);
+	order(guest, ORDER_WRITE, 0, 1);
 	kill_guest(guest);
+	check_reported(guest, 0, 0); /* it has no memory any more; the caller watches the process */
 	disarm(guest);
 }
 
