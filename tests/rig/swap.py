@@ -44,7 +44,7 @@ def zram(size_bytes: int) -> Iterator[None]:
                 raise SwapUnavailableError(f"{device} does not exist")
             Path(f"/sys/block/zram{number}/disksize").write_text(str(size_bytes))
             _run("mkswap", str(device))
-            _run("swapon", str(device))
+            _run("swapon", "-p", "100", str(device))  # before any other
             yield
         finally:
             _remove(number)
