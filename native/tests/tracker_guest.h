@@ -6,6 +6,7 @@
 #include <fcntl.h>
 #include <linux/falloc.h>
 #include <linux/memfd.h>
+#include <pthread.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
@@ -18,6 +19,7 @@
 #include <unistd.h>
 
 #include "check.h"
+#include "clock.h"
 
 #define SMALL 4096ull
 #define HUGE (2ull << 20)
@@ -59,6 +61,7 @@ enum order {
 	ORDER_PUNCH, /* a hole into the file */
 	ORDER_STORM, /* write here and there until told to stop */
 	ORDER_DROPPING_STORM, /* … and drop some of it right afterwards */
+	ORDER_MAP, /* map and unmap other memory, in a thread of its own, from now on */
 	ORDER_END,
 };
 
@@ -84,6 +87,7 @@ struct hello {
 };
 
 static atomic_ulong *storm; /* shared with the guest: writes made, and whether to stop */
+static atomic_ulong *stall; /* likewise: mappings made, and the longest that one took, in ns */
 
 static inline void send_fd(int socket, int fd, const struct hello *hello)
 {
@@ -163,6 +167,22 @@ static inline void rage(const struct guest *guest, char *memory, bool dropping)
 	}
 }
 
+static inline void *map_and_unmap(void *argument)
+{
+	(void)argument;
+	for (;;) {
+		uint64_t began = mgd_now_ns(), took;
+		void *at = mmap(NULL, SMALL, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+		CHECK(at != MAP_FAILED && !munmap(at, SMALL));
+		took = mgd_now_ns() - began;
+		if (took > atomic_load(&stall[1]))
+			atomic_store(&stall[1], took);
+		atomic_fetch_add(&stall[0], 1);
+	}
+	return NULL;
+}
+
 static inline void obey(const struct guest *guest, char *memory, const struct request *request)
 {
 	uint64_t offset = request->page * guest->page_bytes, bytes = request->count * guest->page_bytes;
@@ -183,6 +203,11 @@ static inline void obey(const struct guest *guest, char *memory, const struct re
 		      0);
 	if (request->order == ORDER_STORM || request->order == ORDER_DROPPING_STORM)
 		rage(guest, memory, request->order == ORDER_DROPPING_STORM);
+	if (request->order == ORDER_MAP) {
+		pthread_t thread;
+
+		CHECK(!pthread_create(&thread, NULL, map_and_unmap, NULL));
+	}
 }
 
 static inline void run_guest(const struct guest *guest, int socket)
@@ -425,6 +450,7 @@ static inline int run_tests(const struct test *tests, size_t count)
 	}
 	storm = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 	CHECK(storm != MAP_FAILED);
+	stall = storm + 2;
 	for (size_t i = 0; i < count * KINDS; i++) {
 		const struct test *test = &tests[i / KINDS];
 		const struct kind *kind = &kinds[i % KINDS];

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 from migrated.errors import GuestError
 from migrated.guests.images import build_disk
 from migrated.guests.qmp import Monitor
-from tests.rig import supervisor
+from tests.rig import swap
 from tests.rig.guest import MIB, MovingGuest, moving_guest
 from tests.rig.pages import PagesUnavailableError, more_pages
 
@@ -135,20 +134,11 @@ async def _squeeze(qmp: Monitor, memory_bytes: int) -> None:
 @contextlib.contextmanager
 def _swap(size_bytes: int) -> Iterator[None]:
     """So much swap on compressed memory; skips where the kernel has no zram."""
-    try:
-        number = int(Path("/sys/class/zram-control/hot_add").read_text())
-    except OSError as error:
-        pytest.skip(f"no zram to swap to: {error}")
-    device = f"/dev/zram{number}"
-    with (
-        supervisor.undoing("sh", "-c", f"swapoff {device}; echo {number} > /sys/class/zram-control/hot_remove"),
-        contextlib.ExitStack() as undo,
-    ):
-        undo.callback(Path("/sys/class/zram-control/hot_remove").write_text, str(number))
-        Path(f"/sys/block/zram{number}/disksize").write_text(str(size_bytes))
-        subprocess.run(["mkswap", device], check=True, capture_output=True)
-        subprocess.run(["swapon", "-p", "100", device], check=True)
-        undo.callback(subprocess.run, ["swapoff", device], check=True)
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(swap.zram(size_bytes))
+        except swap.SwapUnavailableError as error:
+            pytest.skip(f"nothing to swap to: {error}")
         yield
 
 

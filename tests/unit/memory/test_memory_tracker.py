@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Callable, Iterator
 
@@ -13,9 +12,10 @@ from migrated.guests.driver import Region, SourceMemory
 from migrated.memory import maps, native, probe
 from migrated.memory.tracker import Tracker
 from tests.unit.memory.child import Child
+from tests.unit.memory.tracked import pages, track
 
 SIZE = 1 << 20
-SYS_CLOSE, SYS_GETPID, SYS_USERFAULTFD, SYS_PIDFD_GETFD = 3, 39, 323, 438
+SYS_CLOSE, SYS_GETPID = 3, 39
 
 pytestmark = [
     pytest.mark.root,
@@ -23,38 +23,18 @@ pytestmark = [
 ]
 
 
-def take_fd(pid: int, number: int) -> int:
-    pidfd = os.pidfd_open(pid)
-    try:
-        return int(ctypes.CDLL(None).syscall(SYS_PIDFD_GETFD, pidfd, number, 0))
-    finally:
-        os.close(pidfd)
-
-
 @pytest.fixture
 def guest(child: Callable[[int, int], Child]) -> Iterator[tuple[Child, Tracker]]:
     memory = os.memfd_create("guest")
     os.ftruncate(memory, SIZE)
     process = child(memory, SIZE)
-    injected = native.inject_syscall(process.pid, SYS_USERFAULTFD, [os.O_CLOEXEC | os.O_NONBLOCK])
-    assert injected.result >= 0
-    assert injected.stopped_seconds > 0
-    uffd = take_fd(process.pid, injected.result)
-    native.uffd_api(uffd, faults=False, tracking=True)
     layout = SourceMemory(
         process.pid, (Region("ram", SIZE, 4096),), maps.find_mappings(process.pid, memory), (memory,), (0,)
     )
-    tracker = Tracker(layout, uffd)
-    os.close(uffd)
+    tracker = track(layout)
     yield process, tracker
     tracker.close()
     os.close(memory)
-
-
-def pages(bitmaps: list[bytes]) -> set[int]:
-    (bitmap,) = bitmaps
-    number = int.from_bytes(bitmap, "little")
-    return {page for page in range(SIZE // 4096) if number >> page & 1}
 
 
 def test_an_unmodified_process_is_tracked_from_outside(guest: tuple[Child, Tracker]) -> None:
