@@ -936,6 +936,28 @@ async def test_a_restarted_source_agent_finds_the_guest_where_it_stood(
         assert await it.console.verified()
 
 
+async def test_a_guest_that_somebody_else_resumes_is_not_given_away(
+    move: tuple[Move, contextlib.AsyncExitStack],
+) -> None:
+    it, stack = move
+    other = it.folder / "other.qmp"
+    it.extra = ("-qmp", f"unix:{other},server=on,wait=off")
+    pieces = await it.begin(stack)
+    await it.source.pause(it.near)
+    monitor = await Monitor.connect("somebody", other)
+    await monitor.execute("cont")
+    await monitor.close()
+    it.copy(pieces)
+    it.free()
+    with pytest.raises(GuestError) as caught:
+        await it.source.send_state(it.near)
+    assert caught.value.code == "guest-resumed"
+    await it.target.kill()
+    await it.source.resume()
+    assert (await it.console.stats()).errors == 0
+    assert await it.console.verified()
+
+
 async def test_a_state_that_does_not_fit_fails_with_qemus_words_and_the_source_runs_on(
     move: tuple[Move, contextlib.AsyncExitStack],
 ) -> None:
