@@ -3,6 +3,7 @@
 #   make demo [ARGS=--json]   a guest, two agents and a migration on this machine, watched and verified
 #   make test                 linters, C tests (plain, sanitizers), fuzzers for a while, Python tests
 #   make check                linters and type checks only
+#   make test-interop         guest tests on the QEMU of Debian 12, 13 and sid, fetched as trees
 #   make venv                 build and install into .venv
 #   make bench | soak         figures against QEMU and iperf3 | random failures for SOAK_SECONDS
 #   make clean                remove what was built
@@ -32,7 +33,7 @@ CORE := $(wildcard native/src/*.[ch] native/include/mgd_api.h native/include/mig
 C_FORMATTED := $(wildcard native/src/*.[ch] native/include/*.h native/tests/*.[ch] native/fuzz/*.[ch] \
 	native/fuzz/*/*.[ch] native/examples/*.[ch])
 
-.PHONY: deps venv demo check test test-native test-asan test-tsan fuzz test-python bench soak clean
+.PHONY: deps venv demo check test test-native test-asan test-tsan fuzz test-python test-interop bench soak clean
 
 # ---------------------------------------------------------------- distribution packages
 
@@ -46,7 +47,7 @@ PACKAGES := \
 GUEST_PACKAGES := iproute2:ip qemu-system-x86:qemu-system-x86_64
 # For `make test` and `make bench` only.
 TEST_PACKAGES := clang:clang libclang-rt-dev:/usr/share/doc/libclang-rt-dev clang-format:clang-format iperf3:iperf3 \
-	systemd:systemd-analyze openssl:openssl
+	systemd:systemd-analyze openssl:openssl systemd-container:systemd-nspawn mmdebstrap:mmdebstrap
 
 deps:
 	@.ci/deps $(PACKAGES) $(GUEST_PACKAGES) $(if $(WITHOUT_TEST_PACKAGES),,$(TEST_PACKAGES))
@@ -130,6 +131,17 @@ fuzz: | $(STAMPS)/test-deps
 
 test-python: $(STAMPS)/installed $(STAMPS)/test-deps
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Other versions of QEMU than this machine's: Debian releases as trees in the cache (tests/rig/trees.py).
+SUITES ?= bookworm trixie sid
+
+test-interop: $(STAMPS)/installed $(STAMPS)/test-deps
+	$(BIN)/python -m tests.rig.trees $(SUITES)
+	@for suite in $(SUITES); do \
+		echo "guest tests on the QEMU of $$suite"; \
+		MIGRATED_QEMU=$(MIGRATED_CACHE)/trees/$$suite/qemu-system-x86_64 \
+			$(BIN)/python -m pytest $(PYTEST_ARGS) tests/guests; \
+	done
 
 clean:
 	rm -rf build $(VENV)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,8 @@ from migrated.demo.running_guest import RunningGuest
 from migrated.errors import GuestError
 from migrated.guests.images import build_bootsector, build_linux_guest
 
-QEMU = "qemu-system-x86_64"
+#: The program to run: another version of QEMU if MIGRATED_QEMU names one.
+QEMU = os.environ.get("MIGRATED_QEMU") or "qemu-system-x86_64"
 MIB = 1 << 20
 
 
@@ -35,6 +37,8 @@ class QemuGuest:
     directory: Path
     cache: Path
     name: str = "demo"
+    program: str = QEMU
+    machine: str = "q35"
     kind: Literal["linux", "boot"] = "linux"
     accel: Literal["tcg", "kvm"] = "tcg"
     memory_bytes: int = 512 * MIB
@@ -64,9 +68,9 @@ class QemuGuest:
     def _memory(self, paths: bool) -> list[str]:
         arguments = ["-m", f"{self.memory_bytes // MIB}M", "-machine"]
         if self._private and self.regions == 1 and not paths:
-            return [*arguments, "q35"]
+            return [*arguments, self.machine]
         size = self.memory_bytes // self.regions
-        arguments += [f"q35,memory-backend={self.backends[0]}" if self.regions == 1 else "q35"]
+        arguments += [f"{self.machine},memory-backend={self.backends[0]}" if self.regions == 1 else self.machine]
         for backend in self.backends:
             arguments += ["-object", self._target_backend(backend, size) if paths else self._backend(backend, size)]
             arguments += ["-numa", f"node,memdev={backend}"] if self.regions > 1 else []
@@ -121,7 +125,7 @@ class QemuGuest:
         """The running guest's command."""
         return [
             *(_WITHOUT_THP if self.memory == "private-small" else ()),
-            *(QEMU, *self._memory(paths=False), *self._devices()),
+            *(self.program, *self._memory(paths=False), *self._devices()),
             *("-serial", f"unix:{self.source_serial},server=on,wait=off"),
             *("-qmp", f"unix:{self.source_qmp},server=on,wait=off"),
             *self.source_extra,
@@ -130,7 +134,7 @@ class QemuGuest:
     def target_command(self, move: int = 1) -> list[str]:
         """The incoming guest's command, as it stands in the target's configuration."""
         return [
-            *(QEMU, *self._memory(paths=True), *self._devices()),
+            *(self.program, *self._memory(paths=True), *self._devices()),
             *("-serial", f"unix:{self.target_serial(move)},server=on,wait=off"),
             *("-qmp", "unix:{qmp},server=on,wait=off"),
         ]

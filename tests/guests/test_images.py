@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from migrated.demo.qemu_guest import QEMU
 from migrated.guests.console import GuestConsole
 from migrated.guests.images import build_bootsector, build_disk, build_linux_guest
 
 MIB = 1 << 20
-QEMU = "qemu-system-x86_64"
 LIMIT = 60.0
 
 pytestmark = [

@@ -25,6 +25,7 @@ from typing import Any
 import pytest
 
 from migrated.config import Timeouts
+from migrated.demo.qemu_guest import QEMU
 from migrated.errors import ConfigError, GuestError, GuestRefusedError, MigratedError
 from migrated.guests import injection
 from migrated.guests.console import GuestConsole
@@ -46,7 +47,7 @@ TIMEOUTS = Timeouts()
 pytestmark = [
     pytest.mark.root,
     pytest.mark.guest,
-    pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="qemu-system-x86_64 is not installed"),
+    pytest.mark.skipif(shutil.which(QEMU) is None, reason=f"{QEMU} is not installed"),
     pytest.mark.skipif(os.geteuid() != 0, reason="reaching into another process needs root"),
 ]
 
@@ -82,7 +83,7 @@ class Qemu:
         self.qmp = folder / f"{name}.user.qmp"
         self.log = folder / f"{name}.user.log"
         command = [
-            *("qemu-system-x86_64", "-nodefaults", "-display", "none", "-vga", "none", *arguments),
+            *(QEMU, "-nodefaults", "-display", "none", "-vga", "none", *arguments),
             *("-qmp", f"unix:{self.qmp},server=on,wait=off"),
         ]
         self.process = PidHandle.spawn(command, pass_fds=[], log=self.log)
@@ -332,7 +333,7 @@ async def test_a_socket_opened_by_a_manager_still_leads_to_qemu(tmp_path: Path) 
         fd = listener.fileno()
         process = PidHandle.spawn(
             [
-                *("qemu-system-x86_64", "-nodefaults", "-display", "none", "-vga", "none", *memory()),
+                *(QEMU, "-nodefaults", "-display", "none", "-vga", "none", *memory()),
                 *("-chardev", f"socket,id=mon,fd={fd},server=on,wait=off", "-mon", "chardev=mon,mode=control"),
             ],
             pass_fds=[fd],
@@ -503,7 +504,7 @@ async def test_a_process_without_the_right_gets_it_through_the_device(
     folder.chmod(0o777)
     monkeypatch.chdir(folder)
     try:
-        usage = subprocess.run(["qemu-system-x86_64", "-help"], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run([QEMU, "-help"], capture_output=True, text=True, check=True).stdout
         run_as = ("-run-with", "user=nobody") if "[user=username" in usage else ("-runas", "nobody")
         qemu = Qemu(folder, "nobody", *memory(), *run_as)
         await qemu.up()
@@ -531,7 +532,7 @@ async def test_a_process_without_the_right_gets_it_through_the_device(
 def target_command(*extra: str, size: str = "64M", options: str = "share=on") -> list[str]:
     backend = f"memory-backend-file,id=ram,size={size},{options},mem-path={{memory:ram}}"
     return [
-        *("qemu-system-x86_64", "-nodefaults", "-display", "none", "-vga", "none", "-m", size),
+        *(QEMU, "-nodefaults", "-display", "none", "-vga", "none", "-m", size),
         *("-object", backend, "-machine", "q35,memory-backend=ram", *extra),
     ]
 

@@ -1,0 +1,174 @@
+"""Debian trees: other versions of QEMU for the guest tests, and a system to boot under systemd-nspawn.
+
+    python -m tests.rig.trees [SUITE …]      make these trees (default: all) and print what is in them
+
+A tree holds systemd, Python and QEMU of one Debian release.  It is made once, in ``$MIGRATED_CACHE/trees/SUITE``, by
+mmdebstrap: that is debootstrap by means of apt, in a quarter of the time.  The mirror is the one this machine installs its
+own packages from.
+
+``SUITE/qemu-system-x86_64`` runs the QEMU of a tree as if it were installed here: in a mount namespace of its own /usr is
+the tree's, and everything else is this machine's.  So every path means the same to that QEMU as to whoever starts it, and
+because each step is an exec, it keeps the pid and the descriptors that it was started with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from migrated.demo import cache_directory
+from migrated.errors import HostError
+from tests.rig import supervisor
+
+#: Debian 12, Debian 13, and whatever is newest; oldest first.
+SUITES = ("bookworm", "trixie", "sid")
+#: python3 and not python3-minimal: asyncio, ssl and sqlite3 are in the former only.
+PACKAGES = ("systemd", "systemd-sysv", "dbus", "python3", "qemu-system-x86")
+LEFT_OUT = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*")
+MAKE_SECONDS = 400.0
+
+PROGRAM = "qemu-system-x86_64"
+# The libraries in the loader's cache are this machine's, so the tree's QEMU must not see that.
+WRAPPER = f"""#!/bin/sh
+exec unshare --mount --propagation slave sh -euc '
+mount --bind /dev/null /etc/ld.so.cache
+mount --bind "$0/usr" /usr
+exec {PROGRAM} "$@"' "${{0%/*}}" "$@"
+"""
+_RECIPE = "etc/migrated-tree"  # what the tree was made from: one of another recipe is made again
+
+
+class TreeUnavailableError(HostError):
+    """There is no such tree, and none can be made here; the message says why."""
+
+
+def tree(suite: str) -> Path:
+    """Return the tree of this Debian release; make it if there is none.  Raises TreeUnavailableError."""
+    path = _trees() / suite
+    if _is_current(path):
+        return path
+    _check_tools()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (path.parent / f".{suite}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not _is_current(path):
+            _make(suite, path)
+    return path
+
+
+def qemu(suite: str) -> Path:
+    """Return a program that is this release's QEMU.  Raises TreeUnavailableError."""
+    return tree(suite) / PROGRAM
+
+
+def versions(path: Path) -> str:
+    """Say which QEMU and which systemd are in a tree."""
+    qemu_line = subprocess.run([path / PROGRAM, "--version"], check=True, capture_output=True, text=True).stdout
+    (library,) = (path / "usr/lib/x86_64-linux-gnu/systemd").glob("libsystemd-core-*.so")
+    return f"QEMU {qemu_line.split()[3]}, systemd {library.stem.rpartition('-')[2]}"
+
+
+def _trees() -> Path:
+    return cache_directory() / "trees"
+
+
+def _recipe() -> str:
+    return "\n".join([*PACKAGES, *LEFT_OUT, WRAPPER])
+
+
+def _is_current(path: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return (path / _RECIPE).read_text() == _recipe()
+    return False
+
+
+def _check_tools() -> None:
+    if os.geteuid() != 0:
+        raise TreeUnavailableError("a Debian tree can only be made by root")
+    for program in ("mmdebstrap", "apt-get", "apt-config", "unshare"):
+        if shutil.which(program) is None:
+            raise TreeUnavailableError(f"a Debian tree cannot be made: {program} is not installed")
+
+
+def _make(suite: str, path: Path) -> None:
+    """Make the tree beside its place and move it there when it is whole."""
+    with supervisor.directory(f".{suite}-", str(path.parent)) as scratch:
+        configuration = scratch / "apt.conf"
+        configuration.write_text(_run("apt-config", "dump", *_OF_APT))
+        made = scratch / "tree"
+        _run(
+            # A mount namespace: whatever mmdebstrap mounts in the tree goes with its last process, however that ends.
+            *("unshare", "--mount", "mmdebstrap", "--quiet", "--mode=root", "--variant=essential"),
+            *(f"--include={','.join(PACKAGES)}", f"--aptopt={configuration}", "--dpkgopt=force-unsafe-io"),
+            *(f"--dpkgopt=path-exclude={pattern}" for pattern in LEFT_OUT),
+            *(suite, str(made), _mirror()),
+        )
+        (made / PROGRAM).write_text(WRAPPER)
+        (made / PROGRAM).chmod(0o755)
+        (made / _RECIPE).write_text(_recipe())
+        if path.exists():  # of another recipe, or half removed; it goes with the scratch directory
+            path.rename(scratch / "former")
+        made.rename(path)
+
+
+#: How this machine's apt reaches a mirror, and what it lets pass.
+_OF_APT = ("Acquire::http", "Acquire::https", "Acquire::Retries", "Acquire::Check-Valid-Until", "Acquire::Check-Date")
+
+
+def _mirror() -> str:
+    """Where this machine's own Debian packages come from."""
+    output = _run(
+        *("apt-get", "indextargets", "--format", "$(REPO_URI)"),
+        *("Created-By: Packages", "Origin: Debian", "Label: Debian", "Component: main"),
+    )
+    if not output:
+        raise TreeUnavailableError("apt knows no Debian mirror: is this Debian, and was apt-get update run?")
+    return output.splitlines()[0]
+
+
+def _run(*command: str) -> str:
+    """Run a command; its output.  TreeUnavailableError with what it said last if it fails."""
+    try:
+        done = subprocess.run(
+            command, check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=MAKE_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        raise TreeUnavailableError(f"{' '.join(command[:3])} did not finish within {MAKE_SECONDS:g} s") from None
+    if done.returncode:
+        told = (done.stderr or done.stdout).strip()[-1000:]
+        raise TreeUnavailableError(f"{' '.join(command[:3])} failed: {told}")
+    return done.stdout
+
+
+def _made(suites: Sequence[str]) -> Iterator[bool]:
+    for suite in suites:
+        started = time.monotonic()
+        try:
+            path = tree(suite)
+        except TreeUnavailableError as error:
+            print(f"no Debian tree {suite}: {error}")  # noqa: T201 - what whoever started us waits for
+            yield False
+        else:
+            print(f"{path}: {versions(path)} ({time.monotonic() - started:.0f} s)")  # noqa: T201 - as above
+            yield True
+
+
+def main() -> int:
+    """Make trees; 0 if all of them are there."""
+    parser = argparse.ArgumentParser(prog="python -m tests.rig.trees", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("suites", metavar="SUITE", nargs="*", default=SUITES, help=f"of {', '.join(SUITES)}")
+    arguments = parser.parse_args()
+    supervisor.start()
+    return 0 if all(list(_made(arguments.suites))) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
