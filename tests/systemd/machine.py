@@ -1,0 +1,168 @@
+"""A machine that systemd has booted: a Debian tree under systemd-nspawn, with this checkout and its agents' units in it.
+
+What is written there goes with it: the tree below stays as it was made.  The network is this machine's own, so agents of
+two such machines reach each other on loopback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from migrated.demo import cache_directory
+from tests.rig import supervisor, trees
+
+ROOT = Path(__file__).parents[2]
+UNITS = ROOT / "systemd"
+DEVICES = ("/dev/kvm", "/dev/userfaultfd")
+BOOT_SECONDS = 60.0
+COMMAND_SECONDS = 60.0
+_NSPAWN_RUN = Path("/run/systemd/nspawn")
+
+
+class MachineUnavailableError(Exception):
+    """No such machine can be booted here; the message says why."""
+
+
+class Machine:
+    """A booted one.  Made by `booted`."""
+
+    def __init__(self, name: str, leader: int, shared: Path) -> None:
+        self.name = name
+        self.shared = shared  # seen there under the same path
+        self.leader = leader  # its process 1, as it is numbered here
+        #: What makes a command run there; with its network, which is ours.
+        self.prefix = ("nsenter", f"--target={leader}", "--mount", "--uts", "--ipc", "--pid", "--cgroup", "--")
+
+    def path(self, path: Path | str) -> Path:
+        """Where a path of the machine is found from outside."""
+        return Path(f"/proc/{self.leader}/root") / str(path).lstrip("/")
+
+    def run(self, *command: str, check: bool = True) -> str:
+        """Run a command there; its output."""
+        done = subprocess.run(
+            [*self.prefix, *command], check=False, capture_output=True, text=True, timeout=COMMAND_SECONDS
+        )
+        if check and done.returncode:
+            raise AssertionError(f"{' '.join(command)}: status {done.returncode}: {done.stdout}{done.stderr}")
+        return done.stdout
+
+    def show(self, unit: str, *properties: str) -> dict[str, str]:
+        """Properties of a unit."""
+        output = self.run("systemctl", "show", f"--property={','.join(properties)}", unit)
+        return dict(line.split("=", 1) for line in output.splitlines())
+
+    def processes(self) -> dict[int, list[str]]:
+        """Command lines there, by their numbers there."""
+        found = {}
+        for entry in self.path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                if entry.name.isdigit():
+                    found[int(entry.name)] = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+        return found
+
+    def install(self) -> None:
+        """Install the units, as docs/operations.md says."""
+        for unit in UNITS.glob("*.service"):
+            shutil.copy(unit, self.path("/etc/systemd/system"))
+        shutil.copy(UNITS / "migrated.sysusers.conf", self.path("/usr/lib/sysusers.d/migrated.conf"))
+        shutil.copy(UNITS / "migrated.tmpfiles.conf", self.path("/usr/lib/tmpfiles.d/migrated.conf"))
+        self.run("systemd-sysusers")
+        # The devices are this machine's own: their owners stay as they are.
+        self.run("systemd-tmpfiles", "--create", "--exclude-prefix=/dev")
+        self.run("systemctl", "daemon-reload")
+
+
+@contextlib.contextmanager
+def booted(name: str, suite: str, shared: Path) -> Iterator[Machine]:
+    """Boot the tree of a Debian release, the units installed; ``shared`` is seen there under the same path.
+
+    Raises MachineUnavailableError, TreeUnavailableError.
+    """
+    _check_here(suite)
+    tree = trees.tree(suite)
+    machine_name = f"{shared.name}-{name}"  # unique on this machine
+    log = shared / f"{name}.boot.log"
+    seen = {str(path) for path in (ROOT, cache_directory(), shared, *map(Path, DEVICES)) if path.exists()}
+    command = [
+        *("systemd-nspawn", "--quiet", f"--directory={tree}", "--volatile=overlay", f"--machine={machine_name}"),
+        *("--register=no", "--keep-unit", "--capability=all", "--resolv-conf=off", "--timezone=off"),
+        *(f"--bind={path}" for path in sorted(seen)),
+        f"--bind-ro={Path(sys.executable).parent / 'migrated'}:/usr/local/bin/migrated",
+        f"--setenv={supervisor.WORD}={os.environ[supervisor.WORD]}",  # so that the supervisor finds process 1
+        "--boot",
+    ]
+    with contextlib.ExitStack() as undo:
+        undo.callback(_tidy, machine_name)
+        undo.enter_context(supervisor.undoing("rmdir", str(_NSPAWN_RUN / "propagate" / machine_name)))
+        with log.open("wb") as output:
+            nspawn = subprocess.Popen(
+                command,
+                env={**os.environ, "SYSTEMD_SECCOMP": "0"},  # nspawn's own filter would be the agents', too
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        undo.callback(_end, nspawn)
+        machine = _wait_booted(nspawn, log)
+        machine.install()
+        yield machine
+
+
+def _check_here(suite: str) -> None:
+    """Whether the interpreter of this run is the release's own, which the tree has as well."""
+    if os.geteuid() != 0:
+        raise MachineUnavailableError("only root can boot a machine")
+    if shutil.which("systemd-nspawn") is None:
+        raise MachineUnavailableError("systemd-nspawn is not installed (Debian package systemd-container)")
+    real = Path(sys.executable).resolve()
+    if real.parent != Path("/usr/bin"):
+        raise MachineUnavailableError(f"this run's interpreter is {real}, which no Debian tree has")
+    if not (trees.tree(suite) / real.relative_to("/")).exists():
+        raise MachineUnavailableError(f"{suite} has no {real}: only a machine of this release can be booted here")
+
+
+def _wait_booted(nspawn: subprocess.Popen[bytes], log: Path) -> Machine:
+    deadline = time.monotonic() + BOOT_SECONDS
+    while time.monotonic() < deadline and nspawn.poll() is None:
+        children = Path(f"/proc/{nspawn.pid}/task/{nspawn.pid}/children").read_text().split()
+        if children:
+            machine = Machine(log.stem.partition(".")[0], int(children[0]), log.parent)
+            # `degraded` is up as well: some unit of the distribution's did not like it here.
+            if machine.run("systemctl", "is-system-running", "--wait", check=False).strip() in {"running", "degraded"}:
+                return machine
+        time.sleep(0.05)
+    raise MachineUnavailableError(f"no machine boots under systemd-nspawn here: {_last_words(log)}")
+
+
+def _last_words(log: Path) -> str:
+    return " | ".join(log.read_text(errors="replace").split("\n")[-6:])[-1000:]
+
+
+def _end(nspawn: subprocess.Popen[bytes]) -> None:
+    """End process 1, and with it every process there; nspawn then takes its mounts away."""
+    if nspawn.poll() is None:
+        children = Path(f"/proc/{nspawn.pid}/task/{nspawn.pid}/children").read_text().split()
+        for child in children:
+            os.kill(int(child), signal.SIGKILL)
+        try:
+            nspawn.wait(10)
+        except subprocess.TimeoutExpired:
+            nspawn.kill()
+            nspawn.wait()
+
+
+def _tidy(machine_name: str) -> None:
+    """Nspawn leaves these two where /run is no file system of its own."""
+    with contextlib.suppress(OSError):
+        (_NSPAWN_RUN / "propagate" / machine_name).rmdir()
+    for lock in (_NSPAWN_RUN / "locks").glob(f"*{machine_name}*"):
+        lock.unlink(missing_ok=True)

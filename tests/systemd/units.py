@@ -1,0 +1,147 @@
+"""Agents as units of a booted machine, in place of the processes that `tests.rig.host` starts."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+from migrated.demo.pair import AgentProcess, to_toml
+from migrated.demo.qemu_guest import QemuGuest
+from tests.rig.guest import MovingGuest
+from tests.rig.host import Host
+from tests.systemd.machine import Machine
+
+STATE = Path("/run/migrated")
+MIB = 1 << 20
+
+
+class UnitAgent(AgentProcess):
+    """``migrated-ROLE.service`` on its defaults: its files are where they are on a real host."""
+
+    def __init__(self, role: str, machine: Machine, directory: Path, table: dict[str, Any]) -> None:
+        super().__init__(role, directory, table)
+        self.machine = machine
+        self.unit = f"migrated-{role}.service"
+        self.state_dir = STATE / role
+        self.config_path = machine.path(f"/etc/migrated/{role}.toml")
+        self._cursor = self._journal_end()
+
+    @property
+    def socket(self) -> Path:
+        return self.machine.path(self.state_dir / "control.sock")
+
+    @property
+    def pid(self) -> int:
+        """On the machine."""
+        return int(self.show("MainPID"))
+
+    @property
+    def active(self) -> bool:
+        return self.show("ActiveState") == "active"
+
+    def show(self, name: str) -> str:
+        """One property of the unit."""
+        return self.machine.show(self.unit, name)[name]
+
+    def configure(self) -> None:
+        self.config_path.write_text(to_toml(self.table))
+
+    async def start(self) -> None:
+        """Configure and start; systemctl returns once the agent has said READY."""
+        self.configure()
+        await self._systemctl("start")
+
+    async def restart(self) -> None:
+        await self._systemctl("restart")
+
+    async def stop(self) -> int:
+        await self._systemctl("stop")
+        self.machine.run("systemctl", "reset-failed", self.unit, check=False)
+        return 0
+
+    async def kill(self) -> None:
+        """As a crash would; systemd starts it again."""
+        await self.signal("KILL")
+
+    async def signal(self, name: str) -> None:
+        """Send a signal to the agent alone."""
+        await self._systemctl("kill", f"--signal={name}", "--kill-who=main")
+
+    async def restarted(self, former: int) -> None:
+        """Wait until systemd runs another process than ``former``, which answers."""
+        async with asyncio.timeout(60):
+            while not (self.active and self.pid not in {0, former} and await self._answers()):  # noqa: ASYNC110 - polled
+                await asyncio.sleep(0.05)
+
+    async def _systemctl(self, verb: str, *options: str) -> None:
+        await asyncio.to_thread(self.machine.run, "systemctl", verb, *options, self.unit)
+
+    # ------------------------------------------------------------ its log
+
+    def _journal_end(self) -> str:
+        output = self.machine.run("journalctl", "--lines=0", "--show-cursor", "--quiet")
+        return output.strip().removeprefix("-- cursor: ")
+
+    def log_lines(self) -> list[str]:
+        """What it has written since this object was made."""
+        return self.machine.run(
+            *("journalctl", "--output=cat", "--quiet", f"--after-cursor={self._cursor}", f"--unit={self.unit}"),
+            *("_TRANSPORT=stdout",),
+        ).splitlines()
+
+    def log_tail(self, lines: int = 12) -> str:
+        return "\n".join(self.log_lines()[-lines:])
+
+
+class UnitHost(Host):
+    """A host whose agents are units of ``machine``."""
+
+    def __init__(self, directory: Path, name: str, machine: Machine, config: dict[str, Any] | None = None) -> None:
+        super().__init__(directory, name, prefix=machine.prefix, config=config)
+        self.machine = machine
+        self._units = {
+            agent.role: UnitAgent(agent.role, machine, self.directory, agent.table)
+            for agent in (self._source, self._target)
+        }
+
+    def qmp(self, guest: str) -> Path:
+        return STATE / "target" / "guests" / guest / f"{guest}.qmp"
+
+    async def source(self) -> UnitAgent:
+        return await self._up("source")
+
+    async def target(self) -> UnitAgent:
+        return await self._up("target")
+
+    async def _up(self, role: str) -> UnitAgent:
+        agent = self._units[role]
+        if not agent.active:
+            await agent.start()
+        return agent
+
+    async def stop(self) -> None:
+        for agent in self._units.values():
+            await agent.stop()
+
+    def events(self, role: str) -> list[dict[str, Any]]:
+        found = []
+        for line in self._units[role].log_lines():
+            try:
+                found.append({"level": "", **json.loads(line)})
+            except ValueError:
+                found.append({"event": line, "level": ""})
+        return found
+
+
+class UnitGuest(MovingGuest):
+    """A guest that moves between two such hosts; started on the first as any process of that machine."""
+
+    def __init__(self, guest: QemuGuest, hosts: tuple[UnitHost, UnitHost], page_bytes: int) -> None:
+        super().__init__(guest, hosts, (page_bytes, page_bytes))
+        self.machine = hosts[0].machine
+
+    async def start(self) -> None:
+        self.machine.path(self.here.qmp(self.name).parent).mkdir(parents=True, exist_ok=True)
+        await self.qemu.start(prefix=self.machine.prefix)
