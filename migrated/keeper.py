@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import socket
@@ -51,20 +52,72 @@ class Keeper(Protocol):
 
 
 class ServiceKeeper:
-    """The service manager's descriptor store (``FileDescriptorStoreMax=``)."""
+    """The service manager's descriptor store (``FileDescriptorStoreMax=``).
+
+    It returns descriptors in random order, so each has a name of its own: the migration's, and its place.
+    """
+
+    def __init__(self) -> None:
+        self._stored: dict[str, list[str]] = {}  # what is in the store for a name
 
     async def taken(self) -> dict[str, list[int]]:
         """See Keeper."""
-        return service.take_stored_fds()
+        places: dict[str, dict[int, int]] = {}
+        for stored, fds in service.take_stored_fds().items():
+            name, _, place = stored.rpartition(".")
+            if stored == service.PROBE_NAME:
+                _forget_stored(stored)
+            elif place.isdecimal():
+                self._stored.setdefault(name, []).append(stored)
+                places.setdefault(name, {})[int(place)] = fds.pop()
+            else:  # of an agent of an earlier version, which gave all of them one name
+                self._stored[stored] = [stored]
+                places[stored] = dict(enumerate(fds))
+                fds.clear()
+            for fd in fds:
+                os.close(fd)
+        return {name: [fd for _, fd in sorted(fds.items())] for name, fds in places.items()}
 
     async def keep(self, name: str, fds: Sequence[int]) -> None:
         """See Keeper."""
-        service.store_fds(name, fds)
+        await self.forget(name)
+        self._stored[name] = [f"{name}.{place}" for place in range(len(fds))]
+        with contextlib.ExitStack() as opened:
+            for stored, fd in zip(self._stored[name], _distinct(fds, opened), strict=True):
+                service.store_fd(stored, fd)
+        if not await in_thread(service.keeps_fds):
+            raise HostError(
+                "the service manager does not keep the descriptors that must survive this agent",
+                code="descriptor-store",
+                hint="raise FileDescriptorStoreMax= of this agent's unit",
+            )
 
     async def forget(self, name: str) -> None:
         """See Keeper."""
-        with contextlib.suppress(HostError):
-            service.forget_fds(name)
+        for stored in self._stored.pop(name, []):
+            _forget_stored(stored)
+
+
+def _forget_stored(stored: str) -> None:
+    with contextlib.suppress(HostError):
+        service.forget_fds(stored)
+
+
+def _distinct(fds: Sequence[int], opened: contextlib.ExitStack) -> list[int]:
+    """Descriptors of the same files, each an open file of its own: the manager takes duplicates of one for the same."""
+    seen: set[tuple[int, int]] = set()
+    result = []
+    for fd in fds:
+        status = os.fstat(fd)
+        key = (status.st_dev, status.st_ino)
+        own = fd
+        if key in seen:
+            with contextlib.suppress(OSError):  # one without a file (a userfaultfd) shares its number with all of these
+                own = os.open(f"/proc/self/fd/{fd}", fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_CLOEXEC)
+                opened.callback(os.close, own)
+        seen.add(key)
+        result.append(own)
+    return result
 
 
 class HolderKeeper:
@@ -95,8 +148,10 @@ class HolderKeeper:
             # Opened here: subprocess leaves its own /dev/null open when it is out of descriptors for the pipe.
             with Path(os.devnull).open("r+b") as null:
                 return subprocess.run(
-                    [sys.executable, "-m", "migrated.holder", str(self._path)],
+                    # -P and cwd: what lies in the directory we were started in must not be run.
+                    [sys.executable, "-P", "-m", "migrated.holder", str(self._path)],
                     check=False,
+                    cwd="/",
                     stdin=null,
                     stdout=null,
                     stderr=subprocess.PIPE,
@@ -201,6 +256,47 @@ class HolderKeeper:
                 self._socket = None
 
 
+class EitherKeeper:
+    """Keeps in ``chosen``; takes back and forgets in both, since an agent before us may have chosen otherwise."""
+
+    def __init__(self, chosen: Keeper, other: Keeper) -> None:
+        self.chosen = chosen
+        self._other = other
+
+    async def taken(self) -> dict[str, list[int]]:
+        """See Keeper."""
+        found = await self._other.taken()
+        for name, fds in (await self.chosen.taken()).items():
+            for fd in found.get(name, []):
+                os.close(fd)
+            found[name] = fds
+        return found
+
+    async def keep(self, name: str, fds: Sequence[int]) -> None:
+        """See Keeper."""
+        await self.chosen.keep(name, fds)
+
+    async def forget(self, name: str) -> None:
+        """See Keeper."""
+        await self.chosen.forget(name)
+        await self._other.forget(name)
+
+
 def keeper_for(state_dir: Path) -> Keeper:
-    """The service manager's store where one started us, a holder of our own elsewhere."""
-    return ServiceKeeper() if os.environ.get("NOTIFY_SOCKET") else HolderKeeper(state_dir)
+    """The service manager's store where there is one, a holder of our own elsewhere."""
+    holder = HolderKeeper(state_dir)
+    if not os.environ.get("NOTIFY_SOCKET"):
+        return holder
+    store = ServiceKeeper()
+    try:
+        problem = "" if service.keeps_fds() else "it has no descriptor store"
+    except HostError as error:
+        problem = error.message
+    if not problem:
+        return EitherKeeper(store, holder)
+    log.warning(
+        "the service manager keeps no descriptors: a process of ours does",
+        problem=problem,
+        hint="FileDescriptorStoreMax= in this agent's unit, as in ours",
+    )
+    return EitherKeeper(holder, store)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import socket
 from typing import TYPE_CHECKING, Final
 
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
 _FIRST_FD: Final = 3  # SD_LISTEN_FDS_START
 # A descriptor's name goes into a colon-separated list in the environment (sd_pid_notify_with_fds(3)).
 _FD_NAME: Final = re.compile(r"[!-9;-~]{1,255}", re.ASCII)
-_MAX_FDS_A_MESSAGE: Final = 253  # SCM_MAX_FD
+#: Of a descriptor that shows whether there is a store.  It may be handed back if we died in between.
+PROBE_NAME: Final = "migrated.probe"
+#: The manager answers at once, unless it is busy with something else.
+BARRIER_SECONDS: Final = 10.0
 
 
 def notify(*assignments: str, fds: Sequence[int] = ()) -> bool:
@@ -58,18 +62,54 @@ def watchdog_seconds() -> float | None:
     return int(interval) / 1e6
 
 
-def store_fds(name: str, fds: Sequence[int]) -> bool:
-    """Have the service manager keep duplicates of ``fds`` under ``name`` across our death (``FDSTORE=1``).
+def store_fd(name: str, fd: int) -> bool:
+    """Have the service manager keep a duplicate of ``fd`` under ``name`` across our death (``FDSTORE=1``).
 
-    They come back in `take_stored_fds` in this order, as long as one call stored them.  Raises HostError, ValueError.
+    It says nothing of whether it does: ask `keeps_fds`.  It hands descriptors back in no particular order, and keeps one of
+    several that are the same open file.  Raises HostError, ValueError.
     """
     _check_name(name)
-    for start in range(0, len(fds), _MAX_FDS_A_MESSAGE):
-        # FDPOLL=0: the manager would otherwise drop a descriptor that polls POLLERR or POLLHUP.  A blocking userfaultfd
-        # always polls POLLERR, and losing that one loses the guest.
-        if not notify("FDSTORE=1", f"FDNAME={name}", "FDPOLL=0", fds=fds[start : start + _MAX_FDS_A_MESSAGE]):
-            return False
-    return True
+    # FDPOLL=0: the manager would otherwise drop a descriptor that polls POLLERR or POLLHUP.  A blocking userfaultfd
+    # always polls POLLERR, and losing that one loses the guest.
+    return notify("FDSTORE=1", f"FDNAME={name}", "FDPOLL=0", fds=[fd])
+
+
+def keeps_fds() -> bool:
+    """Whether the service manager keeps what it is given, and has kept all that was stored before this call.
+
+    NOTIFY_SOCKET does not tell: a supervisor may take nothing but READY=1 from it, and systemd drops silently what does not
+    fit into FileDescriptorStoreMax=.  FDSTORE in the environment tells from systemd 254 on.  So we store the writing end of
+    a pipe that nobody else has: while the reading end sees no hang-up, somebody keeps it.  Raises HostError.
+    """
+    reading, writing = os.pipe()
+    try:
+        try:
+            notify("FDSTORE=1", f"FDNAME={PROBE_NAME}", "FDPOLL=0", fds=[writing])
+        finally:
+            os.close(writing)
+        return _barrier() and not _hung_up(reading, 0)
+    finally:
+        os.close(reading)
+        forget_fds(PROBE_NAME)
+
+
+def _barrier() -> bool:
+    """Wait until the manager has read everything sent so far (sd_notify_barrier(3)); False if it does not say so in time."""
+    reading, writing = os.pipe()
+    try:
+        try:
+            notify("BARRIER=1", fds=[writing])
+        finally:
+            os.close(writing)
+        return _hung_up(reading, BARRIER_SECONDS)
+    finally:
+        os.close(reading)
+
+
+def _hung_up(reading: int, limit_seconds: float) -> bool:
+    poller = select.poll()
+    poller.register(reading, 0)
+    return bool(poller.poll(limit_seconds * 1000))
 
 
 def forget_fds(name: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from migrated.demo.pair import AgentProcess, free_port
 
-PROGRAM = (sys.executable, "-m", "migrated")
+PROGRAM = (sys.executable, "-P", "-m", "migrated")
 
 
 class Host:

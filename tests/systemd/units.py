@@ -51,7 +51,11 @@ class UnitAgent(AgentProcess):
     async def start(self) -> None:
         """Configure and start; systemctl returns once the agent has said READY."""
         self.configure()
-        await self._systemctl("start")
+        try:
+            await self._systemctl("start")
+        except AssertionError as error:
+            said = self.machine.run("journalctl", "--lines=30", "--quiet", f"--unit={self.unit}")
+            raise AssertionError(f"{error}\n{said}") from error
 
     async def restart(self) -> None:
         await self._systemctl("restart")
@@ -101,7 +105,7 @@ class UnitHost(Host):
     def __init__(self, directory: Path, name: str, machine: Machine, config: dict[str, Any] | None = None) -> None:
         super().__init__(directory, name, prefix=machine.prefix, config=config)
         self.machine = machine
-        self._units = {
+        self.units = {
             agent.role: UnitAgent(agent.role, machine, self.directory, agent.table)
             for agent in (self._source, self._target)
         }
@@ -116,18 +120,18 @@ class UnitHost(Host):
         return await self._up("target")
 
     async def _up(self, role: str) -> UnitAgent:
-        agent = self._units[role]
+        agent = self.units[role]
         if not agent.active:
             await agent.start()
         return agent
 
     async def stop(self) -> None:
-        for agent in self._units.values():
+        for agent in self.units.values():
             await agent.stop()
 
     def events(self, role: str) -> list[dict[str, Any]]:
         found = []
-        for line in self._units[role].log_lines():
+        for line in self.units[role].log_lines():
             try:
                 found.append({"level": "", **json.loads(line)})
             except ValueError:
@@ -141,6 +145,7 @@ class UnitGuest(MovingGuest):
     def __init__(self, guest: QemuGuest, hosts: tuple[UnitHost, UnitHost], page_bytes: int) -> None:
         super().__init__(guest, hosts, (page_bytes, page_bytes))
         self.machine = hosts[0].machine
+        self.source, self.target = hosts[0].units["source"], hosts[1].units["target"]
 
     async def start(self) -> None:
         self.machine.path(self.here.qmp(self.name).parent).mkdir(parents=True, exist_ok=True)

@@ -216,7 +216,7 @@ def test_stored_descriptors_reach_the_manager_and_are_not_dropped_for_polling_an
         monkeypatch.setenv("NOTIFY_SOCKET", str(short_dir / "notify"))
         fd = os.memfd_create("ledger")
         os.write(fd, b"what must not be lost")
-        assert service.store_fds("vm1-ledger", [fd]) is True
+        assert service.store_fd("vm1-ledger", fd) is True
         data, fds, _, _ = socket.recv_fds(manager, 4096, 8)
         assert data.decode().split("\n") == ["FDSTORE=1", "FDNAME=vm1-ledger", "FDPOLL=0"]
         assert os.pread(fds[0], 100, 0) == b"what must not be lost"
@@ -225,7 +225,7 @@ def test_stored_descriptors_reach_the_manager_and_are_not_dropped_for_polling_an
         for one in (fd, *fds):
             os.close(one)
     with pytest.raises(ValueError, match="cannot name"):
-        service.store_fds("a:b", [])
+        service.store_fd("a:b", 0)
 
 
 RETURN = """

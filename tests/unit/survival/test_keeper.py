@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -20,9 +21,10 @@ from typing import ClassVar
 import pytest
 from structlog.testing import capture_logs
 
+from migrated import service
 from migrated.errors import HostError
 from migrated.journal import Journal, TargetEntry
-from migrated.keeper import HolderKeeper, ServiceKeeper, keeper_for
+from migrated.keeper import EitherKeeper, HolderKeeper, Keeper, ServiceKeeper, keeper_for
 from migrated.survival import PREFIX, Legacy, Survival
 from tests.unit.survival.entries import TARGET
 
@@ -128,7 +130,7 @@ def texts(fds: list[int]) -> list[str]:
     return said
 
 
-async def kept(keeper: OurKeeper, name: str, *contents: str) -> None:
+async def kept(keeper: Keeper, name: str, *contents: str) -> None:
     fds = [memfd(text) for text in contents]
     try:
         await keeper.keep(name, fds)
@@ -193,6 +195,19 @@ async def test_the_holder_is_no_child_of_the_agent(python: str, directory: Path)
         assert pid not in children(process.pid)
         assert os.getsid(pid) != os.getsid(process.pid)
         assert os.readlink(f"/proc/{pid}/fd/2") == "/dev/null"
+
+
+async def test_the_holder_runs_nothing_from_the_directory_it_was_started_in(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "selectors.py").write_text(f"open({str(tmp_path / 'was-here')!r}, 'w')\nraise SystemExit(3)\n")
+    monkeypatch.chdir(tmp_path)
+    keeper = OurKeeper(directory)
+    await kept(keeper, "m1", "a")
+    assert not (tmp_path / "was-here").exists()
+    (pid,) = holders(directory)
+    assert os.readlink(f"/proc/{pid}/cwd") == "/"
+    await keeper.forget("m1")
 
 
 async def test_keeping_again_replaces(directory: Path) -> None:
@@ -280,38 +295,184 @@ def test_a_stranger_is_answered_and_does_no_harm(python: str, directory: Path) -
 # ---------------------------------------------------------------- the service manager
 
 
+class Manager:
+    """A service manager: keeps up to ``room`` descriptors under their names, as systemd does, or only reads readiness."""
+
+    def __init__(self, path: Path, room: int) -> None:
+        self.room = room
+        self.stored: list[tuple[str, int]] = []
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(str(path))
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        while True:
+            data, fds, _, _ = socket.recv_fds(self._socket, 4096, 300)
+            if data == b"the end":
+                return
+            told = dict(line.split("=", 1) for line in data.decode().split("\n"))
+            if told.get("FDSTOREREMOVE"):
+                for name, fd in [entry for entry in self.stored if entry[0] == told["FDNAME"]]:
+                    self.stored.remove((name, fd))
+                    os.close(fd)
+            for fd in fds:
+                known = any(self._same(fd, other) for _, other in self.stored)
+                if told.get("FDSTORE") and told["FDPOLL"] == "0" and len(self.stored) < self.room and not known:
+                    self.stored.append((told["FDNAME"], fd))
+                else:
+                    os.close(fd)
+
+    def _same(self, fd: int, other: int) -> bool:
+        """kcmp(2): whether these are one open file.  They share its position then."""
+        with contextlib.suppress(OSError):
+            before = os.lseek(other, 0, os.SEEK_CUR)
+            try:
+                return os.lseek(fd, before + 1, os.SEEK_SET) == os.lseek(other, 0, os.SEEK_CUR)
+            finally:
+                os.lseek(fd, before, os.SEEK_SET)
+        return False
+
+    def restart(self, code: str) -> str:
+        """Run a Python program with all that is stored, in another order than it came; its output."""
+        shuffled = self.stored[::-1]
+
+        def give() -> None:
+            for index, (_, fd) in enumerate(shuffled):
+                os.dup2(fd, 600 + index)
+            for index in range(len(shuffled)):
+                os.dup2(600 + index, 3 + index)
+
+        done = subprocess.run(
+            [sys.executable, "-c", f"import os; os.environ['LISTEN_PID'] = str(os.getpid())\n{code}"],
+            env={**os.environ, "LISTEN_FDS": str(len(shuffled)), "LISTEN_FDNAMES": ":".join(n for n, _ in shuffled)},
+            close_fds=False,
+            preexec_fn=give,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_SECONDS,
+        )
+        assert not done.stderr
+        return done.stdout
+
+    def end(self) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.sendto(b"the end", self._socket.getsockname())
+        self._thread.join()
+        self._socket.close()
+        for _, fd in self.stored:
+            os.close(fd)
+
+
 @pytest.fixture
-def manager(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
-    """The service manager's end of NOTIFY_SOCKET."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        sock.settimeout(PATIENCE_SECONDS)
-        sock.bind(str(directory / "notify"))
-        monkeypatch.setenv("NOTIFY_SOCKET", str(directory / "notify"))
-        yield sock
+def manager(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Manager]:
+    made = Manager(directory / "notify", room=80)
+    monkeypatch.setenv("NOTIFY_SOCKET", str(directory / "notify"))
+    yield made
+    made.end()
 
 
-async def test_the_service_manager_is_asked_to_keep_and_to_forget(manager: socket.socket) -> None:
-    keeper = ServiceKeeper()
-    fds = [memfd("uffd"), memfd("memory")]
-    await keeper.keep("migrated-1", fds)
-    for fd in fds:
-        os.close(fd)
-    data, received, _, _ = socket.recv_fds(manager, 4096, 10)
-    assert data.decode().split("\n") == ["FDSTORE=1", "FDNAME=migrated-1", "FDPOLL=0"]
-    for fd in received:
-        os.set_inheritable(fd, False)
-    assert texts(received) == ["uffd", "memory"]
+#: An agent that takes back what the one before it left.
+NEXT_AGENT = """
+import asyncio, os
+from pathlib import Path
+from migrated.keeper import keeper_for
+async def main():
+    taken = await keeper_for(Path("{directory}")).taken()
+    for name, fds in sorted(taken.items()):
+        print(name, *(os.pread(fd, 9, 0).decode() for fd in fds), any(map(os.get_inheritable, fds)))
+asyncio.run(main())
+"""
+
+
+def chosen(keeper: Keeper) -> type[object]:
+    return type(keeper.chosen if isinstance(keeper, EitherKeeper) else keeper)
+
+
+async def test_descriptors_come_back_from_the_service_manager_in_their_order(manager: Manager, directory: Path) -> None:
+    keeper = keeper_for(directory)
+    contents = [str(number) for number in range(66)]
+    await kept(keeper, "migrated-1", *contents)
+    await kept(keeper, "migrated-2", "uffd", "ledger", "memory")
+    told = manager.restart(NEXT_AGENT.format(directory=directory))
+    assert told == f"migrated-1 {' '.join(contents)} False\nmigrated-2 uffd ledger memory False\n"
     await keeper.forget("migrated-1")
-    assert manager.recv(4096).decode().split("\n") == ["FDSTOREREMOVE=1", "FDNAME=migrated-1"]
+    told = manager.restart(NEXT_AGENT.format(directory=directory))
+    assert told == "migrated-2 uffd ledger memory False\n"
+    await keeper.forget("migrated-2")
+    assert await asyncio.to_thread(service.keeps_fds)  # all of it was read
+    assert manager.stored == []
+    assert holders(directory) == []
 
 
-def test_the_service_manager_is_preferred(manager: socket.socket, directory: Path) -> None:
-    assert isinstance(keeper_for(directory), ServiceKeeper)
+async def test_the_next_agent_can_forget_what_it_took(manager: Manager, directory: Path) -> None:
+    await kept(keeper_for(directory), "migrated-1", "a", "b")
+    code = (
+        NEXT_AGENT.format(directory=directory)
+        .replace("    taken = await keeper_for", "    keeper = keeper_for")
+        .replace(".taken()\n", "\n    taken = await keeper.taken()\n    await keeper.forget('migrated-1')\n")
+    )
+    assert manager.restart(code) == "migrated-1 a b False\n"
+    assert service.keeps_fds()
+    assert manager.stored == []
+
+
+async def test_one_file_given_twice_is_kept_twice(manager: Manager, directory: Path) -> None:
+    keeper = keeper_for(directory)
+    fd = memfd("a")
+    other = os.dup(fd)
+    await keeper.keep("migrated-1", [fd, other, fd])
+    os.close(fd)
+    os.close(other)
+    assert manager.restart(NEXT_AGENT.format(directory=directory)) == "migrated-1 a a a False\n"
+
+
+async def test_a_store_that_is_full_is_an_error_before_anything_depends_on_it(
+    manager: Manager, directory: Path
+) -> None:
+    keeper = keeper_for(directory)
+    manager.room = 2
+    with pytest.raises(HostError, match="does not keep") as caught:
+        await kept(keeper, "migrated-1", "a", "b", "c")
+    assert caught.value.code == "descriptor-store"
+    await keeper.forget("migrated-1")
+    assert service.keeps_fds()
+    assert manager.stored == []
+
+
+async def test_a_service_manager_without_a_store_means_a_holder(manager: Manager, directory: Path) -> None:
+    manager.room = 0
+    with capture_logs() as logs:
+        keeper = keeper_for(directory)
+    assert chosen(keeper) is HolderKeeper
+    assert [log["problem"] for log in logs] == ["it has no descriptor store"]
+    await kept(keeper, "migrated-1", "a")
+    (pid,) = holders(directory)
+    # The next agent is told of a store, and still finds what the one before it had held.
+    manager.room = 80
+    assert manager.restart(NEXT_AGENT.format(directory=directory)) == "migrated-1 a False\n"
+    await keeper.forget("migrated-1")
+    await gone(pid)
+
+
+def test_a_service_manager_that_does_not_answer_means_a_holder(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "BARRIER_SECONDS", 0.1)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as silent:
+        silent.bind(str(directory / "notify"))
+        monkeypatch.setenv("NOTIFY_SOCKET", str(directory / "notify"))
+        assert chosen(keeper_for(directory)) is HolderKeeper
+    assert chosen(keeper_for(directory)) is HolderKeeper  # it has gone, too
+
+
+def test_the_service_manager_is_preferred(manager: Manager, directory: Path) -> None:
+    assert chosen(keeper_for(directory)) is ServiceKeeper
 
 
 def test_without_one_there_is_a_holder(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
-    assert isinstance(keeper_for(directory), HolderKeeper)
+    assert chosen(keeper_for(directory)) is HolderKeeper
 
 
 async def test_a_service_manager_that_is_gone_is_an_error_to_keep_and_none_to_forget(
