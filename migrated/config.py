@@ -14,7 +14,7 @@ import socket
 import tomllib
 import typing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 Role = Literal["source", "target"]
+T = TypeVar("T", bound=msgspec.Struct)
 Mode = Literal["hybrid", "precopy", "postcopy"]
 Compression = Literal["off", "zstd"]
 MODES: Final[tuple[str, ...]] = typing.get_args(Mode)
@@ -273,44 +274,61 @@ def _bad(path: str, key: str, problem: str, hint: str) -> ConfigError:
     return ConfigError(f"{path}: {key}: {problem}", hint=hint)
 
 
+def decode_guest(path: str, name: str, table: dict[str, Any], kind: type[T]) -> T:
+    """Decode a ``[guests.NAME]`` table as its driver wants it.  Raises ConfigError naming ``path``, table and key."""
+    try:
+        return msgspec.convert(table, kind)
+    except msgspec.ValidationError as error:
+        raise _explained(error, path, kind, table=f"guests.{name}") from error
+
+
 _UNKNOWN_FIELD: Final = re.compile(r"Object contains unknown field `(?P<field>.*)`", re.DOTALL)
 
+_MISSING_FIELD: Final = re.compile(r"Object missing required field `(?P<field>.*)`", re.DOTALL)
 
-def _explained(error: msgspec.ValidationError, path: str) -> ConfigError:
+
+def _explained(
+    error: msgspec.ValidationError, path: str, root: type[msgspec.Struct] = _File, table: str = ""
+) -> ConfigError:
     """Msgspec's message in our words: ``FILE: KEY: problem``, with what is allowed as the hint."""
     problem, _, where = str(error).rpartition(" - at `$")
     if not problem:
         problem, where = str(error), ""
     key = where.removesuffix("`").removeprefix(".").replace("[...]", ".*")
+    full = ".".join(part for part in (table, key) if part)
     if unknown := _UNKNOWN_FIELD.fullmatch(problem):
         field = unknown["field"]
-        allowed = [entry.name for entry in msgspec.structs.fields(_struct_at(key))]
+        allowed = [entry.encode_name for entry in msgspec.structs.fields(_struct_at(root, key))]
         close = difflib.get_close_matches(field, allowed, n=1)
         meant = f"did you mean {close[0]!r}? " if close else ""
         return _bad(
-            path, f"{key}.{field}".removeprefix("."), "no such key", f"{meant}allowed here: {', '.join(allowed)}"
+            path, f"{full}.{field}".removeprefix("."), "no such key", f"{meant}allowed here: {', '.join(allowed)}"
         )
+    if missing := _MISSING_FIELD.fullmatch(problem):
+        key = f"{key}.{missing['field']}".removeprefix(".")
+        full = ".".join(part for part in (table, key) if part)
+        problem = "it is missing"
     problem = problem[0].lower() + problem[1:].replace("`", "")
-    description = _description_at(key)
+    description = _description_at(root, key)
     hint = f"allowed: {description}" if description else "see docs/configuration.md"
-    return _bad(path, key or "the file", problem, hint)
+    return _bad(path, full or "the file", problem, hint)
 
 
-def _struct_at(key: str) -> type[msgspec.Struct]:
-    for field in msgspec.structs.fields(_File):
+def _struct_at(root: type[msgspec.Struct], key: str) -> type[msgspec.Struct]:
+    for field in msgspec.structs.fields(root):
         if key and field.name == key:
             for candidate in (field.type, *typing.get_args(field.type)):
                 if isinstance(candidate, type) and issubclass(candidate, msgspec.Struct):
                     return candidate
-    return _File
+    return root
 
 
-def _description_at(key: str) -> str:
+def _description_at(root: type[msgspec.Struct], key: str) -> str:
     section, _, name = key.partition(".")
-    struct = _struct_at(section)
-    wanted = name.partition("[")[0] if struct is not _File else section.partition("[")[0]
+    struct = _struct_at(root, section)
+    wanted = name.partition("[")[0] if struct is not root else section.partition("[")[0]
     if not wanted:
-        return "a table: [" + section + "]" if struct is not _File else ""
+        return "a table: [" + section + "]" if struct is not root else ""
     for field in msgspec.structs.fields(struct):
         if field.name == wanted:
             return _description(field.type)

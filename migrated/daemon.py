@@ -24,9 +24,10 @@ import uvloop
 from aiohttp import web
 
 from migrated import __version__, config, log, service
-from migrated.errors import HostError, MigratedError, TimeoutExceededError, hinted
+from migrated.errors import ConfigError, HostError, MigratedError, TimeoutExceededError, hinted
 from migrated.http.control import control_app
 from migrated.http.status import status_app
+from migrated.record import State
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 LOCK_NAME: Final = "agent.lock"
 #: How often health and figures go to the service manager when its watchdog does not ask for more.
 STATUS_SECONDS: Final = 5.0
+#: The time we ask the service manager for, again and again, while a start or a stop takes long for a good reason.
+EXTEND_SECONDS: Final = 60
 #: Sites get this long to finish answers under way; event streams end by themselves.
 SITE_SHUTDOWN_SECONDS: Final = 2.0
 _READY_POLL_SECONDS: Final = 0.05
@@ -47,9 +50,9 @@ logger = structlog.get_logger("migrated.daemon")
 
 
 def run(role: Role, path: str | None, *, log_level: str = "info", log_format: str = "auto") -> int:
-    """Run the agent of ``role`` until SIGTERM or SIGINT; its exit code.
+    """Run the agent of ``role`` until SIGTERM or SIGINT; its exit code: 2 for a wrong configuration, 1 for other failures.
 
-    Raises ConfigError before anything is touched; what fails later is raised on a terminal and logged elsewhere.
+    Raises ConfigError of the file itself; what fails later is raised on a terminal and logged elsewhere.
     """
     settings = config.load(path, role)
     for_people = log.configure(level=log_level, fmt=log_format)
@@ -61,7 +64,8 @@ def run(role: Role, path: str | None, *, log_level: str = "info", log_format: st
         if for_people:
             raise
         logger.error("the agent has failed", **hinted(error))  # noqa: TRY400 - expected: no traceback
-        return 1
+        # By this status the service manager knows that another start would end the same way.
+        return 2 if isinstance(error, ConfigError) else 1
     except Exception:
         logger.exception("the agent has failed: this is a bug")
         return 1
@@ -124,25 +128,28 @@ async def serve(settings: AgentConfig, agent: Agent, stop: asyncio.Event) -> Non
             work = asyncio.create_task(agent.run(stop), name="agent")
             telling = asyncio.create_task(_tell_service_manager(agent, stop, work), name="service-manager")
             try:
-                await _finish(settings, stop, work)
+                await _finish(settings, agent, stop, work)
             finally:
                 telling.cancel()
                 await asyncio.wait({telling})
     logger.info("agent down", role=settings.role)
 
 
-async def _finish(settings: AgentConfig, stop: asyncio.Event, work: asyncio.Task[None]) -> None:
-    """Until the agent's run is over: by ``stop``, within its limit, or by an error of its own."""
+async def _finish(settings: AgentConfig, agent: Agent, stop: asyncio.Event, work: asyncio.Task[None]) -> None:
+    """Until the agent's run is over: by ``stop``, or by an error of its own.
+
+    After ``stop`` it may take as long as guests need this process.  Without any, the agent keeps timeouts.shutdown by
+    itself, wait by wait; twice as long means that it is stuck.
+    """
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait({work, stopping}, return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()
     if stop.is_set():
         _notify("STOPPING=1", "STATUS=leaving every guest safe")
-    if stop.is_set() and not work.done():
-        # The agent keeps this limit itself, wait by wait; twice as long means that it is stuck.
+    while stop.is_set() and not work.done():
         limit = 2 * settings.timeouts.shutdown
         await asyncio.wait({work}, timeout=limit)
-        if not work.done():
+        if not work.done() and not _is_needed(agent):
             work.cancel()
             await asyncio.wait({work}, timeout=settings.timeouts.shutdown)
             message = f"the agent did not stop within {limit:g} s"
@@ -153,6 +160,11 @@ async def _finish(settings: AgentConfig, stop: asyncio.Event, work: asyncio.Task
     if not stop.is_set():
         message = "the agent ended without being asked to"
         raise MigratedError(message, hint="this is a bug: please report it")
+
+
+def _is_needed(agent: Agent) -> bool:
+    """Whether a guest in post-copy is being served: it would stall at its next missing page without this process."""
+    return any(record.state is State.POSTCOPY for record in agent.records(ended=False))
 
 
 # ---------------------------------------------------------------- state directory
@@ -206,7 +218,7 @@ async def _sites(settings: AgentConfig, agent: Agent, about: dict[str, Any]) -> 
         stack.callback(settings.control_socket.unlink, missing_ok=True)
         if (address := settings.status_address) is not None:
             hosts = {address.host, settings.agent.name, socket.gethostname()}
-            await _listen_status(await _runner(stack, status_app(agent, about, hosts=hosts)), address)
+            await _listen_status(settings, await _runner(stack, status_app(agent, about, hosts=hosts)), address)
         yield
 
 
@@ -239,17 +251,16 @@ async def _listen_control(runner: web.AppRunner, path: Path) -> None:
         os.umask(former)
 
 
-async def _listen_status(runner: web.AppRunner, address: Address) -> None:
+async def _listen_status(settings: AgentConfig, runner: web.AppRunner, address: Address) -> None:
     try:
         await web.TCPSite(runner, address.host, address.port).start()
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             message = f"status site: {address} is in use by another program"
             hint = 'set http.status to a free port, or to "" for no status site'
-        else:
-            message = f"status site: cannot listen on {address}: {error.strerror or error}"
-            hint = "http.status must be an address of this host"
-        raise HostError(message, code="address", hint=hint) from error
+            raise HostError(message, code="address", hint=hint) from error
+        message = f"{settings.path}: http.status: cannot listen on {address}: {error.strerror or error}"
+        raise ConfigError(message, code="address", hint="allowed: an address of this host") from error
 
 
 def _warn_of_openness(settings: AgentConfig) -> None:
@@ -271,26 +282,29 @@ def _warn_of_openness(settings: AgentConfig) -> None:
 
 
 async def _tell_service_manager(agent: Agent, stop: asyncio.Event, work: asyncio.Task[None]) -> None:
-    """READY once the agent can work; then STATUS, and WATCHDOG as long as the agent is healthy, and only then."""
-    loop = asyncio.get_running_loop()
-    started = loop.time()
-    # Polled: health is a question, not an event, and this is over within moments of the start.
-    while not agent.health().ready and loop.time() - started < STATUS_SECONDS:  # noqa: ASYNC110
-        await asyncio.sleep(_READY_POLL_SECONDS)
+    """READY once the agent can work; STATUS; and as long as it is healthy, WATCHDOG and all the time it needs."""
     watchdog = service.watchdog_seconds()
     pause = min(STATUS_SECONDS, watchdog / 3) if watchdog else STATUS_SECONDS
-    _notify("READY=1")
+    ready = False
     healthy_before = True
     while not work.done():
         health = agent.health()
+        if health.ready and not ready:
+            ready = True
+            _notify("READY=1")
         if not stop.is_set():
             _notify(f"STATUS={status_line(agent)}")
+        elif _is_needed(agent):
+            _notify(f"STATUS=serving guests in post-copy to their end: {status_line(agent)}")
+        if health.healthy and (not ready or (stop.is_set() and _is_needed(agent))):
+            _notify(f"EXTEND_TIMEOUT_USEC={EXTEND_SECONDS * 1_000_000}")
         if health.healthy and watchdog:
             _notify("WATCHDOG=1")
         if health.healthy != healthy_before:
             logger.log(20 if health.healthy else 40, "health", healthy=health.healthy, reasons=health.reasons)
             healthy_before = health.healthy
-        await asyncio.sleep(pause)
+        # Polled: health is a question, not an event, and an agent is ready within moments of its start.
+        await asyncio.sleep(pause if ready else _READY_POLL_SECONDS)
 
 
 def status_line(agent: Agent) -> str:

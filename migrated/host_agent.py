@@ -32,9 +32,14 @@ class HostAgent(Generic[M]):
             archive=Archive(config.state_dir / archive.NAME, keep=config.limits.max_records),
         )
         self._tasks: set[asyncio.Task[None]] = set()
+        self._started = False  # what an agent before us left is taken back, and new work can come
         self._stopping = False
         self._residents = guests.Residents(config)
         self._keeper = keeper_for(config.state_dir)
+
+    def _reasons(self) -> list[str]:
+        """Why this agent is not ready, as far as both roles can say."""
+        return ["starting"] * (not self._started) + ["shutting down"] * self._stopping
 
     def guests(self) -> list[str]:
         """Names, as configured."""

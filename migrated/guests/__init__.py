@@ -6,6 +6,7 @@ import contextlib
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from migrated.config import decode_guest
 from migrated.errors import ConfigError
 from migrated.guests import guest_log
 from migrated.units import parse_size
@@ -54,22 +55,17 @@ class Residents:
 
     def _check(self, name: str, table: dict[str, Any]) -> None:
         source = self._config.role == "source"
-        where = f"{self._config.path}: guests.{name}"
+        path = self._config.path
+        where = f"{path}: guests.{name}"
         match table["driver"]:
             case "qemu":
                 from migrated.guests import qemu
 
-                if source:
-                    qemu.decode_config(name, table, qemu.QemuSourceConfig)
-                else:
-                    qemu.decode_config(name, table, qemu.QemuTargetConfig)
+                decode_guest(path, name, table, qemu.QemuSourceConfig if source else qemu.QemuTargetConfig)
             case "process":
                 from migrated.guests import process
 
-                if source:
-                    process.decode_config(name, table, process.ProcessSourceConfig)
-                else:
-                    process.decode_config(name, table, process.ProcessTargetConfig)
+                decode_guest(path, name, table, process.ProcessSourceConfig if source else process.ProcessTargetConfig)
             case other:
                 raise ConfigError(f"{where}.driver: {other!r} is unknown", hint=f"one of {', '.join(DRIVERS)}")
         page_bytes(table, where=where)

@@ -13,10 +13,11 @@ import socket
 import stat
 import struct
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 import structlog
+from msgspec import Meta
 
 from migrated.errors import ConfigError, GuestError, TimeoutExceededError
 from migrated.guests.process_wire import HEADER, MAX_REGIONS, Header, Hello, Kind, WireError, message
@@ -36,9 +37,9 @@ class ProcessSourceConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unkn
     """
 
     driver: Literal["process"] = "process"
-    socket: str
-    page_size: str | None = None
-    reserve: bool = True
+    socket: Annotated[str, Meta(description="an absolute path of at most 107 bytes")]
+    page_size: Annotated[str, Meta(description='"4K", "2M" or "1G"')] | None = None
+    reserve: Annotated[bool, Meta(description="true or false")] = True
 
     def __post_init__(self) -> None:
         _check_socket(self.socket)
@@ -52,10 +53,10 @@ class ProcessTargetConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unkn
     """
 
     driver: Literal["process"] = "process"
-    command: list[str]
-    page_size: str | None = None
-    reserve: bool = True
-    next_socket: str = ""
+    command: Annotated[list[str], Meta(description="a list: the guest's program and its arguments")]
+    page_size: Annotated[str, Meta(description='"4K", "2M" or "1G"')] | None = None
+    reserve: Annotated[bool, Meta(description="true or false")] = True
+    next_socket: Annotated[str, Meta(description="an absolute path of at most 107 bytes")] = ""
 
     def __post_init__(self) -> None:
         if not self.command:

@@ -6,9 +6,10 @@ regions of the migration (qemu_memory.py).  Only the devices' state does (qemu_s
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
+from msgspec import Meta
 
 from migrated.errors import ConfigError, RemoteProtocolError
 
@@ -21,8 +22,8 @@ class QemuSourceConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown
     """
 
     driver: Literal["qemu"] = "qemu"
-    qmp: str
-    on_release: Literal["quit", "keep"] = "quit"
+    qmp: Annotated[str, Meta(description="the absolute path of the guest's QMP socket")]
+    on_release: Annotated[Literal["quit", "keep"], Meta(description="quit or keep")] = "quit"
 
     def __post_init__(self) -> None:
         if not self.qmp.startswith("/"):
@@ -37,9 +38,9 @@ class QemuTargetConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown
     """
 
     driver: Literal["qemu"] = "qemu"
-    command: list[str]
-    page_size: str = "2M"
-    reserve: bool = True
+    command: Annotated[list[str], Meta(description="a list: the QEMU program and its arguments")]
+    page_size: Annotated[str, Meta(description='"4K", "2M" or "1G"')] = "2M"
+    reserve: Annotated[bool, Meta(description="true or false")] = True
 
     def __post_init__(self) -> None:
         if not self.command:

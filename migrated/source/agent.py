@@ -170,13 +170,14 @@ class SourceAgent(HostAgent[SourceMigration]):
         return migration.record
 
     def health(self) -> Health:
-        """A source is healthy while its loop turns (whoever asks has shown that), ready unless it is stopping."""
-        reasons = ["shutting down"] if self._stopping else []
-        return Health(healthy=True, ready=not self._stopping, reasons=reasons)
+        """A source is healthy while its loop turns (whoever asks has shown that)."""
+        reasons = self._reasons()
+        return Health(healthy=True, ready=not reasons, reasons=reasons)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Until ``stop``: then abort what can be aborted, and stay until nothing post-copy needs this process."""
         async with self._residents:
             await self._take_back()
+            self._started = True
             await stop.wait()
             await self._wind_up()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import socket
 import time
@@ -20,6 +21,7 @@ from migrated.errors import (
     ConflictError,
     GuestError,
     GuestRefusedError,
+    HostError,
     MigratedError,
     NotFoundError,
     RemoteProtocolError,
@@ -104,17 +106,20 @@ class TargetAgent(HostAgent[TargetMigration]):
         """Healthy while every fault thread turns."""
         now = time.monotonic_ns()
         stuck = [m.record.guest for m in self._roster.active if not m.fault_server_alive(now, FAULT_THREAD_LIMIT_NS)]
-        reasons = [f"the fault thread of {guest} does not turn" for guest in stuck]
-        if self._stopping:
-            reasons.append("shutting down")
+        reasons = [*self._reasons(), *(f"the fault thread of {guest} does not turn" for guest in stuck)]
         return Health(healthy=not stuck, ready=not reasons, reasons=reasons)
 
     # ------------------------------------------------------------ life
 
     async def run(self, stop: asyncio.Event) -> None:
         """Listen until ``stop``; abort what can be; stay while a guest here still lacks pages."""
-        await self._take_back()
-        listener = await self._listen()
+        listener = await self._listen()  # first: an address that cannot be had is known before a guest is touched
+        try:
+            await self._take_back()
+        except BaseException:
+            listener.close()
+            raise
+        self._started = True
         accepting = asyncio.ensure_future(self._accept(listener))
         try:
             async with self._residents:
@@ -215,11 +220,13 @@ class TargetAgent(HostAgent[TargetMigration]):
             listener.bind(where)
             listener.listen(128)
         except OSError as error:
-            raise ConfigError(
-                f"cannot listen on {address}: {error.strerror}",
-                code="cannot-listen",
-                hint="another process (perhaps another target agent) has the port, or the address is not this host's",
-            ) from error
+            message = f"cannot listen on {address}: {error.strerror}"
+            if error.errno in {errno.EADDRINUSE, socket.EAI_AGAIN}:  # that may pass: we are started again
+                hint = "another process (perhaps another target agent) has the port, or no name server answers"
+                raise HostError(message, code="cannot-listen", hint=hint) from error
+            hint = "allowed: an address of this host, and a port that this user may listen on"
+            message = f"{self.config.path}: listen.address: {message}"
+            raise ConfigError(message, code="cannot-listen", hint=hint) from error
         listener.setblocking(False)
         self.bound = listener.getsockname()[:2]
         log.info("listening", address=str(Address(*self.bound)))

@@ -18,12 +18,13 @@ from tests.rig import supervisor
 from tests.rig.pages import PagesUnavailableError, more_pages
 from tests.rig.trees import TreeUnavailableError
 from tests.systemd.machine import Machine, MachineUnavailableError, booted
-from tests.systemd.units import MIB, UnitGuest, UnitHost
+from tests.systemd.units import MIB, UnitAgent, UnitGuest, UnitHost
 
 PAGE_BYTES = 2 * MIB
 #: Of source and target together, and some for a guest that the test before has just left.
 POOL_BYTES = 512 * MIB
 Machines = tuple[Machine, Machine]
+Agents = tuple[UnitAgent, UnitAgent]
 MakeGuest = Callable[..., AbstractAsyncContextManager[UnitGuest]]
 
 
@@ -51,6 +52,17 @@ def huge_page_pool(machines: Machines) -> Iterator[None]:
 
 
 @pytest.fixture
+async def agents(machines: Machines) -> AsyncIterator[Agents]:
+    """Source and target agent of the first machine, not running yet, without guests."""
+    with supervisor.directory("a-", str(machines[0].shared)) as directory:
+        host = UnitHost(directory, machines[0].name, machines[0])
+        try:
+            yield host.units["source"], host.units["target"]
+        finally:
+            await host.stop()
+
+
+@pytest.fixture
 def unit_guest(machines: Machines, huge_page_pool: None) -> MakeGuest:
     """``async with unit_guest() as guest``: booted on the first machine, no agent running yet."""
 
@@ -66,6 +78,7 @@ def unit_guest(machines: Machines, huge_page_pool: None) -> MakeGuest:
                 accel="tcg",
                 memory_bytes=64 * MIB,
                 page_bytes=PAGE_BYTES,
+                memory="private",
                 # A page every few seconds: post-copy is over when a test lets it, not when the guest has touched everything.
                 load={"rate": 200, "pattern": "dense", "sweep_seconds": 0},
             )

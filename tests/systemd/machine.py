@@ -71,6 +71,19 @@ class Machine:
                     found[int(entry.name)] = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
         return found
 
+    @contextlib.contextmanager
+    def drop_in(self, unit: str, *lines: str) -> Iterator[None]:
+        """Settings of a service that the block needs."""
+        path = self.path(f"/run/systemd/system/{unit}.d/test.conf")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(["[Service]", *lines]) + "\n")
+        self.run("systemctl", "daemon-reload")
+        try:
+            yield
+        finally:
+            path.unlink()
+            self.run("systemctl", "daemon-reload")
+
     def install(self) -> None:
         """Install the units, as docs/operations.md says."""
         for unit in UNITS.glob("*.service"):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import socket
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
-from tests.systemd.conftest import MakeGuest
-from tests.systemd.units import UnitGuest
+from tests.systemd.conftest import Agents, Machines, MakeGuest
+from tests.systemd.units import PATIENCE_SECONDS, UnitGuest
 
 pytestmark = [
     pytest.mark.root,
@@ -18,7 +21,6 @@ pytestmark = [
 ]
 
 ROLES = ["source", "target"]
-PATIENCE_SECONDS = 60
 
 
 class PostCopy:
@@ -34,8 +36,9 @@ class PostCopy:
 
     async def hurry(self) -> None:
         """Let the rest come."""
-        await self.source.wait(self.migration, "postcopy")
-        await self.source.request("POST", f"/v1/migrations/{self.migration}/set", {"drain_bandwidth": "0"})
+        record = await self.source.wait(self.migration, "postcopy")
+        if record["state"] == "postcopy":
+            await self.source.request("POST", f"/v1/migrations/{self.migration}/set", {"drain_bandwidth": "0"})
 
 
 @contextlib.asynccontextmanager
@@ -60,11 +63,10 @@ async def test_a_qemu_guest_moves_between_units_there_and_back(unit_guest: MakeG
         await guest.move()
 
 
-async def test_no_agent_is_under_seccomp(unit_guest: MakeGuest) -> None:
-    async with unit_guest() as guest:
-        for agent in (guest.source, guest.target):
-            await agent.start()
-            assert "Seccomp:\t0" in agent.machine.path(f"/proc/{agent.pid}/status").read_text()
+async def test_no_agent_is_under_seccomp(agents: Agents) -> None:
+    for agent in agents:
+        await agent.start()
+        assert "Seccomp:\t0" in agent.machine.path(f"/proc/{agent.pid}/status").read_text()
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -79,3 +81,88 @@ async def test_a_killed_agent_has_its_descriptors_back_from_the_store(unit_guest
         for machine in (state.source.machine, state.target.machine):
             assert not [line for line in machine.processes().values() if "migrated.holder" in line]
     assert int(agent.show("NFileDescriptorStore")) == 0
+
+
+async def test_the_watchdog_restarts_an_agent_that_hangs(machines: Machines, unit_guest: MakeGuest) -> None:
+    # A stopped process does not take the watchdog's SIGABRT, so SIGKILL follows at once.
+    with machines[1].drop_in("migrated-target.service", "WatchdogSec=5", "TimeoutAbortSec=1"):
+        async with post_copy(unit_guest) as state:
+            agent = state.target
+            former = agent.pid
+            await agent.signal("STOP")
+            await agent.restarted(former)
+            assert int(agent.show("NRestarts")) > 0
+
+
+async def test_agents_that_are_stopped_serve_post_copy_to_its_end(unit_guest: MakeGuest) -> None:
+    async with post_copy(unit_guest) as state:
+        both = (state.source, state.target)
+        stops = [asyncio.ensure_future(agent.stop()) for agent in both]
+        for agent in both:
+            await agent.reaches("deactivating")
+        assert await state.lacking() > 0
+        await state.hurry()
+        await asyncio.gather(*stops)
+        for agent in both:
+            assert agent.show("Result") == "success"
+            await agent.start()
+            assert (await agent.record(state.migration))["state"] == "completed"
+
+
+async def test_an_agent_is_ready_when_its_sources_can_connect(agents: Agents) -> None:
+    _, target = agents
+    await target.start()
+    host, _, port = target.table["listen"]["address"].rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=PATIENCE_SECONDS):
+        pass
+
+
+WRONG: dict[str, tuple[str, dict[str, Any] | None, str]] = {
+    "no-file": ("target", None, "no such configuration file"),
+    "key": ("target", {"limits": {"max_migration": 3}}, "limits.max_migration: no such key"),
+    "guest-table": (
+        "source",
+        {"guests": {"vm": {"driver": "qemu", "qpm": "/x"}}},
+        "source.toml: guests.vm.qpm: no such key",
+    ),
+    "guest-driver": (
+        "target",
+        {"guests": {"vm": {"driver": "xen"}}},
+        "target.toml: guests.vm.driver: 'xen' is unknown",
+    ),
+    "address": (
+        "target",
+        {"listen": {"address": "192.0.2.1:7440"}},
+        "target.toml: listen.address: cannot listen on 192.0.2.1:7440",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+async def test_a_wrong_configuration_ends_an_agent_once_with_status_2(agents: Agents, wrong: str) -> None:
+    role, table, message = WRONG[wrong]
+    agent = agents[ROLES.index(role)]
+    if table is None:
+        agent.config_path.unlink(missing_ok=True)
+    else:
+        agent.table.update(table)
+    with pytest.raises(AssertionError, match="status 1"):  # systemctl's own
+        await agent.start(configure=table is not None)
+    await agent.reaches("failed")
+    shown = agent.machine.show(agent.unit, "ExecMainStatus", "NRestarts", "Result")
+    assert shown == {"ExecMainStatus": "2", "NRestarts": "0", "Result": "exit-code"}
+    await agent.says(message)
+
+
+async def test_an_agent_that_fails_is_started_again(agents: Agents) -> None:
+    """Here: its port is taken for a while."""
+    _, target = agents
+    host, _, port = target.table["listen"]["address"].rpartition(":")
+    with socket.create_server((host, int(port))):
+        with pytest.raises(AssertionError, match="status 1"):
+            await target.start()
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while int(target.show("NRestarts")) < 2:  # noqa: ASYNC110 - systemd counts, and tells nobody
+                await asyncio.sleep(0.1)
+        await target.says("has the port")
+    await target.reaches("active")

@@ -15,6 +15,7 @@ from tests.systemd.machine import Machine
 
 STATE = Path("/run/migrated")
 MIB = 1 << 20
+PATIENCE_SECONDS = 60.0
 
 
 class UnitAgent(AgentProcess):
@@ -26,7 +27,7 @@ class UnitAgent(AgentProcess):
         self.unit = f"migrated-{role}.service"
         self.state_dir = STATE / role
         self.config_path = machine.path(f"/etc/migrated/{role}.toml")
-        self._cursor = self._journal_end()
+        self._before = len(self._journal())
 
     @property
     def socket(self) -> Path:
@@ -37,28 +38,25 @@ class UnitAgent(AgentProcess):
         """On the machine."""
         return int(self.show("MainPID"))
 
-    @property
-    def active(self) -> bool:
-        return self.show("ActiveState") == "active"
-
     def show(self, name: str) -> str:
         """One property of the unit."""
         return self.machine.show(self.unit, name)[name]
 
-    def configure(self) -> None:
-        self.config_path.write_text(to_toml(self.table))
-
-    async def start(self) -> None:
+    async def start(self, *, configure: bool = True) -> None:
         """Configure and start; systemctl returns once the agent has said READY."""
-        self.configure()
+        if configure:
+            self.config_path.write_text(to_toml(self.table))
         try:
             await self._systemctl("start")
         except AssertionError as error:
             said = self.machine.run("journalctl", "--lines=30", "--quiet", f"--unit={self.unit}")
             raise AssertionError(f"{error}\n{said}") from error
 
-    async def restart(self) -> None:
-        await self._systemctl("restart")
+    async def reaches(self, state: str) -> None:
+        """Wait until the unit is ``active``, ``deactivating``, ``failed`` …"""
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while self.show("ActiveState") != state:  # noqa: ASYNC110 - systemctl cannot wait for this
+                await asyncio.sleep(0.05)
 
     async def stop(self) -> int:
         await self._systemctl("stop")
@@ -75,8 +73,8 @@ class UnitAgent(AgentProcess):
 
     async def restarted(self, former: int) -> None:
         """Wait until systemd runs another process than ``former``, which answers."""
-        async with asyncio.timeout(60):
-            while not (self.active and self.pid not in {0, former} and await self._answers()):  # noqa: ASYNC110 - polled
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while self.pid in {0, former} or not await self._answers():  # noqa: ASYNC110 - systemctl cannot wait for this
                 await asyncio.sleep(0.05)
 
     async def _systemctl(self, verb: str, *options: str) -> None:
@@ -84,16 +82,20 @@ class UnitAgent(AgentProcess):
 
     # ------------------------------------------------------------ its log
 
-    def _journal_end(self) -> str:
-        output = self.machine.run("journalctl", "--lines=0", "--show-cursor", "--quiet")
-        return output.strip().removeprefix("-- cursor: ")
+    def _journal(self) -> list[str]:
+        # Not --unit: the journal does not know that of a process that has ended already.
+        identifier = f"--identifier={self.unit.removesuffix('.service')}"
+        return self.machine.run("journalctl", "--output=cat", "--quiet", identifier).splitlines()
 
     def log_lines(self) -> list[str]:
         """What it has written since this object was made."""
-        return self.machine.run(
-            *("journalctl", "--output=cat", "--quiet", f"--after-cursor={self._cursor}", f"--unit={self.unit}"),
-            *("_TRANSPORT=stdout",),
-        ).splitlines()
+        return self._journal()[self._before :]
+
+    async def says(self, words: str) -> None:
+        """Wait until its log holds these words: the journal takes a moment."""
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while words not in "\n".join(self.log_lines()):  # noqa: ASYNC110 - nobody tells
+                await asyncio.sleep(0.1)
 
     def log_tail(self, lines: int = 12) -> str:
         return "\n".join(self.log_lines()[-lines:])
@@ -121,7 +123,7 @@ class UnitHost(Host):
 
     async def _up(self, role: str) -> UnitAgent:
         agent = self.units[role]
-        if not agent.active:
+        if agent.show("ActiveState") in {"inactive", "failed"}:
             await agent.start()
         return agent
 

@@ -9,6 +9,7 @@ import pytest
 
 from migrated import config
 from migrated.errors import ConfigError
+from migrated.guests import Residents
 
 ROOT = Path(__file__).parents[3]
 INSECURE: dict[str, Any] = {"tls": {"insecure": True}}
@@ -147,3 +148,37 @@ def test_every_key_is_documented() -> None:
         assert f"[{section}]" in text
         for field in msgspec.structs.fields(getattr(settings, section)):
             assert f"`{field.name}`" in text, f"{section}.{field.name}"
+
+
+WRONG_GUESTS = [
+    ("source", {"driver": "qemu", "qpm": "/x"}, "guests.vm1.qpm: no such key", "did you mean 'qmp'?"),
+    (
+        "source",
+        {"driver": "qemu"},
+        "guests.vm1.qmp: it is missing",
+        "allowed: the absolute path of the guest's QMP socket",
+    ),
+    ("source", {"driver": "qemu", "qmp": 5}, "guests.vm1.qmp: expected str, got int", "allowed: the absolute path"),
+    ("source", {"driver": "qemu", "qmp": "x"}, "guests.vm1: qmp must be the absolute path", "docs/configuration.md"),
+    (
+        "source",
+        {"driver": "qemu", "qmp": "/x", "on_release": "stay"},
+        "guests.vm1.on_release: invalid enum value 'stay'",
+        "allowed: quit or keep",
+    ),
+    ("target", {"driver": "qemu", "command": "qemu"}, "guests.vm1.command: expected array, got str", "allowed: a list"),
+    ("target", {"driver": "qemu", "command": ["q"], "page_size": "two"}, "guests.vm1.page_size", '"4K", "2M" or "1G"'),
+    ("target", {"driver": "process", "reserve": 1, "command": ["g"]}, "guests.vm1.reserve", "allowed: true or false"),
+    ("target", {"driver": "xen"}, "guests.vm1.driver: 'xen' is unknown", "qemu, process"),
+]
+
+
+@pytest.mark.parametrize(("role", "table", "problem", "hint"), WRONG_GUESTS)
+def test_a_wrong_guest_table_is_named_by_file_table_and_key(
+    role: config.Role, table: dict[str, object], problem: str, hint: str
+) -> None:
+    settings = config.decode({"tls": {"insecure": True}, "guests": {"vm1": table}}, role, path="/etc/x.toml")
+    with pytest.raises(ConfigError) as caught:
+        Residents(settings)
+    assert caught.value.message.startswith(f"/etc/x.toml: {problem}")
+    assert hint in caught.value.hint
