@@ -38,6 +38,7 @@ class QemuGuest:
     cache: Path
     name: str = "demo"
     program: str = QEMU
+    target_program: str | None = None  # default: as the source
     machine: str = "q35"
     kind: Literal["linux", "boot"] = "linux"
     accel: Literal["tcg", "kvm"] = "tcg"
@@ -134,7 +135,7 @@ class QemuGuest:
     def target_command(self, move: int = 1) -> list[str]:
         """The incoming guest's command, as it stands in the target's configuration."""
         return [
-            *(self.program, *self._memory(paths=True), *self._devices()),
+            *(self.target_program or self.program, *self._memory(paths=True), *self._devices()),
             *("-serial", f"unix:{self.target_serial(move)},server=on,wait=off"),
             *("-qmp", "unix:{qmp},server=on,wait=off"),
         ]
