@@ -15,6 +15,12 @@ from migrated.units import format_size
 _CAP_SYS_PTRACE = 19
 _CAP_SYS_ADMIN = 21
 _CAP_CHECKPOINT_RESTORE = 40
+#: What systemd implements with a seccomp filter (systemd.exec(5)).
+SECCOMP_DIRECTIVES = (
+    *("LockPersonality", "MemoryDenyWriteExecute", "PrivateDevices", "ProtectClock", "ProtectHostname"),
+    *("ProtectKernelLogs", "ProtectKernelModules", "ProtectKernelTunables", "RestrictAddressFamilies"),
+    *("RestrictNamespaces", "RestrictRealtime", "RestrictSUIDSGID", "SystemCallArchitectures", "SystemCallFilter"),
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -100,6 +106,7 @@ def requirements() -> list[Requirement]:
         _serving(found),
         _tracking(found),
         _tracing(),
+        _unconfined(),
         _map_files(),
         _pool(),
         _kvm(),
@@ -167,6 +174,23 @@ def _tracing() -> Requirement:
         ok=scope == 0,
         found="processes of our own user" if scope == 0 else f"kernel.yama.ptrace_scope = {scope}",
         fix="" if scope == 0 else "run as root, or give the service AmbientCapabilities=CAP_SYS_PTRACE",
+    )
+
+
+def _unconfined() -> Requirement:
+    """A process under seccomp may not suspend another's filter, and whatever it starts has its filter: guests, too."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    confined = re.search(r"^Seccomp:\s*[1-9]", status, re.MULTILINE) is not None
+    return Requirement(
+        "no seccomp filter on the agent",
+        "both",
+        needed=True,
+        ok=not confined,
+        found="this process is under one" if confined else "none",
+        fix=f"a systemd unit must not set {', '.join(SECCOMP_DIRECTIVES)} (see systemd/migrated-*.service); a container "
+        "needs --security-opt seccomp=unconfined"
+        if confined
+        else "",
     )
 
 

@@ -397,6 +397,12 @@ static int fail_injection(const struct injection *injection, struct mgd_error *e
 				"ptrace: process %d: it is being traced already, or CAP_SYS_PTRACE is missing", pid);
 		return mgd_fail_errno(err, reason, "ptrace: seize process %d", pid);
 	case STEP_SEIZE_SECCOMP:
+		if (has_seccomp(getpid()))
+			return mgd_fail_errno(
+				err, reason,
+				"ptrace: process %d is confined by seccomp, and so is this agent, which may not suspend "
+				"that: start it without a filter (`migrated check` there says how)",
+				pid);
 		return mgd_fail_errno(
 			err, reason,
 			"ptrace: process %d is confined by seccomp, which could kill it for our call; suspending that "

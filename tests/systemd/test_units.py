@@ -69,6 +69,15 @@ async def test_no_agent_is_under_seccomp(agents: Agents) -> None:
         assert "Seccomp:\t0" in agent.machine.path(f"/proc/{agent.pid}/status").read_text()
 
 
+async def test_a_unit_that_confines_its_guests_is_named_as_the_cause(machines: Machines, unit_guest: MakeGuest) -> None:
+    with machines[1].drop_in("migrated-target.service", "LockPersonality=yes"):
+        async with unit_guest() as guest:
+            record = await guest.fail()
+            await guest.target.stop()
+    assert record["error"]["code"] == "cannot-inject"
+    assert "and so is this agent" in record["error"]["message"]
+
+
 @pytest.mark.parametrize("role", ROLES)
 async def test_a_killed_agent_has_its_descriptors_back_from_the_store(unit_guest: MakeGuest, role: str) -> None:
     async with post_copy(unit_guest) as state:

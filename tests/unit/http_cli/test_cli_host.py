@@ -150,3 +150,25 @@ def test_inspect_of_a_process_that_is_gone_is_an_error() -> None:
     )
     assert result.returncode == 1
     assert result.stderr.startswith(f"error: process {gone.pid} has ended")
+
+
+UNDER_SECCOMP = """
+import ctypes, struct, sys
+allow = ctypes.create_string_buffer(struct.pack("HBBI", 6, 0, 0, 0x7FFF0000))
+program = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", 1, ctypes.addressof(allow)))
+prctl = ctypes.CDLL(None).prctl
+prctl.argtypes = [ctypes.c_int] + 4 * [ctypes.c_ulong]
+assert prctl(38, 1, 0, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS
+assert prctl(22, 2, ctypes.addressof(program), 0, 0) == 0  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+from migrated.cli import main
+sys.argv = ["migrated", "check", "--json"]
+sys.exit(main())
+"""
+
+
+def test_check_names_the_filter_it_is_under_and_what_makes_systemd_set_one() -> None:
+    done = subprocess.run([sys.executable, "-c", UNDER_SECCOMP], capture_output=True, text=True)
+    assert done.returncode == 1
+    (found,) = [one for one in json.loads(done.stdout)["requirements"] if "seccomp" in one["name"]]
+    assert (found["ok"], found["found"]) == (False, "this process is under one")
+    assert "LockPersonality" in found["fix"]

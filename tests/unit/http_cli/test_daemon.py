@@ -250,3 +250,17 @@ async def test_stored_descriptors_come_back_by_name() -> None:
     for fd in (read, write, *low):
         os.close(fd)
     assert json.loads(out) == [{"vm1": [3, 5], "vm2": [4]}, [False, False, False], {}]
+
+
+async def test_a_wrong_guest_table_is_status_2_and_names_file_table_and_key(short_dir: Path) -> None:
+    path = write_config(short_dir)
+    path.write_text(path.read_text() + '[guests.vm1]\ndriver = "qemu"\nqpm = "/x"\n')
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "migrated", "source", "--config", str(path)),
+        stdin=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    log = await ended(process)
+    assert process.returncode == 2
+    assert log[-1]["message"] == f"{path}: guests.vm1.qpm: no such key"
+    assert log[-1]["hint"] == "did you mean 'qmp'? allowed here: driver, qmp, on_release"
