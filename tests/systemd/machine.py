@@ -14,9 +14,11 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import migrated._native
 from migrated.demo import cache_directory
 from tests.rig import supervisor, trees
 
@@ -102,7 +104,7 @@ def booted(name: str, suite: str, shared: Path) -> Iterator[Machine]:
 
     Raises MachineUnavailableError, TreeUnavailableError.
     """
-    _check_here(suite)
+    _check_here()
     tree = trees.tree(suite)
     machine_name = f"migrated-{os.getpid()}-{name}"
     log = shared / f"{name}.boot.log"
@@ -111,7 +113,7 @@ def booted(name: str, suite: str, shared: Path) -> Iterator[Machine]:
         *("systemd-nspawn", "--quiet", f"--directory={tree}", "--volatile=overlay", f"--machine={machine_name}"),
         *("--register=no", "--keep-unit", "--capability=all", "--resolv-conf=off", "--timezone=off"),
         *(f"--bind={path}" for path in sorted(seen)),
-        f"--bind-ro={Path(sys.executable).parent / 'migrated'}:/usr/local/bin/migrated",
+        f"--bind-ro={_program(tree, shared)}:/usr/local/bin/migrated",
         f"--setenv={supervisor.WORD}={os.environ[supervisor.WORD]}",  # so that the supervisor finds process 1
         "--boot",
     ]
@@ -171,17 +173,50 @@ def _cgroup(path: Path) -> Iterator[Path]:
                 time.sleep(0.1)
 
 
-def _check_here(suite: str) -> None:
-    """Whether the interpreter of this run is the release's own, which the tree has as well."""
+def _check_here() -> None:
     if os.geteuid() != 0:
         raise MachineUnavailableError("only root can boot a machine")
     if shutil.which("systemd-nspawn") is None:
         raise MachineUnavailableError("systemd-nspawn is not installed (Debian package systemd-container)")
+
+
+def _program(tree: Path, shared: Path) -> Path:
+    """What is ``migrated`` there: this checkout, with the packages of this run if the tree has its interpreter."""
+    installed = Path(sys.executable).parent / "migrated"
     real = Path(sys.executable).resolve()
-    if real.parent != Path("/usr/bin"):
-        raise MachineUnavailableError(f"this run's interpreter is {real}, which no Debian tree has")
-    if not (trees.tree(suite) / real.relative_to("/")).exists():
-        raise MachineUnavailableError(f"{suite} has no {real}: only a machine of this release can be booted here")
+    if real.parent == Path("/usr/bin") and (tree / real.relative_to("/")).exists():
+        return installed
+    version = (tree / "usr/bin/python3").readlink().name.removeprefix("python")
+    packages = _packages(version)
+    native = Path(migrated._native.__file__).parent
+    program = shared / f"migrated-on-python{version}"
+    program.write_text(
+        f"""#!/usr/bin/python3
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(packages)!r}]
+import migrated
+migrated.__path__.append({str(native)!r})
+from migrated.cli import main
+sys.exit(main())
+"""
+    )
+    program.chmod(0o755)
+    return program
+
+
+def _packages(version: str) -> Path:
+    """What the agents need from PyPI, for another version of Python than ours; made once."""
+    path = cache_directory() / f"packages-{version}"
+    if not path.exists():
+        needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+        with supervisor.directory(".packages-", str(path.parent)) as scratch:
+            install = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+            which = [f"--target={scratch / 'made'}", f"--python-version={version}", "--only-binary=:all:"]
+            done = subprocess.run([*install, *which, *needed], check=False, capture_output=True, text=True)
+            if done.returncode:
+                raise MachineUnavailableError(f"no packages for Python {version}: {done.stderr.strip()[-500:]}")
+            (scratch / "made").rename(path)
+    return path
 
 
 def _wait_booted(name: str, nspawn: subprocess.Popen[bytes], shared: Path, log: Path) -> Machine:
