@@ -11,7 +11,7 @@ from migrated import archive, guests
 from migrated.archive import Archive
 from migrated.config import AgentConfig
 from migrated.errors import ConflictError
-from migrated.keeper import keeper_for
+from migrated.keeper import EitherKeeper, keeper_for
 from migrated.migration import Migration
 from migrated.record import Record
 from migrated.roster import Roster
@@ -88,7 +88,9 @@ class HostAgent(Generic[M]):
         while self._tasks:
             done, _ = await asyncio.wait(self._tasks, timeout=self.config.timeouts.shutdown)
             if not done and all(migration.waits_for_peer for migration in self._roster if not migration.over):
-                self._log.error("leaving with migrations under way: their guests wait", count=len(self._tasks))
+                if isinstance(self._keeper, EitherKeeper):
+                    await self._keeper.hand_over()
+                self._log.warning("leaving with migrations under way: their guests wait", count=len(self._tasks))
                 for task in list(self._tasks):
                     task.cancel()
                 await asyncio.wait(self._tasks)

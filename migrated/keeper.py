@@ -59,6 +59,7 @@ class ServiceKeeper:
 
     def __init__(self) -> None:
         self._stored: dict[str, list[str]] = {}  # what is in the store for a name
+        self.held: dict[str, list[int]] = {}  # duplicates of it
 
     async def taken(self) -> dict[str, list[int]]:
         """See Keeper."""
@@ -76,7 +77,9 @@ class ServiceKeeper:
                 fds.clear()
             for fd in fds:
                 os.close(fd)
-        return {name: [fd for _, fd in sorted(fds.items())] for name, fds in places.items()}
+        taken = {name: [fd for _, fd in sorted(fds.items())] for name, fds in places.items()}
+        self.held = {name: [os.dup(fd) for fd in fds] for name, fds in taken.items()}
+        return taken
 
     async def keep(self, name: str, fds: Sequence[int]) -> None:
         """See Keeper."""
@@ -85,6 +88,7 @@ class ServiceKeeper:
         with contextlib.ExitStack() as opened:
             for stored, fd in zip(self._stored[name], _distinct(fds, opened), strict=True):
                 service.store_fd(stored, fd)
+        self.held[name] = [os.dup(fd) for fd in fds]
         if not await in_thread(service.keeps_fds):
             raise HostError(
                 "the service manager does not keep the descriptors that must survive this agent",
@@ -96,6 +100,8 @@ class ServiceKeeper:
         """See Keeper."""
         for stored in self._stored.pop(name, []):
             _forget_stored(stored)
+        for fd in self.held.pop(name, []):
+            os.close(fd)
 
 
 def _forget_stored(stored: str) -> None:
@@ -262,6 +268,15 @@ class EitherKeeper:
     def __init__(self, chosen: Keeper, other: Keeper) -> None:
         self.chosen = chosen
         self._other = other
+
+    async def hand_over(self) -> None:
+        """Have a holder keep what the store does, too: systemd before 254 empties it when a service has stopped."""
+        if isinstance(self.chosen, ServiceKeeper):
+            for name, fds in self.chosen.held.items():
+                try:
+                    await self._other.keep(name, fds)
+                except HostError as error:
+                    log.warning("what is kept may not outlive this stop", name=name, error=str(error))
 
     async def taken(self) -> dict[str, list[int]]:
         """See Keeper."""

@@ -42,9 +42,9 @@ class PostCopy:
 
 
 @contextlib.asynccontextmanager
-async def post_copy(unit_guest: MakeGuest) -> AsyncIterator[PostCopy]:
+async def post_copy(unit_guest: MakeGuest, config: dict[str, Any] | None = None) -> AsyncIterator[PostCopy]:
     """At the end of the block the rest comes, and the guest's memory is checked."""
-    async with unit_guest() as guest:
+    async with unit_guest(config) as guest:
         before = await guest.console.stats()
         migration = await guest.begin(mode="postcopy", drain_bandwidth="1MB")
         await guest.source.wait(migration, "postcopy")
@@ -116,6 +116,17 @@ async def test_agents_that_are_stopped_serve_post_copy_to_its_end(unit_guest: Ma
             assert agent.show("Result") == "success"
             await agent.start()
             assert (await agent.record(state.migration))["state"] == "completed"
+
+
+async def test_a_target_that_is_stopped_while_its_source_is_silent_goes_on_when_started(unit_guest: MakeGuest) -> None:
+    """Debian 12's systemd empties the descriptor store at a stop."""
+    async with post_copy(unit_guest, {"timeouts": {"heartbeat_limit": 3, "shutdown": 2}}) as state:
+        await state.source.signal("STOP")
+        await state.target.wait(state.migration, "postcopy-paused")
+        await state.target.stop()
+        await state.target.start()
+        await state.source.signal("CONT")
+        assert await state.lacking() > 0
 
 
 async def test_an_agent_is_ready_when_its_sources_can_connect(agents: Agents) -> None:

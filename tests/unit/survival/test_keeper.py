@@ -455,6 +455,19 @@ async def test_a_service_manager_without_a_store_means_a_holder(manager: Manager
     await gone(pid)
 
 
+async def test_what_is_kept_outlives_a_stop_that_empties_the_store(manager: Manager, directory: Path) -> None:
+    keeper = keeper_for(directory)
+    await kept(keeper, "migrated-1", "uffd", "ledger", "memory")
+    assert isinstance(keeper, EitherKeeper)
+    await keeper.hand_over()
+    while manager.stored:
+        os.close(manager.stored.pop()[1])
+    assert manager.restart(NEXT_AGENT.format(directory=directory)) == "migrated-1 uffd ledger memory False\n"
+    (pid,) = holders(directory)
+    await keeper.forget("migrated-1")
+    await gone(pid)
+
+
 def test_a_service_manager_that_does_not_answer_means_a_holder(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
