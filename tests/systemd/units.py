@@ -74,7 +74,7 @@ class UnitAgent(AgentProcess):
     async def restarted(self, former: int) -> None:
         """Wait until systemd runs another process than ``former``, which answers."""
         async with asyncio.timeout(PATIENCE_SECONDS):
-            while self.pid in {0, former} or not await self._answers():  # noqa: ASYNC110 - systemctl cannot wait for this
+            while self.pid in {0, former} or not await self._ready():  # noqa: ASYNC110 - systemctl cannot wait for this
                 await asyncio.sleep(0.05)
 
     async def _systemctl(self, verb: str, *options: str) -> None:
