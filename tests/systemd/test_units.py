@@ -120,7 +120,7 @@ async def test_agents_that_are_stopped_serve_post_copy_to_its_end(unit_guest: Ma
 
 async def test_a_target_that_is_stopped_while_its_source_is_silent_goes_on_when_started(unit_guest: MakeGuest) -> None:
     """Debian 12's systemd empties the descriptor store at a stop."""
-    async with post_copy(unit_guest, {"timeouts": {"heartbeat_limit": 3, "shutdown": 2}}) as state:
+    async with post_copy(unit_guest, {"timeouts": {"heartbeat_limit": 5, "shutdown": 5}}) as state:
         await state.source.signal("STOP")
         await state.target.wait(state.migration, "postcopy-paused")
         await state.target.stop()
