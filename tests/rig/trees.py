@@ -33,7 +33,7 @@ SUITES = ("bookworm", "trixie", "sid")
 #: python3 and not python3-minimal: asyncio, ssl and sqlite3 are in the former only.
 PACKAGES = ("systemd", "systemd-sysv", "dbus", "python3", "qemu-system-x86")
 LEFT_OUT = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*")
-MAKE_SECONDS = 400.0
+MAKE_SECONDS = 300.0
 
 PROGRAM = "qemu-system-x86_64"
 # The libraries in the loader's cache are this machine's, so the tree's QEMU must not see that.
@@ -106,7 +106,7 @@ def _make(suite: str, path: Path) -> None:
         made = scratch / "tree"
         _run(
             # A mount namespace: whatever mmdebstrap mounts in the tree goes with its last process, however that ends.
-            *("unshare", "--mount", "mmdebstrap", "--quiet", "--mode=root", "--variant=essential"),
+            *("unshare", "--mount", "mmdebstrap", "--mode=root", "--variant=essential"),
             *(f"--include={','.join(PACKAGES)}", f"--aptopt={configuration}", "--dpkgopt=force-unsafe-io"),
             *(f"--dpkgopt=path-exclude={pattern}" for pattern in LEFT_OUT),
             *(suite, str(made), _mirror()),
@@ -143,7 +143,7 @@ def _run(*command: str) -> str:
     except subprocess.TimeoutExpired:
         raise TreeUnavailableError(f"{' '.join(command[:3])} did not finish within {MAKE_SECONDS:g} s") from None
     if done.returncode:
-        told = (done.stderr or done.stdout).strip()[-1000:]
+        told = (done.stderr or done.stdout).strip()[-600:]
         raise TreeUnavailableError(f"{' '.join(command[:3])} failed: {told}")
     return done.stdout
 
