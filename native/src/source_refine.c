@@ -10,7 +10,8 @@
 #include "source_state.h"
 
 #include <stdlib.h>
-#include <unistd.h>
+
+#include "processors.h"
 
 #define HELPERS_MAX 7
 /* Less than this, and threads cost more than they bring. */
@@ -20,11 +21,11 @@ struct source_refinement {
 	struct mgd_source *source;
 	struct source_region *region;
 	/* Atomic. */
-	uint64_t front; /* chunks before this one are the sender's */
+	uint64_t front; /* the sender's chunk; those before it are done */
 	uint64_t back; /* chunks from this one on are taken by helpers */
 	bool over;
 	pthread_t helpers[HELPERS_MAX];
-	long helper_count;
+	uint32_t helper_count;
 };
 
 /* Blocks first … first+count-1, all marked. */
@@ -68,18 +69,30 @@ static int refine_chunk(const struct source_refinement *refinement, uint64_t chu
 	return 0;
 }
 
+/* The last chunk that nobody has; false when the next one would be the sender's.  It may be looked at by both where they
+ * meet: both find the same. */
+static bool take_chunk(struct source_refinement *refinement, uint64_t *out_chunk)
+{
+	uint64_t back = __atomic_load_n(&refinement->back, __ATOMIC_RELAXED);
+
+	do {
+		if (back <= __atomic_load_n(&refinement->front, __ATOMIC_RELAXED) + 1)
+			return false;
+	} while (!__atomic_compare_exchange_n(&refinement->back, &back, back - 1, true, __ATOMIC_RELAXED,
+					      __ATOMIC_RELAXED));
+	*out_chunk = back - 1;
+	return true;
+}
+
 static void *help(void *argument)
 {
 	struct source_refinement *refinement = argument;
 	uint8_t *copy = mgd_map_zeros(SOURCE_READ_BLOCKS * MGD_BLOCK_BYTES, NULL);
+	uint64_t chunk;
 
-	while (copy && !__atomic_load_n(&refinement->over, __ATOMIC_RELAXED)) {
-		uint64_t chunk = __atomic_sub_fetch(&refinement->back, 1, __ATOMIC_RELAXED);
-
-		if (chunk <= __atomic_load_n(&refinement->front, __ATOMIC_RELAXED) ||
-		    refine_chunk(refinement, chunk, copy))
-			break;
-	}
+	while (copy && !__atomic_load_n(&refinement->over, __ATOMIC_RELAXED) && take_chunk(refinement, &chunk) &&
+	       !refine_chunk(refinement, chunk, copy))
+		;
 	mgd_unmap(copy, SOURCE_READ_BLOCKS * MGD_BLOCK_BYTES);
 	return NULL;
 }
@@ -97,10 +110,10 @@ struct source_refinement *source_refine_begin(struct mgd_source *source, const s
 {
 	uint64_t page_chunks = claim->region->host_page_blocks / MGD_CHUNK_BLOCKS;
 	uint64_t front = claim->page * page_chunks, back = front + claim->count * page_chunks;
-	long wanted = sysconf(_SC_NPROCESSORS_ONLN) - 1; /* the sender is one */
+	uint32_t wanted = mgd_processor_count() - 1; /* the sender has one */
 	struct source_refinement *refinement;
 
-	if (source->whole || wanted < 1 || !page_chunks || !worth_it(claim->region, front, back))
+	if (source->whole || !wanted || !page_chunks || !worth_it(claim->region, front, back))
 		return NULL;
 	refinement = calloc(1, sizeof(*refinement));
 	if (!refinement)
@@ -125,7 +138,7 @@ void source_refine_end(struct source_refinement *refinement)
 	if (!refinement)
 		return;
 	__atomic_store_n(&refinement->over, true, __ATOMIC_RELAXED);
-	for (long i = 0; i < refinement->helper_count; i++)
+	for (uint32_t i = 0; i < refinement->helper_count; i++)
 		pthread_join(refinement->helpers[i], NULL);
 	free(refinement);
 }

@@ -1,6 +1,13 @@
 // SPDX-License-Identifier: MIT
 /* The source engine after the freeze: stale map, demands, drain, claims, reconnect. */
+#include "processors.h"
 #include "source_peer.h"
+
+/* The core's answer is replaced: as many helpers as a large machine would start, whatever this one has. */
+uint32_t mgd_processor_count(void)
+{
+	return 8;
+}
 
 /* All of the guest's blocks `step` apart written and sent, then some of them (`again` apart) written once more and frozen:
  * returns the stale pages. */
@@ -408,6 +415,38 @@ static void test_a_large_page_is_searched_for_its_changes(void)
 	peer_destroy(peer);
 }
 
+/* The helpers are through with a page before its sender has got beyond the first chunk. */
+static void test_helpers_stop_where_the_sender_is(void)
+{
+	struct peer *peer = peer_create(64 * MIB, 2 * MIB, 32 * MIB, 1);
+	uint64_t stale, unchanged;
+	struct mgd_error err;
+
+	peer_connect(peer);
+	for (uint64_t block = 0; block < peer_block_count(peer); block++)
+		guest_write(peer, block, 1);
+	peer_scan(peer, 1);
+	peer_round(peer, 1);
+	for (uint64_t block = 0; block < MGD_CHUNK_BLOCKS; block++)
+		guest_write(peer, block, 2);
+	for (uint64_t block = 0; block < 16 * MGD_CHUNK_BLOCKS; block += MGD_CHUNK_BLOCKS)
+		guest_report(peer, block);
+	peer_scan(peer, 1);
+	CHECK_OK(mgd_source_freeze(peer->source, &stale, &err), err);
+	CHECK_EQUAL(stale, 1);
+	unchanged = peer_stats(peer).unchanged_blocks;
+	mgd_source_set_bandwidth(peer->source, 0, 1); /* a byte a second: the sender is held up at once */
+	serve(peer, 1);
+	while (peer_stats(peer).unchanged_blocks - unchanged < 15 * MGD_CHUNK_BLOCKS)
+		sched_yield();
+	mgd_source_set_bandwidth(peer->source, 0, 0);
+	peer_event(peer, MGD_EVENT_ALL_SENT);
+	peer_wait(peer, &peer->final_pages, 1);
+	CHECK_EQUAL(peer_stats(peer).unchanged_blocks - unchanged, 15 * MGD_CHUNK_BLOCKS);
+	peer_check_same(peer);
+	peer_destroy(peer);
+}
+
 /* Small pages wait in a batch for the limit to let it go, and the guest wants them now: those claimed hurry, with all that
  * is in their batch, and the others go the urgent way. */
 static void test_demanded_pages_in_a_batch_hurry(void)
@@ -440,6 +479,7 @@ int main(void)
 	RUN(test_a_demanded_page_is_exempt_from_the_limits);
 	RUN(test_demanded_pages_in_a_batch_hurry);
 	RUN(test_a_large_page_is_searched_for_its_changes);
+	RUN(test_helpers_stop_where_the_sender_is);
 	RUN(test_a_limit_is_lifted_live);
 	RUN(test_a_throttled_source_ends_at_once);
 	RUN(test_reconnect_goes_on_from_what_is_lacking);
