@@ -9,7 +9,10 @@
  *   - A thread inside a system call has -ERESTART... in rax and the call's number in orig_rax.  The kernel rewinds such a
  *     thread when it leaves the signal-delivery code, so orig_rax is -1 while our call is set up (nothing to restart), and
  *     the saved registers are put back at a stop *inside the signal-delivery code* (a second PTRACE_INTERRUPT), where the
- *     restart still happens.  Putting them back at the exit stop would leak -ERESTARTSYS to the program.
+ *     restart still happens.  Putting them back at the exit stop would leak -ERESTARTSYS to the program.  Calls that end
+ *     with EINTR after any stop, whatever SA_RESTART says, do so here too: epoll_wait, io_uring_enter, rt_sigtimedwait,
+ *     semop, msgrcv (signal(7)); programs cope with that or could not be stopped and continued either.
+ *   - While its registers are ours the thread is not let go: its freezing (cgroup) is waited out, in the helper.
  *   - All signals are blocked meanwhile (PTRACE_SETSIGMASK), so that no handler runs on our registers.  A signal that shows
  *     up before that is delivered as it would have been.  SIGSTOP cannot be blocked: the group stop takes effect when we
  *     detach.
@@ -37,6 +40,7 @@
 #include <inttypes.h>
 #include <sched.h>
 #include <signal.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -52,7 +56,7 @@
 
 #define STOP_LIMIT_NS 2000000000LL /* to reach a stop: a thread in uninterruptible sleep takes its time */
 #define CALL_LIMIT_NS 5000000000LL /* for the system call itself */
-#define PATIENCE_NS 60000000000LL /* before a thread is given up in the middle of it */
+#define NEVER INT64_MAX
 #define HELPER_STACK_BYTES (64 * 1024)
 #define CODE_CHUNK_BYTES 4096
 #define CODE_SEARCH_BYTES (4 << 20)
@@ -145,10 +149,12 @@ static int wait_stop(struct injection *injection, int64_t deadline_ns, enum step
 	}
 }
 
-/* From running to a stop inside the signal-delivery code, between two of the program's instructions. */
-static int interrupt(struct injection *injection)
+/*
+ * From running to a stop inside the signal-delivery code, between two of the program's instructions.  With a deadline of
+ * NEVER the thread is on our registers, and only its end is a reason to stop waiting.
+ */
+static int interrupt(struct injection *injection, int64_t deadline_ns)
 {
-	int64_t deadline_ns = now_ns() + STOP_LIMIT_NS;
 	int status;
 
 	if (trace(PTRACE_INTERRUPT, injection->tid, 0, 0))
@@ -170,26 +176,34 @@ static int interrupt(struct injection *injection)
 	}
 }
 
-/* Run to the next system call stop (entry or exit). */
-static int run_to_syscall_stop(struct injection *injection, int64_t deadline_ns)
+/*
+ * Run to the next system call stop: the entry, or the exit.  A thread that does not get there in time is interrupted, and
+ * waited for until it stops, however long that takes.  A call that blocks then ends with an exit stop all the same.  One
+ * that was not made, since the thread is frozen (cgroup v2), ends with a stop in the signal-delivery code: *out_made.
+ */
+static int run_to_syscall_stop(struct injection *injection, int64_t deadline_ns, bool *out_made)
 {
-	int deliver = 0, interrupted = 0, status;
+	bool interrupted = false;
+	int deliver = 0, status;
 
+	*out_made = true;
 	for (;;) {
 		if (trace(PTRACE_SYSCALL, injection->tid, 0, (uintptr_t)deliver))
 			return fail_step(injection, errno == ESRCH ? STEP_GONE : STEP_ENTRY, errno);
 		while (wait_stop(injection, deadline_ns, STEP_CALL_LIMIT, &status)) {
 			if (injection->failed != STEP_CALL_LIMIT || interrupted)
 				return -1;
-			/* A call that blocks: interrupted, it ends with an exit stop all the same.  Giving up for good would
-			 * leave the thread on our registers, so there is patience. */
-			interrupted = 1;
-			deadline_ns = now_ns() + PATIENCE_NS;
+			interrupted = true;
+			deadline_ns = NEVER;
 			if (trace(PTRACE_INTERRUPT, injection->tid, 0, 0))
-				return -1;
+				return fail_step(injection, STEP_GONE, errno);
 		}
 		if (status >> 16 == 0 && WSTOPSIG(status) == SYSCALL_STOP)
 			return 0;
+		if (interrupted && status >> 16 == PTRACE_EVENT_STOP) {
+			*out_made = false;
+			return 0;
+		}
 		/* SIGSTOP passes every mask: let it be; the group stop that follows holds the thread once we let go. */
 		deliver = status >> 16 == 0 ? WSTOPSIG(status) : 0;
 	}
@@ -232,11 +246,14 @@ static uint64_t active_rseq(const struct injection *injection, uint64_t *out_add
 	return sequence;
 }
 
-/* With the signals blocked and `saved` known: make the call, and stop where `saved` can be put back. */
-static int make_call(struct injection *injection, const struct user_regs_struct *saved)
+/*
+ * With the signals blocked and `saved` known: make the call, and stop where `saved` can be put back.  From the moment its
+ * registers are ours the thread is not let go: a helper that waits for ever is cheaper than a guest that runs on them.
+ */
+static void make_call(struct injection *injection, const struct user_regs_struct *saved)
 {
 	struct user_regs_struct registers = *saved;
-	int result;
+	bool made;
 
 	registers.rip = injection->instruction;
 	registers.rax = (unsigned long)injection->number;
@@ -249,20 +266,23 @@ static int make_call(struct injection *injection, const struct user_regs_struct 
 	registers.r9 = injection->arguments[5];
 	registers.eflags &= ~(unsigned long)EFLAGS_TRAP;
 	if (set_registers(injection, &registers, STEP_SET_UP) ||
-	    run_to_syscall_stop(injection, now_ns() + STOP_LIMIT_NS) || get_registers(injection, &registers))
-		return -1;
-	if (registers.orig_rax != (unsigned long)injection->number || registers.rip != injection->instruction + 2)
-		return fail_step(injection, STEP_ENTRY, EPROTO);
-	result = run_to_syscall_stop(injection, now_ns() + CALL_LIMIT_NS);
-	if (result == 0 && get_registers(injection, &registers) == 0) {
+	    run_to_syscall_stop(injection, now_ns() + STOP_LIMIT_NS, &made) || !made)
+		return;
+	if (!get_registers(injection, &registers) &&
+	    (registers.orig_rax != (unsigned long)injection->number || registers.rip != injection->instruction + 2))
+		fail_step(injection, STEP_ENTRY, EPROTO);
+	if (run_to_syscall_stop(injection, now_ns() + CALL_LIMIT_NS, &made))
+		return;
+	if (!get_registers(injection, &registers)) {
 		injection->result = (int64_t)registers.rax;
 		if (injection->result >= -ERESTART_LAST && injection->result <= -ERESTART_FIRST)
 			injection->result = -EINTR;
 	}
 	/* Into the signal-delivery code; the call's own result keeps it from being restarted. */
 	if (trace(PTRACE_INTERRUPT, injection->tid, 0, 0) || trace(PTRACE_CONT, injection->tid, 0, 0))
-		return fail_step(injection, STEP_EXIT, errno);
-	return interrupt(injection) || injection->failed != STEP_NONE ? -1 : 0;
+		fail_step(injection, errno == ESRCH ? STEP_GONE : STEP_EXIT, errno);
+	else
+		interrupt(injection, NEVER);
 }
 
 static void inject_stopped(struct injection *injection)
@@ -305,7 +325,7 @@ static int helper(void *argument)
 		return 0;
 	}
 	begin_ns = now_ns();
-	if (interrupt(injection) == 0)
+	if (interrupt(injection, begin_ns + STOP_LIMIT_NS) == 0)
 		inject_stopped(injection);
 	/* A thread that could not be stopped is let go by the end of this process. */
 	trace(PTRACE_DETACH, injection->tid, 0, 0);
@@ -416,8 +436,11 @@ static int fail_injection(const struct injection *injection, struct mgd_error *e
 		return mgd_fail_errno(err, reason, "inject: process %d did not stop within %lld s", pid,
 				      STOP_LIMIT_NS / 1000000000);
 	case STEP_CALL_LIMIT:
-		return mgd_fail_errno(err, reason, "inject: process %d: system call %ld did not return within %lld s",
-				      pid, injection->number, CALL_LIMIT_NS / 1000000000);
+		return mgd_fail_errno(
+			err, reason,
+			"inject: process %d: system call %ld was not made or did not return within %lld s: "
+			"is the process frozen?",
+			pid, injection->number, CALL_LIMIT_NS / 1000000000);
 	case STEP_RESTORE:
 		return mgd_fail_errno(err, reason, "inject: process %d: its registers could not be put back", pid);
 	default:
@@ -439,8 +462,9 @@ static int run_helper(struct injection *injection, struct mgd_error *err)
 		return mgd_fail_errno(err, errno, "inject: stack");
 	sigfillset(&all);
 	pthread_sigmask(SIG_SETMASK, &all, &before);
-	/* No exit signal: the helper's end is nobody's business. */
-	child = clone(helper, stack + HELPER_STACK_BYTES, CLONE_VM | CLONE_VFORK, injection);
+	/* No exit signal: the helper's end is nobody's business.  Our files, not copies of them: a connection that we close
+	 * meanwhile must end. */
+	child = clone(helper, stack + HELPER_STACK_BYTES, CLONE_VM | CLONE_VFORK | CLONE_FILES, injection);
 	reason = errno;
 	if (child > 0) {
 		while (waitpid(child, NULL, __WALL) < 0 && errno == EINTR)

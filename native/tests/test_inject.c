@@ -14,6 +14,8 @@
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/ptrace.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/time.h>
 #include <sys/wait.h>
@@ -475,6 +477,176 @@ static void our_own_wait_for_children_sees_nothing(void)
 	finish(&child);
 }
 
+/* ---------------------------------------------------------------- frozen by a control group */
+
+/* How to freeze with each version of control groups, and where that may be mounted. */
+struct freezer {
+	const char *name, *mounts[3], *file, *freeze, *thaw;
+	const char *state_file, *frozen; /* a line of state_file once every thread has stopped */
+};
+
+static const struct freezer freezers[] = {
+	{"cgroup v2",
+	 {"/sys/fs/cgroup", "/sys/fs/cgroup/unified"},
+	 "cgroup.freeze",
+	 "1",
+	 "0",
+	 "cgroup.events",
+	 "frozen 1"},
+	{"cgroup v1", {"/sys/fs/cgroup/freezer"}, "freezer.state", "FROZEN", "THAWED", "freezer.state", "FROZEN"},
+};
+
+struct group {
+	const struct freezer *freezer;
+	char path[128];
+};
+
+static void group_write(const struct group *group, const char *file, const char *text)
+{
+	char path[192];
+	int fd;
+
+	snprintf(path, sizeof(path), "%s/%s", group->path, file);
+	fd = open(path, O_WRONLY | O_CLOEXEC);
+	CHECK(fd >= 0 && write(fd, text, strlen(text)) == (ssize_t)strlen(text));
+	close(fd);
+}
+
+/* A new group that can be frozen; false: not here. */
+static bool group_make(struct group *group, const struct freezer *freezer)
+{
+	char path[192];
+
+	group->freezer = freezer;
+	for (int i = 0; freezer->mounts[i]; i++) {
+		snprintf(group->path, sizeof(group->path), "%s/mgd-test-%d", freezer->mounts[i], (int)getpid());
+		if (mkdir(group->path, 0755))
+			continue;
+		snprintf(path, sizeof(path), "%s/%s", group->path, freezer->file);
+		if (!access(path, W_OK))
+			return true;
+		rmdir(group->path);
+	}
+	printf("%s: none can be made here: skipped\n", freezer->name);
+	return false;
+}
+
+static void group_remove(const struct group *group)
+{
+	while (rmdir(group->path))
+		CHECK(errno == EBUSY && !sched_yield()); /* its process has ended, and is being taken out */
+}
+
+static void freeze(const struct group *group)
+{
+	char path[192], text[128];
+
+	group_write(group, group->freezer->file, group->freezer->freeze);
+	snprintf(path, sizeof(path), "%s/%s", group->path, group->freezer->state_file);
+	for (;;) {
+		int fd = open(path, O_RDONLY | O_CLOEXEC);
+		ssize_t length;
+
+		CHECK(fd >= 0);
+		length = read(fd, text, sizeof(text) - 1);
+		close(fd);
+		text[length > 0 ? length : 0] = '\0';
+		if (strstr(text, group->freezer->frozen))
+			return;
+		sched_yield();
+	}
+}
+
+static void thaw(const struct group *group)
+{
+	group_write(group, group->freezer->file, group->freezer->thaw);
+}
+
+static struct child start_in(const struct group *group, child_function function)
+{
+	struct child child = start(function);
+	char text[16];
+
+	snprintf(text, sizeof(text), "%d", (int)child.pid);
+	group_write(group, "cgroup.procs", text);
+	wait_for_syscall(child.pid, SYS_read);
+	return child;
+}
+
+/* It cannot make the call, and must not come to make it later. */
+static void a_frozen_process_is_left_as_it_was(void)
+{
+	for (size_t i = 0; i < sizeof(freezers) / sizeof(freezers[0]); i++) {
+		uint64_t arguments[6] = {0};
+		struct mgd_error err = {0};
+		struct group group;
+		struct child child;
+		int64_t result;
+
+		if (!group_make(&group, &freezers[i]))
+			continue;
+		child = start_in(&group, read_once);
+		freeze(&group);
+		CHECK_FAILS(mgd_inject_syscall(child.pid, SYS_getppid, arguments, &result, NULL, &err), err,
+			    MGD_ERR_OS);
+		CHECK_EQUAL(err.os_errno, ETIMEDOUT);
+		thaw(&group);
+		wait_for_syscall(child.pid, SYS_read);
+		inject_often(child.pid);
+		CHECK(write(child.pipe_fd, "x", 1) == 1);
+		finish(&child);
+		group_remove(&group);
+	}
+}
+
+static void *inject_pause(void *argument)
+{
+	const struct child *child = argument;
+	uint64_t arguments[6] = {0};
+	struct mgd_error err = {0};
+	int64_t result = 0;
+
+	/* Ended by the freeze, or because it took too long: it was interrupted. */
+	do {
+		if (mgd_inject_syscall(child->pid, SYS_pause, arguments, &result, NULL, &err) == 0)
+			CHECK_EQUAL(result, -EINTR);
+		else
+			CHECK_EQUAL(err.os_errno, ETIMEDOUT);
+	} while (!atomic_load(&board->stop));
+	return NULL;
+}
+
+/* In the middle of our call: it ends, and whenever the thread runs again, it runs on its own registers.  A connection of
+ * ours that is closed during the call ends then, not when the call does. */
+static void a_process_frozen_in_our_call_goes_on(void)
+{
+	for (size_t i = 0; i < sizeof(freezers) / sizeof(freezers[0]); i++) {
+		struct group group;
+		struct child child;
+		pthread_t thread;
+		int ends[2];
+		char byte;
+
+		if (!group_make(&group, &freezers[i]))
+			continue;
+		child = start_in(&group, read_once);
+		CHECK(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) == 0);
+		CHECK(!pthread_create(&thread, NULL, inject_pause, &child));
+		wait_for_syscall(child.pid, SYS_pause);
+		close(ends[1]);
+		CHECK_EQUAL(recv(ends[0], &byte, 1, MSG_DONTWAIT), 0);
+		close(ends[0]);
+		atomic_store(&board->stop, true);
+		freeze(&group);
+		thaw(&group);
+		CHECK(!pthread_join(thread, NULL));
+		wait_for_syscall(child.pid, SYS_read);
+		CHECK(write(child.pipe_fd, "x", 1) == 1);
+		finish(&child);
+		group_remove(&group);
+	}
+}
+
 int main(void)
 {
 #ifndef __x86_64__
@@ -496,5 +668,7 @@ int main(void)
 	RUN(a_traced_process_is_refused);
 	RUN(seccomp_never_kills_for_our_call);
 	RUN(our_own_wait_for_children_sees_nothing);
+	RUN(a_frozen_process_is_left_as_it_was);
+	RUN(a_process_frozen_in_our_call_goes_on);
 	return 0;
 }
