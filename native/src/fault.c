@@ -3,7 +3,8 @@
  * The fault thread: the one thing a waiting guest waits for.
  *
  * It never waits for anybody but the kernel: no lock of its own is held by others over a call that can block, demands are
- * sent without blocking, and Python is told, never asked.
+ * sent without blocking, and Python is told, never asked.  Nor does it zero a huge page that the guest wants and nobody
+ * ever wrote: the hole thread does that, and kicks it.
  *
  * While an event (REMOVE …) is unread, every ioctl on the descriptor returns EAGAIN.  So each turn reads first, takes note
  * of events, and answers faults then; what still meets EAGAIN stays in `waiting` and is looked at again in a millisecond.
@@ -13,6 +14,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
+#include <semaphore.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -28,21 +30,12 @@
 #define HEARTBEAT_MS 500
 #define RETRY_MS 1
 #define POOL_RETRY_MS 200
-
-/* How soon a fault that could not be answered is worth another look. */
-enum retry { RETRY_NONE, RETRY_SLOW, RETRY_SOON };
+#define FILL_AT_ONCE_BYTES (64 << 10) /* zeroing this takes no longer than telling another thread to */
 
 struct faults {
 	struct mgd_target *target;
-	enum retry retry;
-	bool pool_told;
+	bool retry; /* a fault could not be answered yet */
 };
-
-static void raise_retry(struct faults *faults, enum retry retry)
-{
-	if (faults->retry < retry)
-		faults->retry = retry;
-}
 
 static void count(_Atomic uint64_t *counter, struct mgd_histogram *histogram, uint64_t since_ns)
 {
@@ -50,16 +43,22 @@ static void count(_Atomic uint64_t *counter, struct mgd_histogram *histogram, ui
 	mgd_histogram_add(histogram, mgd_now_ns() - since_ns);
 }
 
+static void count_answer(struct mgd_target *target, const struct mgd_waiter *waiter)
+{
+	if (waiter->was_stale)
+		count(&target->faults_stale, &target->latency_stale, waiter->since_ns);
+	else if (waiter->was_hole)
+		count(&target->faults_missing, &target->latency_missing, waiter->since_ns);
+	else
+		count(&target->faults_current, &target->latency_current, waiter->since_ns);
+}
+
 void mgd_fault_answered(struct mgd_target *target, uint64_t page)
 {
 	struct mgd_waiter waiter;
 
-	if (!mgd_waiting_take(&target->waiting, page, &waiter))
-		return;
-	if (waiter.why == MGD_WAITING_STALE)
-		count(&target->faults_stale, &target->latency_stale, waiter.since_ns);
-	else
-		count(&target->faults_current, &target->latency_current, waiter.since_ns);
+	if (mgd_waiting_take(&target->waiting, page, &waiter))
+		count_answer(target, &waiter);
 }
 
 /* ---- answering */
@@ -72,57 +71,37 @@ static void wake(struct mgd_target *target, struct mgd_alias *alias, uint64_t pa
 		mgd_resolve_wake(target, address, alias->page_bytes);
 }
 
-/* Memory for a hole the guest wants; without it the guest waits until there is some. */
-static int fill_hole(struct faults *faults, struct mgd_alias *alias, uint64_t page)
-{
-	struct mgd_error error = {0};
-
-	if (mgd_alias_back(faults->target, alias, page, 1, &error) == 0)
-		return 0;
-	if (!faults->pool_told)
-		mgd_event_post(&faults->target->events, MGD_EVENT_FAILED, 0, 0, &error);
-	faults->pool_told = true;
-	return -1;
-}
-
 /* CONTINUE of a page that is current, by whatever it takes. */
 static void answer(struct faults *faults, uint64_t page, uint64_t since_ns)
 {
 	struct mgd_target *target = faults->target;
 	struct mgd_alias *alias = mgd_target_alias_of(target, page);
 	uint64_t index = page - alias->first, done;
-	struct mgd_waiter waiter;
-	bool missing = false;
+	struct mgd_waiter waiter, this = {.since_ns = since_ns};
 	int code = mgd_resolve(target, alias, index, 1, &done);
 
-	if (code == EFAULT) {
-		missing = true;
-		if (fill_hole(faults, alias, index) < 0) {
-			mgd_waiting_add(&target->waiting, page, since_ns, MGD_WAITING_RETRY);
-			raise_retry(faults, RETRY_SLOW);
-			return;
-		}
+	if (code == EFAULT && alias->page_bytes <= FILL_AT_ONCE_BYTES &&
+	    mgd_alias_back(target, alias, index, 1, NULL) == 0) {
+		this.was_hole = true;
 		code = mgd_resolve(target, alias, index, 1, &done);
 	}
 	switch (code) {
 	case 0:
-		if (mgd_waiting_take(&target->waiting, page, &waiter) && waiter.why == MGD_WAITING_STALE)
-			count(&target->faults_stale, &target->latency_stale, waiter.since_ns);
-		else if (missing)
-			count(&target->faults_missing, &target->latency_missing, since_ns);
-		else
-			count(&target->faults_current, &target->latency_current, since_ns);
+		count_answer(target, mgd_waiting_take(&target->waiting, page, &waiter) ? &waiter : &this);
 		break;
 	case EEXIST:
-		if (mgd_waiting_take(&target->waiting, page, &waiter) && waiter.why == MGD_WAITING_STALE)
-			count(&target->faults_stale, &target->latency_stale, waiter.since_ns);
+		if (mgd_waiting_take(&target->waiting, page, &waiter) && waiter.was_stale)
+			count_answer(target, &waiter);
 		else
 			atomic_fetch_add_explicit(&target->faults_duplicate, 1, memory_order_relaxed);
 		break;
 	case EAGAIN:
-	case EFAULT: /* punched out again between filling and mapping */
 		mgd_waiting_add(&target->waiting, page, since_ns, MGD_WAITING_RETRY);
-		raise_retry(faults, RETRY_SOON);
+		faults->retry = true;
+		break;
+	case EFAULT: /* a hole, or punched out again between filling and mapping */
+		mgd_waiting_add(&target->waiting, page, since_ns, MGD_WAITING_HOLE);
+		sem_post(&target->holes);
 		break;
 	default:
 		mgd_waiting_take(&target->waiting, page, &waiter);
@@ -179,6 +158,8 @@ static void serve_waiting(struct faults *faults, bool ask, uint64_t ask_before_n
 		struct mgd_alias *alias = mgd_target_alias_of(target, list[i].page);
 		bool stale = mgd_page_state(mgd_ledger_get(&target->ledger, list[i].page)) == MGD_PAGE_STALE;
 
+		if (list[i].why == MGD_WAITING_HOLE)
+			continue; /* whoever fills it kicks us */
 		if (!stale || list[i].why != MGD_WAITING_STALE)
 			serve(faults, list[i].page, list[i].since_ns);
 		else if (ask && list[i].since_ns < ask_before_ns)
@@ -290,11 +271,6 @@ static bool read_batch(struct faults *faults)
 
 /* ---- the thread */
 
-static int turn_timeout(enum retry retry)
-{
-	return retry == RETRY_SOON ? RETRY_MS : retry == RETRY_SLOW ? POOL_RETRY_MS : HEARTBEAT_MS;
-}
-
 static void *run(void *argument)
 {
 	struct faults faults = {.target = argument};
@@ -308,28 +284,83 @@ static void *run(void *argument)
 			{.events = POLLOUT},
 		};
 		uint64_t counter, turn_ns;
-		enum retry retry;
-		bool ask;
+		bool ask, retry;
 
 		mgd_urgent_flush(target, &fds[2].fd);
-		(void)poll(fds, 3, turn_timeout(faults.retry));
+		(void)poll(fds, 3, faults.retry ? RETRY_MS : HEARTBEAT_MS);
 		turn_ns = mgd_now_ns();
 		atomic_store_explicit(&target->heartbeat_ns, turn_ns, memory_order_relaxed);
 		if (fds[1].revents)
 			(void)!read(target->kick_fd, &counter, sizeof(counter));
 		ask = atomic_exchange(&target->ask_again, false);
 		retry = faults.retry;
-		faults.retry = RETRY_NONE;
+		faults.retry = false;
 		while (read_batch(&faults))
 			mgd_urgent_flush(target, &fds[2].fd);
 		mgd_urgent_flush(target, &fds[2].fd);
-		if (atomic_exchange(&target->look_again, false) || ask || retry != RETRY_NONE)
+		if (atomic_exchange(&target->look_again, false) || ask || retry)
 			serve_waiting(&faults, ask, turn_ns);
 	}
 	/* After unregistering: an event left unread would keep the guest's madvise waiting. */
 	if (atomic_load(&target->releasing))
 		while (read_batch(&faults))
 			;
+	return NULL;
+}
+
+/* ---- holes */
+
+/* Fill the holes that guest threads wait for; whether all of them could be filled. */
+static bool fill_holes(struct mgd_target *target, struct mgd_error *err)
+{
+	size_t waiters;
+	struct mgd_waiter *list = mgd_waiting_list(&target->waiting, &waiters);
+	bool filled = true;
+
+	for (size_t i = 0; i < waiters && !atomic_load(&target->fault_stop); i++) {
+		struct mgd_alias *alias = mgd_target_alias_of(target, list[i].page);
+
+		if (list[i].why != MGD_WAITING_HOLE)
+			continue;
+		if (mgd_alias_back(target, alias, list[i].page - alias->first, 1, err) < 0) {
+			filled = false;
+			continue;
+		}
+		mgd_waiting_change(&target->waiting, list[i].page, MGD_WAITING_RETRY);
+		atomic_store(&target->look_again, true);
+		mgd_target_kick(target);
+	}
+	free(list);
+	return filled;
+}
+
+/* Zeroing a huge page takes 0.1 ms, one of 1 GiB 100 to 300: too long for the fault thread, which others wait for. */
+static void *run_holes(void *argument)
+{
+	struct mgd_target *target = argument;
+	struct mgd_error error = {0};
+	bool filled = true, told = false;
+
+	mgd_latency_matters();
+	while (!atomic_load(&target->fault_stop)) {
+		if (filled) {
+			while (sem_wait(&target->holes) && errno == EINTR)
+				;
+		} else {
+			/* The pool is empty: the guest waits until there is memory. */
+			struct timespec until;
+
+			clock_gettime(CLOCK_REALTIME, &until);
+			until.tv_nsec += POOL_RETRY_MS * 1000000;
+			until.tv_sec += until.tv_nsec / 1000000000;
+			until.tv_nsec %= 1000000000;
+			(void)sem_timedwait(&target->holes, &until);
+		}
+		filled = fill_holes(target, &error);
+		if (!filled && !told)
+			mgd_event_post(&target->events, MGD_EVENT_FAILED, 0, 0, &error);
+		told = told || !filled;
+	}
 	return NULL;
 }
 
@@ -343,18 +374,27 @@ int mgd_fault_start(struct mgd_target *target, struct mgd_error *err)
 		return mgd_fail_errno(err, errno, "userfaultfd: fcntl");
 	atomic_store(&target->fault_stop, false);
 	atomic_store(&target->heartbeat_ns, mgd_now_ns());
-	if (mgd_target_thread(&target->fault_thread, run, target, "mgd-fault", err) < 0)
+	if (mgd_target_thread(&target->hole_thread, run_holes, target, "mgd-holes", err) < 0)
 		return -1;
+	target->holes_running = true;
+	if (mgd_target_thread(&target->fault_thread, run, target, "mgd-fault", err) < 0) {
+		mgd_fault_stop(target);
+		return -1;
+	}
 	target->fault_running = true;
 	return 0;
 }
 
 void mgd_fault_stop(struct mgd_target *target)
 {
-	if (!target->fault_running)
-		return;
 	atomic_store(&target->fault_stop, true);
-	mgd_target_kick(target);
-	pthread_join(target->fault_thread, NULL);
-	target->fault_running = false;
+	if (target->fault_running) {
+		mgd_target_kick(target);
+		pthread_join(target->fault_thread, NULL);
+	}
+	if (target->holes_running) {
+		sem_post(&target->holes);
+		pthread_join(target->hole_thread, NULL);
+	}
+	target->fault_running = target->holes_running = false;
 }

@@ -190,6 +190,7 @@ int mgd_target_create(const struct mgd_target_region *regions, uint32_t region_c
 	pthread_mutex_init(&target->urgent_lock, NULL);
 	pthread_mutex_init(&target->quiet_lock, NULL);
 	pthread_cond_init(&target->quiet, NULL);
+	sem_init(&target->holes, 0, 0);
 	if (build(target, regions, ledger_fd, recover, err) < 0) {
 		mgd_target_destroy(target);
 		return -1;
@@ -224,6 +225,7 @@ void mgd_target_destroy(struct mgd_target *target)
 	pthread_mutex_destroy(&target->urgent_lock);
 	pthread_mutex_destroy(&target->quiet_lock);
 	pthread_cond_destroy(&target->quiet);
+	sem_destroy(&target->holes);
 	explicit_bzero(target->secret, sizeof(target->secret));
 	free(target->demands);
 	free(target->mappings);

@@ -3,7 +3,7 @@
  * The target engine, as its own files see it.
  *
  *   receive.c     one thread a connection; receive_pages.c: frames → alias, pages → current, CONTINUE on arrival
- *   fault.c       one thread: faults of the guest → CONTINUE, or a demand to the source
+ *   fault.c       one thread: faults of the guest → CONTINUE, or a demand to the source; one more: memory for holes
  *   background.c  one thread: CONTINUE of current pages nobody has touched yet
  *   populate.c    some threads: memory for pages that are about to come
  *
@@ -21,6 +21,7 @@
 #define MGD_TARGET_H
 
 #include <pthread.h>
+#include <semaphore.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 
@@ -61,8 +62,9 @@ struct mgd_target {
 	uint32_t mapping_count;
 
 	int kick_fd; /* eventfd: the fault thread has something to look at */
-	pthread_t fault_thread;
-	bool fault_running;
+	pthread_t fault_thread, hole_thread;
+	bool fault_running, holes_running;
+	sem_t holes; /* a page in `waiting` waits for memory */
 	_Atomic bool fault_stop, ask_again, look_again, releasing, guest_gone, mapping_changed;
 	_Atomic uint32_t faults_in_hand;
 	struct mgd_waiting waiting;

@@ -59,14 +59,19 @@ static int grow(struct mgd_waiting *waiting)
 	return 0;
 }
 
+static void note(struct mgd_waiter *waiter, enum mgd_waiting_for why)
+{
+	waiter->why = why;
+	waiter->was_stale |= why == MGD_WAITING_STALE;
+	waiter->was_hole |= why == MGD_WAITING_HOLE;
+}
+
 static int add(struct mgd_waiting *waiting, uint64_t key, uint64_t since_ns, enum mgd_waiting_for why)
 {
 	size_t slot = find(waiting, key);
 
 	if (waiting->slots[slot].page) {
-		/* Who waited for the source stays one of those, whatever else comes in between. */
-		if (waiting->slots[slot].why != MGD_WAITING_STALE)
-			waiting->slots[slot].why = why;
+		note(&waiting->slots[slot], why);
 		return 0;
 	}
 	if (2 * (waiting->count + 1) > waiting->capacity) {
@@ -74,7 +79,8 @@ static int add(struct mgd_waiting *waiting, uint64_t key, uint64_t since_ns, enu
 			return -1;
 		slot = find(waiting, key);
 	}
-	waiting->slots[slot] = (struct mgd_waiter){.page = key, .since_ns = since_ns, .why = why};
+	waiting->slots[slot] = (struct mgd_waiter){.page = key, .since_ns = since_ns};
+	note(&waiting->slots[slot], why);
 	waiting->count++;
 	return 1;
 }
@@ -87,6 +93,17 @@ int mgd_waiting_add(struct mgd_waiting *waiting, uint64_t page, uint64_t since_n
 	result = add(waiting, page + 1, since_ns, why);
 	pthread_mutex_unlock(&waiting->lock);
 	return result;
+}
+
+void mgd_waiting_change(struct mgd_waiting *waiting, uint64_t page, enum mgd_waiting_for why)
+{
+	struct mgd_waiter *waiter;
+
+	pthread_mutex_lock(&waiting->lock);
+	waiter = &waiting->slots[find(waiting, page + 1)];
+	if (waiter->page)
+		note(waiter, why);
+	pthread_mutex_unlock(&waiting->lock);
 }
 
 /* Close the gap at `hole`: move back every later entry of the run that may not stand beyond an empty slot. */

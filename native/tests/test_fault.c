@@ -2,6 +2,11 @@
 /* The fault server with a guest: what it gets to read, and what the engine tells. */
 #include "target_guest.h"
 
+#include <linux/userfaultfd.h>
+#include <sys/ioctl.h>
+
+#include "target.h"
+
 /* Pre-copy the first `pages` pages as version 1, then switch over with the pages of `stale` (a bit each) stale. */
 static void switch_over(struct host *host, uint64_t pages, uint32_t stale)
 {
@@ -45,6 +50,45 @@ static void a_page_never_written_reads_as_zeros(void)
 	CHECK_EQUAL(ask(&host.guest, WRITE_BLOCK, 15 * host.blocks, 3), 0);
 	CHECK_EQUAL(ask(&host.guest, READ_BLOCK, 15 * host.blocks, 0), 3);
 	RIG_UNTIL(host.target, stats, stats.faults_missing == 2);
+	close_host(&host);
+}
+
+/* The engine's own mapping is registered, so that filling a hole takes until the test lets it. */
+static void while_a_hole_is_filled_other_faults_are_served(void)
+{
+	struct pollfd poll_fd = {.events = POLLIN};
+	struct mgd_error err = {0};
+	struct uffdio_copy copy = {0};
+	struct mgd_alias *alias;
+	struct uffd_msg message;
+	struct host host;
+	uint32_t waits;
+
+	if (page_bytes_under_test == MGD_BLOCK_BYTES)
+		return; /* filled at once */
+	open_host(&host);
+	switch_over(&host, 4, 1u << 2);
+	alias = &host.target->aliases[0];
+	CHECK_OK(mgd_uffd_open(0, &poll_fd.fd, &err), err);
+	CHECK_OK(mgd_uffd_api(poll_fd.fd, 1, 0, &err), err);
+	CHECK_OK(mgd_uffd_register(poll_fd.fd, (uintptr_t)alias->memory, alias->size_bytes, MGD_REGISTER_MISSING, &err),
+		 err);
+	waits = tell(&host.guest, READ_BLOCK, 9 * host.blocks, 0);
+	CHECK(poll(&poll_fd, 1, PATIENCE_MS) == 1);
+	CHECK_EQUAL(read(poll_fd.fd, &message, sizeof(message)), sizeof(message));
+	/* It is being filled: a current page, and a stale one. */
+	CHECK_EQUAL(ask(&host.guest, READ_BLOCK, 0, 0), 1);
+	tell(&host.guest, READ_BLOCK, 2 * host.blocks, 0);
+	CHECK_EQUAL(rig_demand(host.urgent, &host.bounds, 1).first_block, 2 * host.blocks);
+	send_page(&host, host.urgent, 2, MGD_FRAME_FINAL, 2);
+	CHECK_EQUAL(hear(&host.guest).value, 2);
+	copy = (struct uffdio_copy){.dst = (uintptr_t)alias->memory + 9 * alias->page_bytes, .len = alias->page_bytes};
+	copy.src = (uintptr_t)mmap(NULL, copy.len, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	CHECK(ioctl(poll_fd.fd, UFFDIO_COPY, &copy) == 0);
+	CHECK_EQUAL(hear(&host.guest).id, waits);
+	CHECK_OK(mgd_uffd_unregister(poll_fd.fd, (uintptr_t)alias->memory, alias->size_bytes, &err), err);
+	munmap((void *)(uintptr_t)copy.src, copy.len);
+	close(poll_fd.fd);
 	close_host(&host);
 }
 
@@ -313,6 +357,7 @@ static void run_all(void)
 {
 	RUN(a_current_page_is_there_at_once);
 	RUN(a_page_never_written_reads_as_zeros);
+	RUN(while_a_hole_is_filled_other_faults_are_served);
 	RUN(a_stale_page_is_demanded_and_comes);
 	RUN(a_stale_page_of_zeros_comes);
 	RUN(many_threads_on_one_stale_page_make_one_demand);
