@@ -26,7 +26,6 @@ class _Lib:
     MGD_EVENT_STREAM_LOST: Final[int]
     MGD_EVENT_ALL_SENT: Final[int]
     MGD_EVENT_ALL_CURRENT: Final[int]
-    MGD_EVENT_ALL_MAPPED: Final[int]
     MGD_EVENT_FAILED: Final[int]
     MGD_EVENT_POPULATED: Final[int]
 

@@ -84,7 +84,6 @@ class Migration:
         self.rounds_done: asyncio.Queue[int] = asyncio.Queue()
         self.all_sent = asyncio.Event()
         self.all_current = asyncio.Event()
-        self.all_mapped = asyncio.Event()
         self.on_end: Callable[[Record], None] | None = None
         self._over = False
         self._watchers: set[asyncio.Event] = set()
@@ -254,8 +253,6 @@ class Migration:
                 self.all_sent.set()
             case EventKind.ALL_CURRENT:
                 self.all_current.set()
-            case EventKind.ALL_MAPPED:
-                self.all_mapped.set()
             case EventKind.STREAM_LOST | EventKind.FAILED:
                 error = event.error or MigratedError(f"stream {event.stream} ended")
                 self.log.warning("engine", kind=event.kind.name, stream=event.stream, error=str(error))

@@ -89,8 +89,9 @@ class TargetMemory:
 class FaultSource:
     """The incoming guest's userfaultfd and where its memory is mapped.
 
-    UFFDIO_API done, the mappings registered MISSING|MINOR, no page of them in the process's page tables.  ``uffd`` belongs to the driver (closed in `TargetGuest.close`); the guest
-    process holds a descriptor of its own, so that our death leaves its threads waiting.
+    UFFDIO_API done, the mappings registered MISSING|MINOR, no page of them in the process's page tables.  Not WP: to lift
+    it, unregistering would walk all of the running guest's page tables.  ``uffd`` belongs to the driver (closed in
+    `TargetGuest.close`); the guest process holds a descriptor of its own, so that our death leaves its threads waiting.
     """
 
     pid: int

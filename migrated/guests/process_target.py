@@ -101,9 +101,9 @@ class ProcessTarget(TargetGuest):
                 os.close(fd)
             raise GuestError(f"guest {self.name} sent {len(fds)} userfaultfds", code="guest-protocol")
         self._uffd = fds[0]
-        uffd_api(self._uffd, faults=True, tracking=True)
+        uffd_api(self._uffd, faults=True, tracking=False)
         for mapping in mappings:
-            uffd_register(self._uffd, mapping.address, mapping.length_bytes, missing=True, minor=True, tracking=True)
+            uffd_register(self._uffd, mapping.address, mapping.length_bytes, missing=True, minor=True, tracking=False)
         for item in memory:
             # Registered now: what it touched before is there, what it touches from here on waits for us.
             if os.fstat(item.memory_fd).st_blocks:

@@ -289,7 +289,7 @@ class TargetMigration(Migration):
                 if isinstance(reason, GuestError) and reason.code in GUEST_OVER:
                     await self._lost_guest(reason)
                     return
-                if self._all_in():
+                if self.all_current.is_set():
                     break  # nobody is needed any more; a source that asks again is told so
                 self.set_state(State.POSTCOPY_PAUSED, reason)
                 with contextlib.suppress(GuestError):  # its end, told of above
@@ -328,17 +328,13 @@ class TargetMigration(Migration):
             self.record.downtime_seconds = time.monotonic() - self._paused_at
 
     async def _until_current(self, running: asyncio.Task[None]) -> None:
-        """Until every page is here and mapped; the engine does the work."""
+        """Until every page is here; the engine does the work."""
         await asyncio.shield(running)
         if self.session.state is SessionState.COMMITTED:
             await self._link.send(Running())
         if self.session.connected:
             self.set_state(State.POSTCOPY)
         await self.all_current.wait()
-        await self.all_mapped.wait()
-
-    def _all_in(self) -> bool:
-        return self.all_current.is_set() and self.all_mapped.is_set()
 
     async def _finish(self) -> None:
         """Set the guest free of us."""

@@ -79,13 +79,8 @@ class Reconnect:
 
     async def until_back_or_all_in(self) -> bool:
         """Wait for the source; False when nobody is needed any more: the last page was in, or the rest was abandoned."""
-
-        async def all_in() -> None:
-            await self._migration.all_current.wait()
-            await self._migration.all_mapped.wait()
-
         back = asyncio.ensure_future(self.until_back())
-        enough = asyncio.ensure_future(all_in())
+        enough = asyncio.ensure_future(self._migration.all_current.wait())
         try:
             await asyncio.wait({back, enough}, return_when=asyncio.FIRST_COMPLETED)
             if back.done():

@@ -35,9 +35,8 @@ struct mgd_error {
 #define MGD_EVENT_STREAM_LOST 3 /* both: stream `stream` failed: error, message.  Its thread has ended. */
 #define MGD_EVENT_ALL_SENT 4 /* source: nothing stale is left unclaimed and every claimed page was written out */
 #define MGD_EVENT_ALL_CURRENT 5 /* target: no stale page is left */
-#define MGD_EVENT_ALL_MAPPED 6 /* target: background CONTINUE is through: nothing can fault on us any more but holes */
-#define MGD_EVENT_FAILED 7 /* both: a thread met an error it cannot live with: error, message */
-#define MGD_EVENT_POPULATED 8 /* target: the populate threads are through */
+#define MGD_EVENT_FAILED 6 /* both: a thread met an error it cannot live with: error, message */
+#define MGD_EVENT_POPULATED 7 /* target: the populate threads are through */
 
 #define MGD_STREAM_URGENT 0xffffffff /* `stream` of the urgent connection */
 
@@ -276,7 +275,7 @@ int mgd_target_add_stream(struct mgd_target *target, uint32_t stream, int fd, st
  * urgent connection. */
 void mgd_target_drop_streams(struct mgd_target *target);
 
-/* Start the fault server.  uffd (duplicated): API done, mappings registered MISSING|MINOR (and WP).  A fault before the
+/* Start the fault server.  uffd (duplicated): API done, mappings registered MISSING|MINOR.  A fault before the
  * switch-over is held until it.  recovered: wake the whole range first, so that waiting threads fault again. */
 int mgd_target_arm(struct mgd_target *target, int uffd, const struct mgd_mapping *mappings, uint32_t mapping_count,
 		   int recovered, struct mgd_error *err);

@@ -2,8 +2,9 @@
 /*
  * Background CONTINUE: current pages go into the guest before anything touches them, so that they never fault.
  *
- * In ranges of at most 16 MiB a call, between faults.  Holes stay holes: EFAULT passes over them, since memory is for
- * pages that hold something.
+ * In ranges of at most 16 MiB a call, between faults, while pages are stale: after that the guest is released, and the
+ * kernel maps what is left when it is touched.  Holes stay holes, since memory is for pages that hold something.  One pass
+ * is enough: what comes in meanwhile is mapped on arrival.
  */
 #include <errno.h>
 #include <time.h>
@@ -37,8 +38,7 @@ static void pause_ns(long ns)
 	nanosleep(&time, NULL);
 }
 
-/* CONTINUE a run of current pages; *out_missed: a page was left over that another pass should look at. */
-static void map_run(struct mgd_target *target, struct mgd_alias *alias, uint64_t page, uint64_t count, bool *out_missed)
+static void map_run(struct mgd_target *target, struct mgd_alias *alias, uint64_t page, uint64_t count)
 {
 	uint64_t done;
 
@@ -50,28 +50,21 @@ static void map_run(struct mgd_target *target, struct mgd_alias *alias, uint64_t
 		code = mgd_resolve(target, alias, page, count, &done);
 		page += done;
 		count -= done;
-		switch (code) {
-		case 0:
-		case EEXIST:
-			break;
-		case EFAULT: /* a hole */
-		case ENXIO: /* not mapped by the guest */
+		if (mgd_resolve_leaves(code)) {
 			page++;
 			count--;
-			break;
-		case EAGAIN: /* the fault thread has an event to read */
-			pause_ns(200000);
-			break;
-		default:
-			*out_missed = true;
+		} else if (code == EAGAIN) {
+			pause_ns(200000); /* the fault thread has an event to read */
+		} else if (code && code != EEXIST) {
 			mgd_resolve_report(target, alias, page, code);
 			return;
 		}
 	}
 }
 
-static void pass(struct mgd_target *target, bool *out_missed)
+static void *run(void *argument)
 {
+	struct mgd_target *target = argument;
 	struct mgd_ledger *ledger = &target->ledger;
 	uint64_t page = 0;
 
@@ -81,7 +74,7 @@ static void pass(struct mgd_target *target, bool *out_missed)
 
 		page = mgd_ledger_next_known(ledger, page, ledger->page_count);
 		if (page >= ledger->page_count)
-			return;
+			break;
 		alias = mgd_target_alias_of(target, page);
 		limit = RANGE_BYTES / alias->page_bytes ? RANGE_BYTES / alias->page_bytes : 1;
 		if (limit > alias->first + alias->page_count - page)
@@ -90,26 +83,9 @@ static void pass(struct mgd_target *target, bool *out_missed)
 		while (run < limit && mgd_ledger_get(ledger, page + run) && is_current(target, page + run))
 			run++;
 		if (run)
-			map_run(target, alias, page - alias->first, run, out_missed);
+			map_run(target, alias, page - alias->first, run);
 		page += run ? run : 1;
 	}
-}
-
-static void *run(void *argument)
-{
-	struct mgd_target *target = argument;
-	bool missed = false;
-
-	pass(target, &missed);
-	pthread_mutex_lock(&target->quiet_lock);
-	while (atomic_load(&target->ledger.stale_pages) && !stopping(target))
-		pthread_cond_wait(&target->quiet, &target->quiet_lock);
-	pthread_mutex_unlock(&target->quiet_lock);
-	/* What came in meanwhile has been mapped on arrival, but for what met EAGAIN. */
-	missed = false;
-	pass(target, &missed);
-	if (!missed && !stopping(target))
-		mgd_event_post(&target->events, MGD_EVENT_ALL_MAPPED, 0, 0, NULL);
 	return NULL;
 }
 
@@ -130,10 +106,7 @@ void mgd_background_stop(struct mgd_target *target)
 {
 	if (!target->background_running)
 		return;
-	pthread_mutex_lock(&target->quiet_lock);
 	atomic_store(&target->background_stop, true);
-	pthread_cond_broadcast(&target->quiet);
-	pthread_mutex_unlock(&target->quiet_lock);
 	pthread_join(target->background_thread, NULL);
 	target->background_running = false;
 }

@@ -18,7 +18,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
-#include <sys/ioctl.h>
 #include <unistd.h>
 
 #include "error.h"
@@ -85,6 +84,11 @@ static void answer(struct faults *faults, uint64_t page, uint64_t since_ns)
 		this.was_hole = true;
 		code = mgd_resolve(target, alias, index, 1, &done);
 	}
+	if (code == EIO) { /* the memory is bad: a memory error it is for the guest */
+		int poisoned = mgd_resolve_poison(target, alias, index);
+
+		code = !poisoned ? EEXIST : poisoned == EAGAIN ? EAGAIN : EIO;
+	}
 	switch (code) {
 	case 0:
 		count_answer(target, mgd_waiting_take(&target->waiting, page, &waiter) ? &waiter : &this);
@@ -102,6 +106,10 @@ static void answer(struct faults *faults, uint64_t page, uint64_t since_ns)
 	case EFAULT: /* a hole, or punched out again between filling and mapping */
 		mgd_waiting_add(&target->waiting, page, since_ns, MGD_WAITING_HOLE);
 		sem_post(&target->holes);
+		break;
+	case ENOENT: /* unmapped since then: whatever is there now answers */
+		mgd_waiting_take(&target->waiting, page, &waiter);
+		wake(target, alias, index);
 		break;
 	default:
 		mgd_waiting_take(&target->waiting, page, &waiter);
@@ -203,16 +211,6 @@ static void note_removed(struct mgd_target *target, uint64_t start, uint64_t end
 	}
 }
 
-static void unprotect(struct mgd_target *target, const struct mgd_alias *alias, uint64_t address)
-{
-	/* A synchronous write-protect fault: tracking that is not ours and answers nothing.  Let the guest write. */
-	struct uffdio_writeprotect arg = {
-		.range = {.start = address - address % alias->page_bytes, .len = alias->page_bytes},
-	};
-
-	(void)ioctl(atomic_load(&target->uffd), UFFDIO_WRITEPROTECT, &arg);
-}
-
 static void handle_fault(struct faults *faults, const struct uffd_msg *message, uint64_t *batch, int *batch_count,
 			 uint64_t since_ns)
 {
@@ -227,10 +225,6 @@ static void handle_fault(struct faults *faults, const struct uffd_msg *message, 
 			 (unsigned long long)message->arg.pagefault.address);
 		if (!atomic_exchange(&target->mapping_changed, true))
 			mgd_event_post(&target->events, MGD_EVENT_FAILED, 0, 0, &error);
-		return;
-	}
-	if (message->arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_WP) {
-		unprotect(target, alias, message->arg.pagefault.address);
 		return;
 	}
 	page = alias->first + index;

@@ -212,11 +212,11 @@ static void map_run(struct mgd_receiver *receiver, uint64_t page, uint64_t count
 		int code = mgd_resolve(target, receiver->alias, receiver->first_page + at, end - at, &done);
 
 		at += done;
-		if (code == EFAULT || code == ENXIO) {
-			at++; /* a hole: left to the fault that wants it; or not mapped by the guest, or nothing armed yet */
+		if (mgd_resolve_leaves(code)) {
+			at++;
 			continue;
 		}
-		if (code == ESRCH || code == ENOENT || code == EIO)
+		if (code == ESRCH)
 			mgd_resolve_report(target, receiver->alias, receiver->first_page + at, code);
 		if (code && code != EEXIST)
 			break;

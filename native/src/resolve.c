@@ -43,8 +43,8 @@ static void note_mapped(struct mgd_target *target, struct mgd_alias *alias, uint
 int mgd_resolve(struct mgd_target *target, struct mgd_alias *alias, uint64_t page, uint64_t count, uint64_t *out_done)
 {
 	int uffd = atomic_load(&target->uffd);
+	uint64_t done = 0, most = count;
 	bool existed = false;
-	uint64_t done = 0;
 
 	*out_done = 0;
 	if (uffd < 0)
@@ -57,7 +57,8 @@ int mgd_resolve(struct mgd_target *target, struct mgd_alias *alias, uint64_t pag
 		arg.range.start = mgd_resolve_address(target, alias, page + done, &fits);
 		if (!fits)
 			return ENXIO;
-		arg.range.len = (fits < count - done ? fits : count - done) * alias->page_bytes;
+		fits = fits < count - done ? fits : count - done;
+		arg.range.len = (fits < most ? fits : most) * alias->page_bytes;
 		code = ioctl(uffd, UFFDIO_CONTINUE, &arg) ? errno : 0;
 		mapped = !code ? arg.range.len : arg.mapped > 0 ? (uint64_t)arg.mapped : 0;
 		if (mapped > arg.range.len)
@@ -70,6 +71,10 @@ int mgd_resolve(struct mgd_target *target, struct mgd_alias *alias, uint64_t pag
 			continue; /* partly done: the next try tells why */
 		if (code == EINTR)
 			continue;
+		if (code == ENOENT && arg.range.len > alias->page_bytes) {
+			most = 1; /* the guest has split its mapping, and one call fills one piece of it */
+			continue;
+		}
 		if (code != EEXIST)
 			return code;
 		/* Mapped by someone else just before; CONTINUE has woken nobody then. */
@@ -79,6 +84,17 @@ int mgd_resolve(struct mgd_target *target, struct mgd_alias *alias, uint64_t pag
 		*out_done = ++done;
 	}
 	return existed ? EEXIST : 0;
+}
+
+int mgd_resolve_poison(struct mgd_target *target, const struct mgd_alias *alias, uint64_t page)
+{
+	struct mgd_uffdio_poison arg = {.range = {.len = alias->page_bytes}};
+	uint64_t fits;
+
+	arg.range.start = mgd_resolve_address(target, alias, page, &fits);
+	if (!fits || !ioctl(atomic_load(&target->uffd), MGD_UFFDIO_POISON, &arg) || errno == EEXIST)
+		return 0;
+	return errno;
 }
 
 void mgd_resolve_report(struct mgd_target *target, struct mgd_alias *alias, uint64_t page, int code)
@@ -97,10 +113,8 @@ void mgd_resolve_report(struct mgd_target *target, struct mgd_alias *alias, uint
 	} else {
 		if (atomic_exchange(&target->mapping_changed, true))
 			return;
-		mgd_fail_errno(
-			&error, code,
-			"UFFDIO_CONTINUE: region %u, page %llu at %#llx: the guest has changed its mapping, or the page is bad",
-			region, (unsigned long long)page, (unsigned long long)address);
+		mgd_fail_errno(&error, code, "UFFDIO_CONTINUE: region %u, page %llu at %#llx", region,
+			       (unsigned long long)page, (unsigned long long)address);
 	}
 	mgd_event_post(&target->events, MGD_EVENT_FAILED, 0, 0, &error);
 }

@@ -54,9 +54,6 @@ void mgd_target_all_current(struct mgd_target *target)
 {
 	if (!atomic_exchange(&target->all_current_told, true))
 		mgd_event_post(&target->events, MGD_EVENT_ALL_CURRENT, 0, 0, NULL);
-	pthread_mutex_lock(&target->quiet_lock);
-	pthread_cond_broadcast(&target->quiet);
-	pthread_mutex_unlock(&target->quiet_lock);
 }
 
 /* ---- life */
@@ -188,8 +185,6 @@ int mgd_target_create(const struct mgd_target_region *regions, uint32_t region_c
 		target->aliases[i].memory_fd = -1;
 	pthread_mutex_init(&target->barrier_lock, NULL);
 	pthread_mutex_init(&target->urgent_lock, NULL);
-	pthread_mutex_init(&target->quiet_lock, NULL);
-	pthread_cond_init(&target->quiet, NULL);
 	sem_init(&target->holes, 0, 0);
 	if (build(target, regions, ledger_fd, recover, err) < 0) {
 		mgd_target_destroy(target);
@@ -223,8 +218,6 @@ void mgd_target_destroy(struct mgd_target *target)
 	mgd_event_queue_fini(&target->events);
 	pthread_mutex_destroy(&target->barrier_lock);
 	pthread_mutex_destroy(&target->urgent_lock);
-	pthread_mutex_destroy(&target->quiet_lock);
-	pthread_cond_destroy(&target->quiet);
 	sem_destroy(&target->holes);
 	explicit_bzero(target->secret, sizeof(target->secret));
 	free(target->demands);

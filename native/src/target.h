@@ -20,6 +20,7 @@
 #ifndef MGD_TARGET_H
 #define MGD_TARGET_H
 
+#include <errno.h>
 #include <pthread.h>
 #include <semaphore.h>
 #include <stdatomic.h>
@@ -77,8 +78,6 @@ struct mgd_target {
 	pthread_t background_thread;
 	bool background_running;
 	_Atomic bool background_stop;
-	pthread_mutex_t quiet_lock;
-	pthread_cond_t quiet; /* stale_pages has become 0, or background_stop */
 
 	struct mgd_populator *populator;
 
@@ -112,9 +111,16 @@ uint64_t mgd_resolve_address(const struct mgd_target *target, const struct mgd_a
 /*
  * UFFDIO_CONTINUE of pages [page, page + count), all current, and note them as mapped.  *out_done: how many are dealt
  * with.  0: all of them; EEXIST: all of them, one or more having been mapped before (woken); else the errno at page
- * page + *out_done: EFAULT (a hole), EAGAIN (an event must be read first), ENOENT, ESRCH, ENXIO (not armed or not mapped).
+ * page + *out_done: EFAULT (a hole), EIO (bad memory), ENOENT (the guest has unmapped it), ENXIO (not armed, or never
+ * mapped), EAGAIN (an event must be read first), ESRCH.  mgd_resolve_leaves: nothing to be done before a thread wants it.
  */
 int mgd_resolve(struct mgd_target *target, struct mgd_alias *alias, uint64_t page, uint64_t count, uint64_t *out_done);
+static inline bool mgd_resolve_leaves(int code)
+{
+	return code == EFAULT || code == EIO || code == ENOENT || code == ENXIO;
+}
+/* Make a page a memory error for the guest; 0, or an errno. */
+int mgd_resolve_poison(struct mgd_target *target, const struct mgd_alias *alias, uint64_t page);
 void mgd_resolve_wake(struct mgd_target *target, uint64_t address, uint64_t bytes);
 /* Report what mgd_resolve cannot live with, each kind once. */
 void mgd_resolve_report(struct mgd_target *target, struct mgd_alias *alias, uint64_t page, int code);

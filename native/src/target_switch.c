@@ -1,12 +1,10 @@
 /* SPDX-License-Identifier: MIT */
 /* The target engine: the stale map, the switch-over, and the two ends: release, or giving up what will never come. */
 #include <errno.h>
-#include <sys/ioctl.h>
 #include <time.h>
 
 #include "error.h"
 #include "target.h"
-#include "uapi.h"
 
 /* How long UFFDIO_POISON may meet EAGAIN because an event waits to be read: the fault thread reads at once, but the
  * guest's own thread has to run before the kernel is done with it. */
@@ -96,19 +94,15 @@ int mgd_target_lacking(const struct mgd_target *target, uint32_t region, uint64_
 	return 0;
 }
 
-static int poison(struct mgd_target *target, uint64_t address, uint64_t bytes)
+static int poison(struct mgd_target *target, const struct mgd_alias *alias, uint64_t page)
 {
 	const struct timespec pause = {.tv_nsec = 200000};
 	uint64_t until = mgd_now_ns() + POISON_PATIENCE_NS;
-	struct mgd_uffdio_poison arg = {.range = {.start = address, .len = bytes}};
+	int code;
 
-	while (ioctl(atomic_load(&target->uffd), MGD_UFFDIO_POISON, &arg)) {
-		if (errno != EAGAIN || mgd_now_ns() > until)
-			return errno;
+	while ((code = mgd_resolve_poison(target, alias, page)) == EAGAIN && mgd_now_ns() <= until)
 		nanosleep(&pause, NULL);
-		arg.updated = 0;
-	}
-	return 0;
+	return code;
 }
 
 int mgd_target_poison_stale(struct mgd_target *target, uint64_t *out_pages, struct mgd_error *err)
@@ -123,16 +117,14 @@ int mgd_target_poison_stale(struct mgd_target *target, uint64_t *out_pages, stru
 	for (uint64_t page = mgd_ledger_next_known(ledger, 0, ledger->page_count); page < ledger->page_count;
 	     page = mgd_ledger_next_known(ledger, page + 1, ledger->page_count)) {
 		struct mgd_alias *alias = mgd_target_alias_of(target, page);
-		uint64_t fits, address = mgd_resolve_address(target, alias, page - alias->first, &fits);
 		int code;
 
 		if (!mgd_ledger_poison(ledger, page))
 			continue;
-		code = fits ? poison(target, address, alias->page_bytes) : 0;
-		if (code && code != EEXIST) {
+		code = poison(target, alias, page - alias->first);
+		if (code) {
 			mgd_ledger_unpoison(ledger, page);
-			mgd_fail_errno(err, code, "UFFDIO_POISON: page %llu at %#llx", (unsigned long long)page,
-				       (unsigned long long)address);
+			mgd_fail_errno(err, code, "UFFDIO_POISON: page %llu", (unsigned long long)page);
 			if (err && (code == EINVAL || code == ENOTTY))
 				err->kind = MGD_ERR_UNSUPPORTED;
 			return -1;

@@ -29,6 +29,7 @@ enum order_kind {
 	WRITE_BLOCK, /* fill block `block` with `argument` */
 	GIVE_BACK, /* madvise(`argument`) the page of `page_bytes` at `block` */
 	READ_ALL, /* every block from `block` on, `argument` of them: the sum of versions, or -1 */
+	UNMAP, /* munmap the page of `page_bytes` at `block` */
 	POISON_READ, /* read, expecting SIGBUS: -2 when it came */
 };
 
@@ -106,6 +107,9 @@ static void *obey(void *argument)
 			to[i] = words[i];
 		break;
 	}
+	case UNMAP:
+		answer.value = munmap((void *)child_block(order.block), child.page_bytes);
+		break;
 	case GIVE_BACK:
 		answer.value = madvise((void *)child_block(order.block), child.page_bytes, (int)order.argument);
 		break;
@@ -161,7 +165,7 @@ static void be_the_guest(void)
 
 	signal(SIGBUS, on_sigbus);
 	CHECK_OK(mgd_uffd_open(0, &child.uffd, &err), err);
-	CHECK_OK(mgd_uffd_api(child.uffd, 1, 1, &err), err);
+	CHECK_OK(mgd_uffd_api(child.uffd, 1, 0, &err), err);
 	reserved = mmap(NULL, 2 * (child.pieces + 1) * slot_bytes, PROT_NONE,
 			MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	CHECK(reserved != MAP_FAILED);
@@ -175,7 +179,7 @@ static void be_the_guest(void)
 		CHECK(memory != MAP_FAILED);
 		child.address[i] = (uint64_t)memory;
 		CHECK_OK(mgd_uffd_register(child.uffd, child.address[i], piece_bytes,
-					   MGD_REGISTER_MISSING | MGD_REGISTER_MINOR | MGD_REGISTER_WP, &err),
+					   MGD_REGISTER_MISSING | MGD_REGISTER_MINOR, &err),
 			 err);
 	}
 	send_uffd(child.socket, child.uffd, child.address, sizeof(child.address));

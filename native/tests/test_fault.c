@@ -202,9 +202,7 @@ static void background_maps_all_but_holes_and_the_guest_is_released(void)
 	CHECK_FAILS(mgd_target_release(host.target, &err), err, MGD_ERR_ARGUMENT);
 	send_page(&host, host.bulk, 5, MGD_FRAME_FINAL, 2);
 	rig_event(host.target, MGD_EVENT_ALL_CURRENT);
-	rig_event(host.target, MGD_EVENT_ALL_MAPPED);
-	mgd_target_stats(host.target, &stats);
-	CHECK_EQUAL(stats.mapped_pages, 10);
+	RIG_UNTIL(host.target, stats, stats.mapped_pages == 10);
 	CHECK_OK(mgd_target_release(host.target, &err), err);
 	/* Nobody serves any more, and nobody has to: mapped pages, and holes. */
 	CHECK_EQUAL(ask(&host.guest, READ_ALL, 0, 5 * host.blocks), (int)(5 * host.blocks));
@@ -222,6 +220,46 @@ static void release_before_anything_was_mapped(void)
 	switch_over(&host, 10, 0);
 	CHECK_OK(mgd_target_release(host.target, &err), err);
 	CHECK_EQUAL(ask(&host.guest, READ_ALL, 0, 10 * host.blocks), (int)(10 * host.blocks));
+	close_host(&host);
+}
+
+/* An madvise has split the guest's mapping in three, and a call of the kernel's must not cross from one to the next. */
+static void a_mapping_split_by_the_guest_is_mapped_whole(void)
+{
+	struct mgd_target_stats stats;
+	struct mgd_error err = {0};
+	struct host host;
+
+	open_host_of(&host, REGION_PAGES, 1);
+	CHECK_EQUAL(ask(&host.guest, GIVE_BACK, 6 * host.blocks, MADV_DONTDUMP), 0);
+	switch_over(&host, 10, 0);
+	rig_event(host.target, MGD_EVENT_ALL_CURRENT);
+	CHECK_OK(mgd_target_background(host.target, &err), err);
+	RIG_UNTIL(host.target, stats, stats.mapped_pages == 10);
+	CHECK_EQUAL(ask(&host.guest, READ_ALL, 0, 10 * host.blocks), (int)(10 * host.blocks));
+	CHECK_OK(mgd_target_release(host.target, &err), err);
+	close_host(&host);
+}
+
+/* Pages that cannot be put into the guest, as it has unmapped them: nobody waits for them, and neither does the end. */
+static void a_page_that_cannot_be_mapped_holds_up_nothing(void)
+{
+	struct mgd_target_stats stats;
+	struct mgd_error err = {0};
+	struct mgd_event event;
+	struct host host;
+
+	open_host_of(&host, REGION_PAGES, 1);
+	CHECK_EQUAL(ask(&host.guest, UNMAP, 3 * host.blocks, 0), 0);
+	CHECK_EQUAL(ask(&host.guest, UNMAP, 5 * host.blocks, 0), 0);
+	switch_over(&host, 10, 1u << 5);
+	CHECK_OK(mgd_target_background(host.target, &err), err);
+	RIG_UNTIL(host.target, stats, stats.mapped_pages == 8);
+	send_page(&host, host.bulk, 5, MGD_FRAME_FINAL, 2);
+	rig_event(host.target, MGD_EVENT_ALL_CURRENT);
+	CHECK_OK(mgd_target_release(host.target, &err), err);
+	CHECK(!mgd_target_next_event(host.target, &event));
+	CHECK_EQUAL(ask(&host.guest, READ_ALL, 6 * host.blocks, 4 * host.blocks), (int)(4 * host.blocks));
 	close_host(&host);
 }
 
@@ -365,6 +403,8 @@ static void run_all(void)
 	RUN(the_drain_maps_on_arrival);
 	RUN(background_maps_all_but_holes_and_the_guest_is_released);
 	RUN(release_before_anything_was_mapped);
+	RUN(a_mapping_split_by_the_guest_is_mapped_whole);
+	RUN(a_page_that_cannot_be_mapped_holds_up_nothing);
 	RUN(a_page_given_back_is_served_again);
 	RUN(demands_are_asked_again_after_a_reconnect);
 	RUN(a_new_engine_takes_over_and_waiting_threads_go_on);

@@ -89,7 +89,6 @@ static void a_guest_moves_with_its_changed_blocks_only(void)
 	for (int i = 0; i < 8; i++)
 		CHECK(hear(&host.guest).value >= 0);
 	rig_event(host.target, MGD_EVENT_ALL_CURRENT);
-	rig_event(host.target, MGD_EVENT_ALL_MAPPED);
 	source_event(source, MGD_EVENT_ALL_SENT);
 	CHECK_OK(mgd_target_release(host.target, &err), err);
 

@@ -253,7 +253,6 @@ async def test_what_the_engine_tells_is_sorted(migration: OneMigration) -> None:
     for kind, flag in (
         (EventKind.ALL_SENT, migration.all_sent),
         (EventKind.ALL_CURRENT, migration.all_current),
-        (EventKind.ALL_MAPPED, migration.all_mapped),
     ):
         assert not flag.is_set()
         migration.on_engine_event(event(kind))
