@@ -9,7 +9,6 @@
 #include <limits.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
-#include <poll.h>
 #include <stdlib.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -188,13 +187,6 @@ int mgd_channel_recv(struct mgd_channel *channel, struct iovec *iov, int count, 
 		advance(&iov, &count, (size_t)got);
 	}
 	return 0;
-}
-
-int mgd_channel_readable(struct mgd_channel *channel)
-{
-	struct pollfd poll_fd = {.fd = channel->fd, .events = POLLIN};
-
-	return poll(&poll_fd, 1, 0) > 0;
 }
 
 void mgd_channel_shutdown(struct mgd_channel *channel)

@@ -19,8 +19,6 @@ int mgd_channel_try_send(struct mgd_channel *channel, const void *buf, size_t by
 /* Read exactly all of it, scattered in place.  CLOSED at a clean end before the first byte ("at a frame boundary") and in
  * the middle ("in the middle of a frame"). */
 int mgd_channel_recv(struct mgd_channel *channel, struct iovec *iov, int count, struct mgd_error *err);
-/* Whether bytes can be read at once. */
-int mgd_channel_readable(struct mgd_channel *channel);
 /* Make every blocked call of every thread on it fail; callable from any thread. */
 void mgd_channel_shutdown(struct mgd_channel *channel);
 int mgd_channel_fd(const struct mgd_channel *channel);

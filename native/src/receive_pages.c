@@ -17,6 +17,7 @@
 #include <string.h>
 
 #include "error.h"
+#include "guard.h"
 #include "receive.h"
 
 static bool bit(const uint64_t *bitmap, uint32_t index)
@@ -200,6 +201,34 @@ static void apply(struct mgd_receiver *receiver)
 	}
 }
 
+struct taking {
+	struct mgd_receiver *receiver;
+	struct mgd_error *err;
+	int result;
+};
+
+static void take(void *argument)
+{
+	struct taking *taking = argument;
+
+	taking->result = take_payload(taking->receiver, taking->err);
+	if (taking->result == 0)
+		apply(taking->receiver);
+}
+
+/* The payload, and what it does to memory.  The guest may punch out a page that is just being written (a balloon does), and
+ * back_frame's memory with it: if the pool is empty then, the next touch is SIGBUS. */
+static int take_and_apply(struct mgd_receiver *receiver, struct mgd_error *err)
+{
+	struct taking taking = {.receiver = receiver, .err = err};
+
+	if (mgd_guarded(take, &taking))
+		return taking.result;
+	return mgd_fail(err, MGD_ERR_POOL,
+			"memory for page %llu of region %u: given back while it came in, and the pool is empty",
+			(unsigned long long)receiver->first_page, receiver->frame.region);
+}
+
 /* ---- pages complete, or given up */
 
 /* Put the run of just settled pages into the guest; see to those a guest thread waits for. */
@@ -261,6 +290,11 @@ static void settle(struct mgd_receiver *receiver)
 		mgd_target_all_current(target);
 }
 
+static void zero_block(void *block)
+{
+	memset(block, 0, MGD_BLOCK_BYTES);
+}
+
 void mgd_receive_give_up(struct mgd_receiver *receiver)
 {
 	struct mgd_target *target = receiver->target;
@@ -275,8 +309,8 @@ void mgd_receive_give_up(struct mgd_receiver *receiver)
 			if (!backed[page])
 				backed[page] =
 					mgd_ledger_get(&target->ledger, ledger_page(receiver, page)) & MGD_PAGE_BACKED;
-			if (backed[page])
-				memset(block_address(receiver, block), 0, MGD_BLOCK_BYTES);
+			if (backed[page]) /* or punched out meanwhile: that is zeros, too */
+				(void)mgd_guarded(zero_block, block_address(receiver, block));
 		}
 	}
 	if (receiver->claimed)
@@ -292,9 +326,8 @@ int mgd_receive_frame_pages(struct mgd_receiver *receiver, struct mgd_error *err
 {
 	const struct mgd_frame *frame = &receiver->frame;
 
-	if (route_frame(receiver, err) < 0 || back_frame(receiver, err) < 0 || take_payload(receiver, err) < 0)
+	if (route_frame(receiver, err) < 0 || back_frame(receiver, err) < 0 || take_and_apply(receiver, err) < 0)
 		return -1;
-	apply(receiver);
 	atomic_fetch_add_explicit(&receiver->target->frames, 1, memory_order_relaxed);
 	if (!(frame->flags & MGD_FRAME_FINAL))
 		return 0;

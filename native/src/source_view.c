@@ -1,65 +1,12 @@
 // SPDX-License-Identifier: MIT
 #include "source_view.h"
 
-#include <setjmp.h>
-#include <signal.h>
 #include <string.h>
 #include <sys/ioctl.h>
-#include <ucontext.h>
 #include <unistd.h>
 
+#include "guard.h"
 #include "uapi.h"
-
-/* ---------------------------------------------------------------- the guard */
-
-/* Where to go on when the look of this thread meets SIGBUS. */
-static _Thread_local sigjmp_buf *guard;
-static struct sigaction others;
-static pthread_once_t handler_once = PTHREAD_ONCE_INIT;
-static bool handled;
-
-static void on_sigbus(int number, siginfo_t *info, void *context)
-{
-	if (guard) {
-		/* What returning would have done, and a jump does not. */
-		pthread_sigmask(SIG_SETMASK, &((ucontext_t *)context)->uc_sigmask, NULL);
-		siglongjmp(*guard, 1);
-	}
-	/* Not ours. */
-	if (others.sa_flags & SA_SIGINFO) {
-		others.sa_sigaction(number, info, context);
-	} else if (others.sa_handler == SIG_DFL || others.sa_handler == SIG_IGN) {
-		signal(SIGBUS, SIG_DFL);
-		raise(SIGBUS);
-	} else {
-		others.sa_handler(number);
-	}
-}
-
-static void install_handler(void)
-{
-	struct sigaction ours = {.sa_sigaction = on_sigbus, .sa_flags = SA_SIGINFO};
-
-	sigemptyset(&ours.sa_mask);
-	handled = sigaction(SIGBUS, &ours, &others) == 0;
-}
-
-/* Run `look`; false: it met SIGBUS and was left in the middle.  It may hold nothing that would have to be given back. */
-static bool guarded(void (*look)(void *), void *argument)
-{
-	sigjmp_buf here;
-
-	if (sigsetjmp(here, 0)) {
-		guard = NULL;
-		return false;
-	}
-	guard = &here;
-	__atomic_signal_fence(__ATOMIC_SEQ_CST);
-	look(argument);
-	__atomic_signal_fence(__ATOMIC_SEQ_CST);
-	guard = NULL;
-	return true;
-}
 
 /* ---------------------------------------------------------------- the mapping */
 
@@ -90,8 +37,7 @@ void source_view_open(struct mgd_source *source, struct source_region *region)
 
 	if (region->page_bytes <= MGD_BLOCK_BYTES || region->is_private)
 		return;
-	pthread_once(&handler_once, install_handler);
-	if (!handled)
+	if (mgd_guard_install(NULL))
 		return;
 	/* NORESERVE: or the mapping would set huge pages aside for the holes. */
 	at = mmap(NULL, region->size_bytes, PROT_READ, MAP_SHARED | MAP_NORESERVE, region->fd,
@@ -134,7 +80,7 @@ bool source_view_copy(const struct source_region *region, uint64_t first, uint32
 	if (!region->view)
 		return false;
 	copying = (struct copying){region->view + first * MGD_BLOCK_BYTES, to, (size_t)count * MGD_BLOCK_BYTES};
-	return guarded(copy, &copying);
+	return mgd_guarded(copy, &copying);
 }
 
 struct comparison {
@@ -165,7 +111,7 @@ bool source_view_compare(const struct mgd_source *source, const struct source_re
 	if (!region->view)
 		return false;
 	comparison.from = region->view + first * MGD_BLOCK_BYTES;
-	if (!guarded(compare, &comparison))
+	if (!mgd_guarded(compare, &comparison))
 		return false;
 	*out_changed = comparison.changed;
 	return true;

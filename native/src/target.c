@@ -13,6 +13,7 @@
 #include <unistd.h>
 
 #include "error.h"
+#include "guard.h"
 
 int mgd_target_thread(pthread_t *thread, void *(*run)(void *), void *argument, const char *name, struct mgd_error *err)
 {
@@ -164,6 +165,8 @@ int mgd_target_create(const struct mgd_target_region *regions, uint32_t region_c
 {
 	struct mgd_target *target;
 
+	if (mgd_guard_install(err) < 0)
+		return -1;
 	if (region_count == 0 || region_count > MGD_MAX_REGIONS)
 		return mgd_fail(err, MGD_ERR_ARGUMENT, "target: %u regions: 1 to %d are possible", region_count,
 				MGD_MAX_REGIONS);

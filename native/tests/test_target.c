@@ -3,6 +3,9 @@
 #include "ledger.h"
 #include "target_rig.h"
 
+#include <linux/sockios.h>
+#include <sys/ioctl.h>
+
 #define PAGES 1024u /* of 4 KiB: two chunks */
 
 struct bench {
@@ -332,6 +335,54 @@ static void frames_out_of_their_time_end_the_stream(void)
 	close_bench(&bench);
 }
 
+/* Wait until all that was written to this end has been read. */
+static void all_read(int fd)
+{
+	int left = 1;
+
+	while (left) {
+		CHECK(ioctl(fd, SIOCOUTQ, &left) == 0);
+		sched_yield();
+	}
+}
+
+/* The guest gives a page back while it is being received, and there is no other: here, its file has become too short.  The
+ * connection ends, the page is stale, and comes once there is memory. */
+static void memory_that_goes_away_ends_only_the_stream(void)
+{
+	struct rig_frame *frame = malloc(sizeof(*frame));
+	struct mgd_target_stats stats;
+	struct bench bench;
+	uint32_t stale[2] = {0, 1};
+	int versions[MGD_CHUNK_BLOCKS];
+
+	CHECK(frame != NULL);
+	open_bench(&bench, 2 * MIB, 4 * MIB);
+	rig_send_all(bench.bulk[0], 0, 0, MGD_CHUNK_BLOCKS, 0, 1); /* page 0 is there, page 1 BLANK */
+	barrier(&bench, 1);
+	switch_over(&bench, stale, 2);
+	for (int i = 0; i < MGD_CHUNK_BLOCKS; i++)
+		versions[i] = i < 2 ? 7 : i < 4 ? 0 : UNCHANGED;
+	for (uint32_t page = 0; page < 2; page++) {
+		rig_build(frame, 0, page * MGD_CHUNK_BLOCKS, MGD_CHUNK_BLOCKS, MGD_FRAME_FINAL, versions);
+		rig_write(bench.bulk[page], frame->head, frame->head_bytes);
+		rig_write(bench.bulk[page], frame->payload, MGD_BLOCK_BYTES);
+		all_read(bench.bulk[page]); /* so it has its memory */
+		CHECK_EQUAL(ftruncate(bench.memory, 0), 0);
+		rig_write(bench.bulk[page], frame->payload + WORDS, MGD_BLOCK_BYTES);
+		CHECK_EQUAL(rig_event(bench.target, MGD_EVENT_STREAM_LOST).error.kind, MGD_ERR_POOL);
+		CHECK_EQUAL(ftruncate(bench.memory, 4 * MIB), 0);
+		CHECK(lacks(&bench, page));
+	}
+	for (uint32_t page = 0; page < 2; page++)
+		rig_send_all(bench.urgent, 0, page * MGD_CHUNK_BLOCKS, MGD_CHUNK_BLOCKS, MGD_FRAME_FINAL, 8);
+	rig_event(bench.target, MGD_EVENT_ALL_CURRENT);
+	RIG_UNTIL(bench.target, stats, stats.stale_pages == 0);
+	CHECK_EQUAL(version_at(&bench, 1023), 8);
+	close_bench(&bench);
+	free(frame);
+}
+
 static void garbage_ends_only_its_stream(void)
 {
 	uint8_t garbage[200];
@@ -522,6 +573,7 @@ int main(void)
 	RUN(a_damaged_frame_leaves_a_precopied_page_as_it_was);
 	RUN(a_damaged_frame_leaves_a_blank_page_blank);
 	RUN(frames_out_of_their_time_end_the_stream);
+	RUN(memory_that_goes_away_ends_only_the_stream);
 	RUN(garbage_ends_only_its_stream);
 	RUN(a_page_larger_than_a_chunk_comes_in_order_on_one_connection);
 	RUN(a_ledger_is_taken_over);
