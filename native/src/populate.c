@@ -6,16 +6,18 @@
  * MADV_POPULATE_WRITE, not fallocate: on hugetlbfs fallocate zeroes page after page under the file's lock.  Whoever else
  * needs a page before its turn takes it the same way; the kernel sees to it that it is zeroed once.
  *
- * The threads are of low priority: where processors are scarce, receiving goes first, and takes its memory itself.  After
- * the switch-over only stale pages are still worth it; the rest has no data to come, and a hole is better left one.
+ * What is wanted is one bit a page, however often the source asks for it.
+ *
+ * They are of low priority: where processors are scarce, receiving goes first, and takes its memory itself.  After the
+ * switch-over only stale pages are still worth it; the rest has no data to come, and a hole is better left one.
  */
 #include <errno.h>
 #include <stdlib.h>
-#include <string.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <unistd.h>
 
+#include "bitmap.h"
 #include "error.h"
 #include "target.h"
 
@@ -23,29 +25,21 @@
 #define MADV_POPULATE_WRITE 23
 #endif
 
-#define STEP_PAGES 64 /* one word of the bitmap: what a thread takes at a time */
-#define LARGE_PAGE_BYTES (1ull << 30) /* from here on a page is a step of its own */
+#define LARGE_PAGE_BYTES (1ull << 30) /* from here on a page is taken by itself, below it a word of 64 */
 #define NICE 10
 #define MAX_THREADS 16
-
-struct piece {
-	struct piece *next;
-	struct mgd_alias *alias;
-	uint64_t first_page;
-	size_t words, next_word;
-	uint64_t bits[];
-};
 
 struct mgd_populator {
 	struct mgd_target *target;
 	pthread_mutex_t lock;
-	struct piece *pieces, **last;
-	uint32_t running;
+	pthread_cond_t requested;
+	uint64_t requests; /* each thread looks through the bitmaps once for each, or for several */
+	uint32_t busy;
 	_Atomic bool stop;
-	bool failed;
-	struct mgd_error error;
+	struct mgd_error error; /* met since the last POPULATED */
 	pthread_t threads[MAX_THREADS];
-	uint32_t started;
+	uint32_t started; /* the caller's */
+	uint64_t *wanted[MGD_MAX_REGIONS]; /* a bit a page; atomic */
 };
 
 int mgd_alias_back(struct mgd_target *target, struct mgd_alias *alias, uint64_t page, uint64_t count,
@@ -70,129 +64,140 @@ int mgd_alias_back(struct mgd_target *target, struct mgd_alias *alias, uint64_t 
 	return 0;
 }
 
-/* The next word of bits with something in it. */
-static bool take_word(struct mgd_populator *populator, struct mgd_alias **out_alias, uint64_t *out_page,
-		      uint64_t *out_bits)
+static bool worth_it(struct mgd_target *target, const struct mgd_alias *alias, uint64_t page)
 {
-	bool found = false;
+	uint8_t byte = mgd_ledger_get(&target->ledger, alias->first + page);
 
-	pthread_mutex_lock(&populator->lock);
-	while (populator->pieces && !found) {
-		struct piece *piece = populator->pieces;
-
-		while (piece->next_word < piece->words && !piece->bits[piece->next_word])
-			piece->next_word++;
-		if (piece->next_word < piece->words) {
-			*out_alias = piece->alias;
-			*out_page = piece->first_page + STEP_PAGES * piece->next_word;
-			*out_bits = piece->bits[piece->next_word];
-			if (piece->alias->page_bytes >= LARGE_PAGE_BYTES)
-				*out_bits &= -*out_bits;
-			piece->bits[piece->next_word] &= ~*out_bits;
-			found = true;
-			break;
-		}
-		populator->pieces = piece->next;
-		if (!populator->pieces)
-			populator->last = &populator->pieces;
-		free(piece);
-	}
-	pthread_mutex_unlock(&populator->lock);
-	return found;
-}
-
-static bool wanted(struct mgd_target *target, const struct mgd_alias *alias, uint64_t page, uint64_t bits,
-		   uint64_t index)
-{
-	uint8_t byte;
-
-	if (index >= STEP_PAGES || !(bits >> index & 1))
-		return false;
-	byte = mgd_ledger_get(&target->ledger, alias->first + page + index);
 	if (mgd_ledger_phase(&target->ledger) == MGD_PHASE_SWITCHED && mgd_page_state(byte) != MGD_PAGE_STALE)
 		return false;
 	return !(byte & MGD_PAGE_BACKED);
 }
 
-static int populate_word(struct mgd_populator *populator, struct mgd_alias *alias, uint64_t page, uint64_t bits,
+/* The pages of a word: small ones in runs, huge ones one by one, so that the next look at the ledger comes soon. */
+static int populate_word(struct mgd_populator *populator, struct mgd_alias *alias, uint64_t first, uint64_t bits,
 			 struct mgd_error *err)
 {
-	struct mgd_target *target = populator->target;
-	/* Small pages in runs, huge ones one by one: the next look at the ledger comes soon. */
-	uint64_t most = alias->page_bytes > MGD_BLOCK_BYTES ? 1 : STEP_PAGES;
+	uint64_t most = alias->page_bytes > MGD_BLOCK_BYTES ? 1 : 64;
 
-	for (uint64_t index = 0, run; index < STEP_PAGES && !atomic_load(&populator->stop); index += run ? run : 1) {
-		for (run = 0; run < most && wanted(target, alias, page, bits, index + run); run++)
-			;
-		if (run && mgd_alias_back(target, alias, page + index, run, err) < 0)
+	for (uint64_t i = 0, run; i < 64 && !atomic_load(&populator->stop); i += run ? run : 1) {
+		for (run = 0; run < most && i + run < 64 && bits >> (i + run) & 1; run++)
+			if (!worth_it(populator->target, alias, first + i + run))
+				break;
+		if (run && mgd_alias_back(populator->target, alias, first + i, run, err) < 0)
 			return -1;
 	}
 	return 0;
 }
 
-/* Whether this thread goes on; else it has left, and the last one to leave has told. */
-static bool go_on(struct mgd_populator *populator, const struct mgd_error *error)
+/* All that is wanted in a region and that no other thread takes. */
+static int populate_region(struct mgd_populator *populator, uint32_t region, struct mgd_error *err)
 {
-	bool going;
+	struct mgd_alias *alias = &populator->target->aliases[region];
+	uint64_t *wanted = populator->wanted[region], page = 0, bits;
 
-	pthread_mutex_lock(&populator->lock);
-	if (error) {
-		populator->failed = true;
-		populator->error = *error;
-		atomic_store(&populator->stop, true);
+	while (!atomic_load(&populator->stop)) {
+		page = mgd_bitmap_next_atomic(wanted, page, alias->page_count);
+		if (page >= alias->page_count)
+			return 0;
+		if (alias->page_bytes >= LARGE_PAGE_BYTES)
+			bits = (uint64_t)mgd_bit_clear_atomic(wanted, page) << page % 64;
+		else
+			bits = __atomic_exchange_n(&wanted[page / 64], 0, __ATOMIC_ACQ_REL);
+		if (populate_word(populator, alias, page / 64 * 64, bits, err) < 0)
+			return -1;
 	}
-	/* A piece may have been added since this thread found none. */
-	going = populator->pieces && !atomic_load(&populator->stop);
-	if (!going && --populator->running == 0 && (populator->failed || !atomic_load(&populator->stop)))
-		mgd_event_post(&populator->target->events, MGD_EVENT_POPULATED, 0, 0,
-			       populator->failed ? &populator->error : NULL);
-	pthread_mutex_unlock(&populator->lock);
-	return going;
+	return 0;
 }
 
 static void *run(void *argument)
 {
 	struct mgd_populator *populator = argument;
-	struct mgd_error error = {0};
-	struct mgd_alias *alias;
-	uint64_t page, bits;
-	bool failed;
+	struct mgd_target *target = populator->target;
+	uint64_t seen = 0;
 
 	/* Of this thread only (Linux); without it the threads merely compete. */
 	(void)setpriority(PRIO_PROCESS, (id_t)gettid(), getpriority(PRIO_PROCESS, 0) + NICE);
-	do {
-		failed = false;
-		while (!failed && !atomic_load(&populator->stop) && take_word(populator, &alias, &page, &bits))
-			failed = populate_word(populator, alias, page, bits, &error) < 0;
-	} while (go_on(populator, failed ? &error : NULL));
+	pthread_mutex_lock(&populator->lock);
+	for (;;) {
+		struct mgd_error error = {0};
+		int failed = 0;
+
+		while (seen == populator->requests && !atomic_load(&populator->stop))
+			pthread_cond_wait(&populator->requested, &populator->lock);
+		if (atomic_load(&populator->stop))
+			break;
+		seen = populator->requests;
+		populator->busy++;
+		pthread_mutex_unlock(&populator->lock);
+		for (uint32_t i = 0; i < target->alias_count && !failed; i++)
+			failed = populate_region(populator, i, &error);
+		pthread_mutex_lock(&populator->lock);
+		if (failed)
+			populator->error = error;
+		if (--populator->busy || seen != populator->requests)
+			continue;
+		mgd_event_post(&target->events, MGD_EVENT_POPULATED, 0, 0,
+			       populator->error.kind != MGD_ERR_NONE ? &populator->error : NULL);
+		populator->error.kind = MGD_ERR_NONE;
+	}
+	pthread_mutex_unlock(&populator->lock);
 	return NULL;
 }
 
-static void join(struct mgd_populator *populator)
+static size_t bitmap_bytes(const struct mgd_target *target, uint32_t region)
 {
-	for (uint32_t i = 0; i < populator->started; i++)
-		pthread_join(populator->threads[i], NULL);
-	populator->started = 0;
+	return mgd_bitmap_words(target->aliases[region].page_count) * 8;
 }
 
-static struct mgd_populator *create(struct mgd_target *target)
+static void destroy(struct mgd_populator *populator)
+{
+	for (uint32_t i = 0; i < populator->target->alias_count; i++)
+		mgd_unmap(populator->wanted[i], bitmap_bytes(populator->target, i));
+	pthread_cond_destroy(&populator->requested);
+	pthread_mutex_destroy(&populator->lock);
+	free(populator);
+}
+
+static struct mgd_populator *create(struct mgd_target *target, struct mgd_error *err)
 {
 	struct mgd_populator *populator = calloc(1, sizeof(*populator));
 
-	if (!populator)
+	if (!populator) {
+		mgd_fail_errno(err, ENOMEM, "populate");
 		return NULL;
+	}
 	populator->target = target;
-	populator->last = &populator->pieces;
 	pthread_mutex_init(&populator->lock, NULL);
+	pthread_cond_init(&populator->requested, NULL);
+	for (uint32_t i = 0; i < target->alias_count; i++) {
+		populator->wanted[i] = mgd_map_zeros(bitmap_bytes(target, i), err);
+		if (!populator->wanted[i]) {
+			destroy(populator);
+			return NULL;
+		}
+	}
 	return populator;
+}
+
+static void want(uint64_t *wanted, uint64_t first_page, const uint8_t *bits, size_t bytes)
+{
+	uint64_t byte = first_page / 8, end = byte + bytes;
+
+	while (byte < end) {
+		uint64_t *word = &wanted[byte / 8], value = 0;
+
+		do
+			value |= (uint64_t)*bits++ << byte % 8 * 8;
+		while (++byte < end && byte % 8);
+		if (value)
+			__atomic_fetch_or(word, value, __ATOMIC_RELEASE);
+	}
 }
 
 int mgd_target_populate(struct mgd_target *target, uint32_t region, uint64_t first_page, const uint8_t *bits,
 			size_t bytes, uint32_t threads, struct mgd_error *err)
 {
 	struct mgd_populator *populator;
-	struct piece *piece;
-	bool idle;
 
 	if (region >= target->alias_count || first_page % 8 || threads == 0 || threads > MAX_THREADS)
 		return mgd_fail(err, MGD_ERR_ARGUMENT, "populate: region %u, first page %llu, %u threads", region,
@@ -200,44 +205,19 @@ int mgd_target_populate(struct mgd_target *target, uint32_t region, uint64_t fir
 	if (mgd_target_check_bits(target, region, first_page, bits, bytes, "populate", err) < 0)
 		return -1;
 	if (!target->populator)
-		target->populator = create(target);
-	piece = calloc(1, sizeof(*piece) + (bytes + 7) / 8 * 8);
-	if (!target->populator || !piece) {
-		free(piece);
-		return mgd_fail_errno(err, ENOMEM, "populate");
-	}
+		target->populator = create(target, err);
 	populator = target->populator;
-	piece->alias = &target->aliases[region];
-	piece->first_page = first_page;
-	piece->words = (bytes + 7) / 8;
-	memcpy(piece->bits, bits, bytes);
-
+	if (!populator)
+		return -1;
+	want(populator->wanted[region], first_page, bits, bytes);
 	pthread_mutex_lock(&populator->lock);
-	*populator->last = piece;
-	populator->last = &piece->next;
-	idle = populator->running == 0;
+	populator->requests++;
+	pthread_cond_broadcast(&populator->requested);
 	pthread_mutex_unlock(&populator->lock);
-	if (!idle)
-		return 0; /* a thread leaves only when it has seen, under the lock, that nothing is left */
-	join(populator);
-	populator->failed = false;
-	atomic_store(&populator->stop, false);
 	while (populator->started < threads) {
-		int result;
-
-		pthread_mutex_lock(&populator->lock);
-		populator->running++;
-		pthread_mutex_unlock(&populator->lock);
-		result =
-			mgd_target_thread(&populator->threads[populator->started], run, populator, "mgd-populate", err);
-		if (result == 0) {
-			populator->started++;
-			continue;
-		}
-		pthread_mutex_lock(&populator->lock);
-		populator->running--;
-		pthread_mutex_unlock(&populator->lock);
-		return populator->started ? 0 : -1; /* fewer threads do it too */
+		if (mgd_target_thread(&populator->threads[populator->started], run, populator, "mgd-populate", err) < 0)
+			return populator->started ? 0 : -1; /* fewer threads do it too */
+		populator->started++;
 	}
 	return 0;
 }
@@ -248,15 +228,12 @@ void mgd_populate_stop(struct mgd_target *target)
 
 	if (!populator)
 		return;
+	pthread_mutex_lock(&populator->lock);
 	atomic_store(&populator->stop, true);
-	join(populator);
-	while (populator->pieces) {
-		struct piece *piece = populator->pieces;
-
-		populator->pieces = piece->next;
-		free(piece);
-	}
-	pthread_mutex_destroy(&populator->lock);
-	free(populator);
+	pthread_cond_broadcast(&populator->requested);
+	pthread_mutex_unlock(&populator->lock);
+	for (uint32_t i = 0; i < populator->started; i++)
+		pthread_join(populator->threads[i], NULL);
+	destroy(populator);
 	target->populator = NULL;
 }

@@ -1,10 +1,12 @@
 /* SPDX-License-Identifier: MIT */
 /* The target engine without a guest: what frames do to memory and ledger, and what bad ones do not. */
-#include "ledger.h"
 #include "target_rig.h"
 
 #include <linux/sockios.h>
+#include <malloc.h>
 #include <sys/ioctl.h>
+
+#include "target.h"
 
 #define PAGES 1024u /* of 4 KiB: two chunks */
 
@@ -540,6 +542,43 @@ static void populated_pages_have_memory(void)
 	close_bench(&bench);
 }
 
+/* A source may ask as often as it likes, and faster than memory is zeroed: here it is not zeroed at all meanwhile. */
+static void populating_takes_no_memory_for_its_requests(void)
+{
+	enum { PIECE_BYTES = 1 << 20, PIECES = 100 };
+	uint8_t *bits = calloc(PIECE_BYTES, 1);
+	struct mgd_error err = {0};
+	struct mallinfo2 before;
+	struct pollfd poll_fd;
+	struct bench bench;
+	struct mgd_alias *alias;
+	int uffd;
+
+	CHECK(bits);
+	if (mgd_uffd_open(0, &uffd, &err) < 0) {
+		printf("  (no right to use userfaultfd for kernel faults)\n");
+		free(bits);
+		return;
+	}
+	open_bench(&bench, MGD_BLOCK_BYTES, 8ull * PIECE_BYTES * MGD_BLOCK_BYTES);
+	alias = &bench.target->aliases[0];
+	CHECK_OK(mgd_uffd_api(uffd, 1, 0, &err), err);
+	CHECK_OK(mgd_uffd_register(uffd, (uintptr_t)alias->memory, alias->size_bytes, MGD_REGISTER_MISSING, &err), err);
+	bits[0] = 1;
+	CHECK_OK(mgd_target_populate(bench.target, 0, 0, bits, PIECE_BYTES, 1, &err), err);
+	poll_fd = (struct pollfd){.fd = uffd, .events = POLLIN};
+	CHECK(poll(&poll_fd, 1, PATIENCE_MS) == 1);
+	before = mallinfo2();
+	for (int i = 0; i < PIECES; i++)
+		CHECK_OK(mgd_target_populate(bench.target, 0, 0, bits, PIECE_BYTES, 1, &err), err);
+	CHECK(mallinfo2().uordblks + mallinfo2().hblkhd < before.uordblks + before.hblkhd + PIECE_BYTES);
+	CHECK_OK(mgd_uffd_unregister(uffd, (uintptr_t)alias->memory, alias->size_bytes, &err), err);
+	CHECK_EQUAL(rig_event(bench.target, MGD_EVENT_POPULATED).error.kind, MGD_ERR_NONE);
+	close(uffd);
+	close_bench(&bench);
+	free(bits);
+}
+
 /* Once the stale map is known, memory is for what is to come: a page that is current as a hole stays one. */
 static void after_the_switchover_only_stale_pages_are_populated(void)
 {
@@ -580,6 +619,7 @@ int main(void)
 	RUN(what_the_agent_asks_wrongly_is_refused);
 	RUN(a_pool_too_small_is_named_at_the_start);
 	RUN(populated_pages_have_memory);
+	RUN(populating_takes_no_memory_for_its_requests);
 	RUN(after_the_switchover_only_stale_pages_are_populated);
 	return 0;
 }
