@@ -110,11 +110,11 @@ test-asan: | $(STAMPS)/test-deps
 	cmake --build build/asan --parallel $(JOBS)
 	ctest --test-dir build/asan --output-on-failure --no-tests=error
 
-# Threads that share memory without a lock: the ledger, the claims, and the engines around them.
+# Threads that share memory without a lock: the ledger, the claims, and the engines around them with all their threads.
 test-tsan: | $(STAMPS)/test-deps
 	cmake -S native -B build/tsan -G Ninja -DMGD_TESTS=ON -DMGD_SANITIZE=thread --log-level=WARNING
 	cmake --build build/tsan --parallel $(JOBS)
-	setarch --addr-no-randomize ctest --test-dir build/tsan --output-on-failure --tests-regex 'ledger|claims|source|target'
+	setarch --addr-no-randomize ctest --test-dir build/tsan --output-on-failure --tests-regex 'ledger|source|target|fault'
 
 fuzz: | $(STAMPS)/test-deps
 	CC=$$(command -v clang || command -v gcc) cmake -S native -B build/fuzz -G Ninja -DMGD_FUZZ=ON \
