@@ -485,6 +485,43 @@ static void a_ledger_is_taken_over(void)
 	free(frame);
 }
 
+static void as_many_regions_as_there_may_be(void)
+{
+	struct mgd_target_region regions[MGD_MAX_REGIONS + 1];
+	const uint32_t last = MGD_MAX_REGIONS - 1;
+	struct mgd_target *target;
+	struct mgd_error err = {0};
+	uint8_t stale = 2, lacking = 0;
+	uint64_t words[WORDS];
+	int ledger = memfd_create("ledger", MFD_CLOEXEC), bulk;
+
+	for (uint32_t i = 0; i <= MGD_MAX_REGIONS; i++)
+		regions[i] = (struct mgd_target_region){.memory_fd = rig_memfd(MGD_BLOCK_BYTES, 2 * MGD_BLOCK_BYTES),
+							.size_bytes = 2 * MGD_BLOCK_BYTES,
+							.host_page_bytes = MGD_BLOCK_BYTES};
+	CHECK_EQUAL(ftruncate(ledger, (off_t)mgd_ledger_bytes(regions, MGD_MAX_REGIONS)), 0);
+	CHECK_FAILS(mgd_target_create(regions, MGD_MAX_REGIONS + 1, 1, ledger, 0, rig_secret, &target, &err), err,
+		    MGD_ERR_ARGUMENT);
+	CHECK_OK(mgd_target_create(regions, MGD_MAX_REGIONS, 1, ledger, 0, rig_secret, &target, &err), err);
+	bulk = rig_stream(target, 0);
+	rig_send_all(bulk, last, 0, 1, 0, 1);
+	rig_send_barrier(bulk, 1);
+	rig_event(target, MGD_EVENT_BARRIER);
+	CHECK_EQUAL(pread(regions[last].memory_fd, words, sizeof(words), 0), sizeof(words));
+	CHECK_EQUAL(rig_version(words, 0), 1);
+	CHECK_OK(mgd_target_stale_map(target, last, 0, &stale, 1, &err), err);
+	CHECK_OK(mgd_target_switchover(target, &err), err);
+	mgd_target_destroy(target);
+	CHECK_OK(mgd_target_create(regions, MGD_MAX_REGIONS, 1, ledger, 1, rig_secret, &target, &err), err);
+	CHECK_OK(mgd_target_lacking(target, last, 0, &lacking, 1, &err), err);
+	CHECK_EQUAL(lacking, 2);
+	mgd_target_destroy(target);
+	for (uint32_t i = 0; i <= MGD_MAX_REGIONS; i++)
+		close(regions[i].memory_fd);
+	close(ledger);
+	close(bulk);
+}
+
 static void what_the_agent_asks_wrongly_is_refused(void)
 {
 	uint8_t bits[PAGES / 8 + 1] = {0};
@@ -616,6 +653,7 @@ int main(void)
 	RUN(garbage_ends_only_its_stream);
 	RUN(a_page_larger_than_a_chunk_comes_in_order_on_one_connection);
 	RUN(a_ledger_is_taken_over);
+	RUN(as_many_regions_as_there_may_be);
 	RUN(what_the_agent_asks_wrongly_is_refused);
 	RUN(a_pool_too_small_is_named_at_the_start);
 	RUN(populated_pages_have_memory);

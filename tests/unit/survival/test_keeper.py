@@ -232,7 +232,7 @@ async def test_two_agents_share_a_holder_and_not_their_fate(python: str, directo
 
 async def test_as_many_descriptors_as_a_migration_can_have(directory: Path) -> None:
     keeper = OurKeeper(directory)
-    contents = [str(number) for number in range(66)]  # userfaultfd, ledger, 64 regions
+    contents = [str(number) for number in range(130)]  # userfaultfd, ledger, 128 regions
     await kept(keeper, "m1", *contents)
     assert texts((await keeper.taken())["m1"]) == contents
     await keeper.forget("m1")
