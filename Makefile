@@ -40,7 +40,7 @@ C_FORMATTED := $(wildcard native/src/*.[ch] native/include/*.h native/tests/*.[c
 # package:what shows that it is there (a program, or a file)
 PACKAGES := \
 	gcc:gcc libc6-dev:/usr/include/stdio.h cmake:cmake ninja-build:ninja \
-	libxxhash-dev:/usr/include/xxhash.h libzstd-dev:/usr/include/zstd.h libssl-dev:/usr/include/openssl/ssl.h \
+	libzstd-dev:/usr/include/zstd.h libssl-dev:/usr/include/openssl/ssl.h \
 	python3:python3 python3-venv:/usr/share/doc/python3-venv python3-dev:/usr/share/doc/python3-dev \
 	util-linux:flock
 # For real guests: without them, and without the right to install them, the demo says so and moves a co-operative guest.

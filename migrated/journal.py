@@ -24,7 +24,7 @@ from migrated.protocol.messages import Hello
 
 log = structlog.get_logger("migrated.journal")
 
-VERSION = 1
+VERSION = 2
 SUFFIX = ".journal"
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 

@@ -40,12 +40,13 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
 	static uint8_t memory[(2 * BLOCKS_MAX + 1) * MGD_BLOCK_BYTES], scratch[MGD_CHUNK_BLOCKS * MGD_BLOCK_BYTES],
 		packed[MGD_CHUNK_BLOCKS * MGD_BLOCK_BYTES];
-	struct mgd_target *target = calloc(1, sizeof(*target));
+	struct mgd_target *target = aligned_alloc(_Alignof(struct mgd_target), sizeof(*target));
 	struct mgd_receiver *receiver = calloc(1, sizeof(*receiver));
 	struct mgd_error err;
 	int pair[2];
 
 	assert(target && receiver);
+	memset(target, 0, sizeof(*target));
 	if (size >= 3) {
 		receiver->target = target;
 		receiver->scratch = scratch;

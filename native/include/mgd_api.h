@@ -8,7 +8,7 @@
 
 #define MGD_BLOCK_BYTES 4096
 #define MGD_CHUNK_BLOCKS 512 /* the most blocks one frame covers: 2 MiB */
-#define MGD_SECRET_BYTES 192 /* key of the block hash: XXH3_64bits_withSecret */
+#define MGD_SECRET_BYTES 4104 /* key of the hashes: random bytes, as many as a block and 8 more */
 #define MGD_MAX_REGIONS 128 /* every RAM block of QEMU is one */
 #define MGD_MAX_STREAMS 16 /* bulk; the urgent connection comes on top */
 #define MGD_HISTOGRAM_BUCKETS 32 /* bucket i counts latencies in [2^i, 2^(i+1)) us; bucket 0 from 0 */

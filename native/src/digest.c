@@ -7,9 +7,6 @@
 #include <stdlib.h>
 #include <unistd.h>
 
-#define XXH_INLINE_ALL
-#include <xxhash.h>
-
 #include "error.h"
 #include "frame.h"
 
@@ -48,11 +45,10 @@ int mgd_digest(int memory_fd, uint64_t offset, uint64_t bytes, const uint8_t *se
 						(unsigned long long)(offset + done + have));
 			have += (size_t)got;
 		}
-		/* The digest so far and the block's hash, hashed together: depends on every byte and on the order. */
 		for (size_t at = 0; at < piece; at += MGD_BLOCK_BYTES) {
-			uint64_t link[2] = {digest, mgd_block_hash((char *)buffer + at, secret)};
+			uint64_t hash = mgd_block_hash((char *)buffer + at, secret);
 
-			digest = XXH3_64bits_withSecret(link, sizeof(link), secret, MGD_SECRET_BYTES);
+			digest = mgd_words_hash(digest, &hash, 1, secret);
 		}
 		done += piece;
 	}

@@ -9,9 +9,6 @@
 #include <inttypes.h>
 #include <string.h>
 
-#define XXH_INLINE_ALL
-#include <xxhash.h>
-
 #include "error.h"
 
 enum offset {
@@ -113,13 +110,12 @@ static size_t write_head(const struct mgd_frame *frame, uint64_t check, uint8_t 
 
 uint64_t mgd_frame_check(const struct mgd_frame *frame, const uint64_t *hashes, const uint8_t *secret)
 {
-	uint8_t covered[MGD_FRAME_HEAD_MAX_BYTES + 8 * MGD_CHUNK_BLOCKS];
-	size_t bytes = write_head(frame, 0, covered);
+	uint64_t head[MGD_FRAME_HEAD_MAX_BYTES / 8];
+	size_t bytes = write_head(frame, 0, (uint8_t *)head);
 	uint32_t present = frame->kind == MGD_FRAME_PAGES ? mgd_frame_present_count(frame) : 0;
 
-	for (uint32_t i = 0; i < present; i++, bytes += 8)
-		put64(covered + bytes, hashes[i]);
-	return XXH3_64bits_withSecret(covered, bytes, secret, MGD_SECRET_BYTES);
+	_Static_assert(MGD_FRAME_HEADER_BYTES % 8 == 0, "header and bitmaps are whole words");
+	return mgd_words_hash(mgd_words_hash(0, head, bytes / 8, secret), hashes, present, secret);
 }
 
 size_t mgd_frame_encode(struct mgd_frame *frame, const uint64_t *hashes, const uint8_t *secret,

@@ -4,7 +4,7 @@
  *
  *   offset  size
  *     0      4   magic "MGPF" (0x4650474d little end first)
- *     4      1   version (1)
+ *     4      1   version (2)
  *     5      1   kind
  *     6      2   flags
  *     8      4   region
@@ -12,7 +12,7 @@
  *    16      8   first_block   index of a 4 KiB block in the region (BARRIER: the barrier's number)
  *    24      4   payload_bytes
  *    28      4   sequence      frames of the same host page sent before this one (pages larger than a chunk)
- *    32      8   check         keyed XXH3 over the header with check = 0, the bitmaps and the hashes of the present blocks
+ *    32      8   check         keyed hash of the header with check = 0, the bitmaps and the hashes of the present blocks
  *    40          PAGES only: present bitmap, zero bitmap (ceil(block_count/64) 64-bit words each), then the payload:
  *                the present blocks in order, as they are or (COMPRESSED) one zstd frame of them
  *
@@ -31,10 +31,12 @@
 #define MGD_FRAME_H
 
 #include <stdbool.h>
+
+#include "hash.h"
 #include "migrated.h"
 
 #define MGD_FRAME_MAGIC 0x4650474du
-#define MGD_FRAME_VERSION 1
+#define MGD_FRAME_VERSION 2
 #define MGD_FRAME_HEADER_BYTES 40
 #define MGD_FRAME_BITMAP_WORDS (MGD_CHUNK_BLOCKS / 64)
 /* The longest head: header and both bitmaps of a full chunk. */
@@ -79,9 +81,5 @@ int mgd_frame_decode_header(const uint8_t header[MGD_FRAME_HEADER_BYTES], const 
 int mgd_frame_decode_bitmaps(const uint8_t *bitmaps, struct mgd_frame *frame, struct mgd_error *err);
 /* The value `check` must have. */
 uint64_t mgd_frame_check(const struct mgd_frame *frame, const uint64_t *hashes, const uint8_t *secret);
-
-/* Keyed hash of one block; never 0: 0 stands for "the target has zeros" in the source's table. */
-uint64_t mgd_block_hash(const void *block, const uint8_t *secret);
-bool mgd_block_is_zero(const void *block);
 
 #endif

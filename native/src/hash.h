@@ -1,14 +1,33 @@
 /* SPDX-License-Identifier: MIT */
-/* XXH3 of a block, as compiled for different processors: one value, whoever computes it. */
+/*
+ * Keyed hashes with a bound that can be proved; all arithmetic in GF(2^64) modulo x^64 + x^4 + x^3 + x + 1, + is xor.
+ * What holds of them, and why: docs/architecture.md.
+ *
+ * The key is MGD_SECRET_BYTES random bytes: as many words as a block has, and one more.
+ */
 #ifndef MGD_HASH_H
 #define MGD_HASH_H
 
+#include <stdbool.h>
+
 #include "migrated.h"
 
-uint64_t mgd_block_hash_generic(const void *block, const uint8_t *secret);
-#ifdef __x86_64__
-/* Only where __builtin_cpu_supports("avx2"). */
-uint64_t mgd_block_hash_avx2(const void *block, const uint8_t *secret);
-#endif
+#define MGD_BLOCK_WORDS (MGD_BLOCK_BYTES / 8)
+
+/* Of a block: the inner product Σ (m[2i] + k[2i]) · (m[2i+1] + k[2i+1]).  Never 0: 0 stands for "the target has zeros" in
+ * the source's table. */
+uint64_t mgd_block_hash(const void *block, const uint8_t *secret);
+/* Of some words, and of what was hashed before them: a polynomial whose coefficients they are, at the key's last word. */
+uint64_t mgd_words_hash(uint64_t before, const uint64_t *words, size_t count, const uint8_t *secret);
+bool mgd_block_is_zero(const void *block);
+
+/* The same, as compiled for different processors: one value, whoever computes it. */
+struct mgd_hash_build {
+	const char *name;
+	bool (*usable)(void);
+	uint64_t (*inner_product)(const void *block, const void *key);
+	uint64_t (*polynomial)(uint64_t before, const uint64_t *words, size_t count, uint64_t point);
+};
+extern const struct mgd_hash_build mgd_hash_builds[]; /* the fastest first; the last is usable everywhere */
 
 #endif

@@ -123,9 +123,10 @@ int mgd_source_create(const struct mgd_source_region *regions, uint32_t region_c
 	for (uint32_t i = 0; i < region_count; i++)
 		if (check_region(&regions[i], i, err))
 			return -1;
-	source = calloc(1, sizeof(*source));
+	source = aligned_alloc(_Alignof(struct mgd_source), sizeof(*source));
 	if (!source)
 		return mgd_fail_errno(err, ENOMEM, "source: %zu bytes", sizeof(*source));
+	memset(source, 0, sizeof(*source));
 	if (mgd_event_queue_init(&source->events, err)) {
 		free(source);
 		return -1;

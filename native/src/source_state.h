@@ -116,7 +116,7 @@ struct source_stream {
 enum source_phase { SOURCE_PRECOPY, SOURCE_FROZEN };
 
 struct mgd_source {
-	uint8_t secret[MGD_SECRET_BYTES];
+	_Alignas(64) uint8_t secret[MGD_SECRET_BYTES];
 	uint32_t region_count, stream_count;
 	struct source_region regions[MGD_MAX_REGIONS];
 	struct mgd_frame_bounds bounds[MGD_MAX_REGIONS];

@@ -176,9 +176,10 @@ int mgd_target_create(const struct mgd_target_region *regions, uint32_t region_c
 	for (uint32_t i = 0; i < region_count; i++)
 		if (check_region(&regions[i], i, err) < 0)
 			return -1;
-	target = calloc(1, sizeof(*target));
+	target = aligned_alloc(_Alignof(struct mgd_target), sizeof(*target));
 	if (!target)
 		return mgd_fail_errno(err, ENOMEM, "target");
+	memset(target, 0, sizeof(*target));
 	target->alias_count = region_count;
 	target->stream_count = stream_count;
 	memcpy(target->secret, secret, MGD_SECRET_BYTES);

@@ -50,7 +50,7 @@ struct mgd_target {
 	struct mgd_frame_bounds bounds[MGD_MAX_REGIONS];
 	uint32_t alias_count, stream_count;
 	struct mgd_ledger ledger;
-	uint8_t secret[MGD_SECRET_BYTES];
+	_Alignas(64) uint8_t secret[MGD_SECRET_BYTES];
 	struct mgd_event_queue events;
 
 	/* The last slot is the urgent connection. */

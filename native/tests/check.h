@@ -8,8 +8,7 @@
 
 #include "migrated.h"
 
-/* A key.  It must look random: where XXH3's key is zeros it multiplies by parts of the input alone, and a zero there hides
- * its neighbour. */
+/* A key.  It must look random: where the key of the block hash is zeros, a zero of the input hides its neighbour. */
 static inline void fill_secret(uint8_t secret[MGD_SECRET_BYTES])
 {
 	uint64_t state = 0x9e3779b97f4a7c15ull;

@@ -30,8 +30,7 @@ static uint8_t rig_secret[MGD_SECRET_BYTES];
 
 static void rig_init(void)
 {
-	for (int i = 0; i < MGD_SECRET_BYTES; i++)
-		rig_secret[i] = (uint8_t)(i * 73 + 11);
+	fill_secret(rig_secret);
 }
 
 /* ---- memory */

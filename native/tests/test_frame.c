@@ -83,7 +83,7 @@ static void test_check_covers_everything(void)
 	CHECK(frame.check != mgd_frame_check(&frame, hashes, secret));
 	hashes[2]--;
 	memcpy(other, secret, sizeof(other));
-	other[100]++;
+	other[MGD_SECRET_BYTES - 1]++;
 	CHECK(frame.check != mgd_frame_check(&frame, hashes, other));
 }
 
@@ -216,26 +216,88 @@ static void test_zero_and_hash(void)
 static void test_every_build_of_the_hash_says_the_same(void)
 {
 	uint8_t secret[MGD_SECRET_BYTES], block[MGD_BLOCK_BYTES];
-	uint64_t state = 1;
+	uint64_t words[MGD_BLOCK_WORDS], state = 1;
 
 	fill_secret(secret);
 	for (int turn = 0; turn < 100; turn++) {
+		const struct mgd_hash_build *build = mgd_hash_builds;
+		uint64_t hash, polynomial;
+
 		for (size_t i = 0; i < sizeof(block); i++) {
 			state = state * 6364136223846793005ull + 1442695040888963407ull;
 			block[i] = turn < 50 ? (uint8_t)(state >> 56) : (uint8_t)(i % (size_t)turn);
 		}
-		CHECK(mgd_block_hash_generic(block, secret) == mgd_block_hash(block, secret));
-#ifdef __x86_64__
-		if (__builtin_cpu_supports("avx2"))
-			CHECK(mgd_block_hash_avx2(block, secret) == mgd_block_hash_generic(block, secret));
-#endif
+		memcpy(words, block, sizeof(words));
+		hash = mgd_block_hash(block, secret);
+		polynomial = mgd_words_hash(state, words, (size_t)turn * 5, secret);
+		for (;; build++) {
+			uint64_t point;
+
+			memcpy(&point, secret + MGD_BLOCK_BYTES, sizeof(point));
+			if (build->usable()) {
+				CHECK(build->inner_product(block, secret) == hash);
+				CHECK(build->polynomial(state, words, (size_t)turn * 5, point) == polynomial);
+			}
+			if (!strcmp(build->name, "portable"))
+				break;
+		}
+	}
+}
+
+/* a · b, bit by bit, from the definition alone. */
+static uint64_t product(uint64_t a, uint64_t b)
+{
+	uint64_t sum = 0;
+
+	for (; b; b >>= 1) {
+		if (b & 1)
+			sum ^= a;
+		a = a << 1 ^ (a >> 63 ? 0x1b : 0);
+	}
+	return sum;
+}
+
+static void test_the_hash_is_what_it_says(void)
+{
+	uint64_t key[MGD_SECRET_BYTES / 8], words[MGD_BLOCK_WORDS], inner = 0, polynomial = 0, state = 7;
+
+	for (size_t i = 0; i < MGD_SECRET_BYTES / 8; i++)
+		key[i] = state = state * 6364136223846793005ull + 1442695040888963407ull;
+	for (size_t i = 0; i < MGD_BLOCK_WORDS; i++)
+		words[i] = state = state * 6364136223846793005ull + 1442695040888963407ull;
+	for (size_t i = 0; i < MGD_BLOCK_WORDS; i += 2)
+		inner ^= product(words[i] ^ key[i], words[i + 1] ^ key[i + 1]);
+	for (size_t i = 0; i < MGD_BLOCK_WORDS; i++)
+		polynomial = product(polynomial ^ words[i], key[MGD_BLOCK_WORDS]);
+	CHECK(mgd_block_hash(words, (const uint8_t *)key) == inner);
+	CHECK(mgd_words_hash(0, words, MGD_BLOCK_WORDS, (const uint8_t *)key) == polynomial);
+	/* A block that is its key has nothing but zeros to multiply, and 0 is taken. */
+	CHECK(mgd_block_hash(key, (const uint8_t *)key) == 1);
+}
+
+/* What the older hash did not see with odds of 2^-33: one word grows by what another one, 64 bytes on, loses. */
+static void test_moves_between_words_of_a_lane_are_seen(void)
+{
+	uint64_t words[MGD_BLOCK_WORDS], before;
+
+	for (size_t i = 0; i < MGD_BLOCK_WORDS; i++)
+		words[i] = 0x500000000ull;
+	before = mgd_block_hash(words, secret);
+	for (size_t from = 0; from + 8 < MGD_BLOCK_WORDS; from++) {
+		for (size_t to = from + 8; to < MGD_BLOCK_WORDS; to += 8) {
+			words[from]++, words[to]--;
+			CHECK(mgd_block_hash(words, secret) != before);
+			words[from]--, words[to]++;
+		}
 	}
 }
 
 int main(void)
 {
 	RUN(test_every_build_of_the_hash_says_the_same);
+	RUN(test_the_hash_is_what_it_says);
 	fill_secret(secret);
+	RUN(test_moves_between_words_of_a_lane_are_seen);
 	RUN(test_round_trip);
 	RUN(test_check_covers_everything);
 	RUN(test_other_kinds);

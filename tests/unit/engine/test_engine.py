@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -22,9 +23,10 @@ from migrated.memory.engine import (
     TargetEngine,
     ledger_bytes,
 )
+from migrated.memory.native import lib
 
 PAGE = 4096
-SECRET = bytes(range(192))
+SECRET = hashlib.shake_256(b"any key").digest(lib.MGD_SECRET_BYTES)
 PATIENCE_SECONDS = 30.0
 
 pytestmark = pytest.mark.usefixtures("no_descriptor_left")

@@ -20,7 +20,7 @@ HELLO = Hello(
     driver="process",
     mode="hybrid",
     streams=1,
-    block_secret=bytes(192),
+    block_secret=bytes(4104),
     regions=(RegionInfo("ram", 1 << 20, 4096),),
     agent="a test",
 )

@@ -59,7 +59,7 @@ messages: st.SearchStrategy[AnyMessage] = st.one_of(
         names,
         st.sampled_from(bounds.MODES),
         st.integers(1, 16),
-        st.binary(min_size=192, max_size=192),
+        st.binary(min_size=24, max_size=24).map(lambda piece: piece * (bounds.SECRET_BYTES // 24)),
         st.lists(regions, min_size=1, max_size=4, unique_by=lambda region: region.name),
     ),
     st.lists(page_sizes, min_size=1, max_size=64).map(lambda sizes: Ready(tuple(sizes))),
@@ -202,7 +202,7 @@ def region(**changes: Any) -> list[dict[str, Any]]:
     [
         ({"session": bytes(15)}, "session must be 16 bytes, not 15"),
         ({"token": bytes(33)}, "token must be 32 bytes, not 33"),
-        ({"block_secret": b""}, "block_secret must be 192 bytes, not 0"),
+        ({"block_secret": b""}, "block_secret must be 4104 bytes, not 0"),
         ({"streams": 0}, "streams must be from 1 to 16, not 0"),
         ({"streams": 17}, "streams must be from 1 to 16, not 17"),
         ({"streams": True}, "Expected `int`"),

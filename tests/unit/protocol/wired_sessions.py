@@ -45,7 +45,7 @@ HELLO = Hello(
     driver="qemu",
     mode="hybrid",
     streams=2,
-    block_secret=bytes(192),
+    block_secret=bytes(4104),
     regions=(RegionInfo("ram0", 64 << 20, 4096), RegionInfo("ram1", 6 << 20, 2 << 20)),
     agent="migrated 0.1.0",
 )

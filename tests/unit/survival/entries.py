@@ -13,7 +13,7 @@ HELLO = Hello(
     driver="qemu",
     mode="hybrid",
     streams=2,
-    block_secret=bytes(192),
+    block_secret=bytes(4104),
     regions=(RegionInfo("ram", 1 << 30, 1 << 21), RegionInfo("more", 1 << 21, 4096)),
     agent="a test",
 )

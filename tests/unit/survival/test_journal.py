@@ -92,7 +92,7 @@ def rewrite(journal: Journal[TargetEntry], edit: Edit) -> None:
 @pytest.mark.parametrize(
     ("edit", "problem"),
     [
-        (lambda table: table.update(version=2), "of version 2, this agent reads 1"),
+        (lambda table: table.update(version=1), "of version 1, this agent reads 2"),
         (lambda table: table.update(boot_id="another"), "before the last boot"),
         (lambda table: table["entry"].update(pid="many"), "Expected `int`"),
         (lambda table: table["entry"].update(of_a_later_version=1), "unknown field"),
