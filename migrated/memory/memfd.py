@@ -1,8 +1,9 @@
 """Memory for an incoming guest: memfds on huge pages, reserved whole before anything is started, unless asked not to.
 
 A mapping of a hugetlbfs file reserves its pages in the pool, and the reservation belongs to the file: it stays when the
-mapping goes.  So `allocate` maps once, and from then on neither the engine's alias nor the guest can run out of pages; and
-nothing is zeroed before it is needed.  Shmem (4 KiB pages) knows no reservation; there the host's free memory is compared
+mapping goes.  So `allocate` maps once, and from then on neither the engine's alias nor the guest can run out of pages, except
+for those that the guest punches out itself (a balloon): they take their reservation along.  Nothing is zeroed before it is
+needed.  Shmem (4 KiB pages) knows no reservation; there the host's free memory is compared
 with the need, which is all that can be done.
 
 Not reserved is for guests larger than the host that use little of it: pages are taken as they are needed, and where there

@@ -245,7 +245,7 @@ struct mgd_target_stats {
 	uint64_t pages; /* host pages in all regions */
 	uint64_t stale_pages; /* stale and not yet in */
 	uint64_t current_pages; /* current, not mapped */
-	uint64_t mapped_pages;
+	uint64_t mapped_pages; /* put into the guest, whether or not it has given them back since */
 	uint64_t discarded_frames; /* came for a page already current (sent twice): read and dropped */
 	uint64_t remove_events;
 	uint64_t faults_current, faults_stale, faults_missing; /* one a page and fault, duplicates not counted */

@@ -3,13 +3,14 @@
  * The fault thread: the one thing a waiting guest waits for.
  *
  * It never waits for anybody but the kernel: no lock of its own is held by others over a call that can block, demands are
- * sent without blocking, and Python is told, never asked.  Nor does it zero a huge page that the guest wants and nobody
+ * sent without blocking (for the socket's own lock it may wait while the urgent receiver copies, some 50 us), and Python is
+ * told, never asked.  Nor does it zero a huge page that the guest wants and nobody
  * ever wrote: the hole thread does that, and kicks it.
  *
- * While an event (REMOVE …) is unread, every ioctl on the descriptor returns EAGAIN.  So each turn reads first, takes note
- * of events, and answers faults then; what still meets EAGAIN stays in `waiting` and is looked at again in a millisecond.
- * Faults and events come out of order; that does not matter, because a fault on a page noted as mapped is simply answered
- * again, and the kernel knows whether it was (EEXIST).
+ * While an event (REMOVE …) is unread, every ioctl on the descriptor returns EAGAIN.  So each turn reads first and answers
+ * then; what still meets EAGAIN stays in `waiting` and is looked at again in a millisecond.  What an event says is not
+ * noted, be it a page or a terabyte: a fault on a page that is mapped already, as far as we know, is simply answered again,
+ * and the kernel knows whether it was (EEXIST).
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -193,24 +194,6 @@ static struct mgd_alias *locate(struct mgd_target *target, uint64_t address, uin
 	return NULL;
 }
 
-/* The guest gave [start, end) back (madvise).  Pages that are in become current once more: whether the next touch is a
- * minor fault (DONTNEED) or a missing one (REMOVE) is seen then.  Pages not in stay as they are. */
-static void note_removed(struct mgd_target *target, uint64_t start, uint64_t end)
-{
-	atomic_fetch_add_explicit(&target->remove_events, 1, memory_order_relaxed);
-	for (uint32_t i = 0; i < target->mapping_count; i++) {
-		const struct mgd_mapping *mapping = &target->mappings[i];
-		const struct mgd_alias *alias = &target->aliases[mapping->region];
-		uint64_t from = start > mapping->address ? start : mapping->address;
-		uint64_t mapping_end = mapping->address + mapping->length_bytes;
-		uint64_t to = end < mapping_end ? end : mapping_end;
-
-		for (uint64_t at = from - from % alias->page_bytes; at < to; at += alias->page_bytes)
-			mgd_ledger_removed(&target->ledger, alias->first + (mapping->offset + (at - mapping->address)) /
-										   alias->page_bytes);
-	}
-}
-
 static void handle_fault(struct faults *faults, const struct uffd_msg *message, uint64_t *batch, int *batch_count,
 			 uint64_t since_ns)
 {
@@ -253,12 +236,12 @@ static bool read_batch(struct faults *faults)
 	now = mgd_now_ns();
 	got /= (ssize_t)sizeof(messages[0]);
 	atomic_store(&target->faults_in_hand, (uint32_t)got);
-	for (ssize_t i = 0; i < got; i++)
-		if (messages[i].event == UFFD_EVENT_REMOVE)
-			note_removed(target, messages[i].arg.remove.start, messages[i].arg.remove.end);
-	for (ssize_t i = 0; i < got; i++)
+	for (ssize_t i = 0; i < got; i++) {
 		if (messages[i].event == UFFD_EVENT_PAGEFAULT)
 			handle_fault(faults, &messages[i], batch, &batch_count, now);
+		else if (messages[i].event == UFFD_EVENT_REMOVE)
+			atomic_fetch_add_explicit(&target->remove_events, 1, memory_order_relaxed);
+	}
 	atomic_store(&target->faults_in_hand, 0);
 	return got == BATCH;
 }

@@ -33,7 +33,7 @@ static const uint8_t legal[] = {
 	[MGD_PAGE_RECEIVED] = BIT(STALE) | BIT(MAPPED),
 	[MGD_PAGE_STALE] = BIT(CURRENT) | BIT(POISONED),
 	[MGD_PAGE_CURRENT] = BIT(MAPPED),
-	[MGD_PAGE_MAPPED] = BIT(CURRENT),
+	[MGD_PAGE_MAPPED] = 0,
 	[MGD_PAGE_POISONED] = BIT(STALE),
 };
 
@@ -275,18 +275,6 @@ bool mgd_ledger_mapped(struct mgd_ledger *ledger, uint64_t page)
 		}
 	} while (!change(ledger, page, &byte, (byte & MGD_PAGE_BACKED) | MGD_PAGE_MAPPED));
 	atomic_fetch_add(&ledger->mapped_pages, 1);
-	return true;
-}
-
-bool mgd_ledger_removed(struct mgd_ledger *ledger, uint64_t page)
-{
-	uint8_t byte = mgd_ledger_get(ledger, page);
-
-	do {
-		if (mgd_page_state(byte) != MGD_PAGE_MAPPED)
-			return false;
-	} while (!change(ledger, page, &byte, (byte & MGD_PAGE_BACKED) | MGD_PAGE_CURRENT));
-	atomic_fetch_sub(&ledger->mapped_pages, 1);
 	return true;
 }
 

@@ -9,7 +9,6 @@
  *   stale ──► stale | RECEIVING    claimed by one connection: nobody else may write it
  *   stale | RECEIVING ──► current  its last frame is in and checked
  *   current ──► mapped             UFFDIO_CONTINUE has put it into the guest: never written by us again
- *   mapped ──► current             the guest gave it back (REMOVE event)
  *   stale ──► poisoned             the source is gone for good
  *
  * From the switch-over on, absent and received mean current: so the switch-over writes one word (the phase) instead of
@@ -78,7 +77,6 @@ void mgd_ledger_unclaim(struct mgd_ledger *ledger, uint64_t page);
 /* Claimed page → current.  *out_last: it was the last stale one. */
 bool mgd_ledger_settle(struct mgd_ledger *ledger, uint64_t page, uint8_t *out_before, bool *out_last);
 bool mgd_ledger_mapped(struct mgd_ledger *ledger, uint64_t page);
-bool mgd_ledger_removed(struct mgd_ledger *ledger, uint64_t page);
 bool mgd_ledger_poison(struct mgd_ledger *ledger, uint64_t page); /* not while it is claimed */
 bool mgd_ledger_unpoison(struct mgd_ledger *ledger, uint64_t page); /* back to stale: poisoning failed */
 

@@ -44,6 +44,9 @@ void source_view_open(struct mgd_source *source, struct source_region *region)
 		  (off_t)region->file_offset);
 	if (at == MAP_FAILED)
 		return;
+	/* Neither a child of ours nor a core file of ours may hold the guest's memory. */
+	(void)madvise(at, region->size_bytes, MADV_DONTFORK);
+	(void)madvise(at, region->size_bytes, MADV_DONTDUMP);
 	if (!forbid_filling(source, at, region->size_bytes)) {
 		munmap(at, region->size_bytes);
 		return;

@@ -33,7 +33,6 @@ static void a_page_goes_through_its_states_only(void)
 	CHECK(!mgd_ledger_claim(&ledger, 7, &before));
 	CHECK(!mgd_ledger_request(&ledger, 7, &before));
 	CHECK(!mgd_ledger_settle(&ledger, 7, &before, &last));
-	CHECK(!mgd_ledger_removed(&ledger, 7));
 	CHECK(!mgd_ledger_poison(&ledger, 7));
 	CHECK(mgd_ledger_make_stale(&ledger, 7));
 	CHECK(!mgd_ledger_make_stale(&ledger, 7));
@@ -53,7 +52,6 @@ static void a_page_goes_through_its_states_only(void)
 	CHECK(mgd_ledger_mapped(&ledger, 7));
 	CHECK(!mgd_ledger_mapped(&ledger, 7));
 	CHECK(!mgd_ledger_claim(&ledger, 7, &before)); /* never written again */
-	CHECK(mgd_ledger_removed(&ledger, 7));
 	CHECK(mgd_ledger_poison(&ledger, 8));
 	CHECK(!mgd_ledger_claim(&ledger, 8, &before));
 	CHECK_EQUAL(ledger.stale_pages, 0);

@@ -51,6 +51,33 @@ static void holes_stay_holes(struct peer *peer)
 	peer_destroy(peer);
 }
 
+/* The lines of /proc/self/smaps from the mapping of the guest's file with these rights on, up to its flags. */
+static bool has_flags(const char *rights, const char *one, const char *other)
+{
+	FILE *smaps = fopen("/proc/self/smaps", "re");
+	bool inside = false, found = false;
+	char line[512];
+
+	CHECK(smaps);
+	while (!found && fgets(line, sizeof(line), smaps)) {
+		if (strstr(line, "/memfd:guest"))
+			inside = strstr(line, rights);
+		else if (!strncmp(line, "VmFlags:", 8) && inside)
+			found = strstr(line, one) && strstr(line, other);
+	}
+	fclose(smaps);
+	return found;
+}
+
+static void test_the_view_is_in_no_child_and_no_core_file(void)
+{
+	struct peer *peer = peer_create(8 * MIB, HUGE, HUGE, 1);
+
+	if (has_flags(" r--s ", "", "")) /* else there is no right to a view */
+		CHECK(has_flags(" r--s ", " dc", " dd"));
+	peer_destroy(peer);
+}
+
 static void test_holes_stay_holes(void)
 {
 	holes_stay_holes(peer_create(8 * MIB, HUGE, HUGE, 1));
@@ -159,6 +186,7 @@ int main(void)
 	struct sigaction action = {.sa_handler = on_theirs};
 
 	CHECK(!sigaction(SIGBUS, &action, NULL)); /* before the first source is made */
+	RUN(test_the_view_is_in_no_child_and_no_core_file);
 	RUN(test_holes_stay_holes);
 	RUN(test_holes_stay_holes_on_huge_pages);
 	RUN(test_pages_may_go_while_they_are_read);
