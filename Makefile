@@ -126,7 +126,7 @@ fuzz: | $(STAMPS)/test-deps
 		echo "$$fuzzer: $(FUZZ_SECONDS) s"; \
 		mkdir -p build/fuzz/corpus/$${fuzzer##*/}; \
 		timeout $$(($(FUZZ_SECONDS) + 60)) $$fuzzer -max_total_time=$(FUZZ_SECONDS) -verbosity=0 -print_final_stats=1 \
-			-artifact_prefix=build/fuzz/ build/fuzz/corpus/$${fuzzer##*/}; \
+			-artifact_prefix=build/fuzz/ build/fuzz/corpus/$${fuzzer##*/} native/fuzz/corpus/$${fuzzer##*/}; \
 	done
 
 test-python: $(STAMPS)/installed $(STAMPS)/test-deps

@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: MIT
 /*
- * A fuzzer's main where libFuzzer is not to be had: replays the files it is given, then mutates valid frames blindly.
+ * A fuzzer's main where libFuzzer is not to be had: replays the files (or directories of files) it is given, then mutates
+ * valid frames blindly.
  *
- *   fuzz_frame [-runs=N] [-seed=N] [FILE …]
+ *   fuzz_frame [-runs=N] [-max_total_time=SECONDS] [-seed=N] [FILE …]
  */
+#include <dirent.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "frame.h"
 
@@ -27,9 +30,23 @@ static uint64_t next_random(void)
 static int replay(const char *path)
 {
 	static uint8_t input[INPUT_MAX_BYTES];
-	FILE *file = fopen(path, "rb");
+	DIR *directory = opendir(path);
+	struct dirent *entry;
+	FILE *file;
 	size_t bytes;
 
+	if (directory) {
+		while ((entry = readdir(directory))) {
+			char name[4096];
+
+			snprintf(name, sizeof(name), "%s/%s", path, entry->d_name);
+			if (entry->d_name[0] != '.' && replay(name))
+				return 1;
+		}
+		closedir(directory);
+		return 0;
+	}
+	file = fopen(path, "rb");
 	if (!file) {
 		perror(path);
 		return 1;
@@ -65,10 +82,12 @@ static void mutate_one(void)
 
 int main(int argc, char **argv)
 {
-	unsigned long long runs = 200000, seed = 1;
+	unsigned long long runs = 200000, seed = 1, seconds = 0;
+	time_t begin = time(NULL);
 
 	for (int i = 1; i < argc; i++) {
-		if (sscanf(argv[i], "-runs=%llu", &runs) == 1 || sscanf(argv[i], "-seed=%llu", &seed) == 1)
+		if (sscanf(argv[i], "-runs=%llu", &runs) == 1 || sscanf(argv[i], "-seed=%llu", &seed) == 1 ||
+		    sscanf(argv[i], "-max_total_time=%llu", &seconds) == 1)
 			continue;
 		if (argv[i][0] == '-')
 			continue; /* libFuzzer's other options mean nothing here */
@@ -76,8 +95,12 @@ int main(int argc, char **argv)
 			return 1;
 	}
 	state = seed * 0x9e3779b97f4a7c15ull | 1;
-	for (unsigned long long run = 0; run < runs; run++)
-		mutate_one();
+	for (unsigned long long run = 0; run < runs; run++) {
+		if (seconds && (unsigned long long)(time(NULL) - begin) >= seconds)
+			runs = run;
+		else
+			mutate_one();
+	}
 	printf("%llu runs, seed %llu\n", runs, seed);
 	return 0;
 }
