@@ -31,7 +31,7 @@ static int receive_barrier(struct mgd_receiver *receiver, struct mgd_error *err)
 
 	if (receiver->stream == MGD_STREAM_URGENT)
 		return mgd_fail(err, MGD_ERR_PEER, "barrier: on the urgent connection");
-	if (receiver->page_open)
+	if (receiver->hold != HOLD_NOTHING)
 		return mgd_fail(err, MGD_ERR_PEER, "barrier: in the middle of a page");
 	if (receiver->frame.check != mgd_frame_check(&receiver->frame, NULL, target->secret))
 		return mgd_fail(err, MGD_ERR_PEER, "barrier: check is wrong");
@@ -83,7 +83,6 @@ static int receive_frame(struct mgd_receiver *receiver, struct mgd_error *err)
 	uint8_t header[MGD_FRAME_HEADER_BYTES];
 	int result;
 
-	receiver->routed = false;
 	if (recv_bytes(receiver, header, sizeof(header), err) < 0 ||
 	    mgd_frame_decode_header(header, target->bounds, target->alias_count, &receiver->frame, err) < 0)
 		return -1;

@@ -10,6 +10,13 @@
 
 enum route { ROUTE_DROP, ROUTE_SCRATCH, ROUTE_IN_PLACE };
 
+/* What a connection has claimed, and gives back if it ends now. */
+enum hold {
+	HOLD_NOTHING,
+	HOLD_FRAME, /* the pages of the FINAL frame under way, where its route is not DROP */
+	HOLD_LARGE_PAGE, /* a page of several frames, some of which are in, if its route is not DROP */
+};
+
 struct mgd_receiver {
 	struct mgd_target *target;
 	uint32_t stream; /* or MGD_STREAM_URGENT */
@@ -19,19 +26,19 @@ struct mgd_receiver {
 	bool barrier_seen; /* under barrier_lock, as is: */
 	uint64_t barrier;
 
-	/* The page of several frames under way (host pages larger than a chunk). */
-	bool page_open;
-	uint64_t open_page; /* the ledger's number */
-	uint32_t next_sequence;
-	enum route open_route;
+	enum hold hold;
+	struct {
+		uint64_t page; /* the ledger's number */
+		uint32_t next_sequence;
+		enum route route;
+	} large; /* HOLD_LARGE_PAGE */
 
 	/* The frame under way. */
 	struct mgd_frame frame;
 	struct mgd_alias *alias;
 	uint64_t first_page, page_count; /* of the alias; pages the frame touches */
 	uint8_t route[MGD_CHUNK_BLOCKS]; /* enum route, by page of the frame */
-	bool routed; /* route is that of this frame */
-	bool claimed; /* by this frame, page for page where route is not DROP */
+	bool torn; /* blocks of a FINAL frame may have been written in place, and are not checked */
 	uint32_t present_count;
 	uint8_t *at[MGD_CHUNK_BLOCKS]; /* where present block i has been read to */
 	uint64_t hashes[MGD_CHUNK_BLOCKS];

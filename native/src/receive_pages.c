@@ -56,19 +56,19 @@ static int route_large_page(struct mgd_receiver *receiver, struct mgd_error *err
 	uint64_t page = ledger_page(receiver, 0);
 
 	if (receiver->frame.sequence == 0) {
-		if (receiver->page_open)
+		if (receiver->hold == HOLD_LARGE_PAGE)
 			return mgd_fail(err, MGD_ERR_PEER, "page frame: page %llu begins in the middle of another",
 					(unsigned long long)receiver->first_page);
-		receiver->page_open = true;
-		receiver->open_page = page;
-		receiver->next_sequence = 0;
-		receiver->open_route = claim(receiver, page);
+		receiver->hold = HOLD_LARGE_PAGE;
+		receiver->large.page = page;
+		receiver->large.next_sequence = 0;
+		receiver->large.route = claim(receiver, page);
 	}
-	if (!receiver->page_open || receiver->open_page != page || receiver->frame.sequence != receiver->next_sequence)
+	if (receiver->hold != HOLD_LARGE_PAGE || receiver->large.page != page ||
+	    receiver->frame.sequence != receiver->large.next_sequence)
 		return mgd_fail(err, MGD_ERR_PEER, "page frame: sequence %u of page %llu is out of order",
 				receiver->frame.sequence, (unsigned long long)receiver->first_page);
-	receiver->route[0] = (uint8_t)receiver->open_route;
-	receiver->routed = true;
+	receiver->route[0] = (uint8_t)receiver->large.route;
 	return 0;
 }
 
@@ -91,14 +91,14 @@ static int route_frame(struct mgd_receiver *receiver, struct mgd_error *err)
 		}
 		return 0;
 	}
-	if (receiver->page_open && receiver->alias->page_blocks <= MGD_CHUNK_BLOCKS)
-		return mgd_fail(err, MGD_ERR_PEER, "page frame: another page in the middle of a large one");
 	if (receiver->alias->page_blocks > MGD_CHUNK_BLOCKS) {
 		if (route_large_page(receiver, err) < 0)
 			return -1;
 		wanted = receiver->route[0] != ROUTE_DROP;
+	} else if (receiver->hold == HOLD_LARGE_PAGE) {
+		return mgd_fail(err, MGD_ERR_PEER, "page frame: another page in the middle of a large one");
 	} else {
-		receiver->claimed = receiver->routed = true;
+		receiver->hold = HOLD_FRAME;
 		for (uint64_t i = 0; i < receiver->page_count; i++) {
 			receiver->route[i] = (uint8_t)claim(receiver, ledger_page(receiver, i));
 			wanted = wanted || receiver->route[i] != ROUTE_DROP;
@@ -222,8 +222,11 @@ static int take_and_apply(struct mgd_receiver *receiver, struct mgd_error *err)
 {
 	struct taking taking = {.receiver = receiver, .err = err};
 
-	if (mgd_guarded(take, &taking))
+	receiver->torn = receiver->frame.flags & MGD_FRAME_FINAL;
+	if (mgd_guarded(take, &taking)) {
+		receiver->torn = receiver->torn && taking.result < 0;
 		return taking.result;
+	}
 	return mgd_fail(err, MGD_ERR_POOL,
 			"memory for page %llu of region %u: given back while it came in, and the pool is empty",
 			(unsigned long long)receiver->first_page, receiver->frame.region);
@@ -269,7 +272,7 @@ static void settle(struct mgd_receiver *receiver)
 	bool last = false, any_last = false;
 	uint64_t run = 0;
 
-	receiver->claimed = false;
+	receiver->hold = HOLD_NOTHING;
 	for (uint64_t page = 0; page < receiver->page_count; page++) {
 		uint8_t before = 0;
 
@@ -295,31 +298,41 @@ static void zero_block(void *block)
 	memset(block, 0, MGD_BLOCK_BYTES);
 }
 
+/* A BLANK page whose blocks are not all right becomes blank again. */
+static void blank_torn_blocks(struct mgd_receiver *receiver)
+{
+	for (uint32_t block = 0; block < receiver->frame.block_count; block++) {
+		uint32_t page = page_of(receiver, block);
+
+		if (receiver->route[page] != ROUTE_IN_PLACE || !bit(receiver->frame.present, block))
+			continue;
+		if (mgd_ledger_get(&receiver->target->ledger, ledger_page(receiver, page)) & MGD_PAGE_BACKED)
+			/* Or punched out meanwhile: that is zeros, too. */
+			(void)mgd_guarded(zero_block, block_address(receiver, block));
+	}
+}
+
 void mgd_receive_give_up(struct mgd_receiver *receiver)
 {
-	struct mgd_target *target = receiver->target;
-	bool backed[MGD_CHUNK_BLOCKS] = {false};
+	struct mgd_ledger *ledger = &receiver->target->ledger;
 
-	if (receiver->routed) {
-		for (uint32_t block = 0; block < receiver->frame.block_count; block++) {
-			uint32_t page = page_of(receiver, block);
-
-			if (receiver->route[page] != ROUTE_IN_PLACE || !bit(receiver->frame.present, block))
-				continue;
-			if (!backed[page])
-				backed[page] =
-					mgd_ledger_get(&target->ledger, ledger_page(receiver, page)) & MGD_PAGE_BACKED;
-			if (backed[page]) /* or punched out meanwhile: that is zeros, too */
-				(void)mgd_guarded(zero_block, block_address(receiver, block));
-		}
-	}
-	if (receiver->claimed)
+	if (receiver->torn)
+		blank_torn_blocks(receiver);
+	receiver->torn = false;
+	switch (receiver->hold) {
+	case HOLD_NOTHING:
+		break;
+	case HOLD_FRAME:
 		for (uint64_t page = 0; page < receiver->page_count; page++)
 			if (receiver->route[page] != ROUTE_DROP)
-				mgd_ledger_unclaim(&target->ledger, ledger_page(receiver, page));
-	if (receiver->page_open && receiver->open_route != ROUTE_DROP)
-		mgd_ledger_unclaim(&target->ledger, receiver->open_page);
-	receiver->claimed = receiver->page_open = false;
+				mgd_ledger_unclaim(ledger, ledger_page(receiver, page));
+		break;
+	case HOLD_LARGE_PAGE:
+		if (receiver->large.route != ROUTE_DROP)
+			mgd_ledger_unclaim(ledger, receiver->large.page);
+		break;
+	}
+	receiver->hold = HOLD_NOTHING;
 }
 
 int mgd_receive_frame_pages(struct mgd_receiver *receiver, struct mgd_error *err)
@@ -331,11 +344,10 @@ int mgd_receive_frame_pages(struct mgd_receiver *receiver, struct mgd_error *err
 	atomic_fetch_add_explicit(&receiver->target->frames, 1, memory_order_relaxed);
 	if (!(frame->flags & MGD_FRAME_FINAL))
 		return 0;
-	if (receiver->page_open) {
-		receiver->next_sequence++;
+	if (receiver->hold == HOLD_LARGE_PAGE) {
+		receiver->large.next_sequence++;
 		if (!(frame->flags & MGD_FRAME_PAGE_END))
 			return 0;
-		receiver->page_open = false;
 	}
 	settle(receiver);
 	return 0;
