@@ -16,7 +16,7 @@ from typing import Any
 
 from migrated.errors import MigratedError
 from migrated.guests.driver import Mapping, SourceMemory, TargetMemory
-from migrated.memory.native import call, error_from, ffi, lib
+from migrated.memory.native import call, error_from, ffi, hash_key, lib
 from migrated.memory.tracker import Tracker
 from migrated.waiting import in_thread
 
@@ -182,7 +182,7 @@ class SourceEngine(_Engine):
             regions[index].page_bytes = region.page_bytes
             regions[index].host_page_bytes = host_page_bytes[index]
         out = ffi.new("struct mgd_source **")
-        call(lib.mgd_source_create, regions, count, stream_count, block_secret, out)
+        call(lib.mgd_source_create, regions, count, stream_count, hash_key(block_secret), out)
         self._page_counts = [
             region.size_bytes // page for region, page in zip(memory.regions, host_page_bytes, strict=True)
         ]
@@ -360,7 +360,7 @@ class TargetEngine(_Engine):
             stream_count,
             ledger_fd,
             int(recover),
-            block_secret,
+            hash_key(block_secret),
             out,
         )
         self._page_counts = [piece.region.size_bytes // piece.region.page_bytes for piece in memory]

@@ -146,10 +146,15 @@ def inject_syscall(pid: int, number: int, arguments: Sequence[int] = ()) -> Inje
     return Injected(int(result[0]), int(stopped[0]) / 1e9)
 
 
-def digest(memory_fd: int, offset: int, size_bytes: int, secret: bytes) -> int:
-    """Keyed hash of part of a file; holes count as zeros and are not populated.  Blocks."""
+def hash_key(secret: bytes) -> bytes:
+    """The key of the block hash as C reads it; ValueError for any other length than MGD_SECRET_BYTES."""
     if len(secret) != lib.MGD_SECRET_BYTES:
         raise ValueError(f"the secret has {len(secret)} bytes, not {lib.MGD_SECRET_BYTES}")
+    return secret
+
+
+def digest(memory_fd: int, offset: int, size_bytes: int, secret: bytes) -> int:
+    """Keyed hash of part of a file; holes count as zeros and are not populated.  Blocks."""
     out = ffi.new("uint64_t *")
-    call(lib.mgd_digest, memory_fd, offset, size_bytes, secret, out)
+    call(lib.mgd_digest, memory_fd, offset, size_bytes, hash_key(secret), out)
     return int(out[0])

@@ -37,6 +37,14 @@ def content(page: int) -> bytes:
     return (page + 1).to_bytes(8, "little") * 512
 
 
+def test_a_key_of_another_length_is_refused_before_c_reads_it() -> None:
+    memory = SourceMemory(pid=0, regions=(), mappings=(), memory_fds=(), file_offsets=(), private=())
+    with pytest.raises(ValueError, match="4103 bytes, not 4104"):
+        SourceEngine(memory, (), 1, SECRET[:-1])
+    with pytest.raises(ValueError, match="4103 bytes, not 4104"):
+        TargetEngine((), 1, -1, SECRET[:-1])
+
+
 class Told:
     """What an engine told the loop."""
 

@@ -11,6 +11,7 @@ import pytest
 from migrated.guests.driver import Mapping, Region, SourceMemory
 from migrated.memory import probe
 from migrated.memory.engine import SourceEngine
+from migrated.memory.native import lib
 from migrated.memory.tracker import Tracker
 from tests.rig import swap
 from tests.unit.memory.child import Child
@@ -44,7 +45,7 @@ def guest(child: Callable[[int, int], Child]) -> Iterator[tuple[Child, SourceMem
 
 def marked_bytes(memory: SourceMemory, tracker: Tracker) -> int:
     """What the first round would read."""
-    engine = SourceEngine(memory, [PAGE], 1, bytes(range(192)))
+    engine = SourceEngine(memory, [PAGE], 1, bytes(lib.MGD_SECRET_BYTES))
     try:
         engine.mark_populated(tracker)
         return engine.stats().dirty_bytes
