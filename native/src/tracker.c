@@ -58,6 +58,7 @@
 
 #include "bitmap.h"
 #include "pagemap.h"
+#include "processors.h"
 
 /* The most that one ioctl covers. */
 #define STEP_BYTES ((uint64_t)16 << 20)
@@ -253,8 +254,9 @@ static void *walk_steps(void *argument)
 
 static uint64_t threads_wanted(const struct mgd_tracker *tracker)
 {
-	long processors = sysconf(_SC_NPROCESSORS_ONLN);
-	uint64_t count = 0, most = processors < 1 ? 1 : processors > THREADS_MAX ? THREADS_MAX : (uint64_t)processors;
+	uint64_t count = 0, most = mgd_processor_count();
+
+	most = most < THREADS_MAX ? most : THREADS_MAX;
 
 	for (uint32_t i = 0; i < tracker->count; i++)
 		count += tracker->tracked[i].mapping.length_bytes / tracker->tracked[i].page_bytes;
