@@ -259,7 +259,7 @@ async def abort(client: Client, *, id: str, as_json: bool) -> int:  # noqa: A002
 @json_flag
 @agent_verb
 async def switchover(client: Client, *, id: str, as_json: bool) -> int:  # noqa: A002
-    """End pre-copy now and move the guest."""
+    """End pre-copy after the round under way, and move the guest."""
     return _done(await client.verb(id, "switchover"), as_json=as_json, word="switching over")
 
 

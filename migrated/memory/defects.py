@@ -20,7 +20,7 @@ _LIMIT_SECONDS = 60.0
 #: How long a killed process may take to end.  One that hangs in the kernel never does.
 _KILLED_SECONDS = 2.0
 _ZAPS = ("zapped_", "punched_")
-_COMMAND = (sys.executable, "-m", "migrated.memory.defect_probe")
+_COMMAND = (sys.executable, "-P", "-m", "migrated.memory.defect_probe")  # -P: nothing from the current directory
 
 #: ``absent``: the kernel is as it should be; ``handled``: it is not, and the agents do without; ``excludes``: some guests
 #: cannot be migrated; ``untested``: nobody knows.

@@ -51,6 +51,15 @@ def test_a_probe_that_answers_is_heard(command: list[str]) -> None:
     assert defects.run(["one", "two"], command=command) == {"one": {"name": "one"}, "two": {"name": "two"}}
 
 
+def test_a_probe_imports_nothing_from_the_current_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # In a checkout, where the README has `migrated check` run, there is a package `migrated` without a C core.
+    for module in ("migrated", "struct"):
+        (tmp_path / f"{module}.py").write_text("raise SystemExit('this must not run')\n")
+    monkeypatch.chdir(tmp_path)
+    answer = defects.run(["mapped-over"])["mapped-over"]
+    assert not isinstance(answer, Failure), answer
+
+
 def test_a_probe_that_crashes_fails_or_babbles_is_an_answer(command: list[str]) -> None:
     answers = defects.run(["crashes", "fails", "babbles", "one"], command=command)
     assert answers == {
