@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,8 @@ from migrated.demo.running_guest import RunningGuest
 from migrated.errors import GuestError
 from migrated.guests.images import build_bootsector, build_linux_guest
 
-QEMU = "qemu-system-x86_64"
+#: The program to run: another version of QEMU if MIGRATED_QEMU names one.
+QEMU = os.environ.get("MIGRATED_QEMU") or "qemu-system-x86_64"
 MIB = 1 << 20
 
 
