@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 import uvloop
 
-from benchmarks import bounds, comparison, figures
+from benchmarks import bounds, comparison, figures, switchover
 from benchmarks.guest import LOADS
 from benchmarks.network import RATES
 from benchmarks.report import Section
@@ -27,6 +27,7 @@ SECTIONS: dict[str, Callable[[Settings], Awaitable[Section]]] = {
     "after": figures.after,
     "engines": figures.engines,
     "downtime": figures.downtime,
+    "switchover": switchover.run,
     "throughput": figures.throughput,
     "faults": figures.faults,
     "pace": figures.pace,
@@ -54,6 +55,10 @@ def _choice(allowed: tuple[str, ...], text: str, what: str) -> tuple[str, ...]:
 @click.option("--large", default="", help="size of the larger guest of `downtime` (default 4G)")
 @click.option("--paths", default="", help=f"of {', '.join(RATES)}")
 @click.option("--loads", default="", help=f"of {', '.join(COMPARED)}")
+@click.option(
+    "--migrations", type=click.IntRange(1, 10000), help="of each case of `switchover` (default 200; --quick: 10)"
+)
+@click.option("--cases", default="", help=f"of `switchover`: {', '.join(switchover.CASES)}")
 @click.option("--limit", default=60.0, help="seconds after which a move is given up")
 @click.option("--output", type=click.Path(path_type=Path), default=OUTPUT, help="where results go")
 def main(
@@ -65,6 +70,8 @@ def main(
     large: str,
     paths: str,
     loads: str,
+    migrations: int | None,
+    cases: str,
     limit: float,
     output: Path,
 ) -> None:
@@ -79,6 +86,8 @@ def main(
         paths=_choice(tuple(RATES), paths or ("loopback,10g" if quick else ",".join(RATES)), "path"),
         loads=_choice(COMPARED, loads or ("sparse" if quick else ",".join(COMPARED)), "load"),
         quick=quick,
+        migrations=migrations or (10 if quick else 200),
+        cases=_choice(tuple(switchover.CASES), cases, "case") or tuple(switchover.CASES),
         limit_seconds=limit,
         output=output,
         host=_host(),

@@ -137,7 +137,7 @@ async def _move_sparse(program: Path, used: int, within: int) -> dict[str, Any]:
                 raise MigratedError(f"sparse: {record['state']}: {record.get('error')}")
             await console.attach(arrival, LIMIT_SECONDS)
             swept = await console.sweep(LIMIT_SECONDS)
-            phases = external.phases(pair.source.log_path, pair.target.log_path)
+            phases = external.phases(record["downtime_breakdown"])
             await console.command("quit")
         return {
             "seconds": took,

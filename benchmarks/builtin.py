@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,12 +97,16 @@ async def move(
     downtime_limit_ms: float = 50,
     streams: int = 1,
     guest_load: dict[str, Any] | None = None,
+    extra: tuple[str, ...] = (),
+    before: Callable[[Watched], Awaitable[Any]] | None = None,
 ) -> Sample:
-    """Move a guest under ``load`` once.  ``streams`` > 1: pre-copy with multifd."""
+    """Move a guest under ``load`` once.  ``streams`` > 1: pre-copy with multifd; ``extra``: options of QEMU."""
     sample = Sample(system=system, path=link.name, load=load, memory_bytes=memory_bytes)
     async with guest_at_work(
-        link, guest_load or LOADS[load], memory_bytes=memory_bytes, page_bytes=page_bytes
+        link, guest_load or LOADS[load], memory_bytes=memory_bytes, page_bytes=page_bytes, extra=extra
     ) as watched:
+        if before is not None:
+            await before(watched)
         incoming = dataclasses.replace(watched.guest, name="in", extra=(*watched.guest.extra, "-incoming", "defer"))
         log = watched.guest.directory / "in.log"
         with log.open("wb") as output:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import datetime as dt
 import json
 import time
 from collections.abc import Awaitable, Callable
@@ -107,7 +106,7 @@ async def _move(
     sample.details |= {key: other[key] for key in ("faults", "fault_seconds", "faults_by_kind_us")}
     sample.details["precopy_seconds"] = at["switchover"] - at["precopy"]
     sample.details["rounds"] = rounds(pair.source.log_path)
-    sample.details["phases"] = phases(pair.source.log_path, pair.target.log_path)
+    sample.details["phases"] = phases(record["downtime_breakdown"])
     sample.details["transferred_bytes"] = record["transferred_bytes"]
     sample.verified = await watched.verify()
     with contextlib.suppress(MigratedError):
@@ -123,19 +122,10 @@ def rounds(log: Path) -> list[dict[str, Any]]:
     ]
 
 
-def phases(source_log: Path, target_log: Path) -> dict[str, float]:
-    """Where the downtime went, in seconds: last scan and stale map, guest state, from there to the guest running."""
-    at = {str(entry.get("event")): entry for entry in (*_entries(source_log), *_entries(target_log))}
-    try:
-        paused, loaded, runs = (at[event] for event in ("paused", "guest state loaded", "the guest runs here"))
-        moments = [_moment(entry) for entry in (paused, loaded, runs)]
-    except KeyError:
-        return {}
-    return {"scan": paused["seconds"], "state": moments[1] - moments[0], "commit": moments[2] - moments[1]}
-
-
-def _moment(entry: dict[str, Any]) -> float:
-    return dt.datetime.fromisoformat(entry["timestamp"]).timestamp()
+def phases(steps: dict[str, float]) -> dict[str, float]:
+    """Where the downtime went, in seconds: until the stale map was sent, guest state, from there to the guest running."""
+    state, commit = steps.get("load", 0.0), steps.get("commit", 0.0) + steps.get("run", 0.0)
+    return {"scan": sum(steps.values()) - state - commit, "state": state, "commit": commit}
 
 
 def _entries(log: Path) -> list[dict[str, Any]]:

@@ -102,6 +102,7 @@ async def guest_at_work(
     memory_bytes: int,
     page_bytes: int = 2 * MIB,
     target_page_bytes: int | None = None,
+    extra: tuple[str, ...] = (),
 ) -> AsyncIterator[Watched]:
     """Boot it on the source's side, with huge pages for both sides; ends it, its files and its pages afterwards."""
     target_page_bytes = target_page_bytes or page_bytes
@@ -117,7 +118,7 @@ async def guest_at_work(
             page_bytes=page_bytes,
             target_page_bytes=target_page_bytes,
             load=LOADS[load] if isinstance(load, str) else load,
-            extra=("-name", "bench,debug-threads=on"),
+            extra=("-name", "bench,debug-threads=on", *extra),
         )
         await asyncio.to_thread(guest.source_command)
         with pages_for(memory_bytes, page_bytes, target_page_bytes):

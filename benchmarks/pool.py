@@ -20,11 +20,12 @@ MFD_HUGE_SHIFT = 26
 def warm_pages(size_bytes: int, page_bytes: int) -> Iterator[None]:
     """Free huge pages of this size, each touched.  PoolError when they cannot be had."""
     with huge_pages(size_bytes, page_bytes):
-        _touch(size_bytes, page_bytes)
+        touch(size_bytes, page_bytes)
         yield
 
 
-def _touch(size_bytes: int, page_bytes: int) -> None:
+def touch(size_bytes: int, page_bytes: int) -> None:
+    """Write to so much of what is free in the pool."""
     flags = os.MFD_CLOEXEC | os.MFD_HUGETLB | (page_bytes.bit_length() - 1) << MFD_HUGE_SHIFT
     fd = os.memfd_create("bench-warm", flags)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -61,6 +62,12 @@ def medians(samples: Sequence[Sample]) -> dict[str, Any]:
     for name in FIGURES:
         result[name] = median(getattr(sample, name) for sample in ended)
     return result
+
+
+def percentile(values: Iterable[float | None], share: float) -> float | None:
+    """The smallest of those that are there which at least ``share`` of them do not exceed (nearest rank)."""
+    known = sorted(value for value in values if value is not None)
+    return known[max(1, math.ceil(share * len(known))) - 1] if known else None
 
 
 def median(values: Iterable[float | None]) -> float | None:

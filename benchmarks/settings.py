@@ -25,6 +25,8 @@ class Settings:
     loads: tuple[str, ...]
     limit_seconds: float  # of one move
     large_bytes: int  # the larger guest of `downtime`
+    migrations: int  # of each case of `switchover`
+    cases: tuple[str, ...]  # of `switchover`
     output: Path
     host: dict[str, str | int]
     sections: dict[str, Section] = dataclasses.field(default_factory=dict)

@@ -73,6 +73,34 @@ class StateChange(msgspec.Struct):
     at: float
 
 
+class Laps:
+    """Where a span of time goes: the seconds of one step after the other, which together are all of it.
+
+    Times are ``time.monotonic()``'s; before `start` there is nothing to divide, and `lap` does nothing.
+    """
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self.seconds = seconds
+        self._last: float | None = None
+
+    def start(self, at: float) -> None:
+        """The first step begins."""
+        self.seconds.clear()
+        self._last = at
+
+    def lap(self, step: str, at: float | None = None) -> None:
+        """A step is over now, or was ``at``; the next one begins."""
+        if self._last is not None:
+            at = time.monotonic() if at is None else at
+            self.seconds[step] = self.seconds.get(step, 0.0) + at - self._last
+            self._last = at
+
+    @property
+    def total(self) -> float | None:
+        """All steps so far; None before `start`."""
+        return None if self._last is None else sum(self.seconds.values())
+
+
 class Record(msgspec.Struct, kw_only=True):
     """One migration on one agent.  Units are in the names; times are Unix time in seconds."""
 
@@ -93,6 +121,7 @@ class Record(msgspec.Struct, kw_only=True):
     max_bandwidth_bytes_per_second: int = 0
     stale_pages: int = 0
     downtime_seconds: float | None = None
+    downtime_breakdown: dict[str, float] = msgspec.field(default_factory=dict)  # seconds by step; see docs/http.md
     faults: Faults = msgspec.field(default_factory=Faults)
     fault_seconds: FaultSeconds = msgspec.field(default_factory=FaultSeconds)
     faults_by_kind_us: dict[str, list[int]] = msgspec.field(default_factory=dict)  # histograms for /metrics

@@ -120,6 +120,8 @@ class SourceGuest(abc.ABC):
 
     #: ``time.monotonic()`` when the guest stopped, set by `pause` where the driver knows it better than its caller.
     paused_at: float | None = None
+    #: Likewise, when it stood still: what `pause` did after that was saving its state.
+    stopped_at: float | None = None
 
     @abc.abstractmethod
     async def open(self) -> SourceMemory:

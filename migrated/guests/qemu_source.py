@@ -55,7 +55,7 @@ class QemuSource(SourceGuest):
         self._pins_buffers = True
         self._nested_runs = 0
         self._used_bytes: dict[str, int] = {}
-        self.paused_at = None
+        self.paused_at = self.stopped_at = None
 
     # ------------------------------------------------------------ inspection
 
@@ -273,6 +273,7 @@ class QemuSource(SourceGuest):
             self.paused_at = self._quiesced_at or time.monotonic()
             if self._runs:
                 await monitor.execute("stop", limit=self._timeouts.guest_pause)
+            self.stopped_at = time.monotonic()
             # Before the last scan: what saving writes to memory is seen by it.
             state = await file.save(self._timeouts.guest_state)
             for start in range(0, len(state), _STATE_PIECE_BYTES):

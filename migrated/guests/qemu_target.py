@@ -381,8 +381,7 @@ class QemuTarget(TargetGuest):
     async def _loaded(self, monitor: Monitor) -> None:
         """Wait until QEMU has loaded the state."""
         limit = self._timeouts.guest_state
-        await monitor.wait_migration(frozenset({"completed"}), limit=limit, what="loading the device state")
-        status = await monitor.wait_status(frozenset({"inmigrate"}), limit=limit)
+        status = await monitor.wait_loaded(limit=limit)
         if status != "paused":
             raise GuestError(
                 f"guest {self.name}: after loading, QEMU is in run state {status}, not paused", code="guest-state"
@@ -409,7 +408,10 @@ class QemuTarget(TargetGuest):
         if not self.runs:
             return
         monitor = await self._monitor()
+        monitor.forget_events()
         await monitor.execute("cont", limit=self._timeouts.guest_command)  # of a running guest: without effect
+        if monitor.saw("RESUME"):  # it precedes the answer to cont: the source need not wait for another question
+            return
         status = await monitor.wait_status(frozenset({"inmigrate"}), limit=self._timeouts.guest_command)
         if status != "running":
             raise GuestError(

@@ -172,8 +172,8 @@ class Monitor:
         result: dict[str, Any] = await self.execute("query-migrate")
         return result
 
-    async def wait_migration(self, wanted: frozenset[str], *, limit: float, what: str) -> str:
-        """Wait until the migration's status is one of ``wanted``; returns which.
+    async def wait_loaded(self, *, limit: float) -> str:
+        """Wait until an incoming QEMU has loaded its migration stream; returns the run state it is in then.
 
         Raises GuestError: ``migration-failed`` with QEMU's words when it fails or is cancelled instead, ``qmp-timeout``.
         """
@@ -181,15 +181,16 @@ class Monitor:
         while True:
             # The question has the whole limit too: a QEMU that loads state answers nobody while it waits for a page.
             left = max(deadline - time.monotonic(), POLL_SECONDS)
-            report = await self.execute("query-migrate", limit=left)
+            # Both at once: the answers wait in QEMU until the state is loaded, and then the guest is waiting for us.
+            report, run_state = await asyncio.gather(
+                self.execute("query-migrate", limit=left), self.execute("query-status", limit=left)
+            )
             status = str(report.get("status", "none"))
-            if status in wanted:
-                while not self._events.empty():
-                    await self._event(POLL_SECONDS)
-                return status
+            if status == "completed":
+                return str(run_state["status"])
             if status in {"failed", "cancelled"}:
                 raise GuestError(
-                    f"guest {self.guest}: QEMU's migration {status} while waiting for {what}"
+                    f"guest {self.guest}: QEMU's migration {status} while loading the device state"
                     f"{': ' + report['error-desc'] if report.get('error-desc') else ''}",
                     code="migration-failed",
                     hint="QEMU's own log says more; source and target must run the same machine type and devices",
@@ -197,7 +198,7 @@ class Monitor:
             left = deadline - time.monotonic()
             if left <= 0:
                 raise GuestError(
-                    f"guest {self.guest}: {what} did not happen within {limit:g} s (QEMU's migration is {status})",
+                    f"guest {self.guest}: QEMU did not load the device state within {limit:g} s (its migration is {status})",
                     code="qmp-timeout",
                 )
             await self._event(min(left, POLL_SECONDS))
@@ -225,6 +226,10 @@ class Monitor:
             stamp: Any = event["timestamp"]  # wall clock, by QEMU
             age = time.time() - (stamp["seconds"] + stamp["microseconds"] / 1e6)
             self.stopped_at = time.monotonic() - max(age, 0.0)
+
+    def saw(self, name: str) -> bool:
+        """Whether this event has come since `forget_events`; forgets all that have."""
+        return any(event["event"] == name for event in self._events.clear())
 
     def forget_events(self) -> None:
         """Before a command whose events matter."""

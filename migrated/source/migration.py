@@ -45,7 +45,7 @@ from migrated.protocol.session import Session
 from migrated.protocol.transitions import Role
 from migrated.protocol.transitions import State as SessionState
 from migrated.rates import Rates
-from migrated.record import Record, State
+from migrated.record import Laps, Record, State
 from migrated.source import figures
 from migrated.source.connection import TargetConnection
 from migrated.source.precopy import PreCopy
@@ -121,7 +121,7 @@ class SourceMigration(Migration):
             survival=survival,
             timeouts=config.timeouts,
         )
-        self._paused_at = 0.0
+        self._laps = Laps(self.record.downtime_breakdown)
         self._released = False
         self._running_there = False
         self._all_there = False
@@ -140,6 +140,7 @@ class SourceMigration(Migration):
             if self.failure.error is not None:  # while that was written
                 raise self.failure.error
             await self._connection.require_link().send(Commit())
+            self._laps.lap("commit")
         except Exception as error:  # noqa: BLE001 - whatever it is, the guest must be brought to a safe place
             if not self._session.committed:
                 await self._rollback.run(self.failure.error or error)
@@ -231,15 +232,19 @@ class SourceMigration(Migration):
         """Pause, last scan, stale map, guest state; returns when the target has loaded it."""
         link = self._connection.require_link()
         self.set_state(State.SWITCHOVER)
-        self._paused_at = time.monotonic()
+        started = time.monotonic()
         await self._guest.pause(self._connection.pipe)
-        self._paused_at = self._guest.paused_at or self._paused_at
+        self._laps.start(self._guest.paused_at or started)
+        self._laps.lap("stop", self._guest.stopped_at)
+        self._laps.lap("save")
         if self.options.mode == "postcopy":
             await in_thread(engine.mark_populated, precopy.tracker)
         await precopy.scan(quiesced=True)
+        self._laps.lap("scan")
         if finish:
             await precopy.send_marked(self.record.round + 1)
             await precopy.barrier()
+            self._laps.lap("send")
         stale = await in_thread(engine.freeze)
         self.record.stale_pages = stale
         await link.send(Switchover(stale))
@@ -247,9 +252,11 @@ class SourceMigration(Migration):
             await link.send(StaleMap(region, first_page, bits))
         await link.send(StaleMapEnd())
         engine.serve(drain=False)
-        self.log.info("paused", stale_pages=stale, seconds=round(time.monotonic() - self._paused_at, 4))
+        self._laps.lap("map")
+        self.log.info("paused", stale_pages=stale, steps=self.record.downtime_breakdown)
         await self._guest.send_state(self._connection.pipe)
         await link.expect(Loaded, limit_seconds=self._timeouts.guest_state, what="the guest state to be loaded")
+        self._laps.lap("load")
 
     # ------------------------------------------------------------ after COMMIT
 
@@ -292,8 +299,10 @@ class SourceMigration(Migration):
         if not self._running_there:
             await link.expect(Running, limit_seconds=self._timeouts.guest_command * 2, what="the guest to run there")
             self._running_there = True
-        if self.record.downtime_seconds is None and self._paused_at > 0:
-            self.record.downtime_seconds = time.monotonic() - self._paused_at
+        if self.record.downtime_seconds is None and self._laps.total is not None:
+            self._laps.lap("run")
+            self.record.downtime_seconds = self._laps.total
+            self.log.info("downtime", seconds=self.record.downtime_seconds, steps=self.record.downtime_breakdown)
         self.set_state(State.POSTCOPY)
         if not self._all_there:
             self._connection.require_engine().serve(drain=True)

@@ -48,7 +48,7 @@ from migrated.protocol.messages import (
 )
 from migrated.protocol.transitions import State as SessionState
 from migrated.rates import Rates
-from migrated.record import Record, State
+from migrated.record import Laps, Record, State
 from migrated.target import figures
 from migrated.target.connection import SourceConnection
 from migrated.target.memory import GuestMemory
@@ -120,7 +120,7 @@ class TargetMigration(Migration):
         self._reconnect = Reconnect(self, self.connection, config.timeouts)
         self._rollback = Rollback(self, self.connection, guest, self._memory, survival)
         self._mapped = asyncio.Event()
-        self._paused_at: float | None = None
+        self._laps = Laps(self.record.downtime_breakdown)  # from the Switchover message on
         self._guest_over = Failure()  # its process has ended: unlike `failure`, no reconnect mends that
         self._unserved: MigratedError | None = None  # why the guest that was found after a restart cannot be served
         self._abandoned = 0  # pages poisoned since their source is lost
@@ -187,9 +187,11 @@ class TargetMigration(Migration):
     async def _load_state(self) -> None:
         await self._guest.load_state(self.connection.pipe)
         await self._mapped.wait()
+        self._laps.lap("load")
         self._stage.entry.guest = self._guest.memento()
         await self._stage.write("loaded")
         await self._link.send(Loaded())
+        self._laps.lap("journal")
         self.log.info("guest state loaded")
 
     async def _recover(self, legacy: Recovered) -> None:
@@ -233,7 +235,7 @@ class TargetMigration(Migration):
                     self.record.round = number
                     self.record.remaining_bytes = dirty_bytes
                 case Switchover(stale_pages=stale_pages):
-                    self._paused_at = time.monotonic()
+                    self._laps.start(time.monotonic())
                     self.record.stale_pages = stale_pages
                     self.set_state(State.SWITCHOVER)
                 case StaleMap(region=region, first_page=first_page, bits=bits):
@@ -271,6 +273,7 @@ class TargetMigration(Migration):
         if self._guest_over.error is not None:  # before it could run here
             await self._lost_guest(self._guest_over.error)
             return
+        self._laps.lap("commit")
         engine = self.connection.require_engine()
         running = self.background(self._run_guest())
         engine.background()
@@ -321,11 +324,12 @@ class TargetMigration(Migration):
                 except MigratedError as error:
                     self.log.warning("the guest does not run yet", error=str(error))
                     await asyncio.sleep(RESUME_PAUSE_SECONDS)
+            self._laps.lap("run")
             await noted
             self.log.info("the guest runs here")
             self.background(quietly(self._stage.write("running"), self.log, "write the journal"))
-        if self._paused_at is not None and self.record.downtime_seconds is None:
-            self.record.downtime_seconds = time.monotonic() - self._paused_at
+        if self.record.downtime_seconds is None:
+            self.record.downtime_seconds = self._laps.total
 
     async def _until_current(self, running: asyncio.Task[None]) -> None:
         """Until every page is here; the engine does the work."""

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 FIELDS = {
     *("id", "guest", "role", "state", "mode", "page_size", "total_bytes", "transferred_bytes", "remaining_bytes"),
     *("round", "dirty_bytes_per_second", "throughput_bytes_per_second", "stale_pages", "downtime_seconds"),
+    "downtime_breakdown",
     *("faults", "fault_seconds", "started_at", "ended_at", "error"),
 }
 FAULTS = {"current", "stale", "missing"}
@@ -85,8 +86,15 @@ async def test_figures_during_postcopy_and_after(here: Place) -> None:
     assert during["stale_pages"] > 0
     assert value(await metrics(here, "target"), "migrated_migrations", state="postcopy") == 1
     await guest.arrived()  # touches every page: every stale one is a fault
-    assert (await here.over(migration))["state"] == "completed"
+    source = await here.over(migration)
+    assert source["state"] == "completed"
     record = await here.over(migration, "target")
+    for side, steps in (
+        (source, {"stop", "scan", "map", "load", "commit", "run"}),
+        (record, {"load", "commit", "run"}),
+    ):
+        assert side["downtime_breakdown"].keys() >= steps
+        assert sum(side["downtime_breakdown"].values()) == pytest.approx(side["downtime_seconds"])
     assert record == await status_of(here, "target", migration)
     faults = record["faults"]
     assert faults["stale"] > 0

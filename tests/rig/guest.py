@@ -126,28 +126,13 @@ class MovingGuest:
 
     # ------------------------------------------------------------ video memory
 
-    async def _open_video_memory(self) -> tuple[int, int]:
-        """``/proc/PID/mem`` of its QEMU, and where in it the middle of the frame buffer is: no text is written there."""
-        monitor = await Monitor.connect(self.name, self.here.qmp(self.name))
-        try:
-            blocks = [block for block in await ram_blocks(monitor) if block.name.endswith("vga.vram")]
-            (placed,) = await place(monitor, monitor.peer_pid(), blocks)
-        finally:
-            await monitor.close()
-        return os.open(f"/proc/{self.pids[0]}/mem", os.O_RDWR), placed.address + MIB
-
     async def fill_video_memory(self) -> None:
         """Fill the frame buffer with noise, but for its first MiB."""
-        fd, address = await self._open_video_memory()
-        self._noise = os.urandom(VIDEO_NOISE_BYTES)
-        try:
-            assert os.pwrite(fd, self._noise, address) == len(self._noise)
-        finally:
-            os.close(fd)
+        self._noise = await fill_video_memory(self.name, self.here.qmp(self.name))
 
     async def assert_video_memory(self) -> None:
         """The noise is still there."""
-        fd, address = await self._open_video_memory()
+        fd, address = await _open_video_memory(self.name, self.here.qmp(self.name))
         try:
             assert os.pread(fd, len(self._noise), address) == self._noise
         finally:
@@ -205,6 +190,29 @@ class MovingGuest:
             traces.end_processes(self.guest.directory)
         complaints = [event for host in self.hosts for event in host.complaints()]
         assert not complaints, "\n".join(str(event.get("exception", event["event"])) for event in complaints)
+
+
+async def _open_video_memory(name: str, qmp: Path) -> tuple[int, int]:
+    """``/proc/PID/mem`` of its QEMU, and where in it the middle of the frame buffer is: no text is written there."""
+    monitor = await Monitor.connect(name, qmp)
+    try:
+        pid = monitor.peer_pid()
+        blocks = [block for block in await ram_blocks(monitor) if block.name.endswith("vga.vram")]
+        (placed,) = await place(monitor, pid, blocks)
+    finally:
+        await monitor.close()
+    return os.open(f"/proc/{pid}/mem", os.O_RDWR), placed.address + MIB
+
+
+async def fill_video_memory(name: str, qmp: Path) -> bytes:
+    """Fill the frame buffer of a guest, which has a VGA, with noise, but for its first MiB; returns the noise."""
+    fd, address = await _open_video_memory(name, qmp)
+    noise = os.urandom(VIDEO_NOISE_BYTES)
+    try:
+        assert os.pwrite(fd, noise, address) == len(noise)
+    finally:
+        os.close(fd)
+    return noise
 
 
 @contextlib.asynccontextmanager

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from benchmarks import switchover
 from benchmarks.meter import Meter, cpu_times, memory_bytes
 from benchmarks.report import Section, svg
-from benchmarks.sample import Sample, medians
+from benchmarks.sample import Sample, medians, percentile
 from benchmarks.settings import MIB, Settings
 
 FINISHED = 3
@@ -31,6 +32,45 @@ def test_medians_are_of_the_moves_that_ended_and_say_how_many_did() -> None:
     assert (result["runs"], result["ended"], result["verified"]) == (4, FINISHED, FINISHED)
     assert result["outcomes"] == ["no end in 30 s"]
     assert result["setup_seconds"] is None  # measured in none of them
+
+
+@pytest.mark.parametrize(
+    ("values", "share", "is_"),
+    [
+        ([], 0.5, None),
+        ([None], 0.5, None),
+        ([3.0], 0.01, 3.0),
+        ([2.0, 1.0], 0.5, 1.0),
+        ([2.0, None, 1.0, 3.0], 0.5, 2.0),
+        ([float(n) for n in range(1, 201)], 0.99, 198.0),
+        ([float(n) for n in range(1, 11)], 0.99, 10.0),
+        ([float(n) for n in range(1, 11)], 1.0, 10.0),
+    ],
+)
+def test_a_percentile_is_a_value_that_was_measured(values: list[float | None], share: float, is_: float | None) -> None:
+    assert percentile(values, share) == is_
+
+
+def switched(downtime: float, **more: object) -> Sample:
+    return sample("migrated", None, downtime_seconds=downtime, **more)
+
+
+def test_the_row_of_a_case_is_of_the_migrations_that_ended() -> None:
+    moves = [switched(0.010 + n / 1000, details={"steps": {"stop": 0.001, "load": n / 1000}}) for n in range(3)]
+    moves.append(sample("migrated", None, outcome="failed", verified=False))
+    title, count, *figures, verified = switchover.row("memfd", moves)
+    assert (title, count, verified) == ("memfd", "3 of 4 ended", "3 of 3")
+    by_column = dict(zip(("p50", "p99", "longest", *switchover.STEPS), figures, strict=True))
+    assert (by_column["p50"], by_column["p99"], by_column["longest"]) == ("11.0", "12.0", "12.0")
+    assert (by_column["stop"], by_column["load"], by_column["send"]) == ("1.0", "1.0", "-")
+
+
+def test_every_long_migration_is_explained_by_its_own_steps() -> None:
+    steps = {"stop": 0.001, "load": 0.0285, "run": 0.002}
+    lines = switchover.explanations("memfd", [switched(0.030, details={"steps": steps}), switched(0.0315)])
+    assert lines == []
+    (line,) = switchover.explanations("memfd", [switched(0.012), switched(0.0315, details={"steps": steps})])
+    assert line == "memfd, migration 2: 31.5 ms: load 28.5, run 2.0, stop 1.0."
 
 
 def test_pace_is_the_guests_operations_during_pre_copy_against_before() -> None:
@@ -79,6 +119,8 @@ def test_results_are_on_disk_after_every_section(tmp_path: Path) -> None:
         loads=(),
         limit_seconds=1,
         large_bytes=MIB,
+        migrations=1,
+        cases=(),
         output=tmp_path,
         host={},
     )

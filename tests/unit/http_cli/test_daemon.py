@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import gc
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from migrated import config, service
+from migrated import daemon as module
 from migrated.cli.client import Client
 from migrated.daemon import blocking_calls
 from migrated.errors import HostError
@@ -200,6 +202,26 @@ async def test_an_agent_that_fails_ends_the_daemon_with_its_error(short_dir: Pat
         async with serving(short_dir, "source", unused_port) as served:
             served.agent.failure = HostError("no more")
     assert not served.settings.control_socket.exists()
+
+
+async def test_no_collection_looks_at_what_was_there_at_the_start(
+    short_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would take tens of milliseconds, perhaps while a guest is paused."""
+    frozen: list[int] = []
+
+    async def serve(*_: object) -> None:
+        frozen.append(gc.get_freeze_count())
+
+    monkeypatch.setattr(module, "serve", serve)
+    loop = asyncio.get_running_loop()
+    try:
+        await module._main(config.load(str(write_config(short_dir)), "source"))
+    finally:
+        gc.unfreeze()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+    assert frozen[0] > 10_000
 
 
 def test_without_a_service_manager_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from structlog.testing import capture_logs
 
 from migrated.errors import ConflictError, MigratedError
 from migrated.migration import Migration
-from migrated.record import ENDED, NEXT, Record, State
+from migrated.record import ENDED, NEXT, Laps, Record, State
 
 PAIRS = list(itertools.product(State, State))
 
@@ -25,6 +25,27 @@ class Counting(Migration):
 
 def in_state(state: State) -> Counting:
     return Counting(Record(id="0123456789ab", guest="vm1", role="source", mode="hybrid", state=state))
+
+
+def test_laps_are_all_of_the_time() -> None:
+    laps = Laps({})
+    laps.lap("before the start")
+    assert (laps.seconds, laps.total) == ({}, None)
+    laps.start(10.0)
+    for step, at in (("stop", 10.5), ("save", 12.5), ("stop", 13.5)):
+        laps.lap(step, at)
+    assert laps.seconds == {"stop": 1.5, "save": 2.0}
+    assert laps.total == 3.5
+
+
+def test_a_switch_over_that_begins_anew_forgets_the_first() -> None:
+    seconds: dict[str, float] = {}
+    laps = Laps(seconds)
+    laps.start(1.0)
+    laps.lap("load", 2.0)
+    laps.start(10.0)
+    laps.lap("load", 10.25)
+    assert seconds == {"load": 0.25}
 
 
 @pytest.mark.parametrize(("before", "after"), [pair for pair in PAIRS if pair[1] in NEXT[pair[0]]])

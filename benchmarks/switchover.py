@@ -1,0 +1,251 @@
+"""Downtime over many migrations, there and back: percentiles, where the time goes, and QEMU's own beside it.
+
+A guest that started on private memory is on a memfd of the agent's once it has arrived, so each of those migrations has a
+guest of its own.  So has each of QEMU's own.  Booting takes longer than migrating: there are fewer of these.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Literal
+
+import msgspec
+
+from benchmarks import builtin
+from benchmarks.guest import LOADS, Watched
+from benchmarks.network import Link, link
+from benchmarks.pool import touch
+from benchmarks.report import Section
+from benchmarks.sample import Sample, median, percentile
+from benchmarks.settings import MIB, Settings
+from migrated.demo.pair import short_directory
+from migrated.errors import MigratedError, PoolError
+from tests.rig import supervisor
+from tests.rig.guest import Move, MovingGuest, fill_video_memory, moving_guest
+from tests.rig.pages import PagesUnavailableError, more_pages
+
+MEMORY_BYTES = 256 * MIB
+PATH, LOAD = "loopback", "max"
+DOWNTIME_LIMIT_MS = 10
+#: Guests, devices included, on both hosts.
+POOL_BYTES = 3 * MEMORY_BYTES
+#: In the order in which they come: `Record.downtime_breakdown` of the source.
+STEPS = ("stop", "save", "scan", "send", "map", "load", "commit", "run")
+#: What is aimed at, in seconds; a migration longer than the second is explained.
+P50_GOAL, P99_GOAL, VGA_GOAL = 0.012, 0.030, 0.002
+#: QEMU's pre-copy may never end under this load: so many attempts without an end, and so long each, say so.
+ENDLESS_ATTEMPTS = 3
+ENDLESS_SECONDS = 20.0
+#: Of so many migrations there is one where each needs a guest of its own.
+FRESH_SHARE = 4
+
+_VGA = ("-vga", "std")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Which guest, and what migrates it."""
+
+    title: str
+    memory: Literal["private", "memfd"] = "memfd"
+    page_bytes: int = 4096  # of the source's memfd
+    target_page_bytes: int = 4096
+    system: str = "migrated"
+    vga: bool = False
+
+    @property
+    def extra(self) -> tuple[str, ...]:
+        """Options of QEMU."""
+        return _VGA if self.vga else ()
+
+    @property
+    def goes_back(self) -> bool:
+        """Whether one guest goes there and back; otherwise each migration has its own."""
+        return self.system == "migrated" and self.memory == "memfd"
+
+    def count(self, migrations: int) -> int:
+        """How many of this case."""
+        return migrations if self.goes_back else -(-migrations // FRESH_SHARE)
+
+
+def _cases() -> Iterator[tuple[str, Case]]:
+    for vga in (False, True):
+        name, title = ("-vga", ", VGA") if vga else ("", "")
+        yield f"private{name}", Case(f"private → 2 MiB{title}", memory="private", target_page_bytes=2 * MIB, vga=vga)
+        yield f"4k{name}", Case(f"memfd 4 KiB{title}", vga=vga)
+        yield (
+            f"2m{name}",
+            Case(f"memfd 2 MiB{title}", page_bytes=2 * MIB, target_page_bytes=2 * MIB, vga=vga),
+        )
+        for system in ("qemu-precopy", "qemu-postcopy"):
+            yield f"{system}{name}", Case(f"{system} 4 KiB{title}", system=system, vga=vga)
+
+
+CASES = dict(_cases())
+
+
+async def run(settings: Settings) -> Section:
+    """Every case, ``settings.migrations`` times."""
+    # A tmpfs, as /run/migrated is: the journal is written twice while the guest is paused.
+    os.environ.setdefault("TMPDIR", "/dev/shm")
+    section = Section(
+        "switchover",
+        "Downtime, migration by migration",
+        ("case", "migrations", "p50", "p99", "longest", *STEPS, "memory verified"),
+        notes=[
+            (
+                f"{MEMORY_BYTES // MIB} MiB, one virtual processor under KVM that rewrites random blocks as fast as it can, "
+                f"{PATH}, hybrid mode, downtime limit {DOWNTIME_LIMIT_MS} ms. Memory checked after each migration. "
+                f"Steps: medians. State directories are in {short_directory()}."
+            ),
+            (
+                "Downtime of migrated: from the command to stop until the source has heard that the guest runs. "
+                "Of QEMU: from STOP on the source to RESUME on the target."
+            ),
+        ],
+    )
+    supervisor.start()
+    medians: dict[str, float] = {}
+    for name in settings.cases:
+        case = CASES[name]
+        samples = await _case(settings, case)
+        downtimes = [sample.downtime_seconds for sample in samples]
+        section.rows.append(row(case.title, samples))
+        section.notes += explanations(case.title, samples)
+        section.data.append({"case": name, "samples": [msgspec.to_builtins(sample) for sample in samples]})
+        if (half := median(downtimes)) is not None:
+            medians[name] = half
+        settings.save(section)
+    section.notes += [
+        f"With VGA, {CASES[name].title}: p50 {(medians[f'{name}-vga'] - medians[name]) * 1e3:+.1f} ms "
+        f"(at most {VGA_GOAL * 1e3:+.0f} is aimed at)."
+        for name in medians
+        if f"{name}-vga" in medians
+    ]
+    settings.save(section)
+    return section
+
+
+# ---------------------------------------------------------------- migrations
+
+
+async def _case(settings: Settings, case: Case) -> list[Sample]:
+    samples: list[Sample] = []
+    with contextlib.ExitStack() as held:
+        if 2 * MIB in (case.page_bytes, case.target_page_bytes):
+            try:
+                held.enter_context(more_pages(POOL_BYTES // (2 * MIB), 2 * MIB))
+            except PagesUnavailableError as error:
+                raise PoolError(str(error)) from error
+            touch(POOL_BYTES, 2 * MIB)
+        made = held.enter_context(link(PATH))
+        moves = _ours(case, made, settings) if case.system == "migrated" else _theirs(case, made, settings)
+        async for sample in moves:
+            settings.say(PATH, LOAD, case.title, len(samples), sample)
+            samples.append(sample)
+    return samples
+
+
+async def _ours(case: Case, made: Link, settings: Settings) -> AsyncIterator[Sample]:
+    """A guest is given up with the first migration that does not end well: what follows would say nothing."""
+    count = case.count(settings.migrations)
+    guests, each = (1, count) if case.goes_back else (count, 1)
+    for _ in range(guests):
+        try:
+            async with moving_guest(
+                page_bytes=(case.page_bytes, case.target_page_bytes),
+                hosts=({"prefix": made.source_prefix}, {"prefix": made.target_prefix}),
+                kind="boot",
+                accel="kvm",
+                memory=case.memory,
+                memory_bytes=MEMORY_BYTES,
+                load=LOADS[LOAD],
+                extra=case.extra,
+            ) as guest:
+                if case.vga:
+                    await guest.fill_video_memory()
+                for _ in range(each):
+                    sample = _sample(case)
+                    await _migrate(sample, guest, case)
+                    yield sample
+        except (AssertionError, MigratedError, OSError, TimeoutError) as error:
+            failed = _sample(case)
+            failed.outcome = f"{type(error).__name__}: {error}"
+            yield failed
+
+
+async def _migrate(sample: Sample, guest: MovingGuest, case: Case) -> None:
+    move: Move = await guest.move(mode="hybrid", downtime_limit_ms=DOWNTIME_LIMIT_MS)  # which checks its memory
+    if case.vga:
+        await guest.assert_video_memory()
+    sample.verified = True
+    sample.downtime_seconds = move.source["downtime_seconds"]
+    sample.details = {
+        "steps": move.source["downtime_breakdown"],
+        "target_steps": move.target["downtime_breakdown"],
+        "stale_pages": move.source["stale_pages"],
+        "rounds": move.source["round"],
+    }
+
+
+async def _theirs(case: Case, made: Link, settings: Settings) -> AsyncIterator[Sample]:
+    async def fill(watched: Watched) -> None:
+        await fill_video_memory(watched.guest.name, watched.guest.source_qmp)
+
+    endless = 0
+    for number in range(case.count(settings.migrations)):
+        sample = await builtin.move(
+            made,
+            LOAD,
+            system=case.system,
+            memory_bytes=MEMORY_BYTES,
+            page_bytes=case.page_bytes,
+            limit_seconds=min(ENDLESS_SECONDS, settings.limit_seconds),
+            downtime_limit_ms=DOWNTIME_LIMIT_MS,
+            extra=case.extra,
+            before=fill if case.vga else None,
+        )
+        yield sample
+        endless += sample.outcome != "completed"
+        if endless == number + 1 == ENDLESS_ATTEMPTS:
+            return
+
+
+def _sample(case: Case) -> Sample:
+    return Sample(system=case.system, path=PATH, load=LOAD, memory_bytes=MEMORY_BYTES)
+
+
+# ---------------------------------------------------------------- figures
+
+
+def row(title: str, samples: Sequence[Sample]) -> tuple[str, ...]:
+    """Of the table: of the migrations that ended, and how many did."""
+    ended = [sample for sample in samples if sample.outcome == "completed"]
+    downtimes = [sample.downtime_seconds for sample in ended]
+    return (
+        title,
+        str(len(ended)) if len(ended) == len(samples) else f"{len(ended)} of {len(samples)} ended",
+        *(tenths(percentile(downtimes, share)) for share in (0.5, 0.99, 1.0)),
+        *(tenths(median(sample.details.get("steps", {}).get(step) for sample in ended)) for step in STEPS),
+        f"{sum(sample.verified for sample in ended)} of {len(ended)}",
+    )
+
+
+def explanations(title: str, samples: Sequence[Sample]) -> list[str]:
+    """A line for each migration of ours beyond the goal: its steps, the longest first."""
+    lines = []
+    for number, sample in enumerate(samples, 1):
+        steps = sample.details.get("steps", {})
+        if steps and (sample.downtime_seconds or 0.0) > P99_GOAL:
+            longest = sorted(steps.items(), key=lambda item: item[1], reverse=True)
+            told = ", ".join(f"{step} {seconds * 1e3:.1f}" for step, seconds in longest)
+            lines.append(f"{title}, migration {number}: {tenths(sample.downtime_seconds)} ms: {told}.")
+    return lines
+
+
+def tenths(seconds: float | None) -> str:
+    """Of a millisecond: steps are short."""
+    return "-" if seconds is None else f"{seconds * 1e3:.1f}"
