@@ -6,6 +6,7 @@
 #   make test-interop         guest tests on the QEMU of Debian 12, 13 and sid, fetched as trees
 #   make venv                 build and install into .venv
 #   make bench | soak         figures against QEMU and iperf3 | random failures for SOAK_SECONDS
+#   make simulate             random failures in virtual time, SIMULATIONS of them from SIMULATION_FIRST on
 #   make clean                remove what was built
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -17,6 +18,8 @@ ARGS ?=
 PYTEST_ARGS ?=
 FUZZ_SECONDS ?= 20
 SOAK_SECONDS ?= 600
+SIMULATIONS ?= 200000
+SIMULATION_FIRST ?= 1000000
 JOBS ?= $(shell nproc)
 
 VENV := .venv
@@ -33,7 +36,7 @@ CORE := $(wildcard native/src/*.[ch] native/include/mgd_api.h native/include/mig
 C_FORMATTED := $(wildcard native/src/*.[ch] native/include/*.h native/tests/*.[ch] native/fuzz/*.[ch] \
 	native/fuzz/*/*.[ch] native/examples/*.[ch])
 
-.PHONY: deps venv demo check test test-native test-asan test-tsan fuzz test-python test-interop bench soak clean
+.PHONY: deps venv demo check test test-native test-asan test-tsan fuzz test-python test-interop bench soak simulate clean
 
 # ---------------------------------------------------------------- distribution packages
 
@@ -88,6 +91,9 @@ bench: $(STAMPS)/installed $(STAMPS)/test-deps
 
 soak: $(STAMPS)/installed
 	$(BIN)/python -m tests.faults.soak --seconds $(SOAK_SECONDS) $(if $(SOAK_SEED),--seed $(SOAK_SEED)) $(ARGS)
+
+simulate: $(STAMPS)/installed
+	$(BIN)/python -m tests.simulation --schedules $(SIMULATIONS) --first $(SIMULATION_FIRST) $(ARGS)
 
 # ---------------------------------------------------------------- tests
 

@@ -1,0 +1,169 @@
+"""An event loop whose time is virtual, and lives that can end between any two of its callbacks.
+
+Nothing here waits: when no callback is ready, the clock jumps to the next timer.  A callback belongs to the `Life` in whose
+context it was scheduled; when a life has ended, its callbacks are dropped, as a killed process executes nothing more, not
+even a ``finally``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import errno
+import heapq
+import os
+from collections.abc import Callable
+from typing import Any
+
+
+class KilledError(BaseException):
+    """Raised inside a thread of a life that ends in the middle of it."""
+
+
+class Life:
+    """One process, from its start to its end: its descriptors, and the context that its tasks inherit."""
+
+    def __init__(self, name: str, host: Any) -> None:
+        self.name = name
+        self.host = host
+        self.alive = True
+        self.doomed = False  # ends at the next operation on the disk
+        self.fds: dict[int, Any] = {}
+        self.next_fd = 3
+        self.context = contextvars.copy_context()
+        self.context.run(LIFE.set, self)
+
+    def open(self, thing: Any) -> int:
+        """A descriptor of ``thing``.  OSError EMFILE while there are none."""
+        if self.host.out_of_descriptors():
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return self.install(thing)
+
+    def install(self, thing: Any) -> int:
+        """A descriptor of ``thing``, which arrives whatever the limit is."""
+        number, self.next_fd = self.next_fd, self.next_fd + 1
+        self.fds[number] = thing
+        return number
+
+    def close(self, number: int) -> None:
+        """Close a descriptor.  A number that is not open is a mistake of the code that is tested."""
+        if number not in self.fds:
+            self.host.world.violation(f"{self.name} closes descriptor {number}, which is not open")
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        thing = self.fds.pop(number)
+        closing = getattr(thing, "descriptor_closed", None)
+        if closing is not None:
+            closing()
+
+
+LIFE: contextvars.ContextVar[Life | None] = contextvars.ContextVar("life", default=None)
+
+
+def current() -> Life:
+    """The life that executes now."""
+    life = LIFE.get()
+    if life is None:
+        raise RuntimeError("no simulated process executes this")
+    return life
+
+
+class Loop(asyncio.BaseEventLoop):
+    """See the module.  ``delay`` gives the seconds that a step of a thread takes."""
+
+    def __init__(self, delay: Callable[[], float]) -> None:
+        super().__init__()
+        self.now = 0.0
+        self.steps = 0
+        self.in_thread = False
+        self.ended: Callable[[Life], None] = lambda life: None
+        self.sockets: Any = None
+        self._delay = delay
+        self._ready: Any
+        self._scheduled: Any
+        self._timer_cancelled_count = 0
+
+    def time(self) -> float:
+        return self.now
+
+    def step(self) -> bool:
+        """Execute one callback; False when there is nothing left to do, ever."""
+        ready = self._ready
+        if not ready:
+            scheduled = self._scheduled
+            while scheduled and scheduled[0]._cancelled:
+                heapq.heappop(scheduled)
+            if not scheduled:
+                return False
+            timer = heapq.heappop(scheduled)
+            timer._scheduled = False
+            self.now = max(self.now, timer._when)
+            ready.append(timer)
+        handle = ready.popleft()
+        if handle._cancelled:
+            return True
+        life = handle._context.get(LIFE)
+        if life is None or life.alive:
+            self.steps += 1
+            handle._run()
+        return True
+
+    def next_time(self) -> float:
+        """When the next callback is due."""
+        if self._ready:
+            return self.now
+        while self._scheduled and self._scheduled[0]._cancelled:
+            heapq.heappop(self._scheduled)
+        return float(self._scheduled[0]._when) if self._scheduled else float("inf")
+
+    def call_exception_handler(self, context: dict[str, Any]) -> None:
+        """Nobody reads these."""
+
+    def run_in_executor(self, executor: Any, func: Any, *args: Any) -> Any:  # type: ignore[override]
+        """A thread: begins a little later, and is heard of a little later still."""
+        del executor
+        future = self.create_future()
+
+        def execute() -> None:
+            self.in_thread = True
+            try:
+                result, error = func(*args), None
+            except KilledError:
+                self.ended(current())
+                return
+            except Exception as problem:  # noqa: BLE001 - whoever waits gets it
+                result, error = None, problem
+            finally:
+                self.in_thread = False
+            self.call_later(self._delay(), tell, result, error)
+
+        def tell(result: Any, error: Exception | None) -> None:
+            if future.done():
+                return
+            if error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+
+        self.call_later(self._delay(), execute)
+        return future
+
+    # ------------------------------------------------------------ sockets: network.py
+
+    async def getaddrinfo(self, host: Any, port: Any, **_: Any) -> Any:
+        return [(0, 0, 0, "", (host, port))]
+
+    async def sock_connect(self, sock: Any, address: Any) -> None:
+        await self.sockets.connect(sock, address)
+
+    async def sock_accept(self, sock: Any) -> Any:
+        return await self.sockets.accept(sock)
+
+    async def sock_recv(self, sock: Any, n: int) -> bytes:
+        return bytes(await sock.endpoint.read(n))
+
+    async def sock_sendall(self, sock: Any, data: Any) -> None:
+        sock.endpoint.send(bytes(data))
+
+    async def create_connection(self, protocol_factory: Any, *_: Any, sock: Any = None, **__: Any) -> Any:
+        protocol = protocol_factory()
+        return self.sockets.transport(sock, protocol), protocol
