@@ -75,6 +75,14 @@ class Agent(Protocol):
         """Post-copy whose source is lost: poison what is missing.  confirm must be the guest's name."""
         ...
 
+    async def force_run(self, migration_id: str, *, confirm: str) -> Record:
+        """The other host is gone and took the word on COMMIT with it: run the guest here.  confirm must be its name."""
+        ...
+
+    async def discard(self, migration_id: str, *, confirm: str) -> Record:
+        """The guest is not to run here: end what is left of it on this host.  confirm must be its name."""
+        ...
+
     async def set(self, migration_id: str, request: SetRequest) -> Record: ...
 
     def events(self, migration_id: str) -> AsyncIterator[Record]:

@@ -33,7 +33,7 @@ class Connection(Generic[E]):
     def require_link(self) -> ControlLink:
         """The control link, which has been there at least once."""
         if self.link is None:
-            raise ConnectionLostError("there is no connection yet")
+            raise ConnectionLostError("there is no connection")
         return self.link
 
     def require_engine(self) -> E:
@@ -59,14 +59,17 @@ class Connection(Generic[E]):
             self._migration.failure.set(error)
 
     async def drop_streams(self) -> None:
-        """End the page connections; the engine can take others."""
+        """End the page connections; the engine can take others.  What it had to report of them is delivered."""
         if self.engine is not None and self.engine.alive:
             await in_thread(self.engine.drop_streams)
+            if self.engine.alive:
+                self.engine.flush()
 
     async def close_link(self) -> None:
-        """End the control link alone."""
-        if self.link is not None:
-            await self.link.close()
+        """End the control link alone.  It is ours no more, so its watcher does not report the end we made."""
+        link, self.link = self.link, None
+        if link is not None:
+            await link.close()
 
     async def close_engine(self) -> None:
         """End its threads and the page connections with them; for good."""

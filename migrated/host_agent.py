@@ -15,6 +15,7 @@ from migrated.keeper import EitherKeeper, keeper_for
 from migrated.migration import Migration
 from migrated.record import Record
 from migrated.roster import Roster
+from migrated.waiting import end
 
 M = TypeVar("M", bound=Migration)
 
@@ -31,7 +32,7 @@ class HostAgent(Generic[M]):
             keep=config.limits.max_records,
             archive=Archive(config.state_dir / archive.NAME, keep=config.limits.max_records),
         )
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], M] = {}
         self._started = False  # what an agent before us left is taken back, and new work can come
         self._stopping = False
         self._residents = guests.Residents(config)
@@ -66,8 +67,22 @@ class HostAgent(Generic[M]):
     def _launch(self, migration: M) -> None:
         self._roster.add(migration)
         task = asyncio.ensure_future(self._run(migration))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks[task] = migration
+        task.add_done_callback(lambda _: self._tasks.pop(task, None))
+
+    async def _leave(self, migration: M | None) -> None:
+        """End our work on a migration; the guest stays as it is, and so does the journal."""
+        for task in [task for task, known in self._tasks.items() if known is migration]:
+            await end(task)
+
+    def _check_confirmed(self, record: Record, confirm: str, verb: str) -> None:
+        if confirm != record.guest:
+            raise ConflictError(
+                f"{verb} of {record.id} cannot be undone: confirm it with the name of the guest, {record.guest}",
+                state=record.state.value,
+                code="confirm",
+                hint=f"`migrated {verb} {record.id} --confirm {record.guest}`",
+            )
 
     async def _run(self, migration: M) -> None:
         await migration.run()

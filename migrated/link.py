@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from migrated.address import Address
@@ -26,6 +27,8 @@ READ_BYTES = 1 << 18
 STATE_PIECE_BYTES = 1 << 18
 #: State bytes waiting for a slow driver before the link stops reading.
 STATE_QUEUE_PIECES = 64
+#: Messages waiting for the flow before the link stops reading.
+INBOX_MESSAGES = 64
 #: With so much unsent there is no need for heartbeats of ours: what is queued says that we live.
 UNSENT_BYTES = 1 << 16
 #: How long the peer's reason may take, once a page connection has ended without one.
@@ -123,14 +126,14 @@ class ControlLink:
         self._reader = reader
         self._writer = writer
         self._heartbeat = heartbeat
-        self._inbox: asyncio.Queue[AnyMessage] = asyncio.Queue()
+        self._inbox: asyncio.Queue[AnyMessage] = asyncio.Queue(INBOX_MESSAGES)
         self._lost: asyncio.Future[MigratedError] = asyncio.get_running_loop().create_future()
         self._broken: asyncio.Future[MigratedError] = asyncio.get_running_loop().create_future()
         self._tasks: list[asyncio.Task[None]] = []
         self._ping = 0
         self._heard_at = asyncio.get_running_loop().time()
         self._received = received
-        self._feeding = False  # the reader waits for the driver to take guest state
+        self._feeding = False  # the reader waits for somebody to take what came
         peer = writer.get_extra_info("peername")
         self.peer = str(Address(*peer[:2])) if isinstance(peer, tuple) else str(peer or "local")
 
@@ -189,14 +192,18 @@ class ControlLink:
 
     async def send(self, message: AnyMessage) -> None:
         """Send one message.  LocalProtocolError if the session does not allow it; ConnectionLostError."""
-        if self._broken.done():
-            raise self._broken.result()
-        self._writer.write(self.session.send(message))
+        self.post(message)
         try:
             await self._writer.drain()
         except (OSError, ConnectionError) as error:
             self._lose(ConnectionLostError(f"the connection to {self.peer} broke: {error}"))
             raise ConnectionLostError(f"the connection to {self.peer} broke: {error}") from error
+
+    def post(self, message: AnyMessage) -> None:
+        """Send one message without waiting for room, where something more urgent waits.  Errors as those of `send`."""
+        if self._broken.done():
+            raise self._broken.result()
+        self._writer.write(self.session.send(message))
 
     # ------------------------------------------------------------ receiving
 
@@ -249,19 +256,22 @@ class ControlLink:
             case StateEnd():
                 await self._feed(b"")
             case Abort(code=code, message=text, hint=hint):
-                # Told to the one who receives (it may have to clean up and answer), and to whoever waits.
-                self._inbox.put_nowait(message)
+                # Told to whoever waits, and to the one who receives (it may have to clean up and answer).
                 if not self._lost.done():
                     self._lost.set_result(PeerError(f"{self.peer}: {text}", code=code, hint=hint))
+                await self._hand_over(self._inbox.put(message))
             case _:
-                self._inbox.put_nowait(message)
+                await self._hand_over(self._inbox.put(message))
 
     async def _feed(self, data: bytes) -> None:
-        if self.state_pipe is None:
-            return
+        if self.state_pipe is not None:
+            await self._hand_over(self.state_pipe.feed(data))
+
+    async def _hand_over(self, work: Coroutine[Any, Any, None]) -> None:
+        """While the one who takes it is slow, nothing is read, and nobody is blamed for not being heard."""
         self._feeding = True
         try:
-            await self.state_pipe.feed(data)
+            await work
         finally:
             self._feeding = False
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import structlog
 
@@ -14,14 +14,12 @@ from migrated.memory.engine import Event, EventKind
 from migrated.record import NEXT, ErrorInfo, Record, State, StateChange
 from migrated.waiting import end
 
-if TYPE_CHECKING:
-    from migrated.guests.driver import SourceGuest, TargetGuest
-    from migrated.survival import Survival
-
 T = TypeVar("T")
 
 #: Figures are told to watchers at most this often.
 TICK_SECONDS = 0.5
+#: Changes of state that a record keeps.
+TIMELINE_CHANGES = 200
 
 
 class Failure:
@@ -107,7 +105,7 @@ class Migration:
         now = time.time()
         if error is not None:
             self.record.error = ErrorInfo(**{k: str(v) for k, v in hinted(error).items() if k != "state"})
-        self.record.timeline.append(StateChange(state, now))
+        self._add_to_timeline(StateChange(state, now))
         self.record.state = state
         if self.record.ended:
             self.refresh()
@@ -117,6 +115,13 @@ class Migration:
         level = self.log.warning if error is not None else self.log.info
         level("state", before=before.value, state=state.value, **({"error": str(error)} if error else {}))
         self.notify()
+
+    def _add_to_timeline(self, change: StateChange) -> None:
+        """Its beginning and its end stay; a link that flaps for weeks must not make the record grow."""
+        timeline = self.record.timeline
+        timeline.append(change)
+        if len(timeline) > TIMELINE_CHANGES:
+            del timeline[TIMELINE_CHANGES // 2]
 
     def notify(self) -> None:
         """Wake watchers."""
@@ -184,12 +189,6 @@ class Migration:
         """As aborted where somebody asked for it, here or on the other side, else as failed."""
         asked = named(error).code == AbortedError.default_code
         self.set_state(State.ABORTED if asked else State.FAILED, error)
-
-    async def set_guest_free(self, guest: SourceGuest | TargetGuest, survival: Survival[Any]) -> None:
-        """With every page on the target: the guest needs nothing of ours any more, a next agent nothing of this migration."""
-        await quietly(guest.release(), self.log, "release the guest")
-        await survival.over()
-        self.record.error = None
 
     def _fail_unforeseen(self, error: Exception) -> None:
         """The last resort of `run`: a mistake of ours ends this migration in a named state, never the agent."""

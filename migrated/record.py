@@ -9,6 +9,15 @@ from typing import Any
 import msgspec
 
 
+def id_of(session: bytes) -> str:
+    """A migration is named by its session, all of it: a shorter name could be another's."""
+    return session.hex()
+
+
+def _now() -> float:
+    return time.time()
+
+
 class State(enum.StrEnum):
     """Where a migration is."""
 
@@ -104,7 +113,7 @@ class Laps:
 class Record(msgspec.Struct, kw_only=True):
     """One migration on one agent.  Units are in the names; times are Unix time in seconds."""
 
-    id: str  # hex session id, shortened to 12 digits; the same on both agents
+    id: str  # the session's 16 bytes in hex; the same on both agents
     guest: str
     role: str  # "source" | "target"
     mode: str
@@ -127,7 +136,7 @@ class Record(msgspec.Struct, kw_only=True):
     faults_by_kind_us: dict[str, list[int]] = msgspec.field(default_factory=dict)  # histograms for /metrics
     fault_sum_seconds: dict[str, float] = msgspec.field(default_factory=dict)  # sums of those, for /metrics
     bytes_by_kind: dict[str, int] = msgspec.field(default_factory=dict)  # payload, header, zero, unchanged, …
-    started_at: float = msgspec.field(default_factory=time.time)
+    started_at: float = msgspec.field(default_factory=_now)
     ended_at: float | None = None
     error: ErrorInfo | None = None
     timeline: list[StateChange] = msgspec.field(default_factory=list)

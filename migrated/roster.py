@@ -32,7 +32,7 @@ class Roster(Generic[M]):
         self._migrations[migration.id] = migration
         if self._archive is not None:
             migration.on_end = self._archive.add
-        ended = [known for known in self._migrations.values() if known.record.ended]
+        ended = [known for known in self._migrations.values() if known.record.ended and known.over]
         surplus = len(self._former) + len(ended) - self._keep
         for former in list(self._former)[: max(0, surplus)]:
             del self._former[former]
@@ -66,6 +66,14 @@ class Roster(Generic[M]):
                 hint="nothing can be done with it any more",
             )
         return migration
+
+    def known(self, migration_id: str) -> M | None:
+        """The migration of exactly this id, if this agent has done anything for it."""
+        return self._migrations.get(migration_id)
+
+    def remember(self, record: Record) -> None:
+        """One that this agent cannot go on with: shown, and found by verbs that need only its journal entry."""
+        self._former[record.id] = record
 
     def record(self, wanted: str) -> Record:
         """A record, found likewise; NotFoundError, ConflictError."""

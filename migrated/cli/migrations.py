@@ -1,4 +1,4 @@
-"""The verbs that talk to an agent: start, status, list, wait, abort, switchover, resume, set, abandon."""
+"""The verbs that talk to an agent: start, status, list, wait, abort, switchover, resume, set, abandon, force-run, discard."""
 
 from __future__ import annotations
 
@@ -304,17 +304,59 @@ async def abandon(client: Client, *, id: str, confirm: str | None, as_json: bool
     Pages that never arrived are poisoned: the guest gets a memory error where it touches one, instead of waiting for ever.
     """
     record = await client.migration(id)
+    warning = f"{format_loss(record)}\nThis cannot be undone. If the source can come back, wait for it instead."
+    confirm = _confirmed(record, confirm, warning=warning, as_json=as_json, risk="abandon destroys guest memory")
+    return _done(await client.verb(record.id, "abandon", {"confirm": confirm}), as_json=as_json, word="abandoned")
+
+
+@click.command("force-run")
+@click.argument("id")
+@click.option("--confirm", metavar="GUEST", help="The guest's name, instead of being asked for it.")
+@json_flag
+@agent_verb
+async def force_run(client: Client, *, id: str, confirm: str | None, as_json: bool) -> int:  # noqa: A002
+    """Run the guest on this host because the other host is gone for good.
+
+    Only the other host knows whether the guest runs there. If it does, the guest runs twice and destroys its disks.
+    """
+    record = await client.migration(id)
+    warning = (
+        f"Guest {record.guest} is {record.state.value} here, and may run at {record.peer or 'the other host'}.\n"
+        "If it does, it runs twice and destroys its disks. Make sure that the other host is off."
+    )
+    confirm = _confirmed(record, confirm, warning=warning, as_json=as_json, risk="force-run can run a guest twice")
+    return _done(await client.verb(record.id, "force-run", {"confirm": confirm}), as_json=as_json, word="runs here")
+
+
+@click.command()
+@click.argument("id")
+@click.option("--confirm", metavar="GUEST", help="The guest's name, instead of being asked for it.")
+@json_flag
+@agent_verb
+async def discard(client: Client, *, id: str, confirm: str | None, as_json: bool) -> int:  # noqa: A002
+    """End what is left of a guest on this host because it runs on the other host or is not wanted any more.
+
+    The guest's memory on this host is LOST. If the other host does not have all of it, so is the guest.
+    """
+    record = await client.migration(id)
+    warning = f"Guest {record.guest} is {record.state.value} here. What this host has of it will be LOST."
+    confirm = _confirmed(record, confirm, warning=warning, as_json=as_json, risk="discard destroys guest memory")
+    return _done(await client.verb(record.id, "discard", {"confirm": confirm}), as_json=as_json, word="discarded")
+
+
+def _confirmed(record: Record, confirm: str | None, *, warning: str, as_json: bool, risk: str) -> str:
+    """The guest's name, as the user typed it.  ConfigError ``not-confirmed``."""
     if confirm is None:
         if as_json or not sys.stdin.isatty():
-            message = "abandon destroys guest memory and must be confirmed"
+            message = f"{risk} and must be confirmed"
             raise ConfigError(message, code="not-confirmed", hint=f"give --confirm {record.guest}")
-        click.echo(f"{format_loss(record)}\nThis cannot be undone. If the source can come back, wait for it instead.")
+        click.echo(warning)
         # Blocks the loop, which has nothing else to do.
-        confirm = click.prompt(f"Type the guest's name ({record.guest}) to go on")
+        confirm = str(click.prompt(f"Type the guest's name ({record.guest}) to go on"))
     if confirm != record.guest:
         message = f"{confirm!r} is not the guest's name: nothing was done"
         raise ConfigError(message, code="not-confirmed", hint=f"the guest is {record.guest}")
-    return _done(await client.verb(record.id, "abandon", {"confirm": confirm}), as_json=as_json, word="abandoned")
+    return confirm
 
 
 def format_loss(record: Record) -> str:
@@ -333,4 +375,4 @@ def _done(record: Record, *, as_json: bool, word: str) -> int:
     return failure.DONE
 
 
-VERBS: Final = (start, status, list_, wait, abort, switchover, resume, set_, abandon)
+VERBS: Final = (start, status, list_, wait, abort, switchover, resume, set_, abandon, force_run, discard)

@@ -34,8 +34,8 @@ class ResumeBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     to: str | None = None
 
 
-class AbandonBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """Body of ``abandon``; ``confirm`` is the guest's name."""
+class ConfirmBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Body of ``abandon``, ``force-run`` and ``discard``; ``confirm`` is the guest's name."""
 
     confirm: str
 
@@ -52,6 +52,8 @@ def control_app(agent: Agent, about: dict[str, Any]) -> web.Application:
     app.router.add_post("/v1/migrations/{id}/resume", _post_resume)
     app.router.add_post("/v1/migrations/{id}/set", _post_set)
     app.router.add_post("/v1/migrations/{id}/abandon", _post_abandon)
+    app.router.add_post("/v1/migrations/{id}/force-run", _post_force_run)
+    app.router.add_post("/v1/migrations/{id}/discard", _post_discard)
     return app
 
 
@@ -86,8 +88,18 @@ async def _post_set(request: web.Request) -> web.Response:
 
 
 async def _post_abandon(request: web.Request) -> web.Response:
-    body = await _body(request, AbandonBody)
+    body = await _body(request, ConfirmBody)
     return await _verb(request, lambda migration: agent_of(request).abandon(migration, confirm=body.confirm))
+
+
+async def _post_force_run(request: web.Request) -> web.Response:
+    body = await _body(request, ConfirmBody)
+    return await _verb(request, lambda migration: agent_of(request).force_run(migration, confirm=body.confirm))
+
+
+async def _post_discard(request: web.Request) -> web.Response:
+    body = await _body(request, ConfirmBody)
+    return await _verb(request, lambda migration: agent_of(request).discard(migration, confirm=body.confirm))
 
 
 async def _verb(request: web.Request, verb: Callable[[str], Awaitable[Record]]) -> web.Response:

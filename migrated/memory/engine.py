@@ -56,6 +56,7 @@ class _Engine:
     def __init__(self, handle: Any) -> None:
         self._handle: Any | None = handle
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._handler: Callable[[Event], None] | None = None
         self._event_fd = int(self._function("event_fd")(handle))
 
     def _function(self, name: str) -> Any:
@@ -78,12 +79,14 @@ class _Engine:
 
     def watch(self, loop: asyncio.AbstractEventLoop, handler: Callable[[Event], None]) -> None:
         """Call ``handler`` in ``loop`` for every event, until `destroy`."""
-        self._loop = loop
-        loop.add_reader(self._event_fd, self._deliver, handler)
+        self._loop, self._handler = loop, handler
+        loop.add_reader(self._event_fd, self.flush)
 
-    def _deliver(self, handler: Callable[[Event], None]) -> None:
+    def flush(self) -> None:
+        """Deliver the events that wait now; must run in the loop's thread."""
         for event in self.events():
-            handler(event)
+            if self._handler is not None:
+                self._handler(event)
 
     def events(self) -> Iterator[Event]:
         """Those waiting now."""
@@ -110,7 +113,7 @@ class _Engine:
         """Stop delivering events; must run in the loop's thread."""
         if self._loop is not None:
             self._loop.remove_reader(self._event_fd)
-            self._loop = None
+            self._loop = self._handler = None
 
     async def close(self) -> None:
         """`unwatch`, then `destroy` in a thread.

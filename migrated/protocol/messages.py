@@ -116,6 +116,10 @@ class Released(Message, frozen=True, tag="released"):
     """S→T: the source has let go.  Last message."""
 
 
+#: ``code`` of the Abort by which a target of this session says that the guest has ended there.
+GUEST_LOST = "guest-lost"
+
+
 class Abort(Message, frozen=True, tag="abort"):
     """The session is over, and why: from the source before COMMIT, from the target before Loaded.
 

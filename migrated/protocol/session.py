@@ -67,6 +67,11 @@ class Session:
         return self._state in transitions.COMMITTED[self.role]
 
     @property
+    def bound(self) -> bool:
+        """Target: Loaded was sent, and the source has not said yet whether COMMIT was given."""
+        return self.role is Role.TARGET and self._state in transitions.BOUND
+
+    @property
     def guest_may_run_here(self) -> bool:
         """Source: COMMIT was never sent.  Target: COMMIT was received.  Never both at once."""
         return self.committed is (self.role is Role.TARGET)
@@ -174,6 +179,12 @@ class Session:
         self._connected = True
         self._decoder = framing.FrameDecoder()
         self._failure = None
+
+    def commit_by_hand(self) -> None:
+        """Target: somebody has decided in the place of a source that is gone.  As if COMMIT had come, then the loss."""
+        if self._connected or self._state is not State.WAITING:
+            raise LocalProtocolError(f"decided by hand in state {self._state}", hint=_BUG)
+        self._state = State.PAUSED
 
     def _step(self, way: str, message: AnyMessage) -> State | None:
         if not self._connected or (isinstance(message, StateChunk | StateEnd) and way in self._ended_ways):

@@ -271,6 +271,9 @@ COMMITTED: Final[dict[Role, frozenset[State]]] = {
     ),
 }
 
+#: States of a target that has sent Loaded and may neither run the guest nor give it up: only the source's word ends them.
+BOUND: Final = frozenset({_S.LOADED, _S.WAITING, _S.RESUMING_LOADED, _S.LISTING_LOADED})
+
 TABLE: Final[dict[Role, Table]] = {Role.SOURCE: _SOURCE, Role.TARGET: _TARGET}
 
 

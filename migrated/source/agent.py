@@ -13,13 +13,15 @@ from migrated.agent import Health, SetRequest, StartRequest
 from migrated.config import AgentConfig
 from migrated.errors import ConflictError, GuestError, MigratedError, NotFoundError
 from migrated.guests.driver import Region, SourceMemory
+from migrated.guests.pidfd import process_lives
 from migrated.host_agent import HostAgent
-from migrated.journal import Journal, SourceEntry
-from migrated.record import Record
+from migrated.journal import Journal, SourceEntry, failed_record
+from migrated.record import Record, State, id_of
 from migrated.source.migration import SourceMigration
 from migrated.source.options import Options
-from migrated.source.stage import Recovered, supersede
+from migrated.source.stage import Recovered
 from migrated.survival import Legacy, Survival
+from migrated.waiting import in_thread
 
 log = structlog.get_logger("migrated.source")
 
@@ -32,11 +34,14 @@ class SourceAgent(HostAgent[SourceMigration]):
     def __init__(self, config: AgentConfig) -> None:
         super().__init__(config, log)
         self._journal = Journal(config.state_dir / "journal", SourceEntry)
+        self._taking_back = False  # guests of an agent before us: nothing is started beside that
 
     async def start(self, request: StartRequest) -> Record:
         """Check everything that can be checked without touching the guest; go on in the background."""
         if self._stopping:
             raise ConflictError("this agent is shutting down", hint="start it again first")
+        if self._taking_back:
+            raise ConflictError("this agent is just starting", code="starting", hint="try again in a moment")
         if request.guest not in self.config.guests:
             known = ", ".join(self.guests()) or "none"
             raise NotFoundError(
@@ -45,6 +50,7 @@ class SourceAgent(HostAgent[SourceMigration]):
                 hint=f"guests in {self.config.path}: {known}",
             )
         options = Options.of(request, self.config.migration)
+        await self._check_committed(request.guest)
         busy = self._roster.of_guest(request.guest)
         if busy is not None:
             raise ConflictError(
@@ -59,7 +65,6 @@ class SourceAgent(HostAgent[SourceMigration]):
                 code="too-many",
                 hint="wait for one to end, or raise limits.max_migrations",
             )
-        supersede(self._journal, request.guest)
         table = self.config.guests[request.guest]
         guest = self._residents.source_guest(request.guest)
         session_id = os.urandom(16)
@@ -70,10 +75,23 @@ class SourceAgent(HostAgent[SourceMigration]):
             options=options,
             config=self.config,
             session_id=session_id,
-            survival=Survival(self._journal, self._keeper, session_id.hex()[:12]),
+            survival=Survival(self._journal, self._keeper, id_of(session_id)),
         )
         self._launch(migration)
         return migration.record
+
+    async def _check_committed(self, guest: str) -> None:
+        """After COMMIT the guest belongs to the target, whatever became of that migration.  HostError, ConflictError."""
+        for migration_id, entry in (await in_thread(self._journal.load)).items():
+            if entry.hello.guest != guest or entry.stage == "active" or self._roster.of_guest(guest) is not None:
+                continue
+            if process_lives(entry.pid, entry.pid_started):
+                raise ConflictError(
+                    f"COMMIT was sent for {guest}, to {entry.target} ({migration_id}): it may run there",
+                    state=State.FAILED.value,
+                    code="guest-committed",
+                    hint=f"once you know where it runs: `migrated discard {migration_id}` or `migrated force-run {migration_id}`",
+                )
 
     # ------------------------------------------------------------ after an agent that died
 
@@ -98,11 +116,23 @@ class SourceAgent(HostAgent[SourceMigration]):
                     stage=entry.stage,
                     error=str(error),
                 )
+                self._roster.remember(failed_record(migration_id, self.role, entry, error))
 
     def _revive(
-        self, entry: SourceEntry, fds: list[int], survival: Survival[SourceEntry], *, superseded: bool
+        self,
+        entry: SourceEntry,
+        fds: list[int],
+        survival: Survival[SourceEntry],
+        *,
+        superseded: bool = False,
+        forced: bool = False,
     ) -> SourceMigration:
         hello = entry.hello
+        error = MigratedError(
+            "the source agent was restarted before COMMIT",
+            code="agent-restarted",
+            hint="the guest runs on here: start the migration again",
+        )
         table = self.config.guests.get(hello.guest)
         if table is None:
             raise NotFoundError(f"{hello.guest} is no longer configured in {self.config.path}", code="unknown-guest")
@@ -116,8 +146,18 @@ class SourceAgent(HostAgent[SourceMigration]):
                 hint="on the target, `migrated abandon` ends the waiting with memory errors in the guest",
             )
         memory = SourceMemory(
-            pid=entry.pid, regions=regions, mappings=(), memory_fds=tuple(fds), file_offsets=entry.file_offsets
+            pid=entry.pid,
+            regions=regions,
+            mappings=(),
+            memory_fds=tuple(fds),
+            file_offsets=entry.file_offsets,
+            private=entry.private,
+            file_behind=entry.file_behind,
         )
+        if forced:
+            error = MigratedError(
+                f"{hello.guest} was made to run here on request", code="forced", hint="the guest runs on here"
+            )
         options = Options(
             target=parse_address(entry.target),
             mode=hello.mode,
@@ -135,7 +175,7 @@ class SourceAgent(HostAgent[SourceMigration]):
             config=self.config,
             session_id=hello.session,
             survival=survival,
-            legacy=Recovered(entry, memory, superseded),
+            legacy=Recovered(entry, memory, error, superseded),
         )
 
     async def switchover(self, migration_id: str) -> Record:
@@ -160,6 +200,56 @@ class SourceAgent(HostAgent[SourceMigration]):
             hint="`migrated --agent … abandon` on the target host",
         )
 
+    async def force_run(self, migration_id: str, *, confirm: str) -> Record:
+        """See Agent.  The journal says first that COMMIT is taken back, so a next agent runs the guest here as well."""
+        record, entry = await self._journalled(migration_id)
+        if entry is None or entry.stage != "committed":
+            raise ConflictError(
+                f"migration {record.id} is {record.state}: this host has not given {record.guest} away",
+                state=record.state.value,
+            )
+        self._check_confirmed(record, confirm, "force-run")
+        if not process_lives(entry.pid, entry.pid_started):
+            raise ConflictError(
+                f"the process of {record.guest} on this host has ended: it cannot run here",
+                state=record.state.value,
+                hint=f"`migrated discard {record.id}` gives up what is left",
+            )
+        await self._leave(self._roster.known(record.id))
+        entry.stage, entry.superseded = "active", False
+        await in_thread(self._journal.write, record.id, entry)
+        log.error("the guest is made to run here on request", migration=record.id, guest=record.guest)
+        migration = self._revive(entry, [], Survival(self._journal, self._keeper, record.id), forced=True)
+        self._launch(migration)
+        return migration.record
+
+    async def discard(self, migration_id: str, *, confirm: str) -> Record:
+        """See Agent.  A guest that was not given away runs on here: of it only the target's side is given up."""
+        record, entry = await self._journalled(migration_id)
+        if entry is None or record.state not in (State.POSTCOPY_PAUSED, State.RECOVERING, State.FAILED, State.ABORTED):
+            raise ConflictError(
+                f"migration {record.id} is {record.state}: there is nothing to discard", state=record.state.value
+            )
+        self._check_confirmed(record, confirm, "discard")
+        migration = self._roster.known(record.id)
+        await self._leave(migration)
+        if entry.stage != "active" and process_lives(entry.pid, entry.pid_started):
+            guest = self._residents.source_guest(record.guest)
+            try:
+                await guest.adopt(entry.pid, entry.guest)
+                await guest.release()
+            finally:
+                await guest.close()
+        await Survival(self._journal, self._keeper, record.id).over()
+        log.error("discarded on request", migration=record.id, guest=record.guest)
+        if migration is not None and not migration.record.ended:
+            migration.set_state(State.FAILED, MigratedError("discarded on request", code="discarded"))
+        return record
+
+    async def _journalled(self, wanted: str) -> tuple[Record, SourceEntry | None]:
+        record = self._roster.record(wanted)
+        return record, await in_thread(self._journal.find, record.id)
+
     async def set(self, migration_id: str, request: SetRequest) -> Record:
         """See Agent."""
         migration = self._roster.find(migration_id)
@@ -176,8 +266,10 @@ class SourceAgent(HostAgent[SourceMigration]):
 
     async def run(self, stop: asyncio.Event) -> None:
         """Until ``stop``: then abort what can be aborted, and stay until nothing post-copy needs this process."""
+        self._taking_back = True
         async with self._residents:
             await self._take_back()
+            self._taking_back = False
             self._started = True
             await stop.wait()
             await self._wind_up()

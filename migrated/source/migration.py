@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 
 from migrated import __version__
 from migrated.dialing import Dialer
-from migrated.errors import AbortedError, ConflictError, GuestError, PeerError
-from migrated.guests.pidfd import process_started
+from migrated.errors import AbortedError, ConflictError, GuestError, MigratedError, PeerError
+from migrated.guests.pidfd import process_lives, process_started
 from migrated.journal import SourceEntry
 from migrated.memory.engine import Event, EventKind, SourceEngine
 from migrated.memory.native import lib
@@ -45,7 +45,7 @@ from migrated.protocol.session import Session
 from migrated.protocol.transitions import Role
 from migrated.protocol.transitions import State as SessionState
 from migrated.rates import Rates
-from migrated.record import Laps, Record, State
+from migrated.record import Laps, Record, State, id_of
 from migrated.source import figures
 from migrated.source.connection import TargetConnection
 from migrated.source.precopy import PreCopy
@@ -87,7 +87,7 @@ class SourceMigration(Migration):
         self.session_id = session_id
         super().__init__(
             Record(
-                id=self.session_id.hex()[:12],
+                id=id_of(session_id),
                 guest=guest_name,
                 role=self.role,
                 mode=options.mode,
@@ -122,6 +122,7 @@ class SourceMigration(Migration):
             timeouts=config.timeouts,
         )
         self._laps = Laps(self.record.downtime_breakdown)
+        self._to_adopt: SourceEntry | None = None  # of a paused process that was not found yet
         self._released = False
         self._running_there = False
         self._all_there = False
@@ -191,6 +192,8 @@ class SourceMigration(Migration):
             stage="active",
             target=str(self.options.target),
             file_offsets=memory.file_offsets,
+            private=memory.private,
+            file_behind=memory.file_behind,
             pid=memory.pid,
             pid_started=process_started(memory.pid),
             started_at=self.record.started_at,
@@ -209,6 +212,7 @@ class SourceMigration(Migration):
         """Attach dirty tracking; from here on the guest is touched."""
         await self._survival.hold(memory.memory_fds)
         await self._stage.write("active")
+        await self._survival.supersede_others(self.record.guest)
         uffd = await self._guest.tracking_uffd()
         await self._stage.write("active")  # with what the driver has left in the guest
         tracker = self._tracking.tracker = Tracker(memory, uffd)
@@ -273,10 +277,36 @@ class SourceMigration(Migration):
             self._running_there = resumed.state != "loaded"
             self._all_there = resumed.state == "done"
             connected = True
+        await self._say_farewell()
         await self._connection.disconnect()
-        self._released = True
-        await self.set_guest_free(self._guest, self._survival)
+        await self._end_old_guest()
+        self.record.error = None
         self.set_state(State.COMPLETED)
+
+    async def _say_farewell(self) -> None:
+        """Released, once the journal says so: the target forgets this session, and a next agent must not ask for it."""
+        try:
+            await self._stage.write("released")
+            link = self._connection.link
+            if link is not None and self._session.may_send(Released()):
+                await link.send(Released())
+        except MigratedError as problem:  # the target goes on without it
+            self.log.info("the farewell was not said", error=str(problem))
+
+    async def _end_old_guest(self) -> None:
+        """A paused process that cannot be ended stays in the journal: it must never be moved, or run, again."""
+        self._released = True
+        try:
+            if self._to_adopt is not None:
+                await self._adopt(self._to_adopt)
+            await self._guest.release()
+        except MigratedError as problem:
+            self.log.warning("the old process of the guest is still here", error=str(problem))
+            entry = self._stage.entry
+            if entry is not None and process_lives(entry.pid, entry.pid_started):
+                await self._survival.let_go()
+                return
+        await self._survival.over()
 
     async def _serve(self) -> bool:
         """Whether it came to the end over this connection; otherwise the migration is paused."""
@@ -310,22 +340,33 @@ class SourceMigration(Migration):
             if not isinstance(message, Done):
                 raise PeerError(f"{type(message).__name__} came instead of Done", code="protocol-remote")
             self._all_there = True
-        await link.send(Released())
 
     # ------------------------------------------------------------ after an agent that died
 
     async def _after_restart(self, legacy: Recovered) -> None:
         """Go on where the agent before us was: undo, or serve the frozen memory again."""
+        if legacy.entry.stage == "released":
+            self._to_adopt = legacy.entry
+            await self._end_old_guest()
+            self.set_state(State.COMPLETED)
+            return
         if not legacy.committed:
-            await self._rollback.after_restart(legacy.entry.guest, superseded=legacy.superseded)
+            await self._rollback.after_restart(legacy.entry.guest, legacy.error, superseded=legacy.superseded)
             return
         self.record.page_size = max(legacy.entry.page_bytes)
         self.record.total_bytes = sum(region.size_bytes for region in legacy.memory.regions)
-        await quietly(self._guest.adopt(legacy.entry.pid, legacy.entry.guest), self.log, "find the paused guest")
+        self._to_adopt = legacy.entry
+        await quietly(self._adopt(legacy.entry), self.log, "find the paused guest")
         engine = self._make_engine(legacy.memory, legacy.entry.page_bytes)
         await in_thread(engine.freeze_whole)
         self.log.warning("the frozen memory is found again after a restart of the agent")
         await self._after_commit(connected=False)
+
+    async def _adopt(self, entry: SourceEntry) -> None:
+        """Find the paused process again, unless its number is another's by now."""
+        if process_lives(entry.pid, entry.pid_started):
+            await self._guest.adopt(entry.pid, entry.guest)
+        self._to_adopt = None
 
     # ------------------------------------------------------------ the end
 
@@ -396,9 +437,10 @@ class SourceMigration(Migration):
             raise ConflictError(
                 f"migration {self.id} is {self.record.state}, not postcopy-paused", state=self.record.state.value
             )
+        self._reconnect.now(address)
         if address is not None:
             self.record.peer = str(address)
-        self._reconnect.now(address)
+            self.background(quietly(self._stage.write("committed"), self.log, "write the journal"))
 
     def limits_changed(self) -> None:
         """Options were changed while running."""
@@ -406,6 +448,9 @@ class SourceMigration(Migration):
         engine = self._connection.engine
         if engine is not None and engine.alive:
             engine.set_bandwidth(self.options.max_bandwidth, self.options.drain_bandwidth)
+        entry = self._stage.entry
+        if entry is not None:  # the next write has it
+            entry.max_bandwidth, entry.drain_bandwidth = self.options.max_bandwidth, self.options.drain_bandwidth
         self.notify()
 
     # ------------------------------------------------------------ figures

@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 from migrated.errors import MigratedError, PeerError, TimeoutExceededError
-from migrated.protocol.messages import Commit, Lacking, LackingEnd, Resumed
+from migrated.protocol.messages import GUEST_LOST, Commit, Lacking, LackingEnd, Resumed
 from migrated.protocol.transitions import State as SessionState
 from migrated.record import State
 from migrated.waiting import within
@@ -38,8 +38,9 @@ class Reconnect:
     async def run(self) -> Resumed | None:
         """Dial until the session goes on; what the target said, and None where nothing is left to be said.
 
-        Raises MigratedError ``target-lost-guest`` when the target has nothing of the session any more, and
-        TimeoutExceededError at the operator's limit (there is none by default).
+        Raises MigratedError ``target-lost-guest`` when the target of this session says that the guest is lost, and
+        TimeoutExceededError at the operator's limit (there is none by default).  Any other refusal may come from a wrong
+        address: it is said, and we go on asking.
         """
         migration, connection = self._migration, self._connection
         pause = self._timeouts.reconnect_interval
@@ -52,16 +53,17 @@ class Reconnect:
                 return None  # Done was read while the connection was let go of
             try:
                 resumed = await self._resume_session()
-            except PeerError as error:
-                raise MigratedError(
-                    f"the target refuses to go on: {error.message}",
-                    code="target-lost-guest",
-                    hint="COMMIT may have been obeyed: make sure the guest runs nowhere else before you run it here by hand",
-                ) from error
             except Exception as error:
+                if isinstance(error, PeerError) and error.code == GUEST_LOST:
+                    raise MigratedError(
+                        f"the target refuses to go on: {error.message}",
+                        code="target-lost-guest",
+                        hint="COMMIT may have been obeyed: make sure the guest runs nowhere else, then "
+                        f"`migrated force-run {migration.id}` runs it here, `migrated discard {migration.id}` gives it up",
+                    ) from error
                 migration.log.info("reconnect failed", error=str(error), next_try_seconds=pause)
                 if migration.record.state is State.RECOVERING:
-                    migration.set_state(State.POSTCOPY_PAUSED, error)
+                    migration.set_state(State.POSTCOPY_PAUSED, self._refused(error))
                 limit = self._timeouts.reconnect
                 if limit and time.monotonic() - started > limit:
                     raise TimeoutExceededError(
@@ -76,6 +78,18 @@ class Reconnect:
             else:
                 migration.record.error = None
                 return resumed
+
+    def _refused(self, error: Exception) -> Exception:
+        """What the record says of a failed try."""
+        if not isinstance(error, PeerError):
+            return error
+        where = self._connection.dialer.address
+        return MigratedError(
+            f"{where} refuses to go on: {error.message}",
+            code="target-refuses",
+            hint=f"is {where} where the guest is?  `migrated resume {self._migration.id} --to HOST:PORT` asks elsewhere; if it "
+            f"is nowhere: `migrated force-run {self._migration.id}` runs it here, `migrated discard {self._migration.id}` gives it up",
+        )
 
     async def _resume_session(self) -> Resumed:
         """Dial once; hear where the target stands and what it lacks, and serve that."""

@@ -17,7 +17,6 @@ from migrated.guests.pidfd import process_lives
 from migrated.migration import quietly
 from migrated.protocol.bounds import abort_of
 from migrated.protocol.messages import Aborted
-from migrated.record import State
 from migrated.waiting import within
 
 if TYPE_CHECKING:
@@ -73,22 +72,20 @@ class Rollback:
     async def run(self, error: BaseException) -> None:
         """The guest runs on here, untracked; the target is told; nothing of ours stays."""
         link = self._connection.link
-        if link is not None:
-            error = await link.explained(error)
         self._log.warning("giving up", error=str(error))
         # First of all the session must rule out COMMIT: then the guest may run here.
         if link is None or link.broken is not None:
             self._session.connection_lost()
         elif self._session.abort_allowed:
             with contextlib.suppress(MigratedError):
-                await link.send(abort_of(named(error)))
-        if not await self._stage.withdraw_commit():
-            self._migration.set_state(State.FAILED, error)
-            return
-        if self._tracking.tracker is not None:
-            error = await self._run_on(self._guest.resume(), error)
-            if self._stuck:  # the journal may have been struck
-                await quietly(self._stage.write("active"), self._log, "write the journal")
+                link.post(abort_of(named(error)))  # a guest that stands still does not wait for a slow network
+        await self._withdraw_commit()
+        problem = await self._run_on(self._guest.resume()) if self._tracking.tracker is not None else None
+        if self._stuck:
+            await self._write_again()
+        if link is not None:
+            error = await link.explained(error)
+        error = self._outcome(error, problem)
         await self._connection.drop_streams()
         await self._tracking.stop()
         told = link is not None and link.broken is None and await self._confirmed(link)
@@ -99,37 +96,55 @@ class Rollback:
         if not told and self._session.must_reconnect:
             await self._settle(error)
 
-    async def after_restart(self, memento: Memento, *, superseded: bool = False) -> None:
+    async def _write_again(self) -> None:
+        """A next agent must find the guest that does not run, and the target that was not told."""
+        if self._stage.struck:
+            await quietly(self._stage.write("active"), self._log, "write the journal")
+
+    async def _withdraw_commit(self) -> None:
+        """Until no journal says COMMIT the guest must stay paused: an agent that believed it would have it run there too."""
+        pause = self._timeouts.reconnect_interval
+        while not await self._stage.withdraw_commit():
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, self._timeouts.reconnect_interval_limit)
+
+    async def after_restart(self, memento: Memento, error: BaseException, *, superseded: bool = False) -> None:
         """The agent before us died before COMMIT: likewise."""
-        error: BaseException = MigratedError(
-            "the source agent was restarted before COMMIT",
-            code="agent-restarted",
-            hint="the guest runs on here: start the migration again",
-        )
         entry = self._stage.entry
         if entry is not None and not process_lives(entry.pid, entry.pid_started):
             error = GuestError("the source agent was restarted before COMMIT; the guest has ended", code="guest-died")
-        elif not superseded:  # else a later migration has the guest, and only the target of this one is to be told
-            error = await self._run_on(self._guest.reclaim(memento), error)
+        elif superseded:  # only the target of this one is still to be told
+            error = MigratedError(
+                "the source agent was restarted before COMMIT; a later migration has the guest", code="agent-restarted"
+            )
+        else:
+            error = self._outcome(error, await self._run_on(self._guest.reclaim(memento)))
         self._migration.end_before_commit(error)
         await self._settle(error)
 
-    async def _run_on(self, work: Coroutine[Any, Any, None], error: BaseException) -> BaseException:
-        """Have the guest run here; the error to end with: ``error``, or that it does not run."""
+    async def _run_on(self, work: Coroutine[Any, Any, None]) -> Exception | None:
+        """Have the guest run here; why it does not, although it is there."""
         try:
             await work
         except Exception as problem:  # noqa: BLE001 - the rest is undone all the same
             self._log.error("the guest does not run on here", error=str(problem))
             entry = self._stage.entry
             if entry is None or await _ends(entry):
-                return error  # its end is no news, or is told by who watches it
+                return None  # its end is no news, or is told by who watches it
             self._stuck = True
-            return GuestError(
-                f"{named(error).message}; and the guest does not run on here: {named(problem).message}",
-                code="guest-not-resumed",
-                hint="it is here and may be paused: start the source agent again, which tries again, or let it run by hand",
-            )
-        return error
+            return problem
+        return None
+
+    @staticmethod
+    def _outcome(error: BaseException, problem: Exception | None) -> BaseException:
+        """The error to end with: ``error``, or that the guest does not run."""
+        if problem is None:
+            return error
+        return GuestError(
+            f"{named(error).message}; and the guest does not run on here: {named(problem).message}",
+            code="guest-not-resumed",
+            hint="it is here and may be paused: start the source agent again, which tries again, or let it run by hand",
+        )
 
     async def _survival_over(self) -> None:
         if self._stuck:
@@ -152,6 +167,7 @@ class Rollback:
         """The target may hold a loaded guest that waits for our word: keep trying to say that it is over."""
         pause = self._timeouts.reconnect_interval
         while self._session.must_reconnect:
+            await self._write_again()
             try:
                 link = await self._connection.dial()
                 self._session.reconnected()

@@ -6,6 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from migrated.errors import MigratedError
+from migrated.journal import JournalError
 from migrated.protocol.messages import Ready
 from migrated.protocol.session import Session
 from migrated.protocol.transitions import Role, State
@@ -13,7 +14,7 @@ from migrated.protocol.transitions import Role, State
 if TYPE_CHECKING:
     from migrated.dialing import Dialer
     from migrated.guests.driver import SourceGuest, SourceMemory
-    from migrated.journal import Journal, SourceEntry
+    from migrated.journal import SourceEntry
     from migrated.survival import Survival
 
 
@@ -23,30 +24,19 @@ class Recovered:
 
     entry: SourceEntry
     memory: SourceMemory
+    error: MigratedError  # what to say of it, if the guest runs on here
     superseded: bool = False  # a later migration of the same guest is left, too: this one's must not touch the guest
 
     @property
     def committed(self) -> bool:
         """Whether COMMIT was sent, or may have been."""
-        return self.entry.stage == "committed"
+        return self.entry.stage != "active"
 
     def session(self) -> Session:
         """The session as it stood."""
         state = State.PAUSED if self.committed else State.UNSETTLED
         ready = Ready(self.entry.page_bytes) if self.entry.page_bytes else None
         return Session(Role.SOURCE, state=state, hello=self.entry.hello, ready=ready)
-
-
-def supersede(journal: Journal[SourceEntry], guest: str) -> None:
-    """A migration of the guest begins: no entry left by an earlier one may ever make it run here again.
-
-    Such an entry stays where the guest did not answer, or its target could not be told.  Once the guest has moved on, an
-    agent that believed it would run the guest at two places.  What it says of its target stays.  HostError.
-    """
-    for migration_id, entry in journal.load().items():
-        if entry.hello.guest == guest and entry.stage != "committed" and not entry.superseded:
-            entry.superseded = True
-            journal.write(migration_id, entry)
 
 
 class JournalledStage:
@@ -62,6 +52,7 @@ class JournalledStage:
         entry: SourceEntry | None = None,
     ) -> None:
         self.entry = entry
+        self.struck = False  # removed, since it could not be changed, and not written again since
         self._survival = survival
         self._guest = guest
         self._dialer = dialer
@@ -71,10 +62,16 @@ class JournalledStage:
         """Before the guest is touched (``active``), and before COMMIT is sent (``committed``).  HostError."""
         if self.entry is None:
             raise MigratedError("nothing to note yet: this is a bug")
-        self.entry.stage = stage
+        before, self.entry.stage = self.entry.stage, stage
         self.entry.target = str(self._dialer.address)
         self.entry.guest = self._guest.memento()
-        await self._survival.write(self.entry)
+        try:
+            await self._survival.write(self.entry)
+        except JournalError as problem:
+            if not problem.replaced:
+                self.entry.stage = before
+            raise
+        self.struck = False
 
     async def withdraw_commit(self) -> bool:
         """Make sure that no journal says COMMIT before the guest runs on: the next agent would believe it.
@@ -88,6 +85,7 @@ class JournalledStage:
         except MigratedError as problem:
             try:
                 self._survival.strike()
+                self.struck = True
             except OSError:
                 self._log.error(
                     "the guest stays paused: the journal says COMMIT, which was not sent, and cannot be changed",

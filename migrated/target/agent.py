@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import hmac
 import os
 import socket
 import time
@@ -29,22 +30,32 @@ from migrated.errors import (
 from migrated.guests.driver import Region, TargetMemory
 from migrated.guests.pidfd import PidHandle, process_lives
 from migrated.host_agent import HostAgent
-from migrated.journal import Journal, TargetEntry
+from migrated.journal import Journal, TargetEntry, failed_record
 from migrated.link import ControlLink, tune
 from migrated.memory.engine import URGENT
 from migrated.protocol.bounds import abort_of
 from migrated.protocol.framing import FrameDecoder
-from migrated.protocol.messages import Abort, Aborted, AnyMessage, Hello, Ready, Resume
+from migrated.protocol.messages import (
+    Abort,
+    Aborted,
+    AnyMessage,
+    Hello,
+    LackingEnd,
+    Ready,
+    Released,
+    Resume,
+    Resumed,
+)
 from migrated.protocol.preamble import PREAMBLE_BYTES, Preamble, Purpose, VersionMismatchError, decode, refusal
 from migrated.protocol.session import Session
 from migrated.protocol.transitions import Role
 from migrated.protocol.transitions import State as SessionState
-from migrated.record import Record
+from migrated.record import Record, id_of
 from migrated.survival import Legacy, Survival
-from migrated.target.memory import GuestMemory
+from migrated.target.memory import GuestMemory, users_of
 from migrated.target.migration import TargetMigration
 from migrated.target.stage import Recovered
-from migrated.waiting import within
+from migrated.waiting import in_thread, within
 
 log = structlog.get_logger("migrated.target")
 
@@ -99,8 +110,36 @@ class TargetAgent(HostAgent[TargetMigration]):
     async def abandon(self, migration_id: str, *, confirm: str) -> Record:
         """See Agent."""
         migration = self._roster.find(migration_id)
-        await migration.abandon(confirm)
+        migration.check_abandon()
+        self._check_confirmed(migration.record, confirm, "abandon")
+        await migration.abandon()
         return migration.record
+
+    async def force_run(self, migration_id: str, *, confirm: str) -> Record:
+        """See Agent."""
+        migration = self._roster.find(migration_id)
+        self._check_confirmed(migration.record, confirm, "force-run")
+        await migration.force_run()
+        return migration.record
+
+    async def discard(self, migration_id: str, *, confirm: str) -> Record:
+        """See Agent."""
+        record = self._roster.record(migration_id)
+        self._check_confirmed(record, confirm, "discard")
+        migration = self._roster.known(record.id)
+        if migration is not None and not migration.record.ended:
+            await migration.discard()
+            return record
+        entry = await in_thread(self._journal.find, record.id)
+        if entry is None:
+            raise ConflictError(
+                f"migration {record.id} is {record.state}: there is nothing to discard", state=record.state.value
+            )
+        await self._end_left_over(entry)  # one that this agent could not go on with
+        await Survival(self._journal, self._keeper, record.id).over()
+        self._waiting_for_next.discard(entry.hello.session)
+        log.error("discarded on request", migration=record.id, guest=record.guest)
+        return record
 
     def health(self) -> Health:
         """Healthy while every fault thread turns."""
@@ -114,19 +153,17 @@ class TargetAgent(HostAgent[TargetMigration]):
     async def run(self, stop: asyncio.Event) -> None:
         """Listen until ``stop``; abort what can be; stay while a guest here still lacks pages."""
         listener = await self._listen()  # first: an address that cannot be had is known before a guest is touched
+        accepting: asyncio.Task[None] | None = None
         try:
             await self._take_back()
-        except BaseException:
-            listener.close()
-            raise
-        self._started = True
-        accepting = asyncio.ensure_future(self._accept(listener))
-        try:
+            self._started = True
+            accepting = asyncio.ensure_future(self._accept(listener))
             async with self._residents:
                 await stop.wait()
                 await self._wind_up()
         finally:
-            accepting.cancel()
+            if accepting is not None:
+                accepting.cancel()
             listener.close()
             for task in list(self._connections):
                 task.cancel()
@@ -137,9 +174,11 @@ class TargetAgent(HostAgent[TargetMigration]):
         """Go on with what an agent before us left, guest by guest."""
         for migration_id, entry, fds in await Legacy(self._journal, self._keeper).take():
             survival = Survival(self._journal, self._keeper, migration_id)
+            left_over = entry.stage == "setup"
             try:
                 if entry.stage == "setup":
                     await self._end_left_over(entry)
+                    left_over = False
                     raise GuestError("it had not come far: the guest runs on at its source", code="agent-restarted")
                 await self._revive(entry, fds, survival)
             except (MigratedError, OSError) as error:
@@ -150,8 +189,9 @@ class TargetAgent(HostAgent[TargetMigration]):
                 waits = entry.stage != "setup" and process_lives(entry.pid, entry.pid_started)
                 if waits:
                     self._waiting_for_next.add(entry.hello.session)
-                else:
+                elif not left_over:  # else the next agent tries again to end it
                     await survival.over()
+                self._roster.remember(failed_record(migration_id, self.role, entry, error))
                 log.error(  # noqa: TRY400 - expected: no traceback
                     "a migration of the agent before cannot go on",
                     migration=migration_id,
@@ -164,8 +204,11 @@ class TargetAgent(HostAgent[TargetMigration]):
                 )
 
     async def _end_left_over(self, entry: TargetEntry) -> None:
-        if process_lives(entry.pid, entry.pid_started):
-            process = PidHandle.attach(entry.pid)
+        left = [entry.pid] if process_lives(entry.pid, entry.pid_started) else []
+        if not entry.pid:  # it may have been started by an agent that died before it could say so
+            left = await in_thread(users_of, entry.memory_inodes)
+        for pid in left:
+            process = PidHandle.attach(pid)
             try:
                 await process.kill(self.config.timeouts.abort)
             finally:
@@ -294,6 +337,11 @@ class TargetAgent(HostAgent[TargetMigration]):
         stream = URGENT if preamble.purpose is Purpose.URGENT else preamble.stream
         await migration.connection.add_stream(stream, sock.detach())
 
+    def _known(self, session: bytes) -> bool:
+        return (
+            any(migration.hello.session == session for migration in self._roster) or session in self._waiting_for_next
+        )
+
     def _by_session(self, preamble: Preamble) -> TargetMigration | None:
         for migration in self._roster:
             if migration.hello.session == preamble.session:
@@ -320,8 +368,12 @@ class TargetAgent(HostAgent[TargetMigration]):
         except BaseException:
             writer.transport.abort()
             raise
-        state = SessionState.IDLE if isinstance(first, Hello) else SessionState.ABORTED
-        session = Session(Role.TARGET, state=state)
+        done = await self._done(first) if isinstance(first, Resume) else None
+        if done is not None:
+            session = Session(Role.TARGET, state=SessionState.CLOSED, hello=done.hello, ready=Ready(done.page_bytes))
+        else:
+            state = SessionState.IDLE if isinstance(first, Hello) else SessionState.ABORTED
+            session = Session(Role.TARGET, state=state)
         if isinstance(first, Resume):
             session.reconnected()
         link = ControlLink(session, reader, writer, heartbeat=heartbeat(self.config.timeouts), received=data)
@@ -329,10 +381,32 @@ class TargetAgent(HostAgent[TargetMigration]):
         if isinstance(first, Resume) and first.session in self._waiting_for_next:
             log.warning("a source asks for a guest that waits for the next agent", peer=link.peer)
             await link.close()  # it goes on asking
+        elif done is not None:
+            await self._say_done(link, done)
         elif isinstance(first, Resume):
             await self._nothing_left(link, first)
         else:
             await self._take_in(link)
+
+    async def _done(self, resume: Resume) -> TargetEntry | None:
+        """What an agent before us left for the source of a guest that needs it no more, if this is that source."""
+        entry = await in_thread(self._journal.closed, id_of(resume.session))
+        if entry is None or not resume.committed:
+            return None
+        same = hmac.compare_digest(resume.session + resume.token, entry.hello.session + entry.hello.token)
+        return entry if same else None
+
+    async def _say_done(self, link: ControlLink, entry: TargetEntry) -> None:
+        limit = self.config.timeouts.handshake
+        try:
+            await link.expect(Resume, limit_seconds=limit, what="Resume")
+            await link.send(Resumed("done", 0))
+            await link.send(LackingEnd())
+            await link.expect(Released, limit_seconds=limit, what="the farewell")
+        finally:
+            await link.close()
+        log.info("a source has heard that its guest needs it no more", guest=entry.hello.guest, peer=link.peer)
+        await Survival(self._journal, self._keeper, id_of(entry.hello.session)).over()
 
     async def _nothing_left(self, link: ControlLink, resume: Resume) -> None:
         """Resume of a session of which nothing is (any more) here."""
@@ -383,6 +457,10 @@ class TargetAgent(HostAgent[TargetMigration]):
                 code="drivers-differ",
                 hint="use the same driver in both configurations",
             )
+        if self._known(hello.session):
+            raise ConflictError(
+                "this session is known here already: a new migration has a new one", code="known-session"
+            )
         busy = self._roster.of_guest(hello.guest)
         if busy is not None:
             raise ConflictError(
@@ -401,7 +479,7 @@ class TargetAgent(HostAgent[TargetMigration]):
             session=link.session,
             link=link,
             config=self.config,
-            survival=Survival(self._journal, self._keeper, hello.session.hex()[:12]),
+            survival=Survival(self._journal, self._keeper, id_of(hello.session)),
         )
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+from collections.abc import Collection
+from pathlib import Path
 
 from migrated.guests.driver import Region, TargetMemory
+from migrated.guests.pidfd import open_files
 from migrated.memory import memfd
 from migrated.memory.engine import ledger_bytes
 from migrated.waiting import in_thread
@@ -23,6 +26,11 @@ class GuestMemory:
     def page_bytes(self) -> tuple[int, ...]:
         """Host page sizes, by region."""
         return tuple(piece.region.page_bytes for piece in self.pieces)
+
+    @property
+    def inodes(self) -> tuple[int, ...]:
+        """By which a process that uses this memory is known (`users_of`)."""
+        return tuple(os.fstat(piece.memory_fd).st_ino for piece in self.pieces)
 
     @property
     def fds(self) -> list[int]:
@@ -66,3 +74,22 @@ class GuestMemory:
         if self.ledger_fd >= 0:
             os.close(self.ledger_fd)
             self.ledger_fd = -1
+
+
+def users_of(inodes: Collection[int]) -> list[int]:
+    """Processes, but for us, that have a memfd with one of these inodes open.  Blocks: looks at every process."""
+    found = []
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit() and int(process.name) != os.getpid():
+            links = open_files(int(process.name))
+            numbers = [number for number, link in links.items() if link.startswith("/memfd:")]
+            if any(_inode(process / "fd" / str(number)) in inodes for number in numbers):
+                found.append(int(process.name))
+    return found
+
+
+def _inode(path: Path) -> int:
+    try:
+        return path.stat().st_ino
+    except OSError:  # closed, or ended, meanwhile
+        return -1

@@ -48,7 +48,7 @@ from migrated.protocol.messages import (
 )
 from migrated.protocol.transitions import State as SessionState
 from migrated.rates import Rates
-from migrated.record import Laps, Record, State
+from migrated.record import Laps, Record, State, id_of
 from migrated.target import figures
 from migrated.target.connection import SourceConnection
 from migrated.target.memory import GuestMemory
@@ -70,6 +70,8 @@ POPULATE_THREADS = 2
 GUEST_OVER = frozenset({"guest-died", "guest-gone"})
 #: Between two tries to run the guest after COMMIT.
 RESUME_PAUSE_SECONDS = 0.2
+#: Between two tries to write to the journal that COMMIT was given.
+NOTE_PAUSE_SECONDS = 1.0
 
 
 class TargetMigration(Migration):
@@ -92,7 +94,7 @@ class TargetMigration(Migration):
     ) -> None:
         super().__init__(
             Record(
-                id=hello.session.hex()[:12],
+                id=id_of(hello.session),
                 guest=hello.guest,
                 role=self.role,
                 mode=hello.mode,
@@ -122,7 +124,11 @@ class TargetMigration(Migration):
         self._mapped = asyncio.Event()
         self._laps = Laps(self.record.downtime_breakdown)  # from the Switchover message on
         self._guest_over = Failure()  # its process has ended: unlike `failure`, no reconnect mends that
+        self._decided = Failure()  # somebody has decided to run the guest here, in the place of a source that is gone
         self._unserved: MigratedError | None = None  # why the guest that was found after a restart cannot be served
+        self._ran_before = entry.stage == "running"  # it was run by an agent before us
+        self._noted: asyncio.Task[None] | None = None
+        self._released = False  # the source has heard that all is in
         self._abandoned = 0  # pages poisoned since their source is lost
         self._rates = Rates()
 
@@ -157,13 +163,14 @@ class TargetMigration(Migration):
         await memory.allocate(regions, self._page_bytes, reserve=self._reserve)
         self.record.page_size = max(memory.page_bytes)
         engine = self._make_engine(recover=False)
-        faults = await self._guest.start(memory.pieces)  # its own limit: it can say what the guest wrote meanwhile
-        # Should we die from here on, the next agent finds the guest, its memory and its faults.
-        await self._survival.hold([faults.uffd, *memory.fds])
         entry = self._stage.entry
+        entry.page_bytes, entry.memory_inodes = memory.page_bytes, memory.inodes
+        await self._stage.write("setup")  # should we die from here on, the next agent finds a process by its memory
+        faults = await self._guest.start(memory.pieces)  # its own limit: it can say what the guest wrote meanwhile
         entry.pid, entry.pid_started = faults.pid, process_started(faults.pid)
-        entry.page_bytes = memory.page_bytes
         await self._stage.write("setup")
+        # Only now: a process that holds the memory is the guest's, as long as the journal names none.
+        await self._survival.hold([faults.uffd, *memory.fds])
         engine.arm(faults.uffd, faults.mappings)
         self.background(self._watch_guest())
         load = self.background(self._load_state())
@@ -252,18 +259,23 @@ class TargetMigration(Migration):
 
     async def _wait_for_word(self, error: BaseException) -> bool:
         """Before COMMIT something failed.  True: COMMIT was given after all (by reconnect); False: all is cleaned up."""
-        while self.session.state in (SessionState.LOADED, SessionState.WAITING) and not self._guest_over.is_set:
+        while self.session.bound and not self._guest_over.is_set:
             self.set_state(State.POSTCOPY_PAUSED, error)
             self.log.warning("the guest is loaded and waits here: only the source knows whether COMMIT was given")
             try:
-                await self._guest_over.guard(self._reconnect.once())
+                await self._decided.guard(self._guest_over.guard(self._reconnect.once()))
                 if self.session.committed:  # COMMIT had been read, but not taken, when the connection was lost
                     return True
-                await self.failure.guard(self._converse())
+                await self._decided.guard(self.failure.guard(self._converse()))
             except Exception as again:  # noqa: BLE001 - wait on, or clean up
                 error = self.failure.error or again
+            if self._decided.is_set and self.session.bound:
+                await self.connection.disconnect()
+                self.session.commit_by_hand()
             if self.session.committed:
                 return True
+        if self._guest_over.error is not None:
+            self._note_lost(self._guest_over.error)
         await self._rollback.run(self._guest_over.error or error)
         return False
 
@@ -275,6 +287,7 @@ class TargetMigration(Migration):
             return
         self._laps.lap("commit")
         engine = self.connection.require_engine()
+        self._noted = self.background(self._note_commit())
         running = self.background(self._run_guest())
         engine.background()
         while True:
@@ -286,17 +299,18 @@ class TargetMigration(Migration):
                     await self._link.send(Done())
                     with contextlib.suppress(MigratedError):
                         await self._link.expect(Released, limit_seconds=self._timeouts.release, what="the farewell")
+                        self._released = True
                 break
             except Exception as error:  # noqa: BLE001 - after COMMIT every failure means the same: wait for the source
                 reason = self._reason(error)
                 if isinstance(reason, GuestError) and reason.code in GUEST_OVER:
                     await self._lost_guest(reason)
                     return
-                if self.all_current.is_set():
+                if running.done() and self._noted.done() and self.all_current.is_set():
                     break  # nobody is needed any more; a source that asks again is told so
                 self.set_state(State.POSTCOPY_PAUSED, reason)
                 with contextlib.suppress(GuestError):  # its end, told of above
-                    if not await self._guest_over.guard(self._reconnect.until_back_or_all_in()):
+                    if not await self._guest_over.guard(self._reconnect.until_back_or(self._until_all_in(running))):
                         break
         await self._finish()
 
@@ -306,28 +320,27 @@ class TargetMigration(Migration):
 
     async def _lost_guest(self, error: BaseException) -> None:
         """There is nothing any more that a next agent could go on with."""
+        self._note_lost(error)
         await self._survival.over()
         self.set_state(State.FAILED, error)
 
-    async def _run_guest(self) -> None:
-        """Run the guest, and go on trying: what it first touches may be a page that waits for a broken network.
+    def _note_lost(self, error: BaseException) -> None:
+        """What a source is told that asks for the guest."""
+        self._reconnect.lost = f"{self.record.guest} was here and has ended: {named(error).message}"
 
-        The journal is written beside it: the guest waits for nothing, and until "committed" is written a restarted agent
-        would ask the source, which would say COMMIT once more.
-        """
-        if self._stage.entry.stage != "running":
-            noted = self.background(quietly(self._stage.write("committed"), self.log, "write the journal"))
+    async def _run_guest(self) -> None:
+        """Run the guest, and go on trying: what it first touches may be a page that waits for a broken network."""
+        if not self._ran_before:
             while True:
                 try:
                     await self._guest.resume()
                     break
-                except MigratedError as error:
+                except Exception as error:  # noqa: BLE001 - COMMIT was given: nobody else will ever run it
                     self.log.warning("the guest does not run yet", error=str(error))
                     await asyncio.sleep(RESUME_PAUSE_SECONDS)
             self._laps.lap("run")
-            await noted
             self.log.info("the guest runs here")
-            self.background(quietly(self._stage.write("running"), self.log, "write the journal"))
+            self.background(self._note_run())
         if self.record.downtime_seconds is None:
             self.record.downtime_seconds = self._laps.total
 
@@ -338,13 +351,42 @@ class TargetMigration(Migration):
             await self._link.send(Running())
         if self.session.connected:
             self.set_state(State.POSTCOPY)
+        await self._until_all_in(running)
+
+    async def _until_all_in(self, running: asyncio.Task[None]) -> None:
+        """Until the guest runs and needs nobody any more."""
+        await asyncio.shield(running)
         await self.all_current.wait()
+        if self._noted is not None:
+            await asyncio.shield(self._noted)
+
+    async def _note_commit(self) -> None:
+        """Have the journal say that the guest is ours, and go on trying.
+
+        This runs beside the guest's start, which waits for nothing.  Until it is written a restarted agent would ask the
+        source, which would say COMMIT once more: so the source is not told Done before.
+        """
+        if self._ran_before:
+            return
+        while True:
+            try:
+                await self._stage.write("committed")
+                return
+            except MigratedError as error:
+                self.log.warning("the journal does not say yet that the guest is here", error=str(error))
+                await asyncio.sleep(NOTE_PAUSE_SECONDS)
+
+    async def _note_run(self) -> None:
+        if self._noted is not None:
+            await asyncio.shield(self._noted)
+        await quietly(self._stage.write("running"), self.log, "write the journal")
 
     async def _finish(self) -> None:
         """Set the guest free of us."""
         engine = self.connection.require_engine()
         await self.connection.disconnect()
         self.refresh()
+        self._reconnect.all_in = True
         try:
             await in_thread(engine.release)
         except MigratedError as problem:
@@ -354,7 +396,9 @@ class TargetMigration(Migration):
                 await self._survival.over()
             self.set_state(State.FAILED, problem)
             return
-        await self.set_guest_free(self._guest, self._survival)
+        await quietly(self._guest.release(), self.log, "release the guest")
+        await self._leave_word()
+        self.record.error = None
         if self._abandoned:
             error = MigratedError(
                 f"abandoned: {self._abandoned} pages of {self.record.guest} never arrived",
@@ -365,14 +409,21 @@ class TargetMigration(Migration):
         else:
             self.set_state(State.COMPLETED)
 
+    async def _leave_word(self) -> None:
+        """A next agent need not keep anything, but for the word that all is in: a source that has not heard it will ask."""
+        if self._released:
+            await self._survival.over()
+        else:
+            await self._survival.leave_word()
+
     # ------------------------------------------------------------ connections that come later
 
     async def dialled(self, link: ControlLink) -> None:
         """The agent has a new control link for this session, not started, its first message a Resume."""
-        if self.over:
-            await self._reconnect.answer_late(link)
-        else:
+        if not self.over:
             self._reconnect.dialled(link)
+        elif await self._reconnect.answer_late(link):
+            await self._survival.over()
 
     # ------------------------------------------------------------ the end
 
@@ -387,7 +438,8 @@ class TargetMigration(Migration):
         await quietly(self._guest.close(), self.log, "close the guest's connections")
 
     async def _after_the_end(self) -> None:
-        await self._reconnect.answer_those_waiting()
+        while (late := self._reconnect.waiting()) is not None:
+            await quietly(self.dialled(late), self.log, "answer a source that dialled at the end")
 
     # ------------------------------------------------------------ watching
 
@@ -427,22 +479,41 @@ class TargetMigration(Migration):
             )
         self.failure.set(AbortedError(f"migration {self.id} was aborted on the target"))
 
-    async def abandon(self, confirm: str) -> None:
+    async def abandon(self) -> None:
         """The source is lost for good: what is missing becomes a memory error in the guest."""
+        self.check_abandon()
+        self._abandoned = await in_thread(self.connection.require_engine().poison_stale)
+        self.log.error("abandoned", poisoned_pages=self._abandoned)
+
+    def check_abandon(self) -> None:
+        """ConflictError where nothing is missing for good."""
         if self.record.state not in (State.POSTCOPY_PAUSED, State.RECOVERING) or not self.session.committed:
             raise ConflictError(
                 f"migration {self.id} is {self.record.state}: only a paused post-copy can be abandoned",
                 state=self.record.state.value,
             )
-        if confirm != self.record.guest:
+
+    async def force_run(self) -> None:
+        """The source is gone, and with it the word whether COMMIT was given: run the guest."""
+        if not self.session.bound or self._unserved is not None or self._guest_over.is_set:
             raise ConflictError(
-                f"abandoning {self.id} loses memory of {self.record.guest}: confirm it with the guest's name",
+                f"migration {self.id} is {self.record.state}: no guest waits here for COMMIT",
                 state=self.record.state.value,
-                code="confirm",
-                hint=f"`migrated abandon {self.id} --confirm {self.record.guest}`",
             )
-        self._abandoned = await in_thread(self.connection.require_engine().poison_stale)
-        self.log.error("abandoned", poisoned_pages=self._abandoned)
+        await self._stage.write("committed")
+        self.log.error("the guest is made to run here on request")
+        self._decided.set(MigratedError("decided on request", code="forced"))
+
+    async def discard(self) -> None:
+        """The guest is not to run here, whatever the source has said of it."""
+        if self.record.state not in (State.POSTCOPY_PAUSED, State.RECOVERING):
+            raise ConflictError(
+                f"migration {self.id} is {self.record.state}: only a guest that waits for its source can be discarded",
+                state=self.record.state.value,
+            )
+        self.log.error("discarded on request")
+        self._guest_over.set(GuestError("discarded on request", code="guest-died"))
+        await self._guest.kill()
 
     # ------------------------------------------------------------ figures
 

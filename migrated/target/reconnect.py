@@ -6,11 +6,11 @@ The source alone dials; it opens with Resume, and is told where we stand and whi
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any
 
 from migrated.errors import MigratedError
-from migrated.migration import quietly
-from migrated.protocol.messages import Abort, Aborted, Done, Lacking, LackingEnd, Released, Resume, Resumed
+from migrated.protocol.messages import GUEST_LOST, Abort, Aborted, Done, Lacking, LackingEnd, Released, Resume, Resumed
 from migrated.protocol.transitions import State as SessionState
 from migrated.record import State
 from migrated.waiting import end, within
@@ -38,6 +38,9 @@ class Reconnect:
         self._session = connection.session
         self._timeouts = timeouts
         self._dialled: asyncio.Queue[ControlLink] = asyncio.Queue()
+        self._late = asyncio.Lock()
+        self.all_in = False  # the guest needs its source no more
+        self.lost: str = ""  # what became of the guest, where it has ended
         self.silent = False  # once it is over, say nothing: the source shall go on asking until the next agent is there
 
     def dialled(self, link: ControlLink) -> None:
@@ -77,10 +80,10 @@ class Reconnect:
             else:
                 return
 
-    async def until_back_or_all_in(self) -> bool:
+    async def until_back_or(self, all_in: Coroutine[Any, Any, None]) -> bool:
         """Wait for the source; False when nobody is needed any more: the last page was in, or the rest was abandoned."""
         back = asyncio.ensure_future(self.until_back())
-        enough = asyncio.ensure_future(self._migration.all_current.wait())
+        enough = asyncio.ensure_future(all_in)
         try:
             await asyncio.wait({back, enough}, return_when=asyncio.FIRST_COMPLETED)
             if back.done():
@@ -105,38 +108,43 @@ class Reconnect:
 
     # ------------------------------------------------------------ when it is over
 
-    async def answer_late(self, link: ControlLink) -> None:
-        """A source that missed the end asks again: tell it how this ended."""
+    async def answer_late(self, link: ControlLink) -> bool:
+        """A source that missed the end asks again: tell it how this ended.  Whether it has heard that all is in."""
+        async with self._late:  # one session, one connection
+            return await self._answer_late(link)
+
+    async def _answer_late(self, link: ControlLink) -> bool:
         if self.silent and not self._connection.session.settled:
             await link.close()
-            return
+            return False
         self._session.connection_lost()
         self._session.reconnected()
         link.start()
         try:
             limit = self._timeouts.handshake
             resume = await link.expect(Resume, limit_seconds=limit, what="the source to resume the session")
-            # It may have completed without a source to say Done to: then that is said now.
-            completed = self._migration.record.state is State.COMPLETED
-            if resume.committed and completed and self._session.state in STANDING:
+            # The last page may have come without a source to say Done to: then that is said now.
+            if resume.committed and self.all_in and self._session.state in STANDING:
                 await self._tell_standing(link)
                 if self._session.may_send(Done()):
                     await link.send(Done())
                 await link.expect(Released, limit_seconds=limit, what="the farewell")
-            elif self._session.may_send(Aborted()):
+                return True
+            if self._session.may_send(Aborted()):
                 await link.send(Aborted())
             elif not resume.committed:
                 async with within(limit, "the source's Abort"):
                     await link.receive(after_abort=True)
                 await link.send(Aborted())
+            elif self.lost:
+                await link.send(Abort(GUEST_LOST, self.lost))
             else:
                 await link.send(Abort("unknown-session", "nothing of this guest is left here"))
         finally:
             await link.close()
             self._session.connection_lost()
+        return False
 
-    async def answer_those_waiting(self) -> None:
-        """Sources that dialled while we came to the end, when nobody waited for them any more."""
-        while not self._dialled.empty():
-            late = self._dialled.get_nowait()
-            await quietly(self.answer_late(late), self._migration.log, "answer a source that dialled at the end")
+    def waiting(self) -> ControlLink | None:
+        """A source that dialled while we came to the end, when nobody waited for it any more."""
+        return None if self._dialled.empty() else self._dialled.get_nowait()

@@ -356,14 +356,9 @@ class SimTargetEngine(_Engine):
             self._tell()
 
     def _tell(self) -> None:
-        """The events of the end, once each."""
-        total = sum(len(memory.pages) for memory in self._memory)
+        """That nothing is stale any more, once."""
         if self.ledger.switched and not self.ledger.stale:
             self._once(EventKind.ALL_CURRENT)
-            if len(self.ledger.mapped) == total:
-                mapped = getattr(EventKind, "ALL_MAPPED", None)
-                if mapped is not None:
-                    self._once(mapped)
 
     def _once(self, kind: EventKind) -> None:
         if kind not in self._told:

@@ -12,7 +12,7 @@ import itertools
 from typing import Any, Final, Self
 
 from migrated.errors import GuestError, GuestRefusedError
-from migrated.guests.driver import FaultSource, Mapping, Region, SourceMemory
+from migrated.guests.driver import FaultSource, Mapping, Region, SourceGuest, SourceMemory, TargetGuest
 from tests.simulation.loop import current
 
 PAGE_BYTES: Final = 4096
@@ -156,10 +156,8 @@ class SimPidHandle:
     def close(self) -> None: ...
 
 
-class SourceDriver:
-    """`SourceGuest` of the simulated guest."""
-
-    paused_at: float | None = None
+class SourceDriver(SourceGuest):
+    """Of the simulated guest."""
 
     def __init__(self, world: Any, host: Any, name: str) -> None:
         self._world = world
@@ -195,9 +193,6 @@ class SourceDriver:
         )
         mappings = tuple(Mapping(index, 0, 0, region.size_bytes) for index, region in enumerate(regions))
         return SourceMemory(process.pid, regions, mappings, tuple(self._fds), tuple(0 for _ in regions))
-
-    def describe(self) -> dict[str, Any]:
-        return {}
 
     @property
     def needs_quiesced_scans(self) -> bool:
@@ -271,8 +266,8 @@ class SourceDriver:
         return await self._guest.died()
 
 
-class TargetDriver:
-    """`TargetGuest` of the simulated guest."""
+class TargetDriver(TargetGuest):
+    """Of the simulated guest."""
 
     def __init__(self, world: Any, host: Any, name: str) -> None:
         self._world = world

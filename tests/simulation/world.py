@@ -23,6 +23,7 @@ from migrated import guests as drivers
 from migrated.agent import SetRequest, StartRequest
 from migrated.config import AgentConfig, Timeouts
 from migrated.errors import MigratedError
+from migrated.guests import pidfd
 from migrated.memory.engine import URGENT, EventKind
 from migrated.migration import Migration
 from migrated.protocol import transitions
@@ -762,7 +763,7 @@ def seams(world: World) -> Iterator[None]:
         (host_agent, "keeper_for", lambda state_dir: machine.SimKeeper(current().host)),
         (drivers, "Residents", guest.SimResidents),
         (journal, "BOOT_ID", _BootId),
-        (journal, "process_started", _process_started),
+        (pidfd, "process_started", _process_started),
         (source_migration, "process_started", _process_started),
         (target_migration, "process_started", _process_started),
         (source_migration, "SourceEngine", engine.SimSourceEngine),

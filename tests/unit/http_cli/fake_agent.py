@@ -117,6 +117,12 @@ class FakeAgent:
             raise ConflictError("not confirmed", state=record.state.value)
         return await self.move(record, State.FAILED)
 
+    async def force_run(self, migration_id: str, *, confirm: str) -> Record:
+        return await self.abandon(migration_id, confirm=confirm)
+
+    async def discard(self, migration_id: str, *, confirm: str) -> Record:
+        return await self.abandon(migration_id, confirm=confirm)
+
     async def set(self, migration_id: str, request: SetRequest) -> Record:
         record = self.record(migration_id)
         if request.max_bandwidth is not None:

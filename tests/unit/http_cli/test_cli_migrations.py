@@ -109,15 +109,16 @@ def test_abandon_says_how_much_would_be_lost() -> None:
     assert "14 MiB of its 1 GiB" in format_loss(record)
 
 
-async def test_abandon_is_asked_twice(source: Served) -> None:
+@pytest.mark.parametrize("verb", ["abandon", "force-run", "discard"])
+async def test_what_may_destroy_a_guest_is_asked_twice(source: Served, verb: str) -> None:
     await source.agent.start(StartRequest(guest="vm1", to="b:1"))
-    code, _, err = await source.cli("abandon", "vm1")
+    code, _, err = await source.cli(verb, "vm1")
     assert code == 2
     assert "must be confirmed" in err
     assert "--confirm vm1" in err
-    assert (await source.cli("abandon", "vm1", "--confirm", "vm2"))[0] == 2
+    assert (await source.cli(verb, "vm1", "--confirm", "vm2"))[0] == 2
     assert source.agent.record("vm1").state is State.PRECOPY
-    assert (await source.cli("abandon", "vm1", "--confirm", "vm1"))[0] == 0
+    assert (await source.cli(verb, "vm1", "--confirm", "vm1"))[0] == 0
     assert source.agent.record("vm1").state is State.FAILED
 
 

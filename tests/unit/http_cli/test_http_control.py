@@ -53,6 +53,9 @@ async def test_start_answers_202_with_the_record_and_where_it_is(source: Served)
         ("/v1/migrations/vm1/set", b'{"max_bandwidth":"fast"}', 400, "bad-configuration"),
         ("/v1/migrations/vm1/abandon", b"", 400, "bad-request"),
         ("/v1/migrations/vm1/abandon", b'{"confirm":"vm2"}', 409, "conflict"),
+        ("/v1/migrations/vm1/force-run", b"", 400, "bad-request"),
+        ("/v1/migrations/vm1/force-run", b'{"confirm":"vm2"}', 409, "conflict"),
+        ("/v1/migrations/vm1/discard", b'{"confirm":"vm2"}', 409, "conflict"),
         ("/v1/migrations/vm1/fly", b"", 404, "not-found"),
     ],
 )

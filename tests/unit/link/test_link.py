@@ -17,7 +17,7 @@ from migrated.errors import (
     RemoteProtocolError,
     TimeoutExceededError,
 )
-from migrated.link import ControlLink, StatePipe, tune
+from migrated.link import INBOX_MESSAGES, ControlLink, StatePipe, tune
 from migrated.protocol import framing
 from migrated.protocol.messages import (
     Abort,
@@ -438,3 +438,18 @@ async def test_the_peer_is_named_as_an_address_one_can_dial(host: str, shown: st
         link = await link_on(socket.create_connection((host, port)), Role.SOURCE)
         assert link.peer == shown.format(port)
         await link.close()
+
+
+async def test_a_flood_of_messages_fills_no_memory(links: tuple[ControlLink, ControlLink]) -> None:
+    source, target = links
+    sent = 0
+    with contextlib.suppress(TimeoutError):
+        while sent < 100_000:
+            async with asyncio.timeout(0.5):
+                await target.send(BarrierAck(sent))  # allowed, and nobody has asked
+            sent += 1
+    assert sent < 100_000, "the sender is stopped"
+    assert source._inbox.full()
+    for number in range(INBOX_MESSAGES + 1):
+        assert await source.receive() == BarrierAck(number)
+    assert source.lost is None

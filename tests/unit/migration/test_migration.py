@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 
 from migrated.errors import AbortedError, GuestError, MigratedError, NativeError, PeerError
 from migrated.memory.engine import Event, EventKind
-from migrated.migration import Failure, Migration, quietly
+from migrated.migration import TIMELINE_CHANGES, Failure, Migration, quietly
 from migrated.record import Record, State
 
 PATIENCE_SECONDS = 30.0
@@ -461,3 +461,17 @@ async def test_background_work_that_loses_its_cancellation_is_cancelled_again(
     async with asyncio.timeout(PATIENCE_SECONDS):
         await migration.stop_background()
     assert work.cancelled()
+
+
+async def test_a_link_that_flaps_for_weeks_does_not_make_the_record_grow() -> None:
+    migration = Migration(Record(id="a", guest="vm1", role="source", mode="hybrid"))
+    for state in (State.PRECOPY, State.SWITCHOVER, State.POSTCOPY):
+        migration.set_state(state)
+    for _ in range(1000):
+        for state in (State.POSTCOPY_PAUSED, State.RECOVERING, State.POSTCOPY):
+            migration.set_state(state)
+    migration.set_state(State.COMPLETED)
+    timeline = [change.state for change in migration.record.timeline]
+    assert len(timeline) == TIMELINE_CHANGES
+    assert timeline[:4] == [State.SETUP, State.PRECOPY, State.SWITCHOVER, State.POSTCOPY]
+    assert timeline[-1] is State.COMPLETED

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from copy import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -27,6 +28,7 @@ from migrated.protocol.transitions import Role
 from migrated.protocol.transitions import State as SessionState
 from migrated.record import Record, State
 from migrated.source.connection import TargetConnection
+from migrated.source.migration import SourceMigration
 from migrated.source.reconnect import Reconnect
 from migrated.source.rollback import Rollback
 from migrated.source.stage import JournalledStage
@@ -34,7 +36,8 @@ from migrated.source.tracking import Tracking
 from migrated.survival import Survival
 from tests.unit.survival.entries import HELLO, SOURCE
 
-ID = HELLO.session.hex()[:12]
+ID = HELLO.session.hex()
+RESTARTED = MigratedError("the agent was restarted", code="agent-restarted")
 PATIENCE_SECONDS = 10.0
 
 
@@ -134,11 +137,11 @@ async def test_a_guest_that_has_ended_is_left_to_nobody(tmp_path: Path) -> None:
 async def test_the_next_agent_tries_again_and_again(tmp_path: Path) -> None:
     place = Place(tmp_path, pid=os.getpid())
     place.guest.refuses = GuestError("QEMU does not answer")
-    await place.rollback.after_restart({})
+    await place.rollback.after_restart({}, RESTARTED)
     assert place.error.code == "guest-not-resumed"
     assert ID in place.journal.load()
     again = Place(tmp_path, pid=os.getpid())
-    await again.rollback.after_restart({})
+    await again.rollback.after_restart({}, RESTARTED)
     assert again.guest.ran == 1
     assert again.error.code == "agent-restarted"
     assert again.journal.load() == {}
@@ -146,7 +149,7 @@ async def test_the_next_agent_tries_again_and_again(tmp_path: Path) -> None:
 
 async def test_after_a_restart_another_process_is_not_taken_for_the_guest(tmp_path: Path) -> None:
     place = Place(tmp_path, pid=0)
-    await place.rollback.after_restart({})
+    await place.rollback.after_restart({}, RESTARTED)
     assert place.guest.ran == 0
     assert place.error.code == "guest-died"
     assert place.journal.load() == {}
@@ -154,7 +157,7 @@ async def test_after_a_restart_another_process_is_not_taken_for_the_guest(tmp_pa
 
 async def test_after_a_restart_a_guest_that_a_later_migration_has_is_left_alone(tmp_path: Path) -> None:
     place = Place(tmp_path, pid=os.getpid())
-    await place.rollback.after_restart({}, superseded=True)
+    await place.rollback.after_restart({}, RESTARTED, superseded=True)
     assert place.guest.ran == 0
     assert place.journal.load() == {}
 
@@ -217,3 +220,21 @@ async def test_at_the_operators_limit_the_hint_names_what_goes_on(unreachable: U
             await dialling.run()
     assert "start the source agent anew" in raised.value.hint
     assert "resume" not in raised.value.hint
+
+
+# ---------------------------------------------------------------- after a restart
+
+
+@pytest.mark.parametrize("same", [True, False])
+async def test_only_the_same_process_is_taken_for_the_paused_guest(same: bool) -> None:
+    adopted: list[int] = []
+
+    class Guest:
+        async def adopt(self, pid: int, memento: Any) -> None:
+            adopted.append(pid)
+
+    entry = copy(SOURCE)
+    entry.pid, entry.pid_started = os.getpid(), process_started(os.getpid()) + (not same)
+    migration = SimpleNamespace(_guest=Guest(), _to_adopt=entry)
+    await SourceMigration._adopt(cast("Any", migration), entry)
+    assert adopted == ([os.getpid()] if same else [])

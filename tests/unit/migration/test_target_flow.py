@@ -27,7 +27,7 @@ from migrated.target.migration import TargetMigration
 from migrated.target.stage import Recovered
 from tests.unit.survival.entries import HELLO
 
-ID = HELLO.session.hex()[:12]
+ID = HELLO.session.hex()
 PATIENCE_SECONDS = 10.0
 
 
@@ -38,6 +38,7 @@ class FakeGuest:
         self.end = asyncio.Event()
         self.runs = 0
         self.killed = 0
+        self.mistakes = 0
 
     async def died(self) -> str:
         await self.end.wait()
@@ -45,6 +46,8 @@ class FakeGuest:
 
     async def resume(self) -> None:
         self.runs += 1
+        if self.runs <= self.mistakes:
+            raise OSError("out of descriptors")
         if self.end.is_set():
             raise GuestError("no such process")
 
@@ -239,3 +242,20 @@ async def test_a_guest_gone_before_it_was_taken_back_is_over(
     assert migration.record.error is not None
     assert migration.record.error.code == "guest-gone"
     assert journal.load() == {}
+
+
+# ---------------------------------------------------------------- after COMMIT nobody else runs it
+
+
+async def test_a_guest_whose_start_fails_by_a_mistake_of_ours_is_tried_again(
+    guest: FakeGuest, journal: Journal[TargetEntry], tmp_path: Path
+) -> None:
+    migration = flow("committed", guest, journal, tmp_path)
+    guest.mistakes = 1
+    running = asyncio.ensure_future(migration.run())
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while guest.runs < 2:  # noqa: ASYNC110 - it is tried again after a moment
+            await asyncio.sleep(0.01)
+    guest.end.set()
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        await running

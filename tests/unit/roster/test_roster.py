@@ -33,6 +33,7 @@ def migration(name: str, guest: str = "vm1") -> OneMigration:
 
 def ended(one: OneMigration, state: State = State.ABORTED) -> OneMigration:
     one.set_state(state)
+    one._over = True  # its `run` has returned
     return one
 
 
@@ -86,6 +87,15 @@ def test_the_oldest_ended_ones_are_forgotten_and_no_other(roster: Roster[OneMigr
     for number in range(5):
         roster.add(ended(migration(f"e{number}")))
     assert [one.id for one in roster] == ["run", "e2", "e3", "e4"]
+
+
+def test_one_that_has_ended_and_still_settles_is_not_forgotten(roster: Roster[OneMigration]) -> None:
+    settling = migration("settling")
+    settling.set_state(State.ABORTED)
+    roster.add(settling)
+    for number in range(5):
+        roster.add(ended(migration(f"e{number}")))
+    assert roster.find("settling") is settling
 
 
 def test_figures_of_those_under_way_are_fresh(roster: Roster[OneMigration]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -13,8 +14,8 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from migrated.errors import HostError
-from migrated.journal import Journal, SourceEntry, TargetEntry
+from migrated.errors import ConfigError, HostError
+from migrated.journal import Journal, JournalError, SourceEntry, TargetEntry
 from tests.rig import supervisor
 from tests.unit.survival.entries import SOURCE, TARGET
 
@@ -93,25 +94,58 @@ def rewrite(journal: Journal[TargetEntry], edit: Edit) -> None:
     ("edit", "problem"),
     [
         (lambda table: table.update(version=1), "of version 1, this agent reads 2"),
-        (lambda table: table.update(boot_id="another"), "before the last boot"),
         (lambda table: table["entry"].update(pid="many"), "Expected `int`"),
         (lambda table: table["entry"].update(of_a_later_version=1), "unknown field"),
         (lambda table: table["entry"].pop("hello"), "missing required field"),
         (lambda table: table.pop("entry"), "missing required field"),
     ],
-    ids=["version", "boot", "type", "unknown", "lacking", "no-entry"],
+    ids=["version", "type", "unknown", "lacking", "no-entry"],
 )
-def test_what_is_not_to_be_believed_is_reported_and_set_aside(
+def test_what_another_version_wrote_stays_until_that_version_reads_it(
     journal: Journal[TargetEntry], edit: Edit, problem: str
 ) -> None:
     journal.write(ID, TARGET)
     rewrite(journal, edit)
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=problem) as refusal:
+            journal.load()
+        assert refusal.value.code == "journal-version"
+    assert names(journal) == [f"{ID}.journal"]
+    assert journal.find(ID) is None
+
+
+def test_what_was_before_the_last_boot_is_reported_and_set_aside(journal: Journal[TargetEntry]) -> None:
+    journal.write(ID, TARGET)
+    rewrite(journal, lambda table: table.update(boot_id="another"))
     entries, problems = loaded(journal)
     assert entries == {}
     assert len(problems) == 1
-    assert problem in problems[0]
+    assert "before the last boot" in problems[0]
     assert names(journal) == [f"{ID}.refused"]
+    assert journal.refused() == {ID}
     assert loaded(journal) == ({}, [])  # said once
+
+
+def test_an_entry_that_cannot_be_read_now_is_neither_believed_nor_set_aside(
+    journal: Journal[TargetEntry], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal.write(ID, TARGET)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", out_of_descriptors)
+        with pytest.raises(HostError, match="cannot be read"):
+            journal.load()
+    assert journal.load() == {ID: TARGET}
+
+
+def out_of_descriptors(_: Path) -> bytes:
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
+def test_what_was_half_written_is_swept(journal: Journal[TargetEntry]) -> None:
+    journal.write(ID, TARGET)
+    (journal.directory / f"{ID}.new").write_bytes(b"half")
+    journal.tidy()
+    assert names(journal) == [f"{ID}.journal"]
 
 
 @pytest.mark.parametrize("position", ["first", "middle", "last"])
@@ -191,3 +225,40 @@ def test_a_directory_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "journal").write_text("a file")
     with pytest.raises(HostError, match="cannot be written"):
         Journal(tmp_path / "journal", TargetEntry).write(ID, TARGET)
+
+
+def test_a_closed_entry_is_only_an_answer(journal: Journal[TargetEntry]) -> None:
+    journal.write(ID, TARGET)
+    journal.close(ID)
+    assert loaded(journal) == ({}, [])
+    assert journal.find(ID) is None
+    assert journal.closed(ID) == TARGET
+    journal.tidy()
+    assert names(journal) == [f"{ID}.done"]
+    journal.remove(ID)
+    assert names(journal) == []
+
+
+def test_answers_for_peers_of_before_the_last_boot_are_swept(journal: Journal[TargetEntry]) -> None:
+    journal.write(ID, TARGET)
+    rewrite(journal, lambda table: table.update(boot_id="another"))
+    journal.close(ID)
+    journal.tidy()
+    assert names(journal) == []
+
+
+@pytest.mark.parametrize(("call", "replaced"), [("open", False), ("fsync", False), ("replace", False)])
+def test_a_write_that_fails_says_whether_it_is_found_nevertheless(
+    journal: Journal[TargetEntry], monkeypatch: pytest.MonkeyPatch, call: str, replaced: bool
+) -> None:
+    journal.write(ID, TARGET)
+
+    def fail(*_: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path if call == "replace" else os, call, fail)
+        with pytest.raises(JournalError) as failure:
+            journal.write(ID, TargetEntry(hello=TARGET.hello, stage="running", peer="elsewhere:1"))
+    assert failure.value.replaced is replaced
+    assert journal.find(ID) == TARGET

@@ -22,7 +22,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from migrated import service
-from migrated.errors import HostError
+from migrated.errors import ConfigError, HostError
 from migrated.journal import Journal, TargetEntry
 from migrated.keeper import EitherKeeper, HolderKeeper, Keeper, ServiceKeeper, keeper_for
 from migrated.survival import PREFIX, Legacy, Survival
@@ -608,7 +608,7 @@ async def test_another_holder_is_started_where_one_is_just_ending(directory: Pat
     assert texts((await OurKeeper(directory).taken())["m1"]) == ["a"]
 
 
-async def test_descriptors_of_an_entry_that_is_not_believed_are_let_go(
+async def test_descriptors_of_an_entry_that_is_not_believed_stay_kept(
     directory: Path, journal: Journal[TargetEntry]
 ) -> None:
     keeper = OurKeeper(directory)
@@ -620,13 +620,45 @@ async def test_descriptors_of_an_entry_that_is_not_believed_are_let_go(
     (journal.directory / "aa.journal").write_bytes(b"rubbish")
     with capture_logs() as logs:
         assert await Legacy(journal, keeper).take() == []
-    assert {log["log_level"] for log in logs} == {"error", "warning"}
-    assert await OurKeeper(directory).taken() == {}
+    assert {log["log_level"] for log in logs} == {"error"}
+    for _ in range(2):  # an agent that is started once more does not let go of them either
+        again = OurKeeper(directory)
+        assert await Legacy(journal, again).take() == []
+        assert texts((await OurKeeper(directory).taken())["migrated-aa"]) == ["x"]
+    await keeper.forget("migrated-aa")
 
 
-async def test_an_entry_that_cannot_be_removed_is_reported(directory: Path, journal: Journal[TargetEntry]) -> None:
-    survival = Survival(journal, OurKeeper(directory), "aa")
+async def test_no_agent_starts_on_a_journal_that_it_cannot_read(
+    directory: Path, journal: Journal[TargetEntry], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeper = OurKeeper(directory)
+    survival = Survival(journal, keeper, "aa")
+    fd = memfd("x")
+    await survival.hold([fd])
+    os.close(fd)
+    await survival.write(TARGET)
+    with monkeypatch.context() as patch:
+        patch.setattr("migrated.journal.VERSION", 99)
+        with pytest.raises(ConfigError, match="another version"):
+            await Legacy(journal, keeper).take()
+    ((name, entry, fds),) = await Legacy(journal, keeper).take()
+    assert (name, entry) == ("aa", TARGET)
+    assert texts(fds) == ["x"]
+    await survival.over()
+
+
+async def test_an_entry_that_cannot_be_removed_keeps_its_descriptors(
+    directory: Path, journal: Journal[TargetEntry], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeper = OurKeeper(directory)
+    survival = Survival(journal, keeper, "aa")
+    fd = memfd("x")
+    await survival.hold([fd])
+    os.close(fd)
+    monkeypatch.setattr("migrated.survival.STRIKE_PAUSES", (0.0,))
     (journal.directory / "aa.journal").mkdir(parents=True)
     with capture_logs() as logs:
         await survival.over()
-    assert [log["migration"] for log in logs] == ["aa"]
+    assert [log["migration"] for log in logs] == ["aa", "aa"]
+    assert texts((await OurKeeper(directory).taken())["migrated-aa"]) == ["x"]
+    await keeper.forget("migrated-aa")
