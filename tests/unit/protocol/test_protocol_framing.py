@@ -271,7 +271,7 @@ def test_fields_out_of_range_are_neither_sent_nor_taken(message: AnyMessage, nam
         (msgspec.msgpack.encode([1, 2]), "Expected `object`"),
         (msgspec.msgpack.encode({"t": "commit"}) + b"\x00", "extra data"),
         (b"\x91" * 100_000, "StackError"),
-        (b"\x92" + (b"\xdc\x00\x7f" + b"\x90" * 127) * 2, "more than 144 arrays and maps"),
+        (b"\x93" + (b"\xdc\x00\x7f" + b"\x90" * 127) * 3, "more than 272 arrays and maps"),
         (b"\xdd\x00\xff\xff\xf0" + b"\xc0" * 0xFFFFF0, "max_array_len"),
         (msgspec.msgpack.encode({"t": "resume", "session": "AAAA"}), "Expected `bytes`, got `str`"),
         (msgspec.msgpack.encode({"t": 7}), "Expected `str`"),
