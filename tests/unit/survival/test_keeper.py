@@ -400,7 +400,7 @@ async def test_descriptors_come_back_from_the_service_manager_in_their_order(man
     told = manager.restart(NEXT_AGENT.format(directory=directory))
     assert told == "migrated-2 uffd ledger memory False\n"
     await keeper.forget("migrated-2")
-    assert await asyncio.to_thread(service.keeps_fds)  # all of it was read
+    assert await asyncio.to_thread(service._barrier)  # all of it was read
     assert manager.stored == []
     assert holders(directory) == []
 
