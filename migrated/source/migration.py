@@ -124,6 +124,7 @@ class SourceMigration(Migration):
         self._laps = Laps(self.record.downtime_breakdown)
         self._to_adopt: SourceEntry | None = None  # of a paused process that was not found yet
         self._released = False
+        self._memory_lost: GuestError | None = None
         self._running_there = False
         self._all_there = False
         self._switch_now = asyncio.Event()
@@ -267,6 +268,10 @@ class SourceMigration(Migration):
     async def _after_commit(self, *, connected: bool = True) -> None:
         """Serve, over as many connections as it takes, until the target needs nothing more."""
         while not (connected and await self._serve()):
+            if self._memory_lost is not None:  # no connection brings it back
+                await self._survival.over()
+                self.set_state(State.FAILED, self._memory_lost)
+                return
             try:
                 resumed = await self._reconnect.run()
             except Exception as error:  # noqa: BLE001 - only a refusal or the operator's limit leads here
@@ -316,6 +321,13 @@ class SourceMigration(Migration):
             reason = self.failure.error or error
             # Done may have been read and not yet been taken from the queue when the failure came: it counts.
             if not self._all_there and self._session.state not in (SessionState.DONE, SessionState.CLOSED):
+                if isinstance(reason, GuestError) and reason.code == "guest-gone":  # the engine met it
+                    self._memory_lost = GuestError(
+                        f"the paused process of {self.record.guest} has ended, and with it pages that had not been sent",
+                        code="guest-memory-lost",
+                        hint="private memory goes with its process.  The guest waits on the target: `migrated abandon` there gives "
+                        "it a memory error where it touches one of these pages",
+                    )
                 self.set_state(State.POSTCOPY_PAUSED, reason)
                 return False
         return True
@@ -391,7 +403,7 @@ class SourceMigration(Migration):
         if self._released:
             return
         if self._session.committed:
-            self.log.warning("the paused guest's process has ended; its memory is still held", how=how)
+            self.log.warning("the paused guest's process has ended; only its shared memory is still there", how=how)
             return
         self.failure.set(
             GuestError(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -159,3 +161,20 @@ async def test_an_agent_killed_in_postcopy_goes_on_when_it_is_started_again(
         await faster(guest, migration)
         await guest.arrive(migration)
         await guest.assert_sound(before)
+
+
+async def test_private_memory_that_goes_with_its_qemu_is_lost_by_name(fast_accel: str) -> None:  # noqa: F811
+    """Nobody else can hold private memory: the migration ends with an error of its own, and does not dial for ever."""
+    async with moving_guest(
+        kind="boot", accel=fast_accel, load=LOAD, memory_bytes=128 * MIB, **MEMORY["private"]
+    ) as guest:
+        (left,) = guest.pids
+        migration = await in_postcopy(guest)
+        os.kill(left, signal.SIGKILL)
+        source, target = await guest.here.source(), await guest.there.target()
+        record = await source.wait(migration, limit_seconds=60)
+        assert (record["state"], record["error"]["code"]) == ("failed", "guest-memory-lost"), guest.explain(record)
+        assert (await target.wait(migration, "postcopy-paused", limit_seconds=60))["state"] == "postcopy-paused"
+        (arrived,) = guest.pids
+        os.kill(arrived, signal.SIGKILL)
+        assert (await target.wait(migration, limit_seconds=60))["error"]["code"] in {"guest-died", "guest-gone"}
