@@ -30,6 +30,9 @@ DEFAULT_PAGE_BYTES = 2 << 20
 POOLS = Path("/sys/kernel/mm/hugepages")
 MEMINFO = Path("/proc/meminfo")
 
+#: Of the names of guests' memfds, as /proc shows them.
+NAME_PREFIX = "migrated-"
+
 #: memfd_create(2): the page size's binary logarithm goes into the flags from this bit on.
 _MFD_HUGE_SHIFT = 26
 
@@ -131,7 +134,7 @@ def allocate(size_bytes: int, page_bytes: int, name: str, *, reserved: bool = Tr
     flags = os.MFD_CLOEXEC | os.MFD_HUGETLB | (page_bytes.bit_length() - 1) << _MFD_HUGE_SHIFT
     fd = -1
     try:
-        fd = os.memfd_create(f"migrated-{name}", flags)
+        fd = os.memfd_create(f"{NAME_PREFIX}{name}", flags)
         os.ftruncate(fd, size_bytes)
         if reserved:
             mmap.mmap(fd, size_bytes, mmap.MAP_SHARED).close()
@@ -168,7 +171,7 @@ def _allocate_base(size_bytes: int, name: str, *, checked: bool) -> int:
         )
     fd = -1
     try:
-        fd = os.memfd_create(f"migrated-{name}", os.MFD_CLOEXEC)
+        fd = os.memfd_create(f"{NAME_PREFIX}{name}", os.MFD_CLOEXEC)
         os.ftruncate(fd, size_bytes)
     except OSError as error:
         if fd >= 0:

@@ -77,12 +77,15 @@ class GuestMemory:
 
 
 def users_of(inodes: Collection[int]) -> list[int]:
-    """Processes, but for us, that have a memfd with one of these inodes open.  Blocks: looks at every process."""
+    """Processes, but for us, that have a memfd of an agent's with one of these inodes open.
+
+    The name is looked at, too: inode numbers are used again in time.  Blocks: looks at every process.
+    """
     found = []
     for process in Path("/proc").iterdir():
         if process.name.isdigit() and int(process.name) != os.getpid():
             links = open_files(int(process.name))
-            numbers = [number for number, link in links.items() if link.startswith("/memfd:")]
+            numbers = [number for number, link in links.items() if link.startswith(f"/memfd:{memfd.NAME_PREFIX}")]
             if any(_inode(process / "fd" / str(number)) in inodes for number in numbers):
                 found.append(int(process.name))
     return found
