@@ -27,6 +27,7 @@ from migrated.guests.qemu_state import END, StateFile, StateHeader, encode_heade
 from migrated.guests.qmp import Monitor
 from migrated.guests.residence import residences
 from migrated.memory.maps import mapped_elsewhere, open_area
+from migrated.protocol.bounds import MAX_REGIONS
 
 #: Run states of a guest that can be migrated; all but the first arrive paused.
 _MOVABLE = frozenset({"running", "paused", "prelaunch"})
@@ -74,6 +75,12 @@ class QemuSource(SourceGuest):
         blocks = await qemu_memory.ram_blocks(monitor)
         backends = await qemu_memory.backends(monitor, blocks)
         placed = await qemu_memory.place(monitor, pid, blocks)
+        if len(placed) > MAX_REGIONS:
+            raise GuestRefusedError(
+                f"guest {self.name} has {len(placed)} RAM blocks, of which {MAX_REGIONS} can be migrated",
+                code="too-many-blocks",
+                hint="each device with a ROM has one: leave ROMs out (romfile=) or unplug devices",
+            )
         keys = frozenset(item.areas[0].key for item in placed if item.shared)
         for other in await asyncio.to_thread(mapped_elsewhere, keys, (pid,)):
             raise GuestRefusedError(

@@ -27,7 +27,7 @@ import pytest
 from migrated.config import Timeouts
 from migrated.demo.qemu_guest import QEMU
 from migrated.errors import ConfigError, GuestError, GuestRefusedError, MigratedError
-from migrated.guests import injection
+from migrated.guests import injection, qemu_source
 from migrated.guests.console import GuestConsole
 from migrated.guests.driver import FaultSource, Region, SourceMemory, TargetMemory
 from migrated.guests.images import build_bootsector
@@ -396,6 +396,14 @@ async def test_a_guest_with_virtio_mem_is_refused(start: StartQemu, tmp_path: Pa
     )
     error = await refused(qemu.source(tmp_path))
     assert (error.code, "elastic" in error.message) == ("unsupported-device", True)
+
+
+async def test_more_blocks_than_can_travel_are_refused(
+    start: StartQemu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qemu_source, "MAX_REGIONS", 1)
+    error = await refused((await start(*memory())).source(tmp_path))
+    assert (error.code, "of which 1 can be migrated" in error.message) == ("too-many-blocks", True)
 
 
 async def test_a_hot_plugged_dimm_is_found(start: StartQemu, tmp_path: Path) -> None:
