@@ -52,8 +52,6 @@ class Monitor:
         self._socket = sock
         self._events: EventListener = EventListener(("MIGRATION", "STOP", "RESUME", "SHUTDOWN"))
         client.register_listener(self._events)
-        #: ``time.monotonic()`` of the last STOP event seen; None after `forget_events`.
-        self.stopped_at: float | None = None
 
     @classmethod
     async def connect(
@@ -217,15 +215,9 @@ class Monitor:
 
     async def _event(self, seconds: float) -> None:
         """Until the next event, at most ``seconds``."""
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                event = await self._events.get()
-        except TimeoutError:
-            return
-        if event["event"] == "STOP":
-            stamp: Any = event["timestamp"]  # wall clock, by QEMU
-            age = time.time() - (stamp["seconds"] + stamp["microseconds"] / 1e6)
-            self.stopped_at = time.monotonic() - max(age, 0.0)
+                await self._events.get()
 
     def saw(self, name: str) -> bool:
         """Whether this event has come since `forget_events`; forgets all that have."""
@@ -234,7 +226,6 @@ class Monitor:
     def forget_events(self) -> None:
         """Before a command whose events matter."""
         self._events.clear()
-        self.stopped_at = None
 
     def peer_pid(self) -> int:
         """The process behind the socket.
