@@ -161,8 +161,12 @@ async def test_a_page_size_the_target_does_not_have_is_refused(guest: MovingGues
 async def test_a_target_without_the_right_to_userfaultfd_says_so(
     guest: MovingGuest, target: Callable[..., Host]
 ) -> None:
-    """Another user, no capabilities: the incoming QEMU is the agent's own child, so all else can be done."""
-    host = target(name=IDLE, prefix=("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"))
+    """Another user: the incoming QEMU is the agent's own child, so all else can be done.
+
+    The one capability is to read this checkout, which may lie in root's home.
+    """
+    read = ("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search")
+    host = target(name=IDLE, prefix=("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *read))
 
     host.target_guests[IDLE]["command"] = _idle("ram", 64 * MIB, "memory-backend-file", ",mem-path={memory:ram}")
     guest.guest.directory.chmod(0o755)

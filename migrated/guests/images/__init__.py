@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import hashlib
+import lzma
 import os
 import shutil
 import stat
@@ -170,7 +171,8 @@ def _compile(*arguments: str) -> None:
 
 def _debian_kernel(cache: Path) -> tuple[Path, list[Path]]:
     """The newest cached kernel and its modules; fetched by apt when the cache has none."""
-    suffix = f"+{hashlib.sha256(' '.join(MODULES).encode()).hexdigest()[:8]}"  # which modules were extracted
+    wanted_modules = f"uncompressed {' '.join(MODULES)}"
+    suffix = f"+{hashlib.sha256(wanted_modules.encode()).hexdigest()[:8]}"  # which modules were extracted, and how
     for directory in sorted(cache.glob(f"linux-*{suffix}"), reverse=True):
         if (directory / "complete").exists():
             return directory / "vmlinuz", _module_paths(directory)
@@ -212,19 +214,32 @@ def _kernel_package() -> str:
 
 
 def _extract(archive: Path, into: Path) -> None:
-    """Only the kernel and the few modules out of a package of a hundred megabytes."""
+    """Only the kernel and the few modules out of a package of a hundred megabytes.
+
+    Debian compresses modules from release 13 on; some are part of one release's kernel and modules of another's.
+    """
     modules = {f"{name}.ko" for name in MODULES}
+    built_in: set[str] = set()
     with (
         subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(archive)], stdout=subprocess.PIPE) as process,
         tarfile.open(fileobj=process.stdout, mode="r|") as tar,
     ):
         for member in tar:
-            name = Path(member.name).name
-            if not member.isfile() or not (name.startswith("vmlinuz-") or name in modules):
+            name = Path(member.name).name.removesuffix(".xz")
+            is_kernel, is_list = name.startswith("vmlinuz-"), name == "modules.builtin"
+            if not member.isfile() or not (is_kernel or is_list or name in modules):
                 continue
             file = tar.extractfile(member)
-            if file is not None:
-                (into / ("vmlinuz" if name.startswith("vmlinuz-") else name)).write_bytes(file.read())
+            if file is None:
+                continue
+            content = lzma.decompress(file.read()) if member.name.endswith(".xz") else file.read()
+            if is_list:
+                built_in = {Path(line).name for line in content.decode().splitlines()}
+            else:
+                (into / ("vmlinuz" if is_kernel else name)).write_bytes(content)
+    if missing := sorted(name for name in modules - built_in if not (into / name).exists()):
+        message = f"{archive.name} holds no {', '.join(missing)}"
+        raise HostError(message, code="guest-kernel")
 
 
 def _cpio(files: Mapping[str, tuple[int, bytes]]) -> bytes:
