@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 import uvloop
 
-from benchmarks import bounds, comparison, figures, switchover
+from benchmarks import bounds, comparison, figures, stall, switchover
 from benchmarks.guest import LOADS
 from benchmarks.network import RATES
 from benchmarks.report import Section
@@ -33,6 +33,7 @@ SECTIONS: dict[str, Callable[[Settings], Awaitable[Section]]] = {
     "pace": figures.pace,
     "limits": bounds.limits,
     "sparse": bounds.sparse,
+    "stall": stall.stall,
     "comparison": comparison.run,
 }
 COMPARED = ("idle", "sparse", "hot", "dense")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import switchover
+from benchmarks import stall, switchover
 from benchmarks.meter import Meter, cpu_times, memory_bytes
 from benchmarks.report import Section, svg
 from benchmarks.sample import Sample, medians, percentile
@@ -22,6 +22,12 @@ FINISHED = 3
 def sample(system: str, total: float | None, **more: object) -> Sample:
     values = {"verified": True, "wire_bytes": 5 * MIB, "stall_seconds": 0.1, **more}
     return Sample(system=system, path="1g", load="sparse", memory_bytes=MIB, total_seconds=total, **values)  # type: ignore[arg-type]
+
+
+def test_stalls_are_read_by_kind_of_memory_and_step() -> None:
+    output = "a_guest_that_maps_goes_on, memfd\n  arm        longest mmap and munmap:    4.067 ms\nanything else\n"
+    output += "a_guest_that_maps_goes_on, anonymous\n  scan       longest mmap and munmap:    1.035 ms\n"
+    assert stall.parse(output) == [("memfd", "arm", 0.004067), ("anonymous", "scan", 0.001035)]
 
 
 def test_medians_are_of_the_moves_that_ended_and_say_how_many_did() -> None:
