@@ -232,8 +232,9 @@ async def test_private_memory_is_found_block_by_block(
         assert found.regions[ram].size_bytes == 64 * MIB
         vga = [region.size_bytes for region in found.regions if region.name.endswith("vga.vram")]
         assert vga == ([16 * MIB] if "std" in arguments else [])
-        # QEMU itself says what the guest has at 1 MiB, and in the firmware's copy below.
+        # QEMU itself says what the guest has in the firmware and in its copy below 1 MiB, which the firmware still writes.
         monitor = await source.qemu.monitor()
+        await monitor.execute("stop")
         saved = tmp_path / "saved"
         await monitor.execute("pmemsave", {"val": 0xF0000, "size": 0x10000, "filename": str(saved)})
         assert os.pread(found.memory_fds[ram], 0x10000, found.file_offsets[ram] + 0xF0000) == saved.read_bytes()
