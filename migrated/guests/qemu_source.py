@@ -56,6 +56,7 @@ class QemuSource(SourceGuest):
         self._pins_buffers = True
         self._nested_runs = 0
         self._used_bytes: dict[str, int] = {}
+        self._paused_by: Monitor | None = None  # the session in which the guest was paused
         self.paused_at = self.stopped_at = None
 
     # ------------------------------------------------------------ inspection
@@ -281,6 +282,8 @@ class QemuSource(SourceGuest):
             if self._runs:
                 await monitor.execute("stop", limit=self._timeouts.guest_pause)
             self.stopped_at = time.monotonic()
+            monitor.forget_events()
+            self._paused_by = monitor
             # Before the last scan: what saving writes to memory is seen by it.
             state = await file.save(self._timeouts.guest_state)
             for start in range(0, len(state), _STATE_PIECE_BYTES):
@@ -295,9 +298,10 @@ class QemuSource(SourceGuest):
         del channel  # `pause` has sent it
         monitor = await self.qemu.monitor()
         status = await monitor.status()
-        if status == "running":
+        # One that was resumed and stopped again has written to its memory, too.  A session that is new has seen nothing.
+        if status == "running" or monitor.saw("RESUME") or monitor is not self._paused_by:
             raise GuestError(
-                f"guest {self.name} was resumed by somebody else during the switch-over",
+                f"guest {self.name} was resumed by somebody else during the switch-over, or may have been",
                 code="guest-resumed",
                 hint="leave the guest's monitors alone while it is being migrated",
             )

@@ -954,8 +954,9 @@ async def test_a_restarted_source_agent_finds_the_guest_where_it_stood(
         assert await it.console.verified()
 
 
+@pytest.mark.parametrize("commands", [["cont"], ["cont", "stop"], []], ids=["resumed", "resumed-stopped", "unwatched"])
 async def test_a_guest_that_somebody_else_resumes_is_not_given_away(
-    move: tuple[Move, contextlib.AsyncExitStack],
+    move: tuple[Move, contextlib.AsyncExitStack], commands: list[str]
 ) -> None:
     it, stack = move
     other = it.folder / "other.qmp"
@@ -963,8 +964,11 @@ async def test_a_guest_that_somebody_else_resumes_is_not_given_away(
     pieces = await it.begin(stack)
     await it.source.pause(it.near)
     monitor = await Monitor.connect("somebody", other)
-    await monitor.execute("cont")
+    for command in commands:
+        await monitor.execute(command)
     await monitor.close()
+    if not commands:
+        await (await it.source.qemu.monitor()).close()
     it.copy(pieces)
     it.free()
     with pytest.raises(GuestError) as caught:
