@@ -121,7 +121,7 @@ async def start(client: Client, *, wait: bool, as_json: bool, **request: Any) ->
 @click.option("--quiet", is_flag=True, help="No progress.")
 @json_flag
 @agent_verb
-async def wait(client: Client, *, id: str, timeout: float | None, quiet: bool, as_json: bool) -> int:  # noqa: A002
+async def wait(client: Client, *, id: str, timeout: float | None, quiet: bool, as_json: bool) -> int:
     """Wait until a migration is over; the exit code says how it ended."""
     record = await client.migration(id)
     follow = _follow(client, record, as_json=as_json, quiet=quiet or as_json)
@@ -168,7 +168,7 @@ async def _follow(client: Client, record: Record, *, as_json: bool, quiet: bool)
 )
 @json_flag
 @agent_verb
-async def status(client: Client, *, id: str | None, watch: bool, as_json: bool) -> int:  # noqa: A002
+async def status(client: Client, *, id: str | None, watch: bool, as_json: bool) -> int:
     """Show one migration, or the agent and what is under way."""
     if id is not None:
         return await _status_of_one(client, id, watch=watch, as_json=as_json)
@@ -249,7 +249,7 @@ async def list_(client: Client, *, everything: bool, as_json: bool) -> int:
 @click.argument("id")
 @json_flag
 @agent_verb
-async def abort(client: Client, *, id: str, as_json: bool) -> int:  # noqa: A002
+async def abort(client: Client, *, id: str, as_json: bool) -> int:
     """End a migration before the switch-over; the guest runs on at the source."""
     return _done(await client.verb(id, "abort"), as_json=as_json, word="aborting")
 
@@ -258,7 +258,7 @@ async def abort(client: Client, *, id: str, as_json: bool) -> int:  # noqa: A002
 @click.argument("id")
 @json_flag
 @agent_verb
-async def switchover(client: Client, *, id: str, as_json: bool) -> int:  # noqa: A002
+async def switchover(client: Client, *, id: str, as_json: bool) -> int:
     """End pre-copy after the round under way, and move the guest."""
     return _done(await client.verb(id, "switchover"), as_json=as_json, word="switching over")
 
@@ -268,7 +268,7 @@ async def switchover(client: Client, *, id: str, as_json: bool) -> int:  # noqa:
 @click.option("--to", type=ADDRESS, metavar="HOST:PORT", help="Where the target agent is now, if it has moved.")
 @json_flag
 @agent_verb
-async def resume(client: Client, *, id: str, to: str | None, as_json: bool) -> int:  # noqa: A002
+async def resume(client: Client, *, id: str, to: str | None, as_json: bool) -> int:
     """Reconnect a paused post-copy now."""
     body = {} if to is None else {"to": to}
     return _done(await client.verb(id, "resume", body), as_json=as_json, word="reconnecting")
@@ -282,7 +282,7 @@ async def resume(client: Client, *, id: str, to: str | None, as_json: bool) -> i
 @click.option("--max-rounds", type=click.IntRange(min=1), metavar="N", help="Pre-copy rounds at most.")
 @json_flag
 @agent_verb
-async def set_(client: Client, *, id: str, as_json: bool, **values: Any) -> int:  # noqa: A002
+async def set_(client: Client, *, id: str, as_json: bool, **values: Any) -> int:
     """Change limits of a migration under way."""
     body = {key: value for key, value in values.items() if value is not None}
     if not body:
@@ -298,7 +298,7 @@ async def set_(client: Client, *, id: str, as_json: bool, **values: Any) -> int:
 @click.option("--confirm", metavar="GUEST", help="The guest's name, instead of being asked for it.")
 @json_flag
 @agent_verb
-async def abandon(client: Client, *, id: str, confirm: str | None, as_json: bool) -> int:  # noqa: A002
+async def abandon(client: Client, *, id: str, confirm: str | None, as_json: bool) -> int:
     """Give up a source that is lost for good: memory it had not sent is LOST.
 
     Pages that never arrived are poisoned: the guest gets a memory error where it touches one, instead of waiting for ever.
@@ -314,7 +314,7 @@ async def abandon(client: Client, *, id: str, confirm: str | None, as_json: bool
 @click.option("--confirm", metavar="GUEST", help="The guest's name, instead of being asked for it.")
 @json_flag
 @agent_verb
-async def force_run(client: Client, *, id: str, confirm: str | None, as_json: bool) -> int:  # noqa: A002
+async def force_run(client: Client, *, id: str, confirm: str | None, as_json: bool) -> int:
     """Run the guest on this host because the other host is gone for good.
 
     Only the other host knows whether the guest runs there. If it does, the guest runs twice and destroys its disks.
@@ -333,7 +333,7 @@ async def force_run(client: Client, *, id: str, confirm: str | None, as_json: bo
 @click.option("--confirm", metavar="GUEST", help="The guest's name, instead of being asked for it.")
 @json_flag
 @agent_verb
-async def discard(client: Client, *, id: str, confirm: str | None, as_json: bool) -> int:  # noqa: A002
+async def discard(client: Client, *, id: str, confirm: str | None, as_json: bool) -> int:
     """End what is left of a guest on this host because it runs on the other host or is not wanted any more.
 
     The guest's memory on this host is LOST. If the other host does not have all of it, so is the guest.
