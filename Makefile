@@ -36,7 +36,7 @@ CORE := $(wildcard native/src/*.[ch] native/include/mgd_api.h native/include/mig
 C_FORMATTED := $(wildcard native/src/*.[ch] native/include/*.h native/tests/*.[ch] native/fuzz/*.[ch] \
 	native/fuzz/*/*.[ch] native/examples/*.[ch])
 
-.PHONY: deps venv demo check test test-native test-asan test-tsan fuzz test-python test-interop bench soak simulate clean
+.PHONY: deps venv demo check test test-native test-asan test-tsan fuzz test-python test-interop bench soak simulate clean always
 
 # ---------------------------------------------------------------- distribution packages
 
@@ -74,8 +74,14 @@ $(STAMPS)/venv: pyproject.toml .ci/venv | $(STAMPS)/deps
 	@$(LOCK) .ci/venv $(VENV)
 	@touch $@
 
+# The editable install knows every module by its path: it is made again when one is new, has moved or is gone.
+$(STAMPS)/modules: always
+	@mkdir -p $(STAMPS)
+	@find migrated -name '*.py' | sort >$@.new
+	@cmp --silent $@.new $@ && rm $@.new || mv $@.new $@
+
 # Editable: Python sources are used where they lie, the C core is built again when it changed.
-$(STAMPS)/installed: $(STAMPS)/venv $(CORE)
+$(STAMPS)/installed: $(STAMPS)/venv $(STAMPS)/modules $(CORE)
 	@$(LOCK) $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	@touch $@
 
