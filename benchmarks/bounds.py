@@ -20,10 +20,10 @@ from benchmarks.pool import warm_pages
 from benchmarks.report import Section, mebibytes, milliseconds, seconds
 from benchmarks.sample import Sample, median
 from benchmarks.settings import MIB, Settings
+from migrated.demo.console import GuestConsole
 from migrated.demo.pair import AgentPair, short_directory
 from migrated.errors import HostError, MigratedError
-from migrated.guests.client import ENVIRONMENT
-from migrated.guests.console import GuestConsole
+from migrated.guests.process.client import ENVIRONMENT
 from migrated.units import parse_rate
 
 ROOT = Path(__file__).parent.parent
@@ -104,7 +104,7 @@ def _build(directory: Path) -> Path:
     if shutil.which("cc") is None:
         raise HostError("sparse: no C compiler for its guest")
     program = directory / "guest"
-    includes = (f"-I{ROOT / 'native/include'}", f"-I{ROOT / 'migrated/guests/images'}")
+    includes = (f"-I{ROOT / 'native/include'}", f"-I{ROOT / 'migrated/demo/images'}")
     source = str(ROOT / "native/examples/process_guest.c")
     subprocess.run(
         ["cc", "-std=gnu11", "-O2", "-pthread", *includes, "-o", str(program), source], check=True, timeout=120

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.network import Link
-from migrated.demo import cache_directory
+from migrated.demo.console import GuestConsole, Load
 from migrated.demo.pair import short_directory
 from migrated.demo.pool import huge_pages
 from migrated.demo.qemu_guest import QemuGuest, RunningQemu
-from migrated.guests.console import GuestConsole, Load
+from migrated.demo.run import cache_directory
 
 MIB = 1 << 20
 #: What the guest does: blocks of 4 KiB rewritten a second, where.  ``max``: as fast as it can.

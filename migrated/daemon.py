@@ -24,18 +24,19 @@ import structlog
 import uvloop
 from aiohttp import web
 
-from migrated import __version__, config, log, service
+from migrated import __version__, config, log
+from migrated.agent.record import State
 from migrated.errors import ConfigError, HostError, MigratedError, TimeoutExceededError, hinted
 from migrated.http.control import control_app
 from migrated.http.status import status_app
-from migrated.record import State
+from migrated.recovery import systemd as service
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
     from pathlib import Path
 
     from migrated.address import Address
-    from migrated.agent import Agent
+    from migrated.agent.requests import Agent
     from migrated.config import AgentConfig, Role
 
 LOCK_NAME: Final = "agent.lock"

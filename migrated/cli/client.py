@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 import aiohttp
 import msgspec
 
+from migrated.agent.record import Record
 from migrated.cli.failure import RemoteError
 from migrated.config import CONTROL_SOCKET_NAME, STATE_DIRECTORY
 from migrated.errors import ConfigError, ConnectionLostError, HostError
-from migrated.record import Record
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

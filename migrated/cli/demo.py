@@ -19,6 +19,6 @@ from migrated.config import MODES
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def demo(*, mode: str, guest: str, as_json: bool) -> int:
     """Both agents, a guest and a migration on this machine, watched and verified."""
-    from migrated.demo import run  # boots guests: nothing to load for any other verb
+    from migrated.demo.run import run  # boots guests: nothing to load for any other verb
 
     return run(json=as_json, mode=mode, guest=guest)

@@ -8,8 +8,8 @@ from typing import Any, Final
 
 import click
 
+from migrated.agent.record import Record, State
 from migrated.errors import AbortedError, ConfigError, MigratedError, UsageError, hinted
-from migrated.record import Record, State
 
 DONE: Final = 0
 FAILED: Final = 1

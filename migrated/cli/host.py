@@ -18,7 +18,7 @@ from migrated.units import format_size
 
 if TYPE_CHECKING:
     from migrated.guests.driver import SourceMemory
-    from migrated.guests.qemu_target_table import Answers
+    from migrated.guests.qemu.target_table import Answers
     from migrated.memory.defects import Finding
     from migrated.memory.maps import Area, MemoryFile
     from migrated.memory.probe import Requirement
@@ -106,7 +106,7 @@ def inspect(*, pid: int, target_config: bool, name: str, qmp: str | None, as_jso
 
 
 def _print_target_config(pid: int, name: str, qmp: str | None, *, as_json: bool) -> int:
-    from migrated.guests import qemu_target_table
+    from migrated.guests.qemu import target_table as qemu_target_table
 
     running = qemu_target_table.read_running(pid)
     answers = asyncio.run(_ask(pid, name, qmp)) if qmp is not None else None
@@ -120,8 +120,8 @@ def _print_target_config(pid: int, name: str, qmp: str | None, *, as_json: bool)
 
 async def _ask(pid: int, name: str, qmp: str) -> Answers:
     """Raises GuestError as `Monitor.connect` and `_check_peer` do."""
-    from migrated.guests import qemu_target_table
-    from migrated.guests.qmp import Monitor
+    from migrated.guests.qemu import target_table as qemu_target_table
+    from migrated.guests.qemu.qmp import Monitor
 
     monitor = await Monitor.connect(name or str(pid), Path(qmp))
     try:
@@ -144,8 +144,8 @@ def _check_peer(pid: int, qmp: str, peer: int) -> None:
 async def _open_guest(pid: int, qmp: str) -> SourceMemory:
     """What the source's driver finds.  Raises GuestRefusedError with its reason if it cannot migrate the guest."""
     from migrated.config import Timeouts
-    from migrated.guests.qemu import QemuSourceConfig
-    from migrated.guests.qemu_source import QemuSource
+    from migrated.guests.qemu.config import QemuSourceConfig
+    from migrated.guests.qemu.source import QemuSource
 
     guest = QemuSource(str(pid), QemuSourceConfig(qmp=qmp), STATE_DIRECTORY, Timeouts())
     try:

@@ -13,11 +13,11 @@ import msgspec
 
 from migrated import units
 from migrated.address import parse_address
+from migrated.agent.record import Record
 from migrated.cli import failure
 from migrated.cli.client import Client
 from migrated.config import COMPRESSIONS, MODES
 from migrated.errors import ConfigError, MigratedError, TimeoutExceededError
-from migrated.record import Record
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine

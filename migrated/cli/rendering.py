@@ -12,8 +12,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from migrated.agent.record import Record, State
 from migrated.cli.failure import printable
-from migrated.record import Record, State
 from migrated.units import format_duration, format_rate, format_size
 
 if TYPE_CHECKING:

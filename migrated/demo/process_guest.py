@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from migrated.demo.running_guest import RunningGuest
-from migrated.guests.client import ENVIRONMENT
+from migrated.guests.process.client import ENVIRONMENT
 
 MIB = 1 << 20
 
 
 class RunningProcess(RunningGuest):
-    """``python -m migrated.guests.example`` below the source agent, and its console."""
+    """``python -m migrated.demo.example`` below the source agent, and its console."""
 
     def __init__(self, directory: Path, *, memory_bytes: int, name: str = "demo", rate: int = 2000) -> None:
         super().__init__(name, directory / f"{name}.guest.log")
@@ -35,7 +35,7 @@ class RunningProcess(RunningGuest):
     def _command(self, console: Path) -> list[str]:
         size = str(self.memory_bytes // MIB)
         return [
-            *(sys.executable, "-P", "-m", "migrated.guests.example", "--size", size, "--rate", str(self._rate)),
+            *(sys.executable, "-P", "-m", "migrated.demo.example", "--size", size, "--rate", str(self._rate)),
             *("--console", str(console)),
         ]
 

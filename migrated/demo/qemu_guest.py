@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
+from migrated.demo.images import build_bootsector, build_linux_guest
 from migrated.demo.running_guest import RunningGuest
 from migrated.errors import GuestError
-from migrated.guests.images import build_bootsector, build_linux_guest
 
 #: The program to run: another version of QEMU if MIGRATED_QEMU names one.
 QEMU = os.environ.get("MIGRATED_QEMU") or "qemu-system-x86_64"

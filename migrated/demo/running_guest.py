@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from migrated.guests.console import GuestConsole
+from migrated.demo.console import GuestConsole
 from migrated.waiting import within
 
 END_SECONDS = 10

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from migrated.config import AgentConfig
     from migrated.guests.driver import SourceGuest, TargetGuest
-    from migrated.guests.process_source import ProcessHub
+    from migrated.guests.process.source import ProcessHub
 
 DRIVERS = ("qemu", "process")
 
@@ -59,11 +59,11 @@ class Residents:
         where = f"{path}: guests.{name}"
         match table["driver"]:
             case "qemu":
-                from migrated.guests import qemu
+                from migrated.guests.qemu import config as qemu
 
                 decode_guest(path, name, table, qemu.QemuSourceConfig if source else qemu.QemuTargetConfig)
             case "process":
-                from migrated.guests import process
+                from migrated.guests.process import config as process
 
                 decode_guest(path, name, table, process.ProcessSourceConfig if source else process.ProcessTargetConfig)
             case other:
@@ -91,7 +91,7 @@ class Residents:
         return self
 
     def _hub(self, name: str, table: dict[str, Any]) -> ProcessHub:
-        from migrated.guests.process_source import ProcessHub
+        from migrated.guests.process.source import ProcessHub
 
         hub = self._hubs[name] = ProcessHub(name, table, self.run_dir(name), self._config.timeouts)
         return hub
@@ -105,11 +105,11 @@ class Residents:
         """A driver object for one migration away from here."""
         table = self._config.guests[name]
         if table["driver"] == "process":
-            from migrated.guests.process_source import ProcessSource
+            from migrated.guests.process.source import ProcessSource
 
             return ProcessSource(name, self._hubs[name])
-        from migrated.guests import qemu
-        from migrated.guests.qemu_source import QemuSource
+        from migrated.guests.qemu import config as qemu
+        from migrated.guests.qemu.source import QemuSource
 
         config = qemu.decode_config(name, table, qemu.QemuSourceConfig)
         return QemuSource(name, config, self.run_dir(name), self._config.timeouts)
@@ -118,13 +118,13 @@ class Residents:
         """A driver object for one migration to here."""
         table = self._config.guests[name]
         if table["driver"] == "process":
-            from migrated.guests import process
-            from migrated.guests.process_target import ProcessTarget
+            from migrated.guests.process import config as process
+            from migrated.guests.process.target import ProcessTarget
 
             target = process.decode_config(name, table, process.ProcessTargetConfig)
             return ProcessTarget(name, target, self.run_dir(name), self._config.timeouts)
-        from migrated.guests import qemu
-        from migrated.guests.qemu_target import QemuTarget
+        from migrated.guests.qemu import config as qemu
+        from migrated.guests.qemu.target import QemuTarget
 
         return QemuTarget(
             name, qemu.decode_config(name, table, qemu.QemuTargetConfig), self.run_dir(name), self._config.timeouts

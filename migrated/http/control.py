@@ -1,4 +1,4 @@
-"""The control API: the verbs of ``migrated.agent.Agent`` over HTTP on the agent's Unix socket.
+"""The control API: the verbs of ``migrated.agent.requests.Agent`` over HTTP on the agent's Unix socket.
 
 Whoever may open the socket (mode 0600) may do everything; there is no other right.
 """
@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import msgspec
 from aiohttp import web
 
-from migrated.agent import Agent, SetRequest, StartRequest
+from migrated.agent.requests import Agent, SetRequest, StartRequest
 from migrated.http.errors import BadRequestError, errors_as_json, json_answer
 from migrated.http.reading import ABOUT, AGENT, add_reading_routes, agent_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from migrated.record import Record
+    from migrated.agent.record import Record
 
 MAX_BODY_BYTES: Final = 64 * 1024
 

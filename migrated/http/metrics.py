@@ -21,13 +21,13 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.registry import Collector
 
-from migrated.record import State
+from migrated.agent.record import State
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from migrated.agent import Agent
-    from migrated.record import Record
+    from migrated.agent.record import Record
+    from migrated.agent.requests import Agent
 
 #: Fault latencies above 2^24 µs (16.8 s) share the last bucket.
 LATENCY_BUCKETS: Final = 24

@@ -15,8 +15,8 @@ from migrated.http.errors import BadRequestError, json_answer
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator
 
-    from migrated.agent import Agent
-    from migrated.record import Record
+    from migrated.agent.record import Record
+    from migrated.agent.requests import Agent
 
 AGENT: Final = web.AppKey("agent", object)  # an Agent: a protocol cannot be checked by AppKey
 ABOUT: Final = web.AppKey("about", dict)

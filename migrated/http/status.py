@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from aiohttp.typedefs import Handler, Middleware
 
-    from migrated.agent import Agent
+    from migrated.agent.requests import Agent
 
 #: There is nothing to upload here.
 MAX_BODY_BYTES: Final = 1024

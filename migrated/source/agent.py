@@ -9,25 +9,25 @@ import os
 import structlog
 
 from migrated.address import parse_address
-from migrated.agent import Health, SetRequest, StartRequest
+from migrated.agent.host_agent import HostAgent
+from migrated.agent.record import Record, State, id_of
+from migrated.agent.requests import Health, SetRequest, StartRequest
 from migrated.config import AgentConfig
 from migrated.errors import ConflictError, GuestError, MigratedError, NotFoundError
+from migrated.guests.access.pidfd import process_lives
 from migrated.guests.driver import Region, SourceMemory
-from migrated.guests.pidfd import process_lives
-from migrated.host_agent import HostAgent
-from migrated.journal import Journal, SourceEntry, failed_record
-from migrated.record import Record, State, id_of
+from migrated.recovery.journal import Journal, SourceEntry, failed_record
+from migrated.recovery.state import Legacy, Survival
 from migrated.source.migration import SourceMigration
 from migrated.source.options import Options
 from migrated.source.stage import Recovered
-from migrated.survival import Legacy, Survival
 from migrated.waiting import in_thread
 
 log = structlog.get_logger("migrated.source")
 
 
 class SourceAgent(HostAgent[SourceMigration]):
-    """Implements `migrated.agent.Agent`."""
+    """Implements `migrated.agent.requests.Agent`."""
 
     role = "source"
 

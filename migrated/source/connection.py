@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from migrated.connection import Connection
+from migrated.agent.connection import Connection
 from migrated.errors import MigratedError
 from migrated.memory.engine import URGENT, SourceEngine
 from migrated.protocol.messages import PROTOCOL_VERSION, Resume
 
 if TYPE_CHECKING:
-    from migrated.dialing import Dialer
-    from migrated.link import ControlLink
-    from migrated.migration import Migration
+    from migrated.agent.migration import Migration
+    from migrated.link.control_link import ControlLink
+    from migrated.link.dialing import Dialer
     from migrated.protocol.session import Session
 
 

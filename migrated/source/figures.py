@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from migrated.record import State
+from migrated.agent.record import State
 
 if TYPE_CHECKING:
+    from migrated.agent.rates import Rates
+    from migrated.agent.record import Record
     from migrated.memory.engine import SourceStats
-    from migrated.rates import Rates
-    from migrated.record import Record
 
 BLOCK_BYTES = 4096
 

@@ -19,14 +19,15 @@ import time
 from typing import TYPE_CHECKING
 
 from migrated import __version__
-from migrated.dialing import Dialer
+from migrated.agent.migration import Migration, quietly
+from migrated.agent.rates import Rates
+from migrated.agent.record import Laps, Record, State, id_of
 from migrated.errors import AbortedError, ConflictError, GuestError, MigratedError, PeerError
-from migrated.guests.pidfd import process_lives, process_started
-from migrated.journal import SourceEntry
+from migrated.guests.access.pidfd import process_lives, process_started
+from migrated.link.dialing import Dialer
 from migrated.memory.engine import Event, EventKind, SourceEngine
 from migrated.memory.native import lib
 from migrated.memory.tracker import Tracker
-from migrated.migration import Migration, quietly
 from migrated.protocol.messages import (
     PROTOCOL_VERSION,
     Commit,
@@ -44,8 +45,7 @@ from migrated.protocol.messages import (
 from migrated.protocol.session import Session
 from migrated.protocol.transitions import Role
 from migrated.protocol.transitions import State as SessionState
-from migrated.rates import Rates
-from migrated.record import Laps, Record, State, id_of
+from migrated.recovery.journal import SourceEntry
 from migrated.source import figures
 from migrated.source.connection import TargetConnection
 from migrated.source.precopy import PreCopy
@@ -62,9 +62,9 @@ if TYPE_CHECKING:
     from migrated.address import Address
     from migrated.config import AgentConfig
     from migrated.guests.driver import SourceGuest, SourceMemory
+    from migrated.recovery.state import Survival
     from migrated.source.options import Options
     from migrated.source.stage import Recovered
-    from migrated.survival import Survival
 
 
 class SourceMigration(Migration):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from migrated.address import Address, parse_address
-from migrated.agent import SetRequest, StartRequest
+from migrated.agent.requests import SetRequest, StartRequest
 from migrated.config import COMPRESSIONS, MODES, MigrationSection
 from migrated.errors import ConfigError
 from migrated.units import parse_rate

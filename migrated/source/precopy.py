@@ -21,12 +21,12 @@ from migrated.source.convergence import Convergence, RoundResult, Verdict
 from migrated.waiting import in_thread
 
 if TYPE_CHECKING:
+    from migrated.agent.rates import Rates
+    from migrated.agent.record import Record
     from migrated.guests.driver import SourceGuest
-    from migrated.link import ControlLink
+    from migrated.link.control_link import ControlLink
     from migrated.memory.engine import SourceEngine
     from migrated.memory.tracker import Tracker
-    from migrated.rates import Rates
-    from migrated.record import Record
     from migrated.source.options import Options
 
 #: Of what is marked, compared before the next round is decided on: tells the part that has changed within 3 % of the whole.

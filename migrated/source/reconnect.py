@@ -7,16 +7,16 @@ import contextlib
 import time
 from typing import TYPE_CHECKING
 
+from migrated.agent.record import State
 from migrated.errors import MigratedError, PeerError, TimeoutExceededError
 from migrated.protocol.messages import GUEST_LOST, Commit, Lacking, LackingEnd, Resumed
 from migrated.protocol.transitions import State as SessionState
-from migrated.record import State
 from migrated.waiting import within
 
 if TYPE_CHECKING:
     from migrated.address import Address
+    from migrated.agent.migration import Migration
     from migrated.config import Timeouts
-    from migrated.migration import Migration
     from migrated.source.connection import TargetConnection
 
 

@@ -12,23 +12,23 @@ import contextlib
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any
 
+from migrated.agent.migration import quietly
 from migrated.errors import GuestError, MigratedError, named
-from migrated.guests.pidfd import process_lives
-from migrated.migration import quietly
+from migrated.guests.access.pidfd import process_lives
 from migrated.protocol.bounds import abort_of
 from migrated.protocol.messages import Aborted
 from migrated.waiting import within
 
 if TYPE_CHECKING:
+    from migrated.agent.migration import Migration
     from migrated.config import Timeouts
     from migrated.guests.driver import Memento, SourceGuest
-    from migrated.journal import SourceEntry
-    from migrated.link import ControlLink
-    from migrated.migration import Migration
+    from migrated.link.control_link import ControlLink
+    from migrated.recovery.journal import SourceEntry
+    from migrated.recovery.state import Survival
     from migrated.source.connection import TargetConnection
     from migrated.source.stage import JournalledStage
     from migrated.source.tracking import Tracking
-    from migrated.survival import Survival
 
 
 #: A process that is dying closes its connections first, and is there until its memory is freed.

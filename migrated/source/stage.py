@@ -6,16 +6,16 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from migrated.errors import MigratedError
-from migrated.journal import JournalError
 from migrated.protocol.messages import Ready
 from migrated.protocol.session import Session
 from migrated.protocol.transitions import Role, State
+from migrated.recovery.journal import JournalError
 
 if TYPE_CHECKING:
-    from migrated.dialing import Dialer
     from migrated.guests.driver import SourceGuest, SourceMemory
-    from migrated.journal import SourceEntry
-    from migrated.survival import Survival
+    from migrated.link.dialing import Dialer
+    from migrated.recovery.journal import SourceEntry
+    from migrated.recovery.state import Survival
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from migrated.migration import quietly
+from migrated.agent.migration import quietly
 from migrated.waiting import in_thread
 
 if TYPE_CHECKING:

@@ -14,9 +14,10 @@ import structlog
 
 from migrated import guests
 from migrated.address import Address
-from migrated.agent import Health, SetRequest, StartRequest
+from migrated.agent.host_agent import HostAgent
+from migrated.agent.record import Record, id_of
+from migrated.agent.requests import Health, SetRequest, StartRequest
 from migrated.config import AgentConfig
-from migrated.dialing import heartbeat
 from migrated.errors import (
     ConfigError,
     ConflictError,
@@ -27,11 +28,10 @@ from migrated.errors import (
     NotFoundError,
     RemoteProtocolError,
 )
+from migrated.guests.access.pidfd import PidHandle, process_lives
 from migrated.guests.driver import Region, TargetMemory
-from migrated.guests.pidfd import PidHandle, process_lives
-from migrated.host_agent import HostAgent
-from migrated.journal import Journal, TargetEntry, failed_record
-from migrated.link import ControlLink, tune
+from migrated.link.control_link import ControlLink, tune
+from migrated.link.dialing import heartbeat
 from migrated.memory.engine import URGENT
 from migrated.protocol.bounds import abort_of
 from migrated.protocol.framing import FrameDecoder
@@ -50,8 +50,8 @@ from migrated.protocol.preamble import PREAMBLE_BYTES, Preamble, Purpose, Versio
 from migrated.protocol.session import Session
 from migrated.protocol.transitions import Role
 from migrated.protocol.transitions import State as SessionState
-from migrated.record import Record, id_of
-from migrated.survival import Legacy, Survival
+from migrated.recovery.journal import Journal, TargetEntry, failed_record
+from migrated.recovery.state import Legacy, Survival
 from migrated.target.memory import GuestMemory, users_of
 from migrated.target.migration import TargetMigration
 from migrated.target.stage import Recovered
@@ -65,7 +65,7 @@ FIRST_MESSAGE_MAX_BYTES = 1 << 17
 
 
 class TargetAgent(HostAgent[TargetMigration]):
-    """Implements `migrated.agent.Agent`."""
+    """Implements `migrated.agent.requests.Agent`."""
 
     role = "target"
 

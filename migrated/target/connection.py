@@ -6,14 +6,14 @@ import asyncio
 import os
 from typing import TYPE_CHECKING
 
-from migrated.connection import Connection
+from migrated.agent.connection import Connection
 from migrated.errors import ConnectionLostError, MigratedError, RemoteProtocolError
 from migrated.memory.engine import URGENT, TargetEngine
 from migrated.waiting import within
 
 if TYPE_CHECKING:
-    from migrated.link import ControlLink
-    from migrated.migration import Migration
+    from migrated.agent.migration import Migration
+    from migrated.link.control_link import ControlLink
     from migrated.protocol.session import Session
 
 #: How long a page connection may wait for the engine it belongs to.

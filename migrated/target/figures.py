@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from migrated.record import Faults, FaultSeconds
+from migrated.agent.record import Faults, FaultSeconds
 
 if TYPE_CHECKING:
+    from migrated.agent.rates import Rates
+    from migrated.agent.record import Record
     from migrated.memory.engine import TargetStats
-    from migrated.rates import Rates
-    from migrated.record import Record
 
 
 def update(record: Record, stats: TargetStats, rates: Rates, *, mapped: bool) -> None:

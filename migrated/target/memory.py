@@ -8,8 +8,8 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
+from migrated.guests.access.pidfd import open_files
 from migrated.guests.driver import Region, TargetMemory
-from migrated.guests.pidfd import open_files
 from migrated.memory import memfd
 from migrated.memory.engine import ledger_bytes
 from migrated.waiting import in_thread

@@ -15,6 +15,9 @@ import hmac
 import time
 from typing import TYPE_CHECKING
 
+from migrated.agent.migration import Failure, Migration, quietly
+from migrated.agent.rates import Rates
+from migrated.agent.record import Laps, Record, State, id_of
 from migrated.errors import (
     AbortedError,
     ConflictError,
@@ -25,11 +28,9 @@ from migrated.errors import (
     RemoteProtocolError,
     named,
 )
+from migrated.guests.access.pidfd import process_started
 from migrated.guests.driver import Region, TargetGuest
-from migrated.guests.pidfd import process_started
-from migrated.journal import TargetEntry
 from migrated.memory.engine import Event, EventKind, TargetEngine
-from migrated.migration import Failure, Migration, quietly
 from migrated.protocol.messages import (
     Abort,
     BarrierAck,
@@ -47,8 +48,7 @@ from migrated.protocol.messages import (
     Switchover,
 )
 from migrated.protocol.transitions import State as SessionState
-from migrated.rates import Rates
-from migrated.record import Laps, Record, State, id_of
+from migrated.recovery.journal import TargetEntry
 from migrated.target import figures
 from migrated.target.connection import SourceConnection
 from migrated.target.memory import GuestMemory
@@ -59,9 +59,9 @@ from migrated.waiting import in_thread
 
 if TYPE_CHECKING:
     from migrated.config import AgentConfig
-    from migrated.link import ControlLink
+    from migrated.link.control_link import ControlLink
     from migrated.protocol.session import Session
-    from migrated.survival import Survival
+    from migrated.recovery.state import Survival
     from migrated.target.stage import Recovered
 
 #: Zeroing a huge page that was never used takes the hypervisor's time more than ours: two at once pay.

@@ -9,16 +9,16 @@ import asyncio
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any
 
+from migrated.agent.record import State
 from migrated.errors import MigratedError
 from migrated.protocol.messages import GUEST_LOST, Abort, Aborted, Done, Lacking, LackingEnd, Released, Resume, Resumed
 from migrated.protocol.transitions import State as SessionState
-from migrated.record import State
 from migrated.waiting import end, within
 
 if TYPE_CHECKING:
+    from migrated.agent.migration import Migration
     from migrated.config import Timeouts
-    from migrated.link import ControlLink
-    from migrated.migration import Migration
+    from migrated.link.control_link import ControlLink
     from migrated.target.connection import SourceConnection
 
 #: What is answered to a Resume.

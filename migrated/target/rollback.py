@@ -5,16 +5,16 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
+from migrated.agent.migration import quietly
 from migrated.errors import MigratedError, named
-from migrated.migration import quietly
 from migrated.protocol.bounds import abort_of
 from migrated.protocol.messages import Aborted
 
 if TYPE_CHECKING:
+    from migrated.agent.migration import Migration
     from migrated.guests.driver import TargetGuest
-    from migrated.journal import TargetEntry
-    from migrated.migration import Migration
-    from migrated.survival import Survival
+    from migrated.recovery.journal import TargetEntry
+    from migrated.recovery.state import Survival
     from migrated.target.connection import SourceConnection
     from migrated.target.memory import GuestMemory
 

@@ -6,10 +6,10 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from migrated.agent.record import Record
     from migrated.guests.driver import FaultSource
-    from migrated.journal import TargetEntry
-    from migrated.record import Record
-    from migrated.survival import Survival
+    from migrated.recovery.journal import TargetEntry
+    from migrated.recovery.state import Survival
     from migrated.target.memory import GuestMemory
 
 

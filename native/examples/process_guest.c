@@ -2,7 +2,7 @@
 /*
  * A co-operative guest that checks its memory as it writes it, in several threads.
  *
- *	cc -std=gnu11 -O2 -pthread -Inative/include -Imigrated/guests/images -o process_guest native/examples/process_guest.c
+ *	cc -std=gnu11 -O2 -pthread -Inative/include -Imigrated/demo/images -o process_guest native/examples/process_guest.c
  *	MIGRATED_SOCKET=/run/p1.sock ./process_guest --size 256 --threads 2 --rate max --pattern sparse
  *
  * --regions N splits the memory; --within MIB spreads it, 2 MiB by 2 MiB, over a memory as large as that, the rest of which

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * Client of a co-operative guest: a C program whose memory `migrated` can move to another host while it works.  Header only;
- * needs POSIX threads.  docs/process-guests.md describes the messages; the Python client is migrated/guests/client.py.
+ * needs POSIX threads.  docs/process-guests.md describes the messages; the Python client is migrated/guests/process/client.py.
  *
  *	struct migrated_region regions[] = { { .name = "heap", .size_bytes = 1 << 30 } };
  *	struct migrated_guest guest;

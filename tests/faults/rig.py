@@ -66,7 +66,7 @@ def build_guest(directory: Path) -> Path:
             "-I",
             str(root / "native/include"),
             "-I",
-            str(root / "migrated/guests/images"),
+            str(root / "migrated/demo/images"),
         ),
         *("-o", str(program), str(HERE / "guest.c")),
     ]

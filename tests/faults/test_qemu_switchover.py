@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from migrated.guests.qmp import Monitor
+from migrated.guests.qemu.qmp import Monitor
 from migrated.protocol.preamble import Purpose
 from migrated.waiting import within
 from tests.faults.proxy import DOWN, UP, Gate, Proxy

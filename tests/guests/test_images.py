@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from migrated.demo.console import GuestConsole
+from migrated.demo.images import build_bootsector, build_disk, build_linux_guest
 from migrated.demo.qemu_guest import QEMU
-from migrated.guests.console import GuestConsole
-from migrated.guests.images import build_bootsector, build_disk, build_linux_guest
 
 MIB = 1 << 20
 LIMIT = 60.0

@@ -19,8 +19,8 @@ import pytest_asyncio
 from migrated.demo.pair import free_port
 from migrated.demo.qemu_guest import QEMU
 from migrated.errors import GuestError, MigratedError
-from migrated.guests.pidfd import PidHandle
-from migrated.guests.qmp import Monitor
+from migrated.guests.access.pidfd import PidHandle
+from migrated.guests.qemu.qmp import Monitor
 from migrated.protocol.messages import PROTOCOL_VERSION
 from migrated.protocol.preamble import PREAMBLE_BYTES, Preamble, Purpose, VersionMismatchError, encode, refusal
 from tests.rig import traces

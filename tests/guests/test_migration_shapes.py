@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from migrated.demo.images import build_disk
 from migrated.errors import GuestError
-from migrated.guests.images import build_disk
-from migrated.guests.qmp import Monitor
+from migrated.guests.qemu.qmp import Monitor
 from tests.rig import swap
 from tests.rig.guest import MIB, MovingGuest, moving_guest
 from tests.rig.pages import PagesUnavailableError, more_pages

@@ -19,13 +19,13 @@ import pytest
 from structlog.testing import capture_logs
 
 from migrated.config import Timeouts
+from migrated.demo.console import GuestConsole
 from migrated.demo.pair import AgentPair
 from migrated.errors import GuestError, GuestRefusedError, MigratedError, TimeoutExceededError
-from migrated.guests.console import GuestConsole
 from migrated.guests.driver import FaultSource, Region, TargetMemory
-from migrated.guests.process import ProcessTargetConfig
-from migrated.guests.process_source import ProcessHub, ProcessSource
-from migrated.guests.process_target import ProcessTarget
+from migrated.guests.process.config import ProcessTargetConfig
+from migrated.guests.process.source import ProcessHub, ProcessSource
+from migrated.guests.process.target import ProcessTarget
 from migrated.memory import memfd
 from migrated.memory.tracker import Tracker
 
@@ -75,7 +75,7 @@ def c_example(tmp_path_factory: pytest.TempPathFactory) -> str:
         "-I",
         str(ROOT / "native/include"),
     ]
-    command += ["-I", str(ROOT / "migrated/guests/images"), "-o", str(out)]
+    command += ["-I", str(ROOT / "migrated/demo/images"), "-o", str(out)]
     subprocess.run([*command, str(ROOT / "native/examples/process_guest.c")], check=True, timeout=60)
     return str(out)
 
@@ -85,7 +85,7 @@ def program(request: pytest.FixtureRequest, python: str) -> list[str]:
     """The command line of a self-checking guest, up to its options."""
     if request.param == "c":
         return [request.getfixturevalue("c_example"), "--threads", "2", "--rate", "20000"]
-    return [python, "-m", "migrated.guests.example", "--rate", "500"]
+    return [python, "-m", "migrated.demo.example", "--rate", "500"]
 
 
 class Guest:
@@ -200,7 +200,7 @@ async def test_a_guest_paused_when_its_agent_died_is_made_to_run_by_the_next(sho
 
 
 async def test_an_incoming_guest_is_taken_back_by_a_restarted_agent(short: Path, python: str) -> None:
-    command = [python, "-m", "migrated.guests.example", "--size", str(SIZE // MIB), "--console", str(short / "con")]
+    command = [python, "-m", "migrated.demo.example", "--size", str(SIZE // MIB), "--console", str(short / "con")]
     config = ProcessTargetConfig(command=command)
     fd = memfd.allocate(SIZE, 4096, "ram")
     memory = (TargetMemory(Region("ram", SIZE, 4096), fd),)
@@ -460,7 +460,7 @@ async def test_a_program_that_never_connects_is_told_with_its_words(short: Path,
     guest = None
     try:
         async with pair:
-            guest = Guest([python, "-m", "migrated.guests.example"], short / "p.sock", short / "con")
+            guest = Guest([python, "-m", "migrated.demo.example"], short / "p.sock", short / "con")
             await console.attach(short / "con")
             await console.stats(LIMIT)
             record = await pair.migrate("p")
@@ -474,10 +474,10 @@ async def test_a_program_that_never_connects_is_told_with_its_words(short: Path,
 
 async def test_only_the_program_that_was_started_is_taken_for_the_guest(short: Path, python: str) -> None:
     """What an earlier agent left may still try to connect to the same socket."""
-    example = f"{python} -m migrated.guests.example --size {SIZE // MIB} --console {short / 'con'}"
+    example = f"{python} -m migrated.demo.example --size {SIZE // MIB} --console {short / 'con'}"
     wait = f"while [ ! -e {short / 'go'} ]; do sleep 0.01; done"
     target = ProcessTarget("p", ProcessTargetConfig(command=["sh", "-c", f"{wait}; exec {example}"]), short, Timeouts())
-    stranger = Guest([python, "-m", "migrated.guests.example"], short / "guest.sock", short / "con2")
+    stranger = Guest([python, "-m", "migrated.demo.example"], short / "guest.sock", short / "con2")
     fd = memfd.allocate(SIZE, 4096, "ram")
     try:
         with capture_logs() as logs:
@@ -499,7 +499,7 @@ async def test_an_incoming_guest_is_found_again_after_its_connection_broke(
     short: Path, python: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever its first attempt meets: after COMMIT there is nobody else who could make it run."""
-    command = [python, "-m", "migrated.guests.example", "--size", str(SIZE // MIB), "--console", str(short / "con")]
+    command = [python, "-m", "migrated.demo.example", "--size", str(SIZE // MIB), "--console", str(short / "con")]
     config = ProcessTargetConfig(command=command)
     fd = memfd.allocate(SIZE, 4096, "ram")
     memory = (TargetMemory(Region("ram", SIZE, 4096), fd),)

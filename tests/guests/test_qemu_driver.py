@@ -25,21 +25,22 @@ from typing import Any
 import pytest
 
 from migrated.config import Timeouts
+from migrated.demo.console import GuestConsole
+from migrated.demo.images import build_bootsector
 from migrated.demo.qemu_guest import QEMU
 from migrated.errors import ConfigError, GuestError, GuestRefusedError, MigratedError
-from migrated.guests import injection, qemu_source
-from migrated.guests.console import GuestConsole
+from migrated.guests.access import injection
+from migrated.guests.access.pidfd import PidHandle, open_files
 from migrated.guests.driver import FaultSource, Region, SourceMemory, TargetMemory
-from migrated.guests.images import build_bootsector
-from migrated.guests.pidfd import PidHandle, open_files
-from migrated.guests.qemu import Description, QemuSourceConfig, QemuTargetConfig, decode_config
-from migrated.guests.qemu_command import check_command
-from migrated.guests.qemu_source import QemuSource
-from migrated.guests.qemu_target import QemuTarget
-from migrated.guests.qmp import Monitor
-from migrated.guests.residence import residences
+from migrated.guests.qemu import source as qemu_source
+from migrated.guests.qemu.command import check_command
+from migrated.guests.qemu.config import Description, QemuSourceConfig, QemuTargetConfig, decode_config
+from migrated.guests.qemu.qmp import Monitor
+from migrated.guests.qemu.source import QemuSource
+from migrated.guests.qemu.target import QemuTarget
 from migrated.memory import memfd as memory_memfd
 from migrated.memory.native import uffd_register, uffd_unregister
+from migrated.memory.smaps import residences
 
 MIB = 1 << 20
 TIMEOUTS = Timeouts()

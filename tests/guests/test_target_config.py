@@ -24,12 +24,12 @@ from migrated.cli.host import inspect
 from migrated.demo.pair import short_directory
 from migrated.demo.qemu_guest import QEMU
 from migrated.errors import GuestError
+from migrated.guests.access.pidfd import PidHandle
 from migrated.guests.driver import Region, TargetMemory
-from migrated.guests.pidfd import PidHandle
-from migrated.guests.qemu import QemuTargetConfig, decode_config
-from migrated.guests.qemu_command import check_command, command_line
-from migrated.guests.qemu_options import Properties, parse_options, parse_size
-from migrated.guests.qmp import Monitor
+from migrated.guests.qemu.command import check_command, command_line
+from migrated.guests.qemu.config import QemuTargetConfig, decode_config
+from migrated.guests.qemu.options import Properties, parse_options, parse_size
+from migrated.guests.qemu.qmp import Monitor
 from migrated.memory import memfd
 from tests.rig import supervisor
 from tests.rig.guest import MIB, moving_guest

@@ -14,9 +14,9 @@ from typing import Any
 
 import aiohttp
 
+from migrated.demo.console import GuestConsole
 from migrated.demo.pair import AgentPair, AgentProcess, free_port, short_directory
-from migrated.guests.client import ENVIRONMENT
-from migrated.guests.console import GuestConsole
+from migrated.guests.process.client import ENVIRONMENT
 from migrated.waiting import within
 from tests.rig import supervisor
 
@@ -41,7 +41,7 @@ TIMEOUTS = {"handshake": 2.0, "connect": 3.0, "abort": 5.0, "shutdown": 5.0, "re
 def build_guest(directory: Path) -> Path:
     """Compile the example guest in C; raises CalledProcessError, FileNotFoundError without a compiler."""
     program = directory / "process_guest"
-    includes = (f"-I{ROOT / 'native/include'}", f"-I{ROOT / 'migrated/guests/images'}")
+    includes = (f"-I{ROOT / 'native/include'}", f"-I{ROOT / 'migrated/demo/images'}")
     source = ROOT / "native/examples/process_guest.c"
     subprocess.run(
         ["cc", "-std=gnu11", "-O2", "-pthread", *includes, "-o", str(program), str(source)], check=True, timeout=120
@@ -168,7 +168,7 @@ class Place:
         return self.directory / f"{name}.1.tty"
 
     def command(self, name: str, console: Path) -> list[str]:
-        program = [sys.executable, "-m", "migrated.guests.example"] if name == "python" else [str(self._program)]
+        program = [sys.executable, "-m", "migrated.demo.example"] if name == "python" else [str(self._program)]
         return [*program, "--size", str(self.memory_bytes // MIB), *NAMES[name], "--console", str(console)]
 
     async def guest(self, name: str = "g0") -> Guest:

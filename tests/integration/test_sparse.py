@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from migrated.demo.console import GuestConsole
 from migrated.demo.pair import AgentPair, short_directory
-from migrated.guests.client import ENVIRONMENT
-from migrated.guests.console import GuestConsole
+from migrated.guests.process.client import ENVIRONMENT
 from tests.rig.pages import PagesUnavailableError, more_pages
 
 MIB = 1 << 20

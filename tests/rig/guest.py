@@ -12,12 +12,12 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from migrated.demo import cache_directory
+from migrated.demo.console import GuestConsole, Load
 from migrated.demo.pair import short_directory
 from migrated.demo.qemu_guest import QemuGuest, RunningQemu
-from migrated.guests.console import GuestConsole, Load
-from migrated.guests.qemu_memory import place, ram_blocks
-from migrated.guests.qmp import Monitor
+from migrated.demo.run import cache_directory
+from migrated.guests.qemu.memory import place, ram_blocks
+from migrated.guests.qemu.qmp import Monitor
 from migrated.memory.maps import areas
 from migrated.waiting import within
 from tests.rig import supervisor, traces

@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from migrated.demo import cache_directory
+from migrated.demo.run import cache_directory
 from migrated.errors import HostError
 from tests.rig import supervisor
 

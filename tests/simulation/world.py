@@ -17,19 +17,22 @@ from typing import Any, Final, cast
 
 import structlog
 
-from migrated import archive, dialing, host_agent, journal, survival
 from migrated import config as configuration
 from migrated import guests as drivers
-from migrated.agent import SetRequest, StartRequest
+from migrated.agent import archive, host_agent
+from migrated.agent.migration import Migration
+from migrated.agent.record import State
+from migrated.agent.requests import SetRequest, StartRequest
 from migrated.config import AgentConfig, Timeouts
 from migrated.errors import MigratedError
-from migrated.guests import pidfd
+from migrated.guests.access import pidfd
+from migrated.link import dialing
 from migrated.memory.engine import URGENT, EventKind
-from migrated.migration import Migration
 from migrated.protocol import transitions
 from migrated.protocol.session import Session
 from migrated.protocol.transitions import Role
-from migrated.record import State
+from migrated.recovery import journal
+from migrated.recovery import state as survival
 from migrated.source import agent as source_agent
 from migrated.source import connection as source_connection
 from migrated.source import migration as source_migration

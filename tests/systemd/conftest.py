@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from migrated.demo import cache_directory
 from migrated.demo.pair import short_directory
 from migrated.demo.qemu_guest import QemuGuest
+from migrated.demo.run import cache_directory
 from tests.rig import supervisor
 from tests.rig.pages import PagesUnavailableError, more_pages
 from tests.rig.trees import TreeUnavailableError

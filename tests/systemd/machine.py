@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import migrated._native
-from migrated.demo import cache_directory
+from migrated.demo.run import cache_directory
 from tests.rig import supervisor, trees
 
 ROOT = Path(__file__).parents[2]

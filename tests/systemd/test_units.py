@@ -88,7 +88,7 @@ async def test_a_killed_agent_has_its_descriptors_back_from_the_store(unit_guest
         await agent.restarted(former)
         assert await state.lacking() > 0
         for machine in (state.source.machine, state.target.machine):
-            assert not [line for line in machine.processes().values() if "migrated.holder" in line]
+            assert not [line for line in machine.processes().values() if "migrated.recovery.holder" in line]
     assert int(agent.show("NFileDescriptorStore")) == 0
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from migrated import config
 from migrated.guests import Residents, guest_log
-from migrated.guests.pidfd import PidHandle
+from migrated.guests.access.pidfd import PidHandle
 from migrated.waiting import within
 
 PATIENCE_SECONDS = 20.0

@@ -10,9 +10,9 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 from migrated import config, daemon
-from migrated.agent import Health, SetRequest, StartRequest
+from migrated.agent.record import Faults, FaultSeconds, Record, State, StateChange
+from migrated.agent.requests import Health, SetRequest, StartRequest
 from migrated.errors import ConflictError, GuestRefusedError, NotFoundError
-from migrated.record import Faults, FaultSeconds, Record, State, StateChange
 from migrated.units import parse_rate
 
 GUEST = "vm1"

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from migrated.agent import StartRequest
+from migrated.agent.record import ErrorInfo, Record, State
+from migrated.agent.requests import StartRequest
 from migrated.cli import client, failure, rendering
 from migrated.cli.migrations import format_loss
 from migrated.errors import HostError, MigratedError
-from migrated.record import ErrorInfo, Record, State
 from tests.unit.http_cli.served import Served
 
 pytest_plugins = ["tests.unit.http_cli.served_fixtures"]

@@ -17,11 +17,12 @@ from pathlib import Path
 
 import pytest
 
-from migrated import config, service
+from migrated import config
 from migrated import daemon as module
 from migrated.cli.client import Client
 from migrated.daemon import blocking_calls
 from migrated.errors import HostError
+from migrated.recovery import systemd as service
 from migrated.waiting import in_thread
 from tests.unit.http_cli.served import serving
 
@@ -253,7 +254,7 @@ def test_stored_descriptors_reach_the_manager_and_are_not_dropped_for_polling_an
 RETURN = """
 import json, os, sys
 os.environ["LISTEN_PID"] = str(os.getpid())
-from migrated import service
+from migrated.recovery import systemd as service
 fds = service.take_stored_fds()
 print(json.dumps([fds, [os.get_inheritable(fd) for group in fds.values() for fd in group], service.take_stored_fds()]))
 """

@@ -8,11 +8,11 @@ import msgspec
 import pytest
 
 from migrated import errors
-from migrated.agent import StartRequest
+from migrated.agent.record import Record, State
+from migrated.agent.requests import StartRequest
 from migrated.cli.client import Client
 from migrated.cli.failure import RemoteError
 from migrated.errors import HostError, PeerError
-from migrated.record import Record, State
 from tests.unit.http_cli.served import Served
 
 pytest_plugins = ["tests.unit.http_cli.served_fixtures"]

@@ -8,9 +8,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from structlog.testing import capture_logs
 
 from migrated import __version__, daemon
-from migrated.agent import StartRequest
+from migrated.agent.record import State
+from migrated.agent.requests import StartRequest
 from migrated.http import reading
-from migrated.record import State
 from tests.unit.http_cli.served import Served, settings_for
 
 pytest_plugins = ["tests.unit.http_cli.served_fixtures"]

@@ -9,10 +9,11 @@ from typing import Any, cast
 import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
-from migrated import archive, config
-from migrated.archive import Archive
+from migrated import config
+from migrated.agent import archive
+from migrated.agent.archive import Archive
+from migrated.agent.record import Record, State
 from migrated.http.metrics import exposition, make_registry
-from migrated.record import Record, State
 from migrated.source.agent import SourceAgent
 from migrated.source.migration import SourceMigration
 

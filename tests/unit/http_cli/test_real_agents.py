@@ -11,9 +11,10 @@ from typing import Any
 import aiohttp
 import pytest
 
-from migrated import archive, config, daemon
-from migrated.archive import Archive
-from migrated.record import Record, State
+from migrated import config, daemon
+from migrated.agent import archive
+from migrated.agent.archive import Archive
+from migrated.agent.record import Record, State
 
 pytest_plugins = ["tests.unit.http_cli.served_fixtures"]
 

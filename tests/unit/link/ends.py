@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 
-from migrated.link import ControlLink
+from migrated.link.control_link import ControlLink
 from migrated.protocol import framing
 from migrated.protocol.heartbeat import Heartbeat
 from migrated.protocol.messages import PROTOCOL_VERSION, AnyMessage, Hello, Ready, RegionInfo

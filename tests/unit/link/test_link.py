@@ -17,7 +17,7 @@ from migrated.errors import (
     RemoteProtocolError,
     TimeoutExceededError,
 )
-from migrated.link import INBOX_MESSAGES, ControlLink, StatePipe, tune
+from migrated.link.control_link import INBOX_MESSAGES, ControlLink, StatePipe, tune
 from migrated.protocol import framing
 from migrated.protocol.messages import (
     Abort,

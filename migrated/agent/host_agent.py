@@ -1,0 +1,112 @@
+"""What both agents are: a roster of migrations, the tasks that do them, and an end that leaves every guest safe."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any, Generic, TypeVar
+
+from migrated import guests
+from migrated.agent import archive
+from migrated.agent.archive import Archive
+from migrated.agent.migration import Migration
+from migrated.agent.record import Record
+from migrated.agent.table import Roster
+from migrated.config import AgentConfig
+from migrated.errors import ConflictError
+from migrated.recovery.store import EitherKeeper, keeper_for
+from migrated.waiting import end
+
+M = TypeVar("M", bound=Migration)
+
+
+class HostAgent(Generic[M]):
+    """Base of `SourceAgent` and `TargetAgent`; the methods without an underscore are those of `migrated.agent.requests.Agent`."""
+
+    role = ""
+
+    def __init__(self, config: AgentConfig, log: Any) -> None:
+        self.config = config
+        self._log = log
+        self._roster: Roster[M] = Roster(
+            keep=config.limits.max_records,
+            archive=Archive(config.state_dir / archive.NAME, keep=config.limits.max_records),
+        )
+        self._tasks: dict[asyncio.Task[None], M] = {}
+        self._started = False  # what an agent before us left is taken back, and new work can come
+        self._stopping = False
+        self._residents = guests.Residents(config)
+        self._keeper = keeper_for(config.state_dir)
+
+    def _reasons(self) -> list[str]:
+        """Why this agent is not ready, as far as both roles can say."""
+        return ["starting"] * (not self._started) + ["shutting down"] * self._stopping
+
+    def guests(self) -> list[str]:
+        """Names, as configured."""
+        return sorted(self.config.guests)
+
+    def records(self, *, ended: bool = True) -> list[Record]:
+        """All migrations, oldest first, with fresh figures."""
+        return self._roster.records(ended=ended)
+
+    def record(self, migration_id: str) -> Record:
+        """By id, a unique prefix of it, or the guest's name; NotFoundError."""
+        return self._roster.record(migration_id)
+
+    async def abort(self, migration_id: str) -> Record:
+        """End it, while that can be done without harm; ConflictError later."""
+        migration = self._roster.find(migration_id)
+        migration.abort()
+        return migration.record
+
+    def events(self, migration_id: str) -> AsyncIterator[Record]:
+        """The record now, and whenever it changes, until ended."""
+        return self._roster.events(migration_id)
+
+    def _launch(self, migration: M) -> None:
+        self._roster.add(migration)
+        task = asyncio.ensure_future(self._run(migration))
+        self._tasks[task] = migration
+        task.add_done_callback(lambda _: self._tasks.pop(task, None))
+
+    async def _leave(self, migration: M | None) -> None:
+        """End our work on a migration; the guest stays as it is, and so does the journal."""
+        for task in [task for task, known in self._tasks.items() if known is migration]:
+            await end(task)
+
+    def _check_confirmed(self, record: Record, confirm: str, verb: str) -> None:
+        if confirm != record.guest:
+            raise ConflictError(
+                f"{verb} of {record.id} cannot be undone: confirm it with the name of the guest, {record.guest}",
+                state=record.state.value,
+                code="confirm",
+                hint=f"`migrated {verb} {record.id} --confirm {record.guest}`",
+            )
+
+    async def _run(self, migration: M) -> None:
+        await migration.run()
+        if self._roster.of_guest(migration.record.guest) is None:  # the next may have begun when this one had its end
+            self._residents.tidy(migration.record.guest)
+
+    async def _wind_up(self) -> None:
+        """Take nothing new, abort what can be aborted, and stay until nobody needs this process.
+
+        Migrations that only wait for a peer nobody can reach are left: their guests wait, and a later agent goes on.
+        """
+        self._stopping = True
+        for migration in self._roster.active:
+            with contextlib.suppress(ConflictError):
+                migration.abort()
+        if self._roster.active:
+            self._log.warning("staying for migrations that cannot be aborted", count=len(self._roster.active))
+        while self._tasks:
+            done, _ = await asyncio.wait(self._tasks, timeout=self.config.timeouts.shutdown)
+            if not done and all(migration.waits_for_peer for migration in self._roster if not migration.over):
+                if isinstance(self._keeper, EitherKeeper):
+                    await self._keeper.hand_over()
+                self._log.warning("leaving with migrations under way: their guests wait", count=len(self._tasks))
+                for task in list(self._tasks):
+                    task.cancel()
+                await asyncio.wait(self._tasks)

@@ -1,0 +1,270 @@
+"""What a migration is on either side: a record that follows the table, people who watch it, and one task that does it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, TypeVar
+
+import structlog
+
+from migrated.agent.record import NEXT, ErrorInfo, Record, State, StateChange
+from migrated.errors import AbortedError, MigratedError, hinted, named
+from migrated.memory.engine import Event, EventKind
+from migrated.waiting import end
+
+T = TypeVar("T")
+
+#: Figures are told to watchers at most this often.
+TICK_SECONDS = 0.5
+#: Changes of state that a record keeps.
+TIMELINE_CHANGES = 200
+
+
+class Failure:
+    """The first thing that went wrong, whoever met it; waits end with it.
+
+    Monitors call `set`; the flow runs its waits through `guard`, which cancels the wait and raises the failure instead.
+    """
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+        self.error: BaseException | None = None
+
+    def set(self, error: BaseException) -> None:
+        """Keep the first one."""
+        if self.error is None:
+            self.error = error
+            self._event.set()
+
+    def clear(self) -> None:
+        """Start anew (a reconnect)."""
+        self.error = None
+        self._event.clear()
+
+    @property
+    def is_set(self) -> bool:
+        """Whether something failed."""
+        return self.error is not None
+
+    async def wait(self) -> BaseException:
+        """Until something fails."""
+        await self._event.wait()
+        if self.error is None:
+            raise MigratedError("the failure was cleared while somebody waited for it")
+        return self.error
+
+    async def guard(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run ``work``; if the failure comes first, cancel it, wait until it is really over, and raise the failure."""
+        task = asyncio.ensure_future(work)
+        failed = asyncio.ensure_future(self._event.wait())
+        try:
+            await asyncio.wait({task, failed}, return_when=asyncio.FIRST_COMPLETED)
+            await end(task)
+            if self.error is not None and (task.cancelled() or task.exception() is not None):
+                raise self.error
+            return task.result()
+        finally:
+            failed.cancel()
+            await end(task)
+
+
+class Migration:
+    """Base of both sides."""
+
+    role = ""
+
+    def __init__(self, record: Record) -> None:
+        self.record = record
+        self.log = structlog.get_logger(f"migrated.{self.role}").bind(migration=record.id, guest=record.guest)
+        self.failure = Failure()
+        self.rounds_done: asyncio.Queue[int] = asyncio.Queue()
+        self.all_sent = asyncio.Event()
+        self.all_current = asyncio.Event()
+        self.on_end: Callable[[Record], None] | None = None
+        self._over = False
+        self._watchers: set[asyncio.Event] = set()
+        self._background: set[asyncio.Task[Any]] = set()
+        record.timeline.append(StateChange(record.state, record.started_at))
+
+    # ------------------------------------------------------------ state
+
+    @property
+    def id(self) -> str:
+        """As in the record."""
+        return self.record.id
+
+    def set_state(self, state: State, error: BaseException | None = None) -> None:
+        """The only place a migration's state changes: checks the table, writes the time line, logs, tells watchers."""
+        before = self.record.state
+        if state is before:
+            return
+        if state not in NEXT[before]:
+            raise MigratedError(f"migration {self.id}: no way from {before} to {state}: this is a bug")
+        now = time.time()
+        if error is not None:
+            self.record.error = ErrorInfo(**{k: str(v) for k, v in hinted(error).items() if k != "state"})
+        self._add_to_timeline(StateChange(state, now))
+        self.record.state = state
+        if self.record.ended:
+            self.refresh()
+            self.record.ended_at = now
+            if self.on_end is not None:
+                self.on_end(self.record)
+        level = self.log.warning if error is not None else self.log.info
+        level("state", before=before.value, state=state.value, **({"error": str(error)} if error else {}))
+        self.notify()
+
+    def _add_to_timeline(self, change: StateChange) -> None:
+        """Its beginning and its end stay; a link that flaps for weeks must not make the record grow."""
+        timeline = self.record.timeline
+        timeline.append(change)
+        if len(timeline) > TIMELINE_CHANGES:
+            del timeline[TIMELINE_CHANGES // 2]
+
+    def notify(self) -> None:
+        """Wake watchers."""
+        for watcher in self._watchers:
+            watcher.set()
+
+    def background(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """Run beside the flow; kept alive, cancelled by `stop_background`; a crash is a failure of the migration."""
+        task = asyncio.ensure_future(work)
+        self._background.add(task)
+        task.add_done_callback(self._background_done)
+        return task
+
+    def _background_done(self, task: asyncio.Task[Any]) -> None:
+        self._background.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.failure.set(error)
+
+    async def stop_background(self) -> None:
+        """Cancel everything `background` still runs."""
+        tasks = [task for task in self._background if task is not asyncio.current_task()]
+        await asyncio.gather(*(end(task) for task in tasks))
+
+    @property
+    def over(self) -> bool:
+        """Whether `run` has returned: nothing of this migration is left in this process but the record."""
+        return self._over
+
+    @property
+    def waits_for_peer(self) -> bool:
+        """Whether only the other agent can bring it on."""
+        return self.record.state in (State.POSTCOPY_PAUSED, State.RECOVERING) or self.record.ended
+
+    # ------------------------------------------------------------ begin and end
+
+    async def run(self) -> None:
+        """The whole migration; ends in a final state, never raises."""
+        ticker = asyncio.ensure_future(self.tick())
+        try:
+            await self._migrate()
+        except Exception as error:  # noqa: BLE001 - the last resort
+            self._fail_unforeseen(error)
+        finally:
+            ticker.cancel()
+            try:
+                await self._let_go()
+            except Exception as error:  # noqa: BLE001 - what is left of it must not keep the agent from ending
+                self._fail_unforeseen(error)
+            finally:
+                self._over = True
+            await quietly(self._after_the_end(), self.log, "say the last")
+
+    async def _migrate(self) -> None:
+        """The flow, failures included; returns in a final state."""
+        raise NotImplementedError
+
+    async def _let_go(self) -> None:
+        """Descriptors, threads, tasks: whatever the end was, cancelled too.  Leaves the guest as it is."""
+        await self.stop_background()
+
+    async def _after_the_end(self) -> None:
+        """What is still to be said once nothing of the migration is left."""
+
+    def end_before_commit(self, error: BaseException) -> None:
+        """As aborted where somebody asked for it, here or on the other side, else as failed."""
+        asked = named(error).code == AbortedError.default_code
+        self.set_state(State.ABORTED if asked else State.FAILED, error)
+
+    def _fail_unforeseen(self, error: Exception) -> None:
+        """The last resort of `run`: a mistake of ours ends this migration in a named state, never the agent."""
+        self.log.error("a migration met an error nobody foresaw: this is a bug", error=str(error), exc_info=error)
+        if not self.record.ended:
+            self.record.state = State.FAILED
+            self.record.error = ErrorInfo(**{k: str(v) for k, v in hinted(error).items() if k != "state"})
+            self.record.timeline.append(StateChange(State.FAILED, time.time()))
+        if self.record.ended_at is None:  # also when it was the end itself that failed
+            self.record.ended_at = time.time()
+            try:
+                if self.on_end is not None:
+                    self.on_end(self.record)
+            except Exception as problem:  # noqa: BLE001 - as above
+                self.log.warning("the end of a migration cannot be recorded", error=str(problem))
+        self.notify()
+
+    def abort(self) -> None:
+        """Give up; ConflictError when that cannot be done any more."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------ figures
+
+    def refresh(self) -> None:
+        """Bring the record's figures up to date; each side knows how."""
+
+    async def tick(self) -> None:
+        """Refresh and tell watchers, until the end or cancelled."""
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            if self.record.ended:
+                return  # the figures of the end stay
+            self.refresh()
+            self.notify()
+
+    async def events(self) -> AsyncIterator[Record]:
+        """The record now and whenever it changes, until it has ended."""
+        changed = asyncio.Event()
+        self._watchers.add(changed)
+        try:
+            while True:
+                ended = self.record.ended  # it may end while the watcher holds what we give: then once more
+                if not ended:
+                    self.refresh()
+                yield self.record
+                if ended:
+                    return
+                await changed.wait()
+                changed.clear()
+        finally:
+            self._watchers.discard(changed)
+
+    # ------------------------------------------------------------ engine events common to both sides
+
+    def on_engine_event(self, event: Event) -> None:
+        """Sort an engine's events; runs in the loop."""
+        match event.kind:
+            case EventKind.ROUND_DONE:
+                self.rounds_done.put_nowait(event.value)
+            case EventKind.ALL_SENT:
+                self.all_sent.set()
+            case EventKind.ALL_CURRENT:
+                self.all_current.set()
+            case EventKind.STREAM_LOST | EventKind.FAILED:
+                error = event.error or MigratedError(f"stream {event.stream} ended")
+                self.log.warning("engine", kind=event.kind.name, stream=event.stream, error=str(error))
+                self.failure.set(error)
+            case _:
+                pass
+
+
+async def quietly(work: Coroutine[Any, Any, Any], log: Any, what: str) -> None:
+    """Run one step of a clean-up: what fails is logged, the next step still runs."""
+    try:
+        await work
+    except asyncio.CancelledError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a clean-up goes on whatever one of its steps meets
+        log.warning("clean-up step failed", step=what, error=str(error))

@@ -1,0 +1,1 @@
+"""Access to other processes: pidfds, and system calls made in them."""

@@ -1,0 +1,213 @@
+"""A userfaultfd inside an unmodified process, made from outside, and taken out again without a trace.
+
+A userfaultfd belongs to the memory of the process that *makes* it, so the call must be made in that process: one system
+call is run in one of its threads (``mgd_inject_syscall``), and ``pidfd_getfd`` brings a duplicate of the descriptor here.
+The process keeps its own descriptor on purpose: the kernel lets every waiting thread go when the last one is closed, and a
+guest that waits while our daemon is dead is right, a guest that reads stale memory is not.
+
+A process without the right to call userfaultfd gets it through ``/dev/userfaultfd``: the descriptor of the device, opened
+by us and handed over by whatever channel the process offers, carries the right; the ioctl on it is run in the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import errno
+import os
+import platform
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from migrated.errors import GuestError, GuestRefusedError, MigratedError
+from migrated.guests.access.pidfd import PidHandle, open_files
+from migrated.memory.native import inject_syscall, uffd_api
+from migrated.waiting import in_thread
+
+_SYS_CLOSE = 3
+_SYS_MMAP = 9
+_SYS_IOCTL = 16
+_SYS_MADVISE = 28
+_SYS_KCMP = 312
+_SYS_USERFAULTFD = 323
+_KCMP_FILE = 0
+_PROT_READ_WRITE = 1 | 2
+_MAP_SHARED_FIXED = 0x01 | 0x10
+_MADV_DONTNEED_LOCKED = 24  # Linux 5.18
+_USERFAULTFD_IOC_NEW = 0xAA00
+_FLAGS = os.O_CLOEXEC | os.O_NONBLOCK
+_LINK = "anon_inode:[userfaultfd]"
+DEVICE = Path("/dev/userfaultfd")
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+#: Hands a descriptor of ours to the process; when the returned callable is awaited the process closes its own again.
+HandOver = Callable[[int], Awaitable[Callable[[], Awaitable[None]]]]
+
+
+@dataclasses.dataclass(slots=True)
+class InjectedUffd:
+    """``fd``: our duplicate; ``remote_fd``: its number in the process; ``stopped_seconds``: how long a thread stood still."""
+
+    process: PidHandle
+    fd: int
+    remote_fd: int
+    stopped_seconds: float
+
+
+def remote_syscall(process: PidHandle, number: int, *arguments: int) -> tuple[int, float]:
+    """Run a system call in the process: its raw result, and for how many seconds its main thread stood still.  Blocks.
+
+    Raises GuestRefusedError ``cannot-inject``.
+    """
+    if platform.machine() != "x86_64":
+        raise GuestRefusedError(
+            f"reaching into a running process is not implemented on {platform.machine()}", code="cannot-inject"
+        )
+    try:
+        injected = inject_syscall(process.pid, number, arguments)
+    except MigratedError as error:
+        raise GuestRefusedError(
+            f"cannot reach into process {process.pid}: {error.message}",
+            code="cannot-inject",
+            hint="the agent needs CAP_SYS_PTRACE, and nothing else (a debugger) may trace the process",
+        ) from error
+    return injected.result, injected.stopped_seconds
+
+
+def map_over(process: PidHandle, address: int, length_bytes: int, remote_fd: int) -> None:
+    """Have the process map its descriptor ``remote_fd``, shared, over whatever is at ``address``.  Blocks.
+
+    Raises GuestRefusedError ``cannot-inject``.
+    """
+    arguments = (address, length_bytes, _PROT_READ_WRITE, _MAP_SHARED_FIXED, remote_fd, 0)
+    result, _ = remote_syscall(process, _SYS_MMAP, *arguments)
+    if result != address:
+        raise _failed(process, "mmap", address, length_bytes, result)
+
+
+def empty_page_tables(process: PidHandle, address: int, length_bytes: int) -> None:
+    """Take a shared mapping's pages out of the page tables of the process, locked ones too; the file keeps them.  Blocks.
+
+    Raises GuestRefusedError ``cannot-inject``.
+    """
+    result, _ = remote_syscall(process, _SYS_MADVISE, address, length_bytes, _MADV_DONTNEED_LOCKED)
+    if result != 0:
+        raise _failed(process, "madvise", address, length_bytes, result)
+
+
+def _failed(process: PidHandle, call: str, address: int, length_bytes: int, result: int) -> GuestRefusedError:
+    return GuestRefusedError(
+        f"process {process.pid}: {call} of {length_bytes} bytes at {address:#x}: {os.strerror(-result)}",
+        code="cannot-inject",
+    )
+
+
+def userfaultfds(pid: int) -> list[int]:
+    """The numbers of the process's userfaultfds."""
+    return _numbers(pid, _LINK)
+
+
+def _numbers(pid: int, link: str) -> list[int]:
+    return sorted(number for number, target in open_files(pid).items() if target == link)
+
+
+def same_file(pid: int, remote_fd: int, fd: int) -> bool:
+    """Whether our ``fd`` and the process's ``remote_fd`` are one open userfaultfd."""
+    if remote_fd not in userfaultfds(pid):
+        return False
+    order = int(_LIBC.syscall(_SYS_KCMP, os.getpid(), pid, _KCMP_FILE, fd, remote_fd))
+    # Without CONFIG_KCMP (ENOSYS) the link's name has to do: nothing else in a guest makes userfaultfds meanwhile.
+    return order == 0 or (order < 0 and ctypes.get_errno() == errno.ENOSYS)
+
+
+def find_remote(pid: int, fd: int) -> int | None:
+    """The number under which the process holds our ``fd``."""
+    return next((number for number in userfaultfds(pid) if same_file(pid, number, fd)), None)
+
+
+async def open_uffd(process: PidHandle, *, faults: bool, tracking: bool, hand_over: HandOver | None) -> InjectedUffd:
+    """Make a userfaultfd in the process and do UFFDIO_API on it.
+
+    ``hand_over`` is used when the process lacks the right.  Raises GuestRefusedError (``cannot-inject``,
+    ``no-userfaultfd``) or what UFFDIO_API says of a kernel that lacks a feature.
+    """
+
+    def undo(made: tuple[int, float]) -> None:
+        if made[0] >= 0:
+            with contextlib.suppress(MigratedError):
+                remote_syscall(process, _SYS_CLOSE, made[0])
+
+    remote, stopped = await in_thread(remote_syscall, process, _SYS_USERFAULTFD, _FLAGS, undo=undo)
+    if remote == -errno.EPERM and hand_over is not None:
+        remote, stopped = await _through_device(process, hand_over, undo)
+    if remote < 0:
+        raise GuestRefusedError(
+            f"process {process.pid} cannot make a userfaultfd: {os.strerror(-remote)}",
+            code="no-userfaultfd",
+            hint="set vm.unprivileged_userfaultfd=1, or run a kernel with /dev/userfaultfd (6.1)",
+        )
+    fd = -1
+    try:
+        fd = process.take_fd(remote)
+        uffd_api(fd, faults=faults, tracking=tracking)
+    except BaseException as error:
+        if fd >= 0:
+            os.close(fd)
+        with contextlib.suppress(MigratedError):
+            await in_thread(remote_syscall, process, _SYS_CLOSE, remote)
+        if isinstance(error, OSError):
+            raise GuestRefusedError(
+                f"cannot take the userfaultfd of process {process.pid}: {error.strerror}", code="cannot-inject"
+            ) from error
+        raise
+    return InjectedUffd(process, fd, remote, stopped)
+
+
+async def _through_device(
+    process: PidHandle, hand_over: HandOver, undo: Callable[[tuple[int, float]], None]
+) -> tuple[int, float]:
+    try:
+        device = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise GuestRefusedError(
+            f"process {process.pid} may not call userfaultfd, and {DEVICE} cannot be opened: {error.strerror}",
+            code="no-userfaultfd",
+            hint="set vm.unprivileged_userfaultfd=1, or run a kernel with /dev/userfaultfd (6.1)",
+        ) from error
+    try:
+        before = set(_numbers(process.pid, str(DEVICE)))
+        take_back = await hand_over(device)
+        try:
+            handed = set(_numbers(process.pid, str(DEVICE))) - before
+            if len(handed) != 1:
+                raise GuestError(f"process {process.pid} did not receive {DEVICE}", code="cannot-inject")
+            return await in_thread(
+                remote_syscall, process, _SYS_IOCTL, handed.pop(), _USERFAULTFD_IOC_NEW, _FLAGS, undo=undo
+            )
+        finally:
+            await take_back()
+    finally:
+        os.close(device)
+
+
+async def close_uffd(uffd: InjectedUffd) -> None:
+    """Close the descriptor in the process and here.  Works on a dead process.
+
+    Raises GuestRefusedError ``cannot-inject`` if the process cannot be reached; ours is closed all the same.
+    """
+    try:
+        if uffd.process.poll() is None and same_file(uffd.process.pid, uffd.remote_fd, uffd.fd):
+            await in_thread(remote_syscall, uffd.process, _SYS_CLOSE, uffd.remote_fd)
+    except GuestRefusedError:
+        if uffd.process.poll() is None:
+            raise
+    finally:
+        os.close(uffd.fd)
+
+
+async def close_remote(process: PidHandle, number: int) -> None:
+    """Close a userfaultfd that nobody of ours holds any more (left by an agent that died)."""
+    if number in userfaultfds(process.pid):
+        await in_thread(remote_syscall, process, _SYS_CLOSE, number)

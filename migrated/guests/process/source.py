@@ -1,0 +1,411 @@
+"""A co-operative guest that runs here: its place to connect (`ProcessHub`), and one move away (`ProcessSource`).
+
+The guest connects when it starts, long before any migration, and gets its memory from us.  The memory belongs to the guest
+as much as to us: when the agent restarts, the guest connects again and shows the descriptors it has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import os
+import socket
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import structlog
+
+from migrated.config import Timeouts
+from migrated.errors import GuestError, GuestRefusedError, MigratedError, TimeoutExceededError
+from migrated.guests.access.pidfd import PidHandle, process_started
+from migrated.guests.driver import Mapping, Memento, Region, SourceGuest, SourceMemory, StateChannel
+from migrated.guests.process import config as process
+from migrated.guests.process.wire import (
+    HELLO_DIRECT_IO,
+    HELLO_PAUSED,
+    HELLO_PRESENTS,
+    VERSION,
+    Hello,
+    Kind,
+    WireError,
+    decode_addresses,
+    encode_memory,
+)
+from migrated.memory import memfd
+from migrated.memory.maps import areas, file_key, mapped_elsewhere
+from migrated.memory.native import uffd_api
+
+#: After a failure to listen.
+LISTEN_AGAIN_SECONDS = 5.0
+#: One guest needs one connection, and a second for a moment when it is started again.
+MAX_CONNECTIONS = 8
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclasses.dataclass(slots=True)
+class Resident:
+    """A guest that is connected and has its memory.
+
+    ``paused``: somebody made it stop and nobody made it run since; kept up to date by `ask`.
+    """
+
+    connection: process.GuestConnection
+    regions: tuple[Region, ...]
+    memory_fds: tuple[int, ...]
+    addresses: tuple[int, ...]
+    direct_io: bool
+    paused: bool = False
+
+    async def ask(
+        self, kind: Kind, payload: bytes = b"", *, limit_seconds: float, what: str
+    ) -> tuple[bytes, tuple[int, ...]]:
+        """`process.GuestConnection.request`."""
+        if kind is Kind.PAUSE:
+            self.paused = True  # perhaps, even if its answer never comes
+        answer = await self.connection.request(kind, payload, limit_seconds=limit_seconds, what=what)
+        if kind is Kind.RUN:
+            self.paused = False
+        return answer
+
+
+class ProcessHub:
+    """Listens for one configured guest while it is entered; ``resident`` is the guest once it is connected."""
+
+    def __init__(self, name: str, table: dict[str, Any], run_dir: Path, timeouts: Timeouts) -> None:
+        self.name = name
+        self.timeouts = timeouts
+        self.resident: Resident | None = None
+        self._config = process.decode_config(name, table, process.ProcessSourceConfig)
+        self._page_bytes = None if self._config.page_size is None else memfd.parse_page_size(self._config.page_size)
+        self._run_dir = run_dir
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Condition()
+        self._settling = asyncio.Lock()
+        self._listening = False
+        self._problem = ""  # why nobody can connect
+
+    async def __aenter__(self) -> Self:
+        listener = self._listen()
+        self._spawn(self._accept(listener))
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._listening:
+            await asyncio.to_thread(Path(self._config.socket).unlink, missing_ok=True)
+
+    async def wait_connected(self, limit_seconds: float, *, pid: int | None = None) -> Resident:
+        """Wait for the guest (for the one with this pid).  Raises TimeoutExceededError."""
+
+        def here() -> bool:
+            return self.resident is not None and pid in (None, self.resident.connection.pid)
+
+        try:
+            async with asyncio.timeout(limit_seconds), self._changed:
+                await self._changed.wait_for(here)
+        except TimeoutError:
+            raise TimeoutExceededError(
+                f"guest {self.name}: waited {limit_seconds:g} s for it to connect to {self._config.socket}"
+            ) from None
+        if self.resident is None:
+            raise AssertionError
+        return self.resident
+
+    def require(self) -> Resident:
+        """The guest.  Raises GuestError ``guest-not-connected``."""
+        if self.resident is None or not self.resident.connection.alive:
+            raise GuestError(
+                f"guest {self.name} is not connected" + (f": {self._problem}" if self._problem else ""),
+                code="guest-not-connected",
+                hint=f"start it with MIGRATED_SOCKET={self._config.socket} in its environment",
+            )
+        return self.resident
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _listen(self) -> socket.socket | None:
+        """None where it cannot: this guest cannot connect then, which is no reason to leave the other guests alone."""
+        try:
+            listener = process.listen(self._config.socket)
+        except GuestError as error:
+            if self._problem != error.message:
+                _log.error("guests cannot connect", guest=self.name, reason=error.message, hint=error.hint)
+            self._problem = error.message
+            return None
+        self._problem = ""
+        self._listening = True
+        return listener
+
+    async def _accept(self, listener: socket.socket | None) -> None:
+        while listener is None:
+            await asyncio.sleep(LISTEN_AGAIN_SECONDS)
+            listener = self._listen()
+        with listener:
+            while True:
+                sock = await process.accept(listener, self.name)
+                if len(self._tasks) > MAX_CONNECTIONS:  # one of them is this one
+                    _log.warning("too many connections", guest=self.name)
+                    sock.close()
+                    continue
+                self._spawn(self._serve(process.GuestConnection(self.name, sock)))
+
+    async def _serve(self, connection: process.GuestConnection) -> None:
+        """One connection from its HELLO to its end."""
+        fds: tuple[int, ...] = ()
+        try:
+            hello, fds = await connection.hello(self.timeouts.guest_command)
+            async with self._settling:  # two that connect at the same time must not both find the place free
+                await self._forget_former()
+                if self.resident is not None:
+                    raise GuestRefusedError(f"guest {self.name} is connected already", code="guest-connected")
+                self.resident = resident = await self._settle(connection, hello, fds)
+            fds = resident.memory_fds
+            async with self._changed:
+                self._changed.notify_all()
+            _log.info("guest connected", guest=self.name, pid=connection.pid)
+            _log.info("guest disconnected", guest=self.name, reason=await asyncio.shield(connection.closed))
+        except MigratedError as error:
+            _log.warning("guest refused", guest=self.name, reason=error.message, code=error.code)
+            with contextlib.suppress(GuestError):
+                await connection.send(Kind.REFUSE, error.message.encode())
+        finally:
+            if self.resident is not None and self.resident.connection is connection:
+                self.resident = None
+            connection.close()
+            for fd in fds:
+                os.close(fd)
+
+    async def _forget_former(self) -> None:
+        """A guest that has ended may still be the resident, where its end is to be read yet: then read it first."""
+        former = self.resident
+        if former is None or not former.connection.hung_up:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.timeouts.guest_command):
+                await asyncio.shield(former.connection.closed)
+            if self.resident is former:
+                self.resident = None
+
+    async def _settle(self, connection: process.GuestConnection, hello: Hello, presented: tuple[int, ...]) -> Resident:
+        """Give the guest its memory, or take up the memory it shows."""
+        if hello.version != VERSION:
+            raise GuestRefusedError(
+                f"guest {self.name} speaks version {hello.version} of the guest protocol, this agent {VERSION}",
+                code="guest-client-version",
+                hint="build the guest with this version's client",
+            )
+        fds: list[int] = []
+        pages: list[int] = []
+        try:
+            if hello.flags & HELLO_PRESENTS:
+                if len(presented) != len(hello.regions):
+                    raise GuestRefusedError(
+                        f"guest {self.name} shows {len(presented)} pieces of memory for its regions"
+                    )
+                for region, fd in zip(hello.regions, presented, strict=True):
+                    pages.append(_shown_page_bytes(self.name, region.name, fd, region.size_bytes))
+            else:
+                for region in hello.regions:
+                    fd, page = await asyncio.to_thread(
+                        memfd.reserve,
+                        region.size_bytes,
+                        self._page_bytes,
+                        name=region.name,
+                        reserved=self._config.reserve,
+                    )
+                    fds.append(fd)
+                    pages.append(page)
+            reply, surplus = await connection.request(
+                Kind.MEMORY,
+                encode_memory(tuple(pages), incoming=False),
+                fds=tuple(fds),
+                limit_seconds=self.timeouts.guest_command,
+                what="it to map its memory",
+            )
+            for fd in surplus:
+                os.close(fd)
+            addresses = decode_addresses(reply, len(hello.regions))
+        except BaseException as error:
+            for fd in fds:
+                os.close(fd)
+            if isinstance(error, WireError):
+                raise GuestError(f"guest {self.name}: {error}", code="guest-protocol") from None
+            raise
+        return Resident(
+            connection,
+            tuple(Region(r.name, r.size_bytes, page) for r, page in zip(hello.regions, pages, strict=True)),
+            tuple(fds) if fds else presented,
+            addresses,
+            direct_io=bool(hello.flags & HELLO_DIRECT_IO),
+            paused=bool(hello.flags & HELLO_PAUSED),
+        )
+
+
+def _shown_page_bytes(guest: str, name: str, fd: int, size_bytes: int) -> int:
+    """The page size of a memory file that a guest brought; GuestRefusedError if it is not what it says."""
+    try:
+        info = os.fstat(fd)
+        page = os.fstatvfs(fd).f_bsize
+    except OSError as error:
+        raise GuestRefusedError(f"guest {guest}: region {name}: {error.strerror}") from error
+    if info.st_size < size_bytes or page not in memfd.page_sizes():
+        raise GuestRefusedError(
+            f"guest {guest}: the memory shown for region {name} has {info.st_size} bytes, not {size_bytes}",
+            code="memory-not-shared",
+        )
+    return page
+
+
+class ProcessSource(SourceGuest):
+    """See `SourceGuest`."""
+
+    def __init__(self, name: str, hub: ProcessHub) -> None:
+        self.name = name
+        self.paused_at = None
+        self._hub = hub
+        self._timeouts = hub.timeouts
+        self._resident: Resident | None = None
+        self._process: PidHandle | None = None
+        self._fds: list[int] = []
+        self._uffd = -1
+
+    async def open(self) -> SourceMemory:
+        resident = self._hub.require()
+        if resident.paused:
+            raise GuestRefusedError(
+                f"guest {self.name} is paused: an earlier migration stopped it, and it may run elsewhere",
+                code="guest-not-movable",
+                hint="if it runs nowhere else, restart the source agent: it resumes a guest that was not handed over",
+            )
+        self._resident = (
+            resident  # not earlier: a roll-back of this migration must not run a guest that it never stopped
+        )
+        pid = resident.connection.pid
+        self._process = PidHandle.attach(pid)
+        keys = frozenset(file_key(fd) for fd in resident.memory_fds)
+        mapped = {area.start for area in areas(pid) if area.key in keys}
+        if not mapped.issuperset(resident.addresses):
+            raise GuestRefusedError(f"guest {self.name} does not map its memory where it said", code="guest-protocol")
+        for other in await asyncio.to_thread(mapped_elsewhere, keys, (pid, os.getpid())):
+            raise GuestRefusedError(
+                f"guest {self.name}: its memory is also mapped by {other}, whose writes cannot be seen",
+                code="memory-mapped-elsewhere",
+                hint="end that process, or have it let go of the memory",
+            )
+        self._fds = [os.dup(fd) for fd in resident.memory_fds]
+        return SourceMemory(
+            pid=pid,
+            regions=resident.regions,
+            mappings=tuple(
+                Mapping(index, address, 0, region.size_bytes)
+                for index, (address, region) in enumerate(zip(resident.addresses, resident.regions, strict=True))
+            ),
+            memory_fds=tuple(self._fds),
+            file_offsets=tuple(0 for _ in self._fds),
+        )
+
+    @property
+    def needs_quiesced_scans(self) -> bool:
+        return self._resident is not None and self._resident.direct_io
+
+    async def _ask(self, kind: Kind, what: str, limit_seconds: float | None = None) -> tuple[bytes, tuple[int, ...]]:
+        if self._resident is None:
+            raise GuestError(f"guest {self.name} is not open", code="guest-not-open")
+        limit = self._timeouts.guest_command if limit_seconds is None else limit_seconds
+        payload = bytes(4) if kind is Kind.UFFD else b""
+        return await self._resident.ask(kind, payload, limit_seconds=limit, what=what)
+
+    async def tracking_uffd(self) -> int:
+        if self._uffd < 0:
+            _, fds = await self._ask(Kind.UFFD, "its userfaultfd")
+            if len(fds) != 1:
+                for fd in fds:
+                    os.close(fd)
+                raise GuestError(f"guest {self.name} sent {len(fds)} userfaultfds", code="guest-protocol")
+            self._uffd = fds[0]
+            try:
+                uffd_api(self._uffd, faults=False, tracking=True)
+            except MigratedError:
+                await self.release_tracking()
+                raise
+        return self._uffd
+
+    async def release_tracking(self) -> None:
+        uffd, self._uffd = self._uffd, -1
+        if uffd < 0:
+            return
+        os.close(uffd)
+        if self._resident is not None and self._resident.connection.alive:
+            with contextlib.suppress(GuestError):  # gone in between: so is its descriptor
+                await self._ask(Kind.FORGET, "it to close its userfaultfd")
+
+    async def quiesce(self) -> None:
+        await self._ask(Kind.PAUSE, "it to reach a safe point", self._timeouts.guest_pause)
+
+    async def unquiesce(self) -> None:
+        await self._ask(Kind.RUN, "it to run on")
+
+    async def pause(self, channel: StateChannel) -> None:
+        del channel
+        self.paused_at = time.monotonic()
+        await self._ask(Kind.PAUSE, "it to reach a safe point", self._timeouts.guest_pause)
+
+    async def send_state(self, channel: StateChannel) -> None:
+        state, fds = await self._ask(Kind.STATE, "its state", self._timeouts.guest_state)
+        for fd in fds:
+            os.close(fd)
+        await channel.write(state)
+        await channel.close_write()
+
+    async def resume(self) -> None:
+        await self._ask(Kind.RUN, "it to run on here")
+
+    def memento(self) -> Memento:
+        pid = self._process.pid if self._process is not None else 0
+        return {"started": process_started(pid)}
+
+    async def reclaim(self, memento: Memento) -> None:
+        # The guest closed its userfaultfd when the agent before us was gone; what is left is to let it run.
+        del memento
+        self._resident = await self._hub.wait_connected(self._timeouts.guest_start)
+        await self.resume()
+
+    async def adopt(self, pid: int, memento: Memento) -> None:
+        with contextlib.suppress(GuestError):  # it has ended
+            self._process = PidHandle.attach(pid, started=int(memento.get("started", 0)))
+
+    async def release(self) -> None:
+        if self._process is None or self._process.poll() is not None:
+            return
+        with contextlib.suppress(GuestError, TimeoutExceededError):
+            # After a restart of the agent it connects by itself, some time after `adopt`.
+            self._resident = await self._hub.wait_connected(self._timeouts.guest_command, pid=self._process.pid)
+            await self._ask(Kind.END, "it to end")
+        try:
+            await self._process.wait(self._timeouts.release)
+        except TimeoutExceededError:
+            # The guest runs elsewhere: what is left here must not.
+            await self._process.kill(self._timeouts.release)
+
+    async def close(self) -> None:
+        uffd, self._uffd = self._uffd, -1
+        if uffd >= 0:
+            os.close(uffd)
+        while self._fds:
+            os.close(self._fds.pop())
+        if self._process is not None:
+            self._process.close()
+
+    async def died(self) -> str:
+        return "ended while no agent watched it" if self._process is None else await self._process.died()

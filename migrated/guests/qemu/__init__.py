@@ -1,0 +1,1 @@
+"""The `qemu` driver: virtual machines, over QMP and by injection."""

@@ -1,0 +1,384 @@
+"""A running QEMU that is migrated away: found by its QMP socket, inspected, tracked from outside, paused, given up.
+
+QEMU does not know that it is migrated.  It runs, or it is paused by `stop`; `cont` takes that back at any time:
+
+    running → [stop → cont]*  → stop, xen-save-devices-state → quit
+              quiesced scans      cont until COMMIT ┘
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from migrated.config import Timeouts
+from migrated.errors import GuestError, GuestRefusedError, MigratedError, TimeoutExceededError
+from migrated.guests.access import injection
+from migrated.guests.access.pidfd import PidHandle
+from migrated.guests.driver import Description, Memento, SourceGuest, SourceMemory, StateChannel
+from migrated.guests.qemu import config as qemu_driver
+from migrated.guests.qemu import memory as qemu_memory
+from migrated.guests.qemu.config import QemuSourceConfig
+from migrated.guests.qemu.process import QemuProcess
+from migrated.guests.qemu.qmp import Monitor
+from migrated.guests.qemu.state import END, StateFile, StateHeader, encode_header
+from migrated.memory.maps import mapped_elsewhere, open_area
+from migrated.memory.smaps import residences
+from migrated.protocol.bounds import MAX_REGIONS
+
+#: Run states of a guest that can be migrated; all but the first arrive paused.
+_MOVABLE = frozenset({"running", "paused", "prelaunch"})
+#: Run states of a guest that is not to go on.
+_ENDED = frozenset({"shutdown", "guest-panicked", "internal-error"})
+#: Statuses of a QEMU migration that is over (or never was).
+_IDLE = frozenset({"none", "completed", "failed", "cancelled"})
+_TRANSIENT = frozenset({"finish-migrate", "save-vm", "restore-vm", "debug"})
+_STATE_PIECE_BYTES = 1 << 18
+
+
+class QemuSource(SourceGuest):
+    """See `SourceGuest`."""
+
+    def __init__(self, name: str, config: QemuSourceConfig, run_dir: Path, timeouts: Timeouts) -> None:
+        self.name = name
+        self._config = config
+        self._run_dir = run_dir
+        self._timeouts = timeouts
+        self.qemu = QemuProcess(name, Path(config.qmp), command_seconds=timeouts.guest_command)
+        self._memory: SourceMemory | None = None
+        self._fds: list[int] = []
+        self._description: qemu_driver.Description | None = None
+        self._runs = True  # whether the guest's owner wants it to run
+        self._quiesced_at: float | None = None
+        self._pins_buffers = True
+        self._nested_runs = 0
+        self._used_bytes: dict[str, int] = {}
+        self._paused_by: Monitor | None = None  # the session in which the guest was paused
+        self.paused_at = self.stopped_at = None
+
+    # ------------------------------------------------------------ inspection
+
+    async def open(self) -> SourceMemory:
+        monitor = await self.qemu.connect()
+        await self._refuse_unmovable(monitor)
+        return await self._inspect(monitor)
+
+    async def _reopen(self) -> None:
+        """`open` for an agent that was restarted in the middle of a migration: the guest may be paused by us, and tracked."""
+        await self._inspect(await self.qemu.connect())
+        await self._clear_left_tracking()
+
+    async def _inspect(self, monitor: Monitor) -> SourceMemory:
+        pid = self.qemu.handle.pid
+        blocks = await qemu_memory.ram_blocks(monitor)
+        backends = await qemu_memory.backends(monitor, blocks)
+        placed = await qemu_memory.place(monitor, pid, blocks)
+        if len(placed) > MAX_REGIONS:
+            raise GuestRefusedError(
+                f"guest {self.name} has {len(placed)} RAM blocks, of which {MAX_REGIONS} can be migrated",
+                code="too-many-blocks",
+                hint="each device with a ROM has one: leave ROMs out (romfile=) or unplug devices",
+            )
+        keys = frozenset(item.areas[0].key for item in placed if item.shared)
+        for other in await asyncio.to_thread(mapped_elsewhere, keys, (pid,)):
+            raise GuestRefusedError(
+                f"guest {self.name}: its memory is also mapped by {other}, whose writes cannot be seen",
+                code="memory-mapped-elsewhere",
+                hint="detach that process (a vhost-user back end, a debugger) first",
+            )
+        self._pins_buffers = await qemu_memory.disks_pin_buffers(monitor, pid)
+        for item in placed:
+            fd = open_area(pid, item.areas[0]) if item.shared else _open_memory(pid)
+            self._fds.append(fd)
+            if item.shared:
+                qemu_memory.refuse_disk_file(self.name, item.block, fd)
+        self._description = qemu_driver.Description(
+            machine=await qemu_memory.machine_type(monitor),
+            version=await qemu_memory.version(monitor),
+            backends=tuple(backend.name for backend in backends),
+        )
+        self._memory = SourceMemory(
+            pid=pid,
+            regions=tuple(qemu_memory.region(item, backends) for item in placed),
+            mappings=tuple(item.mapping(index) for index, item in enumerate(placed)),
+            memory_fds=tuple(self._fds),
+            file_offsets=tuple(item.file_offset if item.shared else item.address for item in placed),
+            private=tuple(not item.shared for item in placed),
+            file_behind=tuple(item.shows_file for item in placed),
+        )
+        return self._memory
+
+    def describe(self) -> Description:
+        if self._description is None:
+            raise GuestError(f"guest {self.name} is not open", code="guest-not-open")
+        return self._description.encode()
+
+    # ------------------------------------------------------------ refusals
+
+    async def _refuse_unmovable(self, monitor: Monitor) -> None:
+        await self._refuse_run_state(monitor)
+        devices = qemu_memory.passed_through_devices(self.qemu.handle.pid)
+        if devices:
+            raise GuestRefusedError(
+                f"guest {self.name} has a passed-through device ({', '.join(devices)}), whose writes cannot be seen",
+                code="passed-through-device",
+                hint="unplug the device (device_del) for the time of the migration",
+            )
+        await self._refuse_block_layer(monitor)
+        for device in await monitor.execute("query-memory-devices"):
+            if device["type"] == "virtio-mem":
+                raise GuestRefusedError(
+                    f"guest {self.name} has a virtio-mem device ({device['data'].get('id', 'without an id')}), "
+                    "part of whose state QEMU saves only in a migration of its own",
+                    code="unsupported-device",
+                    hint="unplug the device, or use a pc-dimm",
+                )
+        self._nested_runs = await self._refuse_nested_guest(monitor)
+
+    async def _refuse_run_state(self, monitor: Monitor) -> None:
+        status = await monitor.status()
+        report = await monitor.migration()
+        if status == "inmigrate":
+            raise GuestRefusedError(
+                f"guest {self.name} has not arrived: its QEMU waits for an incoming migration", code="guest-incoming"
+            )
+        if str(report.get("status", "none")) not in _IDLE:
+            raise GuestRefusedError(
+                f"guest {self.name} is being migrated already (QEMU's migration is {report['status']})",
+                code="guest-migrating",
+                hint="wait for it, or cancel it with migrate_cancel",
+            )
+        if status not in _MOVABLE:
+            raise GuestRefusedError(
+                f"guest {self.name} is in run state {status}",
+                code="guest-not-movable",
+                hint="only a running or a paused guest can be migrated"
+                if status != "postmigrate"
+                else "it has been migrated away already; `cont` would run it here again",
+            )
+        self._runs = status == "running"
+        if reasons := report.get("blocked-reasons"):
+            raise GuestRefusedError(
+                f"guest {self.name} cannot be migrated, says QEMU: {'; '.join(reasons)}", code="migration-blocked"
+            )
+
+    async def _refuse_block_layer(self, monitor: Monitor) -> None:
+        """Jobs (a backup, a mirror, a snapshot being taken) and dirty bitmaps are not part of the device state."""
+        jobs: list[dict[str, Any]] = await monitor.execute("query-jobs")
+        if working := [f"{job['id']} ({job['type']})" for job in jobs if job["status"] not in {"concluded", "null"}]:
+            raise GuestRefusedError(
+                f"guest {self.name} has a job at work: {', '.join(working)}",
+                code="job-running",
+                hint="wait for it, or cancel it (job-cancel), and start the migration again",
+            )
+        nodes: list[dict[str, Any]] = await monitor.execute("query-named-block-nodes", {"flat": True})
+        if bitmaps := sorted(
+            f"{bitmap.get('name') or 'unnamed'} of {node['node-name']}"
+            for node in nodes
+            for bitmap in node.get("dirty-bitmaps", [])
+        ):
+            raise GuestRefusedError(
+                f"guest {self.name} has dirty bitmaps, which would be lost: {', '.join(bitmaps)}",
+                code="dirty-bitmaps",
+                hint="remove them (block-dirty-bitmap-remove); the next backup has to be a full one",
+            )
+
+    async def _refuse_nested_guest(self, monitor: Monitor) -> int:
+        """How often virtual processors have entered a nested guest; raises if one is in a nested guest now.
+
+        KVM writes some pages of a nested guest's hypervisor through mappings of its own, which tracking does not see.
+        QEMU reports KVM's counters from 7.1 on; without them nothing is noticed.
+        """
+        request = {"target": "vcpu", "providers": [{"provider": "kvm", "names": ["nested_run", "guest_mode"]}]}
+        try:
+            processors: list[dict[str, Any]] = await monitor.execute("query-stats", request)
+        except GuestError:
+            return 0
+        counters = [stat for processor in processors for stat in processor["stats"]]
+        if any(stat["name"] == "guest_mode" and stat["value"] for stat in counters):
+            raise GuestRefusedError(
+                f"guest {self.name} runs virtual machines of its own at this moment, whose hypervisor state is written unseen",
+                code="nested-guest",
+                hint="stop the nested guests, and start the migration again",
+            )
+        return sum(int(stat["value"]) for stat in counters if stat["name"] == "nested_run")
+
+    @property
+    def needs_quiesced_scans(self) -> bool:
+        return self._pins_buffers
+
+    # ------------------------------------------------------------ tracking
+
+    async def tracking_uffd(self) -> int:
+        uffd = self.qemu.uffd
+        if uffd is None:
+            monitor = await self.qemu.monitor()
+            await self._clear_left_tracking()
+            uffd = await self.qemu.open_uffd(monitor, faults=False)
+        return uffd.fd
+
+    @property
+    def injection_stopped_seconds(self) -> float | None:
+        """How long QEMU's main thread stood still for the injection."""
+        return None if self.qemu.uffd is None else self.qemu.uffd.stopped_seconds
+
+    async def _clear_left_tracking(self) -> None:
+        """An agent that died in pre-copy left its userfaultfd in the guest, and one mapping takes only one."""
+        left = injection.userfaultfds(self.qemu.handle.pid)
+        if not left or self._memory is None:
+            return
+        ranges = [(mapping.address, mapping.address + mapping.length_bytes) for mapping in self._memory.mappings]
+        states = await asyncio.to_thread(residences, self.qemu.handle.pid, ranges)
+        flags = frozenset(flag for state in states for flag in state.flags)
+        if flags & {"um", "ui"}:
+            raise GuestRefusedError(
+                f"guest {self.name}: some of its memory may still be on its way from another host",
+                code="guest-migrating",
+                hint="wait until the migration that brought it here is completed",
+            )
+        if "uw" in flags:
+            for number in left:
+                await injection.close_remote(self.qemu.handle, number)
+
+    async def release_tracking(self) -> None:
+        await self.qemu.close_uffd()
+
+    # ------------------------------------------------------------ stopping
+
+    async def quiesce(self) -> None:
+        monitor = await self.qemu.monitor()
+        self._runs = await monitor.status() == "running"
+        if self._runs:
+            self._quiesced_at = time.monotonic()
+            await monitor.execute("stop", limit=self._timeouts.guest_pause)
+
+    async def unquiesce(self) -> None:
+        if self._quiesced_at is not None:
+            monitor = await self.qemu.monitor()
+            await monitor.execute("cont", limit=self._timeouts.guest_pause)
+            self._quiesced_at = None
+
+    async def pause(self, channel: StateChannel) -> None:
+        monitor = await self.qemu.monitor()
+        status = await monitor.status()
+        if status in _ENDED:
+            raise GuestError(
+                f"guest {self.name} went into run state {status} while it was being migrated", code="guest-not-movable"
+            )
+        if await self._refuse_nested_guest(monitor) != self._nested_runs:
+            raise GuestRefusedError(
+                f"guest {self.name} has run virtual machines of its own during the migration", code="nested-guest"
+            )
+        if self._quiesced_at is None:
+            self._runs = status == "running"
+        self._used_bytes = await self._read_used_bytes(monitor)
+        header = encode_header(StateHeader(self._runs, self._machine, self._used_bytes))
+        file = await StateFile.open(monitor)
+        try:
+            self.paused_at = self._quiesced_at or time.monotonic()
+            if self._runs:
+                await monitor.execute("stop", limit=self._timeouts.guest_pause)
+            self.stopped_at = time.monotonic()
+            monitor.forget_events()
+            self._paused_by = monitor
+            # Before the last scan: what saving writes to memory is seen by it.
+            state = await file.save(self._timeouts.guest_state)
+            for start in range(0, len(state), _STATE_PIECE_BYTES):
+                await channel.write(header + state[start : start + _STATE_PIECE_BYTES])
+                header = b""
+            await channel.write(END)
+            await channel.close_write()
+        finally:
+            file.close()
+
+    async def send_state(self, channel: StateChannel) -> None:
+        del channel  # `pause` has sent it
+        monitor = await self.qemu.monitor()
+        status = await monitor.status()
+        # One that was resumed and stopped again has written to its memory, too.  A session that is new has seen nothing.
+        if status == "running" or monitor.saw("RESUME") or monitor is not self._paused_by:
+            raise GuestError(
+                f"guest {self.name} was resumed by somebody else during the switch-over, or may have been",
+                code="guest-resumed",
+                hint="leave the guest's monitors alone while it is being migrated",
+            )
+        if await self._read_used_bytes(monitor) != self._used_bytes:
+            raise GuestError(
+                f"guest {self.name}: a RAM block was resized while it was being paused", code="guest-state"
+            )
+
+    async def _read_used_bytes(self, monitor: Monitor) -> dict[str, int]:
+        regions = frozenset(region.name for region in self._memory.regions) if self._memory is not None else frozenset()
+        blocks = await qemu_memory.ram_blocks(monitor)
+        return {block.name: block.used_bytes for block in blocks if block.name in regions}
+
+    @property
+    def _machine(self) -> str:
+        return self._description.machine if self._description is not None else ""
+
+    # ------------------------------------------------------------ the end
+
+    async def resume(self) -> None:
+        monitor = await self.qemu.monitor()
+        limit = self._timeouts.guest_pause
+        status = await monitor.wait_status(_TRANSIENT, limit=limit)
+        if self._runs and status != "running":
+            await monitor.execute("cont", limit=limit)
+            status = await monitor.wait_status(_TRANSIENT, limit=limit)
+            if status != "running":
+                raise GuestError(
+                    f"guest {self.name}: QEMU does not run on, its run state is {status}", code="guest-not-resumed"
+                )
+        self._quiesced_at = None
+        with contextlib.suppress(GuestError):  # one descriptor left over does no harm
+            await monitor.remove_fds()
+
+    async def release(self) -> None:
+        process = self.qemu.handle
+        if process.poll() is not None or self._config.on_release == "keep":
+            return
+        with contextlib.suppress(MigratedError):
+            await (await self.qemu.monitor()).execute("quit")
+        try:
+            await process.wait(self._timeouts.release)
+        except TimeoutExceededError:
+            # The guest runs elsewhere: what is left here must not.
+            await process.kill(self._timeouts.release)
+
+    def memento(self) -> Memento:
+        return {"runs": self._runs}
+
+    async def reclaim(self, memento: Memento) -> None:
+        await self._reopen()
+        self._runs = bool(memento.get("runs", True))
+        await self.resume()
+
+    async def adopt(self, pid: int, memento: Memento) -> None:
+        del memento  # what it was is of no use any more
+        self.qemu.adopt(PidHandle.attach(pid))
+
+    async def close(self) -> None:
+        while self._fds:
+            os.close(self._fds.pop())
+        await self.qemu.close()
+
+    async def died(self) -> str:
+        return await self.qemu.handle.died()
+
+
+def _open_memory(pid: int) -> int:
+    """``/proc/PID/mem``, for reading.  It stays with this process: a later one with the same number is never read."""
+    path = f"/proc/{pid}/mem"
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        gone = isinstance(error, FileNotFoundError | ProcessLookupError)
+        raise GuestError(
+            f"cannot open {path}: {error.strerror}",
+            code="guest-gone" if gone else "no-rights",
+            hint="" if gone else "the agent needs CAP_SYS_PTRACE, or the user the process runs as",
+        ) from error

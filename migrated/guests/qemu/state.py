@@ -1,0 +1,140 @@
+"""A QEMU guest's device state: saved into a memfd of ours, carried to the target, fed to an ordinary incoming QEMU.
+
+``xen-save-devices-state`` (no Xen is needed) writes the state of the devices and no RAM, whatever memory the guest has.  Its
+output is a migration stream that lacks three things, which the target adds:
+
+    QEVM, version 3
+    configuration section   07, be32 length, machine type
+    RAM section             01, be32 id, "ram", instance 0, version 4, the used length of each block; no pages
+    … the devices, as QEMU saved them, up to the end mark
+    VM description          06, be32 0: only keeps QEMU from warning that it is missing
+
+The RAM section resizes resizable blocks (ACPI tables) as on the source.  The memory itself is in place by then or is fetched on
+demand.  The layout is that of QEMU's migration/savevm.c and migration/ram.c (7.2 to 11.1).
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from typing import Self
+
+import msgspec
+
+from migrated.errors import GuestError, RemoteProtocolError
+from migrated.guests.qemu.qmp import Monitor
+
+STREAM_HEAD = b"QEVM\0\0\0\3"
+END = b"\6\0\0\0\0"
+
+_CONFIGURATION = 0x07
+_SECTION_START, _SECTION_FOOTER = 0x01, 0x7E
+_RAM_VERSION = 4
+_MEM_SIZE, _EOS = 0x04, 0x10
+
+_HEAD = struct.Struct(">4sHI")
+_MAGIC = b"MGQS"
+_VERSION = 2
+_HEADER_MAX_BYTES = 1 << 17
+
+
+class StateHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the source's driver says before the state: whether the guest is to run, its machine type, used lengths by block."""
+
+    runs: bool
+    machine: str
+    used_bytes: dict[str, int]
+
+
+def encode_header(header: StateHeader) -> bytes:
+    """As it travels."""
+    body = msgspec.msgpack.encode(header)
+    return _HEAD.pack(_MAGIC, _VERSION, len(body)) + body
+
+
+class HeaderDecoder:
+    """Takes the bytes of the state as they come; `header` and `rest` are there once `feed` has returned true."""
+
+    def __init__(self) -> None:
+        self.header: StateHeader | None = None
+        self.rest = b""
+
+    def feed(self, data: bytes) -> bool:
+        """Whether the header and the head of QEMU's stream are complete.  Raises RemoteProtocolError."""
+        self.rest += data
+        if len(self.rest) < _HEAD.size:
+            return False
+        magic, version, length = _HEAD.unpack_from(self.rest)
+        if magic != _MAGIC or version != _VERSION or length > _HEADER_MAX_BYTES:
+            raise RemoteProtocolError("the guest state does not begin with the header of a QEMU guest")
+        end = _HEAD.size + length
+        if len(self.rest) < end + len(STREAM_HEAD):
+            return False
+        try:
+            self.header = msgspec.msgpack.decode(self.rest[_HEAD.size : end], type=StateHeader)
+        except msgspec.DecodeError as error:
+            raise RemoteProtocolError(f"the header of the guest state is malformed: {error}") from error
+        if self.rest[end : end + len(STREAM_HEAD)] != STREAM_HEAD:
+            raise RemoteProtocolError("the guest state is not a QEMU migration stream of version 3")
+        self.rest = self.rest[end + len(STREAM_HEAD) :]
+        return True
+
+
+def stream_begin(machine: str, used_bytes: dict[str, int]) -> bytes:
+    """QEMU's stream up to the first device; ``used_bytes`` by block id, as the incoming QEMU names its blocks."""
+    name = machine.encode()
+    parts = [STREAM_HEAD, struct.pack(">BI", _CONFIGURATION, len(name)), name]
+    parts += [struct.pack(">BI", _SECTION_START, 0), b"\3ram", struct.pack(">II", 0, _RAM_VERSION)]
+    parts.append(struct.pack(">Q", sum(used_bytes.values()) | _MEM_SIZE))
+    for ident, used in used_bytes.items():
+        encoded = ident.encode()
+        parts += [struct.pack(">B", len(encoded)), encoded, struct.pack(">Q", used)]
+    parts += [struct.pack(">Q", _EOS), struct.pack(">BI", _SECTION_FOOTER, 0)]
+    return b"".join(parts)
+
+
+class StateFile:
+    """A memfd that QEMU writes its device state into.  Make it with `open` before the pause, end it with `close`.
+
+    QEMU gets a descriptor that is open for writing only, in a descriptor set: a path would need rights that a confined QEMU
+    lacks, and nothing on a disk can block its monitor.
+    """
+
+    def __init__(self, monitor: Monitor, fd: int, fdset: int) -> None:
+        self._monitor = monitor
+        self._fd = fd
+        self._fdset = fdset
+
+    @classmethod
+    async def open(cls, monitor: Monitor) -> Self:
+        """Hand an empty file to QEMU.  Raises GuestError."""
+        fd = os.memfd_create("migrated-device-state", os.MFD_CLOEXEC)
+        try:
+            writable = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                fdset = await monitor.add_fd(writable)
+            finally:
+                os.close(writable)
+        except BaseException:
+            os.close(fd)
+            raise
+        return cls(monitor, fd, fdset)
+
+    async def save(self, limit_seconds: float) -> bytes:
+        """Have the paused QEMU save its devices; the state without RAM, beginning with `STREAM_HEAD`.  Raises GuestError.
+
+        ``live``: QEMU gives up the locks of its disks, as at the end of a migration; `cont` takes them again.
+        """
+        arguments = {"filename": f"/dev/fdset/{self._fdset}", "live": True}
+        await self._monitor.execute("xen-save-devices-state", arguments, limit=limit_seconds)
+        state = os.pread(self._fd, os.fstat(self._fd).st_size, 0)
+        if not state.startswith(STREAM_HEAD):
+            raise GuestError(
+                f"guest {self._monitor.guest}: QEMU saved a device state of a version that is not known: {state[:8]!r}",
+                code="guest-state",
+            )
+        return state
+
+    def close(self) -> None:
+        """Close our side.  QEMU keeps its own until `Monitor.remove_fds`."""
+        os.close(self._fd)

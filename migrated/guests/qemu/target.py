@@ -1,0 +1,450 @@
+"""An incoming QEMU: started on our memory, its faults taken from it before it touches a page, loaded, run.
+
+The memory backends of its command are memfds of ours.  All other RAM blocks (video memory, ROMs, ACPI tables) are private to
+QEMU when it starts: a memfd of ours is mapped over each of them by injection, so that device memory travels and faults like RAM.
+
+The process must outlive the agent: own session, output to a log file, no pipe and no death signal; a restarted agent takes
+it back with `adopt`.  Before COMMIT `kill` ends it; nothing but `resume` ever runs it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from pathlib import Path
+
+import structlog
+
+from migrated.config import Timeouts
+from migrated.errors import GuestError, GuestRefusedError, MigratedError, RemoteProtocolError
+from migrated.guests import guest_log
+from migrated.guests.access import injection
+from migrated.guests.access.pidfd import PidHandle
+from migrated.guests.driver import (
+    Description,
+    FaultSource,
+    Mapping,
+    Memento,
+    Region,
+    StateChannel,
+    TargetGuest,
+    TargetMemory,
+)
+from migrated.guests.qemu import config as qemu_driver
+from migrated.guests.qemu import memory as qemu_memory
+from migrated.guests.qemu.command import check_command, command_line, regions_differ
+from migrated.guests.qemu.config import QemuTargetConfig
+from migrated.guests.qemu.memory import Block
+from migrated.guests.qemu.process import STATE_STREAM, QemuProcess
+from migrated.guests.qemu.qmp import Monitor
+from migrated.guests.qemu.state import HeaderDecoder, stream_begin
+from migrated.memory.maps import Area, areas, file_key, mapped_elsewhere
+from migrated.memory.native import uffd_register
+from migrated.memory.smaps import residences
+from migrated.waiting import end, in_thread
+
+log = structlog.get_logger("migrated.qemu")
+
+#: ``events``: the end of loading is announced.  ``late-block-activate``: disks stay the source's until `cont`.
+_CAPABILITIES = ("events", "late-block-activate")
+_POLL_SECONDS = 0.02
+
+
+class QemuTarget(TargetGuest):
+    """See `TargetGuest`."""
+
+    def __init__(self, name: str, config: QemuTargetConfig, run_dir: Path, timeouts: Timeouts) -> None:
+        self.name = name
+        self._config = config
+        self._timeouts = timeouts
+        self.qmp_path = run_dir / f"{name}.qmp"
+        self.log_path = run_dir / f"{name}.log"
+        self._owns_files = False  # socket and log are of the process we started, or adopted
+        self._child: PidHandle | None = None  # what we started: QEMU, or a wrapper that forks it
+        self.qemu = QemuProcess(name, self.qmp_path, command_seconds=timeouts.guest_command)
+        self._description: qemu_driver.Description | None = None  # the source's
+        self._ids: dict[str, str] = {}  # of the regions' RAM blocks, as this QEMU names them
+        self._incoming: socket.socket | None = None  # where QEMU reads its migration stream from
+        self.runs = True  # whether it is to run on arrival; told by the source's driver with the state
+
+    # ------------------------------------------------------------ before the start
+
+    async def check(self, regions: tuple[Region, ...], description: Description) -> None:
+        self._description = qemu_driver.Description.decode(description)
+        ram = tuple(region for region in regions if not region.device)
+        check_command(self.name, self._config.command, ram, reserve=self._config.reserve)
+        if await self._somebody_listens():
+            raise GuestRefusedError(
+                f"guest {self.name} is on this host already: a QEMU answers on {self.qmp_path}",
+                code="guest-exists",
+                hint="end that QEMU first, or give the incoming guest another name",
+            )
+
+    async def _somebody_listens(self) -> bool:
+        try:
+            async with asyncio.timeout(1.0):
+                _, writer = await asyncio.open_unix_connection(str(self.qmp_path))
+        except TimeoutError:
+            return True
+        except OSError:
+            return False
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+        return True
+
+    # ------------------------------------------------------------ start
+
+    async def start(self, memory: tuple[TargetMemory, ...]) -> FaultSource:
+        self.qmp_path.unlink(missing_ok=True)
+        self._owns_files = True
+        self._child = PidHandle.spawn(
+            command_line(self._config.command, memory, self.qmp_path),
+            pass_fds=[item.memory_fd for item in memory],
+            log=self.log_path,
+        )
+        try:
+            async with asyncio.timeout(self._timeouts.guest_start):
+                monitor = await self._first_contact(self._child)
+                return await self._take_faults(monitor, memory)
+        except TimeoutError as error:
+            raise self._with_log(
+                GuestError(
+                    f"guest {self.name}: QEMU was not ready within {self._timeouts.guest_start:g} s",
+                    code="guest-start",
+                    hint="the limit is timeouts.guest_start",
+                )
+            ) from error
+        except MigratedError as error:
+            raise self._with_log(error) from error
+
+    async def _first_contact(self, child: PidHandle) -> Monitor:
+        """Wait until QEMU answers on its monitor."""
+        while True:
+            if (end := child.poll()) is not None:
+                raise GuestError(
+                    f"guest {self.name}: QEMU {end} at its start",
+                    code="guest-start",
+                    hint="try the command by hand; what QEMU said is in the message",
+                )
+            try:
+                # QEMU listens long before it answers: the greeting comes when the whole machine is built.
+                return await self.qemu.connect(child, greeting_seconds=self._timeouts.guest_start)
+            except GuestError as error:
+                if error.code != "qmp-unreachable":
+                    raise
+            await asyncio.sleep(_POLL_SECONDS)
+
+    async def _take_faults(self, monitor: Monitor, memory: tuple[TargetMemory, ...]) -> FaultSource:
+        blocks = await self._compare(monitor, tuple(item.region for item in memory))
+        # Commands come first: from the registration on, QEMU's main thread may wait for a page until the switch-over.
+        await self._await_state(monitor)
+        await self._map_device_memory(monitor, blocks, memory)
+        pid = self.qemu.handle.pid
+        mappings = await self._mappings(pid, memory)
+        uffd = await self.qemu.open_uffd(monitor, faults=True)
+        await self._empty_page_tables(mappings)
+        for mapping in mappings:
+            uffd_register(uffd.fd, mapping.address, mapping.length_bytes, missing=True, minor=True, tracking=False)
+        # What was mapped between the two would never be reported.
+        if present := await self._present(mappings):
+            raise GuestRefusedError(
+                f"guest {self.name}: QEMU has touched its memory before it arrived, at {present[0].address:#x}",
+                code="memory-preallocated",
+                hint="something in the command (a device, a display) uses guest memory on an incoming QEMU: remove it",
+            )
+        return FaultSource(pid=pid, uffd=uffd.fd, mappings=mappings)
+
+    async def _compare(self, monitor: Monitor, regions: tuple[Region, ...]) -> dict[str, Block]:
+        """Hold this QEMU against the source's; its blocks by name."""
+        status = await monitor.status()
+        if status != "inmigrate":
+            raise GuestError(
+                f"guest {self.name}: the new QEMU is in run state {status}, not waiting for a migration",
+                code="guest-start",
+            )
+        await self._compare_machine(monitor)
+        found = {block.name: block for block in await qemu_memory.ram_blocks(monitor)}
+        wanted = {region.name: region.size_bytes for region in regions}
+        differing = [
+            f"{name} has {size} bytes on the source and {f'{found[name].size_bytes} here' if name in found else 'is not here'}"
+            for name, size in wanted.items()
+            if name not in found or found[name].size_bytes != size
+        ]
+        differing += [
+            f"{name} is here and not on the source"
+            for name, block in found.items()
+            if name not in wanted and not block.rom
+        ]
+        if differing:
+            raise regions_differ(self.name, "; ".join(differing))
+        backends = await qemu_memory.backends(monitor, found.values())
+        if private := [backend.name for backend in backends if not backend.share]:
+            raise GuestRefusedError(
+                f"guest {self.name}: memory backend {', '.join(private)} of the incoming QEMU is private (share=off)",
+                code="memory-not-shared",
+                hint="use -object memory-backend-file,…,share=on,mem-path={memory:ID} in the command",
+            )
+        self._ids = {name: found[name].id for name in wanted}
+        return found
+
+    async def _compare_machine(self, monitor: Monitor) -> None:
+        theirs = self._description
+        if theirs is None:
+            raise GuestError(f"guest {self.name} was not checked", code="guest-not-open")
+        machine = await qemu_memory.machine_type(monitor)
+        if machine != theirs.machine:
+            raise GuestRefusedError(
+                f"guest {self.name}: the source runs machine type {theirs.machine}, the command here makes a {machine}",
+                code="machine-differs",
+                hint=f"give -machine {theirs.machine} in the command: a name like pc or q35 means another type in each version",
+            )
+        version = await qemu_memory.version(monitor)
+        if version[:2] != theirs.version[:2]:
+            log.warning(
+                "the QEMU versions differ",
+                guest=self.name,
+                source=".".join(map(str, theirs.version)),
+                here=".".join(map(str, version)),
+                downgrade=version < theirs.version,
+            )
+
+    async def _await_state(self, monitor: Monitor) -> None:
+        """Have QEMU wait for its migration stream."""
+        await _set_capabilities(monitor, on=True)
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        self._incoming = ours
+        with theirs:
+            await monitor.give_fd(STATE_STREAM, theirs.fileno())
+        await monitor.execute("migrate-incoming", {"uri": f"fd:{STATE_STREAM}"})
+
+    async def _map_device_memory(
+        self, monitor: Monitor, blocks: dict[str, Block], memory: tuple[TargetMemory, ...]
+    ) -> None:
+        """Map our memory over the RAM blocks that no backend provides."""
+        process = self.qemu.handle
+        items = {item.region.name: item for item in memory if item.region.device}
+        if not items:
+            return
+        placed = await qemu_memory.place(monitor, process.pid, blocks.values())
+        for place in placed:
+            item = items.pop(place.block.name, None)
+            if item is None:
+                continue
+            self._refuse_descriptor_lost(process.pid, item.memory_fd)
+            await in_thread(injection.map_over, process, place.address, item.region.size_bytes, item.memory_fd)
+        if items:
+            raise GuestRefusedError(
+                f"guest {self.name}: this QEMU does not say where it keeps {', '.join(sorted(items))}",
+                code="memory-not-found",
+                hint="QEMU 8.0 and newer do: migrate to a host with the source's version or a newer one",
+            )
+
+    def _refuse_descriptor_lost(self, pid: int, fd: int) -> None:
+        """A wrapper may close descriptors before it executes QEMU."""
+        ours = os.fstat(fd)
+        with contextlib.suppress(OSError):
+            if os.path.samestat(ours, Path(f"/proc/{pid}/fd/{fd}").stat()):
+                return
+        raise GuestRefusedError(
+            f"guest {self.name}: QEMU (process {pid}) has not inherited descriptor {fd} from the agent",
+            code="guest-command",
+            hint="the command must start QEMU directly, or through a wrapper that keeps open descriptors",
+        )
+
+    async def _present(self, mappings: tuple[Mapping, ...]) -> list[Mapping]:
+        """The mappings of which something is in the page tables of QEMU, or which are locked there."""
+        ranges = [(mapping.address, mapping.address + mapping.length_bytes) for mapping in mappings]
+        states = await asyncio.to_thread(residences, self.qemu.handle.pid, ranges)
+        present = [state.area for state in states if state.present_bytes]
+        return [
+            mapping
+            for mapping, (start, end) in zip(mappings, ranges, strict=True)
+            if any(area.start < end and start < area.end for area in present)
+        ]
+
+    async def _empty_page_tables(self, mappings: tuple[Mapping, ...]) -> None:
+        """QEMU has preallocated or locked memory: pages that are in its page tables would never fault."""
+        for mapping in await self._present(mappings):
+            await in_thread(injection.empty_page_tables, self.qemu.handle, mapping.address, mapping.length_bytes)
+
+    async def _mappings(self, pid: int, memory: tuple[TargetMemory, ...]) -> tuple[Mapping, ...]:
+        """Where QEMU maps our memory: each region whole and once."""
+        found: list[Mapping] = []
+        every = areas(pid)
+        for index, item in enumerate(memory):
+            key = file_key(item.memory_fd)
+            ours: list[Area] = [area for area in every if area.key == key]
+            ends = {area.offset + area.end - area.start for area in ours}
+            starts = {area.offset for area in ours}
+            covered = sum(area.end - area.start for area in ours)
+            whole = covered == item.region.size_bytes and starts - ends == {0} and ends - starts == {covered}
+            if not whole or not all(area.shared for area in ours):
+                raise regions_differ(
+                    self.name,
+                    f"QEMU maps {covered} of the {item.region.size_bytes} bytes made for {item.region.name}, or not as one",
+                )
+            found += [Mapping(index, area.start, area.offset, area.end - area.start) for area in ours]
+        keys = frozenset(file_key(item.memory_fd) for item in memory)
+        # Ourselves excluded: the alias is not the guest's.
+        for other in await asyncio.to_thread(mapped_elsewhere, keys, (pid, os.getpid())):
+            raise GuestRefusedError(
+                f"guest {self.name}: its memory is also mapped by {other}",
+                code="memory-mapped-elsewhere",
+                hint="vhost-user back ends cannot take part in a move yet",
+            )
+        return tuple(found)
+
+    def _with_log(self, error: MigratedError) -> MigratedError:
+        """The error, with the last words of QEMU in its message."""
+        tail = self.log_tail()
+        if tail and tail not in error.message:
+            error.message = f"{error.message}; QEMU said: {tail}"
+            error.args = (error.message,)
+        return error
+
+    def log_tail(self) -> str:
+        """The end of what QEMU wrote."""
+        return guest_log.tail(self.log_path)
+
+    # ------------------------------------------------------------ a restarted agent
+
+    def memento(self) -> Memento:
+        return {"runs": self.runs}
+
+    async def adopt(self, pid: int, uffd: int, memory: tuple[TargetMemory, ...], memento: Memento) -> FaultSource:
+        process = PidHandle.attach(pid)
+        try:
+            remote = injection.find_remote(pid, uffd)
+            if remote is None:
+                raise GuestError(
+                    f"guest {self.name}: process {pid} does not hold the userfaultfd of this migration",
+                    code="guest-gone",
+                )
+            mappings = await self._mappings(pid, memory)
+        except BaseException:
+            process.close()
+            raise
+        self.runs = bool(memento.get("runs", True))
+        self._owns_files = True
+        self.qemu.adopt(process, injection.InjectedUffd(process, uffd, remote, 0.0))
+        return FaultSource(pid=pid, uffd=uffd, mappings=mappings)
+
+    async def _monitor(self) -> Monitor:
+        try:
+            return await self.qemu.monitor()
+        except GuestError as error:
+            if error.code == "guest-gone":  # its log has the reason
+                self._with_log(error)
+            raise
+
+    # ------------------------------------------------------------ state, run, end
+
+    async def load_state(self, channel: StateChannel) -> None:
+        decoder = HeaderDecoder()
+        while not decoder.feed(data := await channel.read()):
+            if not data:
+                raise RemoteProtocolError("the guest state ended before it began")
+        header = decoder.header
+        if header is None or self._description is None or header.machine != self._description.machine:
+            raise RemoteProtocolError("the guest state is of another machine type than the hello said")
+        if unknown := header.used_bytes.keys() - self._ids.keys():
+            raise RemoteProtocolError(f"the guest state names RAM blocks that the hello did not: {', '.join(unknown)}")
+        self.runs = header.runs
+        used = {self._ids[name]: size for name, size in header.used_bytes.items()}
+        monitor = await self._monitor()
+        loading = asyncio.ensure_future(self._loaded(monitor))
+        feeding = asyncio.ensure_future(self._feed(channel, stream_begin(header.machine, used) + decoder.rest))
+        try:
+            await asyncio.wait({loading, feeding}, return_when=asyncio.FIRST_EXCEPTION)
+            if not loading.done():  # the source, or the connection to it
+                feeding.result()
+            await loading
+        except GuestError as error:
+            raise await self._load_error(error) from error
+        finally:
+            await asyncio.gather(end(loading), end(feeding))
+            self._close_incoming()
+
+    async def _feed(self, channel: StateChannel, data: bytes) -> None:
+        """Pass the state on to QEMU."""
+        loop = asyncio.get_running_loop()
+        if self._incoming is None:
+            raise GuestError(f"guest {self.name} does not wait for its state", code="guest-not-open")
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # QEMU gives the better reason
+            while data:
+                await loop.sock_sendall(self._incoming, data)
+                data = await channel.read()
+            self._incoming.shutdown(socket.SHUT_WR)
+
+    async def _loaded(self, monitor: Monitor) -> None:
+        """Wait until QEMU has loaded the state."""
+        limit = self._timeouts.guest_state
+        status = await monitor.wait_loaded(limit=limit)
+        if status != "paused":
+            raise GuestError(
+                f"guest {self.name}: after loading, QEMU is in run state {status}, not paused", code="guest-state"
+            )
+
+    def _close_incoming(self) -> None:
+        incoming, self._incoming = self._incoming, None
+        if incoming is not None:
+            incoming.close()
+
+    async def _load_error(self, error: GuestError) -> MigratedError:
+        """A QEMU that cannot load exits (7.2): its log has the reason, the lost QMP session has not."""
+        if error.code == "qmp-lost":
+            with contextlib.suppress(MigratedError):
+                end = await self.qemu.handle.wait(self._timeouts.guest_command)
+                error = GuestError(
+                    f"guest {self.name}: QEMU did not accept the guest's state and {end}",
+                    code="guest-state",
+                    hint="both hosts must run the guest with the same machine type, devices and CPU model",
+                )
+        return self._with_log(error)
+
+    async def resume(self) -> None:
+        if not self.runs:
+            return
+        monitor = await self._monitor()
+        monitor.forget_events()
+        await monitor.execute("cont", limit=self._timeouts.guest_command)  # of a running guest: without effect
+        if monitor.saw("RESUME"):  # it precedes the answer to cont: the source need not wait for another question
+            return
+        status = await monitor.wait_status(frozenset({"inmigrate"}), limit=self._timeouts.guest_command)
+        if status != "running":
+            raise GuestError(
+                f"guest {self.name}: QEMU does not run, its run state is {status}",
+                code="guest-not-resumed",
+                hint=f"see {self.log_path}",
+            )
+
+    async def release(self) -> None:
+        with contextlib.suppress(MigratedError):  # they only matter to a later migration by QEMU itself
+            await _set_capabilities(await self._monitor(), on=False)
+        await self.qemu.close_uffd()
+
+    async def kill(self) -> None:
+        await self.qemu.kill(self._timeouts.abort)
+        if self._child is not None:
+            await self._child.kill(self._timeouts.abort)
+        if self._owns_files:
+            self.qmp_path.unlink(missing_ok=True)
+            self.log_path.unlink(missing_ok=True)
+
+    async def close(self) -> None:
+        self._close_incoming()
+        await self.qemu.close()
+        if self._child is not None:
+            self._child.close()
+
+    async def died(self) -> str:
+        return await self.qemu.handle.died()
+
+
+async def _set_capabilities(monitor: Monitor, *, on: bool) -> None:
+    states = [{"capability": name, "state": on} for name in _CAPABILITIES]
+    await monitor.execute("migrate-set-capabilities", {"capabilities": states})

@@ -1,0 +1,1 @@
+"""What outlives an agent: the journal, and descriptors in somebody else's keeping."""

@@ -1,0 +1,245 @@
+"""What an agent was doing, on disk: enough to come back from its own death.
+
+One small file a migration in the state directory, replaced whole (write, fsync, rename) before each step that another
+agent must know of: the target writes before it says Loaded and when it obeys COMMIT, the source before it touches the
+guest and before it sends COMMIT.  A file is believed only if its checksum fits, it is of this boot, and what it speaks of
+is really there.  A damaged one is reported and set aside as ``NAME.refused``; an agent that cannot read one now, or does not
+know its version, does not start: the file may be all there is to save a guest by.
+
+The files hold the session's token: mode 0600, in a directory of mode 0700.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import time
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import msgspec
+import structlog
+
+from migrated.agent.record import ErrorInfo, Record, State
+from migrated.errors import ConfigError, HostError, hinted
+from migrated.protocol.messages import Hello
+
+log = structlog.get_logger("migrated.recovery.journal")
+
+VERSION = 2
+SUFFIX = ".journal"
+SCRATCH = ".new"
+REFUSED = ".refused"
+CLOSED = ".done"
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+class TargetEntry(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A migration to here.
+
+    ``stage``: ``setup`` (nothing to save: end what was started), ``loaded`` (only the source knows whether COMMIT was
+    given), ``committed`` (the guest is ours), ``running`` (and has been told so).
+    """
+
+    hello: Hello
+    stage: str
+    peer: str
+    page_bytes: tuple[int, ...] = ()
+    guest: dict[str, int | str | bool] = msgspec.field(default_factory=dict)  # the driver's memento
+    pid: int = 0  # 0 in ``setup``: it may have been started, and uses memory of `memory_inodes`
+    pid_started: int = 0  # start time of the process, in clock ticks since boot: tells it from a later one
+    memory_inodes: tuple[int, ...] = ()
+    started_at: float = 0.0
+
+
+class SourceEntry(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A migration from here.
+
+    ``stage``: ``active`` (COMMIT was never sent), ``committed`` (it may have been), ``released`` (the target needs nothing
+    more: what is left of the guest here is to be ended).
+    """
+
+    hello: Hello
+    stage: str
+    target: str  # HOST:PORT
+    page_bytes: tuple[int, ...] = ()  # the target's
+    region_page_bytes: tuple[int, ...] = ()  # ours
+    file_offsets: tuple[int, ...] = ()
+    private: tuple[bool, ...] = ()  # as in `SourceMemory`
+    file_behind: tuple[bool, ...] = ()
+    guest: dict[str, int | str | bool] = msgspec.field(default_factory=dict)
+    pid: int = 0
+    pid_started: int = 0
+    started_at: float = 0.0
+    max_bandwidth: int = 0
+    drain_bandwidth: int = 0
+    superseded: bool = False  # a later migration was begun: the guest is no longer this one's to run
+
+
+E = TypeVar("E", TargetEntry, SourceEntry)
+
+
+class JournalError(HostError):
+    """An entry could not be written.  ``replaced``: a next agent of this boot would find it nevertheless."""
+
+    default_code = "journal"
+
+    def __init__(self, message: str, *, replaced: bool, hint: str) -> None:
+        super().__init__(message, hint=hint)
+        self.replaced = replaced
+
+
+class _FormerBootError(ValueError):
+    """The entry is from before the last boot."""
+
+
+class _File(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    version: int
+    boot_id: str
+    entry: msgspec.Raw
+
+
+class Journal(Generic[E]):
+    """All entries of one agent."""
+
+    def __init__(self, directory: Path, kind: type[E]) -> None:
+        self.directory = directory
+        self._kind: type[E] = kind
+
+    def _path(self, migration_id: str) -> Path:
+        return self.directory / f"{migration_id}{SUFFIX}"
+
+    def write(self, migration_id: str, entry: E) -> None:
+        """Make it so, durably.  HostError when the disk does not take it: then nothing must be done that needs it."""
+        path = self._path(migration_id)
+        file = _File(version=VERSION, boot_id=_boot_id(), entry=msgspec.Raw(msgspec.json.encode(entry)))
+        body = msgspec.json.encode(file)
+        data = hashlib.sha256(body).hexdigest().encode() + b"\n" + body + b"\n"
+        scratch = path.with_suffix(SCRATCH)
+        replaced = False
+        try:
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            fd = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            try:
+                written = 0
+                while written < len(data):
+                    written += os.write(fd, data[written:])
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            scratch.replace(path)
+            replaced = True
+            directory = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                scratch.unlink(missing_ok=True)
+            raise JournalError(
+                f"the journal {path} cannot be written: {error.strerror}",
+                replaced=replaced,
+                hint="make room in agent.state_dir; without a journal a crash could not be survived",
+            ) from error
+
+    def remove(self, migration_id: str) -> None:
+        """It is over.  Raises OSError."""
+        path = self._path(migration_id)
+        path.unlink(missing_ok=True)
+        path.with_suffix(CLOSED).unlink(missing_ok=True)
+
+    def close(self, migration_id: str) -> None:
+        """There is nothing to go on with; what was known stays, to answer a peer that asks late.  Raises OSError."""
+        path = self._path(migration_id)
+        path.replace(path.with_suffix(CLOSED))
+
+    def closed(self, migration_id: str) -> E | None:
+        """What `close` kept."""
+        return self._find(self._path(migration_id).with_suffix(CLOSED))
+
+    def load(self) -> dict[str, E]:
+        """Every entry that can be believed, by migration id; damaged ones are reported and set aside.
+
+        Raises HostError when one cannot be read now, ConfigError when another version wrote one: either may be put right.
+        """
+        found: dict[str, E] = {}
+        for path in sorted(self.directory.glob(f"*{SUFFIX}")):
+            try:
+                found[path.name.removesuffix(SUFFIX)] = self._read(path)
+            except FileNotFoundError:
+                continue  # removed meanwhile
+            except OSError as error:
+                raise HostError(
+                    f"the journal {path} cannot be read: {error.strerror}",
+                    code="journal",
+                    hint="a guest may depend on what it says; put this right and start the agent again",
+                ) from error
+            except ValueError as error:
+                log.error("a journal is not believed and was set aside", path=str(path), problem=str(error))  # noqa: TRY400 - expected: no traceback
+                with contextlib.suppress(OSError):
+                    path.replace(path.with_suffix(REFUSED))
+        return found
+
+    def find(self, migration_id: str) -> E | None:
+        """One entry, if there is one that can be believed."""
+        return self._find(self._path(migration_id))
+
+    def _find(self, path: Path) -> E | None:
+        with contextlib.suppress(OSError, ValueError, ConfigError):
+            return self._read(path)
+        return None
+
+    def refused(self) -> set[str]:
+        """Migrations whose entry was set aside, now or by an agent before us."""
+        return {path.name.removesuffix(REFUSED) for path in self.directory.glob(f"*{REFUSED}")}
+
+    def tidy(self) -> None:
+        """Remove what an agent that died left half written, and what answers peers of before the last boot."""
+        former: list[Path] = [path for path in self.directory.glob(f"*{CLOSED}") if self._find(path) is None]
+        for path in (*self.directory.glob(f"*{SCRATCH}"), *former):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+    def _read(self, path: Path) -> E:
+        digest, _, body = path.read_bytes().partition(b"\n")
+        body = body.removesuffix(b"\n")
+        if hashlib.sha256(body).hexdigest().encode() != digest:
+            raise ValueError("its checksum does not fit: it is corrupt")
+        try:
+            file = msgspec.json.decode(body, type=_File)
+            if file.version == VERSION and file.boot_id != _boot_id():
+                raise _FormerBootError("it is from before the last boot: nothing it speaks of is left")
+            if file.version != VERSION:
+                raise ValueError(f"it is of version {file.version}, this agent reads {VERSION}")
+            entry: E = msgspec.json.decode(file.entry, type=self._kind)
+        except _FormerBootError:
+            raise
+        except ValueError as error:  # it is whole: so this is how somebody meant it
+            raise ConfigError(
+                f"the journal {path} was written by another version of migrated: {error}",
+                code="journal-version",
+                hint="start the version that wrote it until its migration is over; a guest may depend on it",
+            ) from error
+        return entry
+
+
+def _boot_id() -> str:
+    return BOOT_ID.read_text().strip()
+
+
+def failed_record(migration_id: str, role: str, entry: TargetEntry | SourceEntry, error: BaseException) -> Record:
+    """Of a migration that an agent found in its journal and cannot go on with."""
+    hello = entry.hello
+    return Record(
+        id=migration_id,
+        guest=hello.guest,
+        role=role,
+        mode=hello.mode,
+        driver=hello.driver,
+        state=State.FAILED,
+        started_at=entry.started_at,
+        ended_at=time.time(),
+        error=ErrorInfo(**{key: str(value) for key, value in hinted(error).items() if key != "state"}),
+    )

@@ -1,0 +1,132 @@
+"""One migration's share in surviving the agent's death: its journal entry, and its descriptors in good keeping."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Sequence
+from typing import Generic, TypeVar
+
+import structlog
+
+from migrated.errors import MigratedError
+from migrated.recovery.journal import Journal, SourceEntry, TargetEntry
+from migrated.recovery.store import Keeper
+from migrated.waiting import in_thread
+
+E = TypeVar("E", TargetEntry, SourceEntry)
+PREFIX = "migrated-"
+#: Between tries to remove a journal entry from a disk that fails.
+STRIKE_PAUSES = (0.1, 0.5, 2.0, 5.0, 10.0)
+
+log = structlog.get_logger("migrated.recovery.state")
+
+
+class Survival(Generic[E]):
+    """Of one migration."""
+
+    def __init__(self, journal: Journal[E], keeper: Keeper, migration_id: str) -> None:
+        self._journal: Journal[E] = journal
+        self._keeper = keeper
+        self._id = migration_id
+        self._writing = asyncio.Lock()
+        self._over = False
+
+    async def hold(self, fds: Sequence[int]) -> None:
+        """Have these descriptors kept, in this order.  HostError."""
+        await self._keeper.keep(PREFIX + self._id, fds)
+
+    async def write(self, entry: E) -> None:
+        """Write the entry durably.  HostError.  After `over` nothing is written: what was on its way comes too late."""
+        async with self._writing:
+            if not self._over:
+                await in_thread(self._journal.write, self._id, entry)
+
+    def strike(self) -> None:
+        """Remove the entry alone.  OSError when it cannot be: then it would be believed after a restart."""
+        self._journal.remove(self._id)
+
+    async def let_go(self) -> None:
+        """Of the descriptors alone, where the next agent needs only the entry."""
+        await self._keeper.forget(PREFIX + self._id)
+
+    async def leave_word(self) -> None:
+        """Nothing need survive but the word that all is in, for a source that has not heard it."""
+        async with self._writing:
+            self._over = True
+            try:
+                await in_thread(self._journal.close, self._id)
+            except OSError as error:  # then a next agent takes the guest back, and finds that all is in
+                log.warning("a journal entry cannot be closed", migration=self._id, error=str(error))
+                return
+        await self._keeper.forget(PREFIX + self._id)
+
+    async def supersede_others(self, guest: str) -> None:
+        """This migration has the guest now: no entry left by an earlier one may ever make it run here again.  HostError."""
+        await in_thread(supersede, self._journal, guest, self._id)
+
+    async def over(self) -> None:
+        """Nothing of this migration need survive any more.
+
+        An entry without its descriptors would be a guest that can never be served: where the entry cannot be removed, they
+        stay kept.
+        """
+        async with self._writing:
+            self._over = True
+            for pause in (*STRIKE_PAUSES, None):
+                try:
+                    await in_thread(self.strike)
+                    break
+                except OSError as error:
+                    log.warning("a journal entry cannot be removed", migration=self._id, error=str(error))
+                    if pause is None:
+                        return
+                    await asyncio.sleep(pause)
+        await self._keeper.forget(PREFIX + self._id)
+
+
+def supersede(journal: Journal[SourceEntry], guest: str, successor: str) -> None:
+    """Mark every other entry of the guest that would make it run here.
+
+    Such an entry stays where the guest did not answer, or its target could not be told.  Once the guest has moved on, an
+    agent that believed it would run the guest at two places.  What it says of its target stays.  HostError.
+    """
+    for migration_id, entry in journal.load().items():
+        if migration_id == successor or entry.hello.guest != guest:
+            continue
+        if entry.stage == "active" and not entry.superseded:
+            entry.superseded = True
+            journal.write(migration_id, entry)
+
+
+class Legacy(Generic[E]):
+    """What an agent before us left: entries that can be believed, with the descriptors kept for each."""
+
+    def __init__(self, journal: Journal[E], keeper: Keeper) -> None:
+        self._journal: Journal[E] = journal
+        self._keeper = keeper
+
+    async def take(self) -> list[tuple[str, E, list[int]]]:
+        """``(migration id, entry, descriptors)``; the descriptors are the caller's.  What belongs to no entry is closed."""
+        held = await self._keeper.taken()
+        try:
+            self._journal.tidy()
+            entries = self._journal.load()
+        except MigratedError:
+            for fds in held.values():  # they stay kept
+                for fd in fds:
+                    os.close(fd)
+            raise
+        doubtful = self._journal.refused()
+        found = []
+        for migration_id, entry in entries.items():
+            found.append((migration_id, entry, held.pop(PREFIX + migration_id, [])))
+        for name, fds in held.items():
+            for fd in fds:
+                os.close(fd)
+            if name.removeprefix(PREFIX) in doubtful:
+                log.error("the descriptors of a migration stay kept: its journal was set aside", name=name)
+                continue
+            log.warning("descriptors were kept for a migration without a journal; letting go", name=name)
+            await self._keeper.forget(name)
+        return found

@@ -1,0 +1,88 @@
+"""What a source writes down of its progress, and takes back: a journal that says COMMIT is believed."""
+
+from __future__ import annotations
+
+from copy import copy
+from pathlib import Path
+from typing import cast
+
+import pytest
+import structlog
+
+from migrated.address import Address
+from migrated.config import Timeouts
+from migrated.errors import HostError
+from migrated.guests.driver import Memento, SourceGuest
+from migrated.link.dialing import Dialer
+from migrated.recovery.journal import Journal, SourceEntry
+from migrated.recovery.state import Survival
+from migrated.recovery.store import HolderKeeper
+from migrated.source.stage import JournalledStage
+from tests.unit.recovery.entries import HELLO, SOURCE
+
+ID = "0123456789ab"
+
+
+class QuietGuest:
+    def memento(self) -> Memento:
+        return {"runs": True}
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Journal[SourceEntry]:
+    return Journal(tmp_path / "journal", SourceEntry)
+
+
+@pytest.fixture
+def stage(journal: Journal[SourceEntry], tmp_path: Path) -> JournalledStage:
+    dialer = Dialer(Address("host-c", 7440), session_id=HELLO.session, token=HELLO.token, timeouts=Timeouts())
+    return JournalledStage(
+        Survival(journal, HolderKeeper(tmp_path), ID),
+        cast("SourceGuest", QuietGuest()),
+        dialer,
+        log=structlog.get_logger(),
+        entry=copy(SOURCE),
+    )
+
+
+async def test_a_stage_is_written_with_where_the_target_is_now_and_what_the_guest_needs(
+    journal: Journal[SourceEntry], stage: JournalledStage
+) -> None:
+    await stage.write("committed")
+    entry = journal.load()[ID]
+    assert (entry.stage, entry.target, entry.guest) == ("committed", "host-c:7440", {"runs": True})
+
+
+async def test_a_commit_that_was_not_sent_is_taken_back(journal: Journal[SourceEntry], stage: JournalledStage) -> None:
+    await stage.write("committed")
+    assert await stage.withdraw_commit()
+    assert journal.load()[ID].stage == "active"
+
+
+async def test_where_it_cannot_be_changed_the_entry_goes(journal: Journal[SourceEntry], stage: JournalledStage) -> None:
+    await stage.write("committed")
+    (journal.directory / f"{ID}.new").mkdir()
+    assert await stage.withdraw_commit()
+    assert journal.load() == {}
+
+
+async def test_where_it_cannot_go_either_this_is_said(journal: Journal[SourceEntry], stage: JournalledStage) -> None:
+    await stage.write("committed")
+    journal.directory.rename(journal.directory.with_name("away"))
+    journal.directory.write_text("not a directory")
+    assert not await stage.withdraw_commit()
+
+
+async def test_without_a_commit_nothing_is_to_be_taken_back(
+    journal: Journal[SourceEntry], stage: JournalledStage
+) -> None:
+    assert await stage.withdraw_commit()
+    stage.entry = None
+    assert await stage.withdraw_commit()
+    assert journal.load() == {}
+
+
+async def test_what_cannot_be_written_is_an_error(journal: Journal[SourceEntry], stage: JournalledStage) -> None:
+    journal.directory.write_text("not a directory")
+    with pytest.raises(HostError):
+        await stage.write("active")

@@ -1,0 +1,261 @@
+"""The target's flow with a guest, an engine and a source that are fakes: what it does where no rig gets to in time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from migrated.agent.record import State
+from migrated.config import AgentConfig, Timeouts
+from migrated.errors import GuestError, MigratedError
+from migrated.guests.driver import FaultSource, TargetGuest
+from migrated.link.control_link import ControlLink
+from migrated.memory.engine import Event, EventKind
+from migrated.protocol.messages import Ready
+from migrated.protocol.session import Session
+from migrated.protocol.transitions import Role
+from migrated.protocol.transitions import State as SessionState
+from migrated.recovery.journal import Journal, TargetEntry
+from migrated.recovery.state import Survival
+from migrated.recovery.store import HolderKeeper
+from migrated.target.memory import GuestMemory
+from migrated.target.migration import TargetMigration
+from migrated.target.stage import Recovered
+from tests.unit.recovery.entries import HELLO
+
+ID = HELLO.session.hex()
+PATIENCE_SECONDS = 10.0
+
+
+class FakeGuest:
+    """Runs when it is told so, and ends when the test says so."""
+
+    def __init__(self) -> None:
+        self.end = asyncio.Event()
+        self.runs = 0
+        self.killed = 0
+        self.mistakes = 0
+
+    async def died(self) -> str:
+        await self.end.wait()
+        return "was killed by signal 9"
+
+    async def resume(self) -> None:
+        self.runs += 1
+        if self.runs <= self.mistakes:
+            raise OSError("out of descriptors")
+        if self.end.is_set():
+            raise GuestError("no such process")
+
+    async def kill(self) -> None:
+        self.killed += 1
+
+    async def close(self) -> None:
+        pass
+
+
+class FakeEngine:
+    """Lacks pages for ever; ``refuses`` is what arming it meets."""
+
+    refuses: MigratedError | None = None
+    alive = True
+
+    def __init__(self) -> None:
+        self.armed = False
+
+    def arm(self, *_: Any, **__: Any) -> None:
+        if self.refuses is not None:
+            raise self.refuses
+        self.armed = True
+
+    def background(self) -> None:
+        pass
+
+    def drop_streams(self) -> None:
+        pass
+
+    async def close(self) -> None:
+        pass
+
+
+class LateLink:
+    """Of a source that dials when all is over."""
+
+    peer = "source"
+    closed = False
+
+    async def close(self) -> None:
+        self.closed = True
+
+    def start(self) -> None:
+        raise AssertionError("nothing is to be said")
+
+
+class Flow(TargetMigration):
+    """Taken back after a restart; its engine is a fake."""
+
+    engine: FakeEngine
+
+    def _make_engine(self, *, recover: bool) -> Any:
+        del recover
+        self.connection.engine = cast("Any", self.engine)
+        return self.engine
+
+    def refresh(self) -> None:
+        pass
+
+
+@pytest.fixture
+def guest() -> FakeGuest:
+    return FakeGuest()
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Journal[TargetEntry]:
+    return Journal(tmp_path / "journal", TargetEntry)
+
+
+def flow(stage: str, guest: FakeGuest, journal: Journal[TargetEntry], tmp_path: Path) -> Flow:
+    """A migration whose agent died at that stage; nobody dials."""
+    entry = TargetEntry(hello=HELLO, stage=stage, peer="source", page_bytes=(1 << 21, 4096), started_at=1.0)
+    journal.write(ID, entry)
+    state = SessionState.WAITING if stage == "loaded" else SessionState.PAUSED
+    config = cast("AgentConfig", type("Config", (), {"timeouts": Timeouts()}))
+    made = Flow(
+        HELLO,
+        guest=cast("TargetGuest", guest),
+        page_bytes=None,
+        session=Session(Role.TARGET, state=state, hello=HELLO, ready=Ready(entry.page_bytes)),
+        link=None,
+        config=config,
+        survival=Survival(journal, HolderKeeper(tmp_path), ID),
+        legacy=Recovered(entry, Memory(), FaultSource(1, -1, ())),
+    )
+    made.engine = FakeEngine()
+    return made
+
+
+class Memory(GuestMemory):
+    """Only its page sizes."""
+
+    page_bytes = (1 << 21, 4096)
+
+
+async def over(migration: Flow) -> None:
+    """Run it to its end."""
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        await migration.run()
+
+
+async def until(migration: Flow, state: State) -> None:
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while migration.record.state is not state:  # noqa: ASYNC110 - it is that already, or will be after a few turns
+            await asyncio.sleep(0.01)
+
+
+# ---------------------------------------------------------------- the guest's end while nobody dials
+
+
+@pytest.mark.parametrize("stage", ["loaded", "committed", "running"])
+async def test_a_guest_that_ends_while_the_link_is_down_is_missed_at_once(
+    stage: str, guest: FakeGuest, journal: Journal[TargetEntry], tmp_path: Path
+) -> None:
+    migration = flow(stage, guest, journal, tmp_path)
+    running = asyncio.ensure_future(migration.run())
+    try:
+        await asyncio.sleep(0.05)
+        migration.failure.set(MigratedError("the connection was lost"))
+        await asyncio.sleep(0.05)
+        await until(migration, State.POSTCOPY_PAUSED)
+        guest.end.set()
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            await asyncio.shield(running)
+    finally:
+        running.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await running
+    assert migration.record.state is State.FAILED
+    assert migration.record.error is not None
+    assert migration.record.error.code == "guest-died"
+    assert journal.load() == {}
+
+
+async def test_the_fault_servers_word_that_the_guest_is_gone_outlives_a_lost_link(
+    guest: FakeGuest, journal: Journal[TargetEntry], tmp_path: Path
+) -> None:
+    migration = flow("running", guest, journal, tmp_path)
+    migration.failure.set(MigratedError("the connection was lost"))
+    migration.on_engine_event(Event(EventKind.FAILED, 0, 0, GuestError("it is gone", code="guest-gone")))
+    await over(migration)
+    assert migration.record.error is not None
+    assert migration.record.error.code == "guest-gone"
+
+
+# ---------------------------------------------------------------- no fault server, no guest
+
+
+@pytest.mark.parametrize("stage", ["committed", "running"])
+async def test_a_guest_that_cannot_be_served_after_a_restart_is_not_run(
+    stage: str, guest: FakeGuest, journal: Journal[TargetEntry], tmp_path: Path
+) -> None:
+    migration = flow(stage, guest, journal, tmp_path)
+    migration.engine.refuses = MigratedError("no userfaultfd", code="native")
+    await over(migration)
+    assert guest.runs == 0
+    assert guest.killed == 0
+    assert migration.record.state is State.FAILED
+    assert migration.record.error is not None
+    assert "no userfaultfd" in migration.record.error.message
+    assert "start the target agent again" in migration.record.error.hint
+    assert journal.load()[ID].stage == stage, "the next agent finds it"
+    late = LateLink()
+    await migration.dialled(cast("ControlLink", late))
+    assert late.closed, "the source goes on asking"
+
+
+async def test_a_guest_that_cannot_be_served_waits_for_the_sources_word(
+    guest: FakeGuest, journal: Journal[TargetEntry], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    migration = flow("loaded", guest, journal, tmp_path)
+    migration.engine.refuses = MigratedError("no userfaultfd", code="native")
+
+    async def word(_: BaseException) -> bool:
+        return True  # COMMIT
+
+    monkeypatch.setattr(migration, "_wait_for_word", word)
+    await over(migration)
+    assert guest.runs == 0
+    assert migration.record.state is State.FAILED
+    assert journal.load()[ID].stage == "loaded"
+
+
+async def test_a_guest_gone_before_it_was_taken_back_is_over(
+    guest: FakeGuest, journal: Journal[TargetEntry], tmp_path: Path
+) -> None:
+    migration = flow("committed", guest, journal, tmp_path)
+    migration.engine.refuses = GuestError("it is gone", code="guest-gone")
+    await over(migration)
+    assert migration.record.error is not None
+    assert migration.record.error.code == "guest-gone"
+    assert journal.load() == {}
+
+
+# ---------------------------------------------------------------- after COMMIT nobody else runs it
+
+
+async def test_a_guest_whose_start_fails_by_a_mistake_of_ours_is_tried_again(
+    guest: FakeGuest, journal: Journal[TargetEntry], tmp_path: Path
+) -> None:
+    migration = flow("committed", guest, journal, tmp_path)
+    guest.mistakes = 1
+    running = asyncio.ensure_future(migration.run())
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while guest.runs < 2:  # noqa: ASYNC110 - it is tried again after a moment
+            await asyncio.sleep(0.01)
+    guest.end.set()
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        await running
