@@ -10,9 +10,9 @@ import socket
 import time
 
 from migrated.errors import MigratedError, TimeoutExceededError
-from migrated.guests.driver import Mapping, Region, SourceMemory, TargetMemory
 from migrated.memory.engine import URGENT, EventKind, SourceEngine, TargetEngine, ledger_bytes
 from migrated.memory.native import call, ffi, lib
+from migrated.memory.regions import Mapping, Region, SourceMemory, TargetMemory
 from migrated.memory.tracker import Tracker
 
 BLOCK_BYTES = 4096

@@ -8,6 +8,9 @@ from typing import Any
 
 import msgspec
 
+from migrated.errors import hinted
+from migrated.recovery.journal import SourceEntry, TargetEntry
+
 
 def id_of(session: bytes) -> str:
     """A migration is named by its session, all of it: a shorter name could be another's."""
@@ -73,6 +76,11 @@ class ErrorInfo(msgspec.Struct):
     code: str
     message: str
     hint: str = ""
+
+    @classmethod
+    def of(cls, error: BaseException) -> ErrorInfo:
+        """Any exception; one that is not ours has the code ``internal``."""
+        return cls(**{key: str(value) for key, value in hinted(error).items() if key != "state"})
 
 
 class StateChange(msgspec.Struct):
@@ -150,3 +158,19 @@ class Record(msgspec.Struct, kw_only=True):
         """Plain JSON types."""
         result: dict[str, Any] = msgspec.to_builtins(self)
         return result
+
+
+def failed_record(migration_id: str, role: str, entry: TargetEntry | SourceEntry, error: BaseException) -> Record:
+    """Of a migration that an agent found in its journal and cannot go on with."""
+    hello = entry.hello
+    return Record(
+        id=migration_id,
+        guest=hello.guest,
+        role=role,
+        mode=hello.mode,
+        driver=hello.driver,
+        state=State.FAILED,
+        started_at=entry.started_at,
+        ended_at=time.time(),
+        error=ErrorInfo.of(error),
+    )

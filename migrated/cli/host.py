@@ -17,11 +17,11 @@ from migrated.errors import GuestError
 from migrated.units import format_size
 
 if TYPE_CHECKING:
-    from migrated.guests.driver import SourceMemory
     from migrated.guests.qemu.target_table import Answers
     from migrated.memory.defects import Finding
     from migrated.memory.maps import Area, MemoryFile
     from migrated.memory.probe import Requirement
+    from migrated.memory.regions import SourceMemory
 
 
 @click.command()

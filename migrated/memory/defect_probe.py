@@ -18,9 +18,9 @@ import sys
 from collections.abc import Callable
 
 from migrated.errors import MigratedError
-from migrated.guests.driver import Mapping, Region, SourceMemory
 from migrated.memory import memfd
 from migrated.memory.native import uffd_api, uffd_open, uffd_register
+from migrated.memory.regions import Mapping, Region, SourceMemory
 from migrated.memory.tracker import Tracker
 
 _PAGEMAP_SCAN = 0xC0606610

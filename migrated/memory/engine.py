@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from migrated.errors import MigratedError
-from migrated.guests.driver import Mapping, SourceMemory, TargetMemory
 from migrated.memory.native import call, error_from, ffi, hash_key, lib
+from migrated.memory.regions import Mapping, SourceMemory, TargetMemory
 from migrated.memory.tracker import Tracker
 from migrated.waiting import in_thread
 

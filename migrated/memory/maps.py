@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from migrated.errors import GuestError
-from migrated.guests.driver import Mapping
+from migrated.memory.regions import Mapping
 
 PROC = Path("/proc")
 _LINE = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) (\S{4}) ([0-9a-f]+) ([0-9a-f]+:[0-9a-f]+) (\d+) *(.*)$")

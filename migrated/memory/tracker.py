@@ -6,8 +6,8 @@ import os
 from typing import Any
 
 from migrated.errors import GuestError, MigratedError
-from migrated.guests.driver import SourceMemory
 from migrated.memory.native import call, ffi, lib
+from migrated.memory.regions import SourceMemory
 
 
 class Tracker:

@@ -14,15 +14,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import time
 from pathlib import Path
 from typing import Generic, TypeVar
 
 import msgspec
 import structlog
 
-from migrated.agent.record import ErrorInfo, Record, State
-from migrated.errors import ConfigError, HostError, hinted
+from migrated.errors import ConfigError, HostError
 from migrated.protocol.messages import Hello
 
 log = structlog.get_logger("migrated.recovery.journal")
@@ -227,19 +225,3 @@ class Journal(Generic[E]):
 
 def _boot_id() -> str:
     return BOOT_ID.read_text().strip()
-
-
-def failed_record(migration_id: str, role: str, entry: TargetEntry | SourceEntry, error: BaseException) -> Record:
-    """Of a migration that an agent found in its journal and cannot go on with."""
-    hello = entry.hello
-    return Record(
-        id=migration_id,
-        guest=hello.guest,
-        role=role,
-        mode=hello.mode,
-        driver=hello.driver,
-        state=State.FAILED,
-        started_at=entry.started_at,
-        ended_at=time.time(),
-        error=ErrorInfo(**{key: str(value) for key, value in hinted(error).items() if key != "state"}),
-    )

@@ -10,13 +10,13 @@ import structlog
 
 from migrated.address import parse_address
 from migrated.agent.host_agent import HostAgent
-from migrated.agent.record import Record, State, id_of
+from migrated.agent.record import Record, State, failed_record, id_of
 from migrated.agent.requests import Health, SetRequest, StartRequest
 from migrated.config import AgentConfig
 from migrated.errors import ConflictError, GuestError, MigratedError, NotFoundError
 from migrated.guests.access.pidfd import process_lives
-from migrated.guests.driver import Region, SourceMemory
-from migrated.recovery.journal import Journal, SourceEntry, failed_record
+from migrated.memory.regions import Region, SourceMemory
+from migrated.recovery.journal import Journal, SourceEntry
 from migrated.recovery.state import Legacy, Survival
 from migrated.source.migration import SourceMigration
 from migrated.source.options import Options

@@ -61,7 +61,8 @@ COMPRESSION_LEVEL = 1
 if TYPE_CHECKING:
     from migrated.address import Address
     from migrated.config import AgentConfig
-    from migrated.guests.driver import SourceGuest, SourceMemory
+    from migrated.guests.driver import SourceGuest
+    from migrated.memory.regions import SourceMemory
     from migrated.recovery.state import Survival
     from migrated.source.options import Options
     from migrated.source.stage import Recovered

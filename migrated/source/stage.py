@@ -12,8 +12,9 @@ from migrated.protocol.transitions import Role, State
 from migrated.recovery.journal import JournalError
 
 if TYPE_CHECKING:
-    from migrated.guests.driver import SourceGuest, SourceMemory
+    from migrated.guests.driver import SourceGuest
     from migrated.link.dialing import Dialer
+    from migrated.memory.regions import SourceMemory
     from migrated.recovery.journal import SourceEntry
     from migrated.recovery.state import Survival
 

@@ -15,7 +15,7 @@ import structlog
 from migrated import guests
 from migrated.address import Address
 from migrated.agent.host_agent import HostAgent
-from migrated.agent.record import Record, id_of
+from migrated.agent.record import Record, failed_record, id_of
 from migrated.agent.requests import Health, SetRequest, StartRequest
 from migrated.config import AgentConfig
 from migrated.errors import (
@@ -29,10 +29,10 @@ from migrated.errors import (
     RemoteProtocolError,
 )
 from migrated.guests.access.pidfd import PidHandle, process_lives
-from migrated.guests.driver import Region, TargetMemory
 from migrated.link.control_link import ControlLink, tune
 from migrated.link.dialing import heartbeat
 from migrated.memory.engine import URGENT
+from migrated.memory.regions import Region, TargetMemory
 from migrated.protocol.bounds import abort_of
 from migrated.protocol.framing import FrameDecoder
 from migrated.protocol.messages import (
@@ -50,7 +50,7 @@ from migrated.protocol.preamble import PREAMBLE_BYTES, Preamble, Purpose, Versio
 from migrated.protocol.session import Session
 from migrated.protocol.transitions import Role
 from migrated.protocol.transitions import State as SessionState
-from migrated.recovery.journal import Journal, TargetEntry, failed_record
+from migrated.recovery.journal import Journal, TargetEntry
 from migrated.recovery.state import Legacy, Survival
 from migrated.target.memory import GuestMemory, users_of
 from migrated.target.migration import TargetMigration

@@ -9,9 +9,9 @@ from collections.abc import Collection
 from pathlib import Path
 
 from migrated.guests.access.pidfd import open_files
-from migrated.guests.driver import Region, TargetMemory
 from migrated.memory import memfd
 from migrated.memory.engine import ledger_bytes
+from migrated.memory.regions import Region, TargetMemory
 from migrated.waiting import in_thread
 
 

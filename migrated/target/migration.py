@@ -29,8 +29,9 @@ from migrated.errors import (
     named,
 )
 from migrated.guests.access.pidfd import process_started
-from migrated.guests.driver import Region, TargetGuest
+from migrated.guests.driver import TargetGuest
 from migrated.memory.engine import Event, EventKind, TargetEngine
+from migrated.memory.regions import Region
 from migrated.protocol.messages import (
     Abort,
     BarrierAck,

@@ -22,11 +22,12 @@ from migrated.config import Timeouts
 from migrated.demo.console import GuestConsole
 from migrated.demo.pair import AgentPair
 from migrated.errors import GuestError, GuestRefusedError, MigratedError, TimeoutExceededError
-from migrated.guests.driver import FaultSource, Region, TargetMemory
+from migrated.guests.driver import FaultSource
 from migrated.guests.process.config import ProcessTargetConfig
 from migrated.guests.process.source import ProcessHub, ProcessSource
 from migrated.guests.process.target import ProcessTarget
 from migrated.memory import memfd
+from migrated.memory.regions import Region, TargetMemory
 from migrated.memory.tracker import Tracker
 
 ROOT = Path(__file__).parents[2]

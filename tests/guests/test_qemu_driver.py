@@ -31,7 +31,7 @@ from migrated.demo.qemu_guest import QEMU
 from migrated.errors import ConfigError, GuestError, GuestRefusedError, MigratedError
 from migrated.guests.access import injection
 from migrated.guests.access.pidfd import PidHandle, open_files
-from migrated.guests.driver import FaultSource, Region, SourceMemory, TargetMemory
+from migrated.guests.driver import FaultSource
 from migrated.guests.qemu import source as qemu_source
 from migrated.guests.qemu.command import check_command
 from migrated.guests.qemu.config import Description, QemuSourceConfig, QemuTargetConfig, decode_config
@@ -40,6 +40,7 @@ from migrated.guests.qemu.source import QemuSource
 from migrated.guests.qemu.target import QemuTarget
 from migrated.memory import memfd as memory_memfd
 from migrated.memory.native import uffd_register, uffd_unregister
+from migrated.memory.regions import Region, SourceMemory, TargetMemory
 from migrated.memory.smaps import residences
 
 MIB = 1 << 20

@@ -25,12 +25,12 @@ from migrated.demo.pair import short_directory
 from migrated.demo.qemu_guest import QEMU
 from migrated.errors import GuestError
 from migrated.guests.access.pidfd import PidHandle
-from migrated.guests.driver import Region, TargetMemory
 from migrated.guests.qemu.command import check_command, command_line
 from migrated.guests.qemu.config import QemuTargetConfig, decode_config
 from migrated.guests.qemu.options import Properties, parse_options, parse_size
 from migrated.guests.qemu.qmp import Monitor
 from migrated.memory import memfd
+from migrated.memory.regions import Region, TargetMemory
 from tests.rig import supervisor
 from tests.rig.guest import MIB, moving_guest
 

@@ -12,7 +12,8 @@ import itertools
 from typing import Any, Final, Self
 
 from migrated.errors import GuestError, GuestRefusedError
-from migrated.guests.driver import FaultSource, Mapping, Region, SourceGuest, SourceMemory, TargetGuest
+from migrated.guests.driver import FaultSource, SourceGuest, TargetGuest
+from migrated.memory.regions import Mapping, Region, SourceMemory
 from tests.simulation.loop import current
 
 PAGE_BYTES: Final = 4096

@@ -21,7 +21,7 @@ import structlog
 from migrated.config import Timeouts
 from migrated.errors import GuestError, GuestRefusedError, MigratedError, TimeoutExceededError
 from migrated.guests.access.pidfd import PidHandle, process_started
-from migrated.guests.driver import Mapping, Memento, Region, SourceGuest, SourceMemory, StateChannel
+from migrated.guests.driver import Memento, SourceGuest, StateChannel
 from migrated.guests.process import config as process
 from migrated.guests.process.wire import (
     HELLO_DIRECT_IO,
@@ -37,6 +37,7 @@ from migrated.guests.process.wire import (
 from migrated.memory import memfd
 from migrated.memory.maps import areas, file_key, mapped_elsewhere
 from migrated.memory.native import uffd_api
+from migrated.memory.regions import Mapping, Region, SourceMemory
 
 #: After a failure to listen.
 LISTEN_AGAIN_SECONDS = 5.0

@@ -19,16 +19,7 @@ from migrated.config import Timeouts
 from migrated.errors import GuestError, GuestRefusedError, MigratedError, TimeoutExceededError
 from migrated.guests import guest_log
 from migrated.guests.access.pidfd import PidHandle, process_started
-from migrated.guests.driver import (
-    Description,
-    FaultSource,
-    Mapping,
-    Memento,
-    Region,
-    StateChannel,
-    TargetGuest,
-    TargetMemory,
-)
+from migrated.guests.driver import Description, FaultSource, Memento, StateChannel, TargetGuest
 from migrated.guests.process import config as process
 from migrated.guests.process.wire import (
     MAX_PAYLOAD_BYTES,
@@ -41,6 +32,7 @@ from migrated.guests.process.wire import (
 )
 from migrated.memory.maps import find_mappings
 from migrated.memory.native import uffd_api, uffd_register
+from migrated.memory.regions import Mapping, Region, TargetMemory
 from migrated.waiting import within
 
 _log = structlog.get_logger(__name__)

@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from migrated.errors import GuestRefusedError
-from migrated.guests.driver import Region, TargetMemory
 from migrated.guests.qemu.options import Properties, parse_size
+from migrated.memory.regions import Region, TargetMemory
 
 _MEMORY = re.compile(r"\{memory:([^{}]*)\}")
 _ON = frozenset({"on", "yes", "true", "y"})

@@ -22,9 +22,9 @@ from typing import Any
 
 from migrated.errors import GuestRefusedError
 from migrated.guests.access.pidfd import open_files
-from migrated.guests.driver import Mapping, Region
 from migrated.guests.qemu.qmp import Monitor
 from migrated.memory.maps import Area, areas
+from migrated.memory.regions import Mapping, Region
 from migrated.units import parse_size
 
 _HUGETLBFS = 0x958458F6

@@ -19,7 +19,7 @@ from migrated.config import Timeouts
 from migrated.errors import GuestError, GuestRefusedError, MigratedError, TimeoutExceededError
 from migrated.guests.access import injection
 from migrated.guests.access.pidfd import PidHandle
-from migrated.guests.driver import Description, Memento, SourceGuest, SourceMemory, StateChannel
+from migrated.guests.driver import Description, Memento, SourceGuest, StateChannel
 from migrated.guests.qemu import config as qemu_driver
 from migrated.guests.qemu import memory as qemu_memory
 from migrated.guests.qemu.config import QemuSourceConfig
@@ -27,6 +27,7 @@ from migrated.guests.qemu.process import QemuProcess
 from migrated.guests.qemu.qmp import Monitor
 from migrated.guests.qemu.state import END, StateFile, StateHeader, encode_header
 from migrated.memory.maps import mapped_elsewhere, open_area
+from migrated.memory.regions import SourceMemory
 from migrated.memory.smaps import residences
 from migrated.protocol.bounds import MAX_REGIONS
 

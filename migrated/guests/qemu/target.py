@@ -22,16 +22,7 @@ from migrated.errors import GuestError, GuestRefusedError, MigratedError, Remote
 from migrated.guests import guest_log
 from migrated.guests.access import injection
 from migrated.guests.access.pidfd import PidHandle
-from migrated.guests.driver import (
-    Description,
-    FaultSource,
-    Mapping,
-    Memento,
-    Region,
-    StateChannel,
-    TargetGuest,
-    TargetMemory,
-)
+from migrated.guests.driver import Description, FaultSource, Memento, StateChannel, TargetGuest
 from migrated.guests.qemu import config as qemu_driver
 from migrated.guests.qemu import memory as qemu_memory
 from migrated.guests.qemu.command import check_command, command_line, regions_differ
@@ -42,6 +33,7 @@ from migrated.guests.qemu.qmp import Monitor
 from migrated.guests.qemu.state import HeaderDecoder, stream_begin
 from migrated.memory.maps import Area, areas, file_key, mapped_elsewhere
 from migrated.memory.native import uffd_register
+from migrated.memory.regions import Mapping, Region, TargetMemory
 from migrated.memory.smaps import residences
 from migrated.waiting import end, in_thread
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 
 from migrated.errors import ConnectionLostError, MigratedError, RemoteProtocolError
-from migrated.guests.driver import Region, SourceMemory, TargetMemory
 from migrated.memory import engine as engine_module
 from migrated.memory import probe
 from migrated.memory.engine import (
@@ -24,6 +23,7 @@ from migrated.memory.engine import (
     ledger_bytes,
 )
 from migrated.memory.native import lib
+from migrated.memory.regions import Region, SourceMemory, TargetMemory
 
 PAGE = 4096
 SECRET = hashlib.shake_256(b"any key").digest(lib.MGD_SECRET_BYTES)

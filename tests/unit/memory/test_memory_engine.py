@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 
-from migrated.guests.driver import Region, TargetMemory
 from migrated.memory import memfd
 from migrated.memory.engine import TargetEngine, ledger_bytes
 from migrated.memory.native import lib
+from migrated.memory.regions import Region, TargetMemory
 
 SIZE = 64 << 20
 LIVES = 50

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from migrated.guests.driver import Mapping, Region, SourceMemory
 from migrated.memory import probe
 from migrated.memory.engine import SourceEngine
 from migrated.memory.native import lib
+from migrated.memory.regions import Mapping, Region, SourceMemory
 from migrated.memory.tracker import Tracker
 from tests.rig import swap
 from tests.unit.memory.child import Child

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from migrated.errors import GuestError, MigratedError
-from migrated.guests.driver import Region, SourceMemory
 from migrated.memory import maps, native, probe
+from migrated.memory.regions import Region, SourceMemory
 from migrated.memory.tracker import Tracker
 from tests.unit.memory.child import Child
 from tests.unit.memory.tracked import pages, track

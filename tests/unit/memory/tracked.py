@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 
-from migrated.guests.driver import SourceMemory
 from migrated.memory import native
+from migrated.memory.regions import SourceMemory
 from migrated.memory.tracker import Tracker
 
 SYS_USERFAULTFD, SYS_PIDFD_GETFD = 323, 438

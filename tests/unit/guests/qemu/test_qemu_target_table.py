@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 from migrated.config import load
 from migrated.errors import GuestError, GuestRefusedError, UsageError
-from migrated.guests.driver import Region
 from migrated.guests.qemu.command import check_command
 from migrated.guests.qemu.config import QemuTargetConfig, decode_config
 from migrated.guests.qemu.options import Properties, format_size, parse_options, parse_size
 from migrated.guests.qemu.target_table import Answers, Running, TargetTable, read_running, target_table
+from migrated.memory.regions import Region
 
 MIB = 1 << 20
 PROGRAM = "/usr/bin/qemu-system-x86_64"

@@ -1,0 +1,75 @@
+"""Guest memory as every layer names it: regions, where a process has them mapped, and the files behind them.
+
+A driver finds or makes them (`migrated.guests.driver`); engines and trackers work on them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Mapping:
+    """A piece of a region in the guest process: ``[address, address+length)`` shows the region from ``offset`` on."""
+
+    region: int
+    address: int
+    offset: int
+    length_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Region:
+    """One contiguous piece of guest memory, one file.
+
+    ``name`` pairs the regions of the two sides (QEMU: the name of the RAM block).
+    ``page_bytes`` is the page size of the memory behind it: 4096, 2 MiB, 1 GiB.
+    ``device``: memory of a device or of the firmware, which the target keeps on 4 KiB pages whatever the guest's RAM is on.
+    """
+
+    name: str
+    size_bytes: int
+    page_bytes: int
+    device: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SourceMemory:
+    """Where the running guest's memory is.
+
+    ``memory_fds[i]`` is open for reading on the file of ``regions[i]``, which starts at ``file_offsets[i]``; the driver
+    closes the descriptors in `SourceGuest.close`.
+
+    ``private[i]``: the region is private memory of the process ``pid`` (anonymous, on huge pages, or a private mapping of
+    a file).  Then ``memory_fds[i]`` is open for reading on ``/proc/PID/mem``, a descriptor of its own or the same for
+    several regions, and ``file_offsets[i]`` is the address at which the region begins there; its one mapping has that
+    address and offset 0.
+    ``file_behind[i]``: a private mapping of a file.  Pages that the guest has not touched show the file, so that all of the
+    region is read and sent.
+
+    Both have one entry a region; left out, no region is private.
+    """
+
+    pid: int
+    regions: tuple[Region, ...]
+    mappings: tuple[Mapping, ...]
+    memory_fds: tuple[int, ...]
+    file_offsets: tuple[int, ...]
+    private: tuple[bool, ...] = ()
+    file_behind: tuple[bool, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("private", "file_behind"):
+            object.__setattr__(self, name, getattr(self, name) or (False,) * len(self.regions))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TargetMemory:
+    """One region prepared by the agent for the incoming guest: a memfd of ``region.size_bytes``, empty.
+
+    ``reserve``: mapping it reserves its pages.  False: they are reserved already, or are to be taken as they are needed.
+    """
+
+    region: Region
+    memory_fd: int
+    reserve: bool = True
