@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from migrated.address import Address
-    from migrated.agent.requests import Agent
+    from migrated.agent.host_agent import HostAgent
     from migrated.config import AgentConfig, Role
 
 LOCK_NAME: Final = "agent.lock"
@@ -97,7 +97,7 @@ def blocking_calls(settings: AgentConfig) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(min(256, 16 + 4 * settings.limits.max_migrations), thread_name_prefix="blocking")
 
 
-def build_agent(settings: AgentConfig) -> Agent:
+def build_agent(settings: AgentConfig) -> HostAgent[Any]:
     """Make the agent of ``settings.role``; imported here, since a source has no use for what a target loads."""
     if settings.role == "source":
         from migrated.source.agent import SourceAgent
@@ -116,7 +116,7 @@ def _on_signal(number: signal.Signals, stop: asyncio.Event) -> None:
     stop.set()
 
 
-async def serve(settings: AgentConfig, agent: Agent, stop: asyncio.Event) -> None:
+async def serve(settings: AgentConfig, agent: HostAgent[Any], stop: asyncio.Event) -> None:
     """Offer ``agent`` on its sites and run it until ``stop``.  Raises HostError and whatever the agent's run raises."""
     about = {"name": settings.agent.name, "version": __version__, "pid": os.getpid()}
     _make_state_dir(settings.state_dir)
@@ -141,7 +141,7 @@ async def serve(settings: AgentConfig, agent: Agent, stop: asyncio.Event) -> Non
     logger.info("agent down", role=settings.role)
 
 
-async def _finish(settings: AgentConfig, agent: Agent, stop: asyncio.Event, work: asyncio.Task[None]) -> None:
+async def _finish(settings: AgentConfig, agent: HostAgent[Any], stop: asyncio.Event, work: asyncio.Task[None]) -> None:
     """Until the agent's run is over: by ``stop``, or by an error of its own.
 
     After ``stop`` it may take as long as guests need this process.  Without any, the agent keeps timeouts.shutdown by
@@ -168,7 +168,7 @@ async def _finish(settings: AgentConfig, agent: Agent, stop: asyncio.Event, work
         raise MigratedError(message, hint="this is a bug: please report it")
 
 
-def _is_needed(agent: Agent) -> bool:
+def _is_needed(agent: HostAgent[Any]) -> bool:
     """Whether a guest in post-copy is being served: it would stall at its next missing page without this process."""
     return any(record.state is State.POSTCOPY for record in agent.records(ended=False))
 
@@ -217,7 +217,7 @@ def _locked(state_dir: Path) -> Iterator[None]:
 
 
 @contextlib.asynccontextmanager
-async def _sites(settings: AgentConfig, agent: Agent, about: dict[str, Any]) -> AsyncIterator[None]:
+async def _sites(settings: AgentConfig, agent: HostAgent[Any], about: dict[str, Any]) -> AsyncIterator[None]:
     async with contextlib.AsyncExitStack() as stack:
         control = await _runner(stack, control_app(agent, about))
         await _listen_control(control, settings.control_socket)
@@ -287,7 +287,7 @@ def _warn_of_openness(settings: AgentConfig) -> None:
 # ---------------------------------------------------------------- service manager
 
 
-async def _tell_service_manager(agent: Agent, stop: asyncio.Event, work: asyncio.Task[None]) -> None:
+async def _tell_service_manager(agent: HostAgent[Any], stop: asyncio.Event, work: asyncio.Task[None]) -> None:
     """READY once the agent can work; STATUS; and as long as it is healthy, WATCHDOG and all the time it needs."""
     watchdog = service.watchdog_seconds()
     pause = min(STATUS_SECONDS, watchdog / 3) if watchdog else STATUS_SECONDS
@@ -313,7 +313,7 @@ async def _tell_service_manager(agent: Agent, stop: asyncio.Event, work: asyncio
         await asyncio.sleep(pause if ready else _READY_POLL_SECONDS)
 
 
-def status_line(agent: Agent) -> str:
+def status_line(agent: HostAgent[Any]) -> str:
     """One line for ``systemctl status``."""
     health = agent.health()
     if not health.healthy:

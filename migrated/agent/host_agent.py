@@ -1,7 +1,11 @@
-"""What both agents are: a roster of migrations, the tasks that do them, and an end that leaves every guest safe."""
+"""What both agents are: verbs on a table of migrations, the tasks that do them, and an end that leaves every guest safe.
+
+The HTTP side and the command line know an agent as a `HostAgent`, and nothing more of it.
+"""
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
@@ -12,6 +16,7 @@ from migrated.agent import archive
 from migrated.agent.archive import Archive
 from migrated.agent.migration import Migration
 from migrated.agent.record import Record
+from migrated.agent.requests import Health, SetRequest, StartRequest
 from migrated.agent.table import Roster
 from migrated.config import AgentConfig
 from migrated.errors import ConflictError
@@ -21,10 +26,14 @@ from migrated.waiting import end
 M = TypeVar("M", bound=Migration)
 
 
-class HostAgent(Generic[M]):
-    """Base of `SourceAgent` and `TargetAgent`; the methods without an underscore are those of `migrated.agent.requests.Agent`."""
+class HostAgent(abc.ABC, Generic[M]):
+    """Base of `SourceAgent` and `TargetAgent`.
 
-    role = ""
+    The methods without an underscore are the verbs.  Errors: NotFoundError, ConflictError, ConfigError and what the work
+    itself raises.
+    """
+
+    role = ""  # "source" | "target"
 
     def __init__(self, config: AgentConfig, log: Any) -> None:
         self.config = config
@@ -39,21 +48,23 @@ class HostAgent(Generic[M]):
         self._residents = guests.Residents(config)
         self._keeper = keeper_for(config.state_dir)
 
-    def _reasons(self) -> list[str]:
-        """Why this agent is not ready, as far as both roles can say."""
-        return ["starting"] * (not self._started) + ["shutting down"] * self._stopping
+    # ------------------------------------------------------------ verbs
 
     def guests(self) -> list[str]:
         """Names, as configured."""
         return sorted(self.config.guests)
 
     def records(self, *, ended: bool = True) -> list[Record]:
-        """All migrations, oldest first, with fresh figures."""
+        """All migrations, oldest first, with fresh figures; ended=False leaves out those that are over."""
         return self._roster.records(ended=ended)
 
     def record(self, migration_id: str) -> Record:
-        """By id, a unique prefix of it, or the guest's name; NotFoundError."""
+        """By id, a unique prefix of it, or the guest's name (its newest); NotFoundError."""
         return self._roster.record(migration_id)
+
+    @abc.abstractmethod
+    async def start(self, request: StartRequest) -> Record:
+        """Check what can be checked at once, start in the background (source only; ConflictError on a target)."""
 
     async def abort(self, migration_id: str) -> Record:
         """End it, while that can be done without harm; ConflictError later."""
@@ -61,9 +72,47 @@ class HostAgent(Generic[M]):
         migration.abort()
         return migration.record
 
+    @abc.abstractmethod
+    async def switchover(self, migration_id: str) -> Record:
+        """End pre-copy now."""
+
+    @abc.abstractmethod
+    async def resume(self, migration_id: str, to: str | None = None) -> Record:
+        """Reconnect a paused post-copy now, perhaps at a new address."""
+
+    @abc.abstractmethod
+    async def abandon(self, migration_id: str, *, confirm: str) -> Record:
+        """Post-copy whose source is lost: poison what is missing.  confirm must be the guest's name."""
+
+    @abc.abstractmethod
+    async def force_run(self, migration_id: str, *, confirm: str) -> Record:
+        """The other host is gone and took the word on COMMIT with it: run the guest here.  confirm must be its name."""
+
+    @abc.abstractmethod
+    async def discard(self, migration_id: str, *, confirm: str) -> Record:
+        """The guest is not to run here: end what is left of it on this host.  confirm must be its name."""
+
+    @abc.abstractmethod
+    async def set(self, migration_id: str, request: SetRequest) -> Record:
+        """Change the limits of a migration under way."""
+
     def events(self, migration_id: str) -> AsyncIterator[Record]:
-        """The record now, and whenever it changes, until ended."""
+        """The record now, and again whenever it changes (state at once, figures at most twice a second), until ended."""
         return self._roster.events(migration_id)
+
+    @abc.abstractmethod
+    def health(self) -> Health:
+        """How this agent is, for whoever watches it."""
+
+    @abc.abstractmethod
+    async def run(self, stop: asyncio.Event) -> None:
+        """Work until ``stop``; then abort what can be aborted, leave every guest safe, and return."""
+
+    # ------------------------------------------------------------ what both roles do
+
+    def _reasons(self) -> list[str]:
+        """Why this agent is not ready, as far as both roles can say."""
+        return ["starting"] * (not self._started) + ["shutting down"] * self._stopping
 
     def _launch(self, migration: M) -> None:
         self._roster.add(migration)

@@ -1,4 +1,4 @@
-"""The control API: the verbs of ``migrated.agent.requests.Agent`` over HTTP on the agent's Unix socket.
+"""The control API: the verbs of `HostAgent` over HTTP on the agent's Unix socket.
 
 Whoever may open the socket (mode 0600) may do everything; there is no other right.
 """
@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import msgspec
 from aiohttp import web
 
-from migrated.agent.requests import Agent, SetRequest, StartRequest
+from migrated.agent.host_agent import HostAgent
+from migrated.agent.requests import SetRequest, StartRequest
 from migrated.http.errors import BadRequestError, errors_as_json, json_answer
 from migrated.http.reading import ABOUT, AGENT, add_reading_routes, agent_of
 
@@ -40,7 +41,7 @@ class ConfirmBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     confirm: str
 
 
-def control_app(agent: Agent, about: dict[str, Any]) -> web.Application:
+def control_app(agent: HostAgent[Any], about: dict[str, Any]) -> web.Application:
     """Build the application for the control socket."""
     app = web.Application(middlewares=[errors_as_json], client_max_size=MAX_BODY_BYTES)
     app[AGENT] = agent

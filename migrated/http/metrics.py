@@ -26,8 +26,8 @@ from migrated.agent.record import State
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from migrated.agent.host_agent import HostAgent
     from migrated.agent.record import Record
-    from migrated.agent.requests import Agent
 
 #: Fault latencies above 2^24 µs (16.8 s) share the last bucket.
 LATENCY_BUCKETS: Final = 24
@@ -89,7 +89,7 @@ def _bound(seconds: float) -> float:
 class RecordCollector(Collector):
     """Asks the agent for its records at every scrape."""
 
-    def __init__(self, agent: Agent, about: dict[str, Any]) -> None:
+    def __init__(self, agent: HostAgent[Any], about: dict[str, Any]) -> None:
         self._agent = agent
         self._about = about
         # Records of earlier agents, which a restarted agent still lists.  Compared by identity: a migration that this
@@ -212,7 +212,7 @@ def _downtime(totals: _Totals) -> Metric:
     return family
 
 
-def make_registry(agent: Agent, about: dict[str, Any]) -> CollectorRegistry:
+def make_registry(agent: HostAgent[Any], about: dict[str, Any]) -> CollectorRegistry:
     """Make a registry of our own: the library's global one would be shared by two agents in one process (tests)."""
     registry = CollectorRegistry()
     registry.register(RecordCollector(agent, about))

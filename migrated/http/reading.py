@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 from aiohttp import web
 
+from migrated.agent.host_agent import HostAgent
 from migrated.errors import MigratedError, hinted
 from migrated.http.errors import BadRequestError, json_answer
 
@@ -16,9 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator
 
     from migrated.agent.record import Record
-    from migrated.agent.requests import Agent
 
-AGENT: Final = web.AppKey("agent", object)  # an Agent: a protocol cannot be checked by AppKey
+AGENT: Final = web.AppKey("agent", HostAgent[Any])
 ABOUT: Final = web.AppKey("about", dict)
 STOPPING: Final = web.AppKey("stopping", asyncio.Event)
 #: Ids of the migrations being watched, one for each stream.  An application without it does not limit them.
@@ -30,13 +30,12 @@ KEEPALIVE_SECONDS: Final = 15.0
 MAX_WATCHERS: Final = 64
 
 
-def agent_of(request: web.Request) -> Agent:
+def agent_of(request: web.Request) -> HostAgent[Any]:
     """Return the agent behind this application."""
-    agent: Agent = request.app[AGENT]  # type: ignore[assignment]
-    return agent
+    return request.app[AGENT]
 
 
-def summary(agent: Agent, about: dict[str, Any], *, ended: bool = True) -> dict[str, Any]:
+def summary(agent: HostAgent[Any], about: dict[str, Any], *, ended: bool = True) -> dict[str, Any]:
     """Say what ``/status`` answers: who we are, how we are, and every migration."""
     health = agent.health()
     return {

@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
     from aiohttp.typedefs import Handler, Middleware
 
-    from migrated.agent.requests import Agent
+    from migrated.agent.host_agent import HostAgent
 
 #: There is nothing to upload here.
 MAX_BODY_BYTES: Final = 1024
 _INLINE: Final = re.compile(r"<(script|style)>(.*?)</\1>", re.DOTALL)
 
 
-def status_app(agent: Agent, about: dict[str, Any], *, hosts: Collection[str] = ()) -> web.Application:
+def status_app(agent: HostAgent[Any], about: dict[str, Any], *, hosts: Collection[str] = ()) -> web.Application:
     """Build the application for the status address; ``hosts`` are the names it may be asked by, beside localhost."""
     app = web.Application(
         middlewares=[_common_headers, errors_as_json, _only_for_hosts({"localhost", *hosts}), _read_only],

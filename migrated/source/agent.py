@@ -27,7 +27,7 @@ log = structlog.get_logger("migrated.source")
 
 
 class SourceAgent(HostAgent[SourceMigration]):
-    """Implements `migrated.agent.requests.Agent`."""
+    """Moves guests away."""
 
     role = "source"
 
@@ -179,13 +179,13 @@ class SourceAgent(HostAgent[SourceMigration]):
         )
 
     async def switchover(self, migration_id: str) -> Record:
-        """See Agent."""
+        """See HostAgent."""
         migration = self._roster.find(migration_id)
         migration.switchover()
         return migration.record
 
     async def resume(self, migration_id: str, to: str | None = None) -> Record:
-        """See Agent."""
+        """See HostAgent."""
         migration = self._roster.find(migration_id)
         migration.resume(parse_address(to) if to else None)
         return migration.record
@@ -201,7 +201,7 @@ class SourceAgent(HostAgent[SourceMigration]):
         )
 
     async def force_run(self, migration_id: str, *, confirm: str) -> Record:
-        """See Agent.  The journal says first that COMMIT is taken back, so a next agent runs the guest here as well."""
+        """See HostAgent.  The journal says first that COMMIT is taken back, so a next agent runs the guest here as well."""
         record, entry = await self._journalled(migration_id)
         if entry is None or entry.stage != "committed":
             raise ConflictError(
@@ -224,7 +224,7 @@ class SourceAgent(HostAgent[SourceMigration]):
         return migration.record
 
     async def discard(self, migration_id: str, *, confirm: str) -> Record:
-        """See Agent.  A guest that was not given away runs on here: of it only the target's side is given up."""
+        """See HostAgent.  A guest that was not given away runs on here: of it only the target's side is given up."""
         record, entry = await self._journalled(migration_id)
         if entry is None or record.state not in (State.POSTCOPY_PAUSED, State.RECOVERING, State.FAILED, State.ABORTED):
             raise ConflictError(
@@ -251,7 +251,7 @@ class SourceAgent(HostAgent[SourceMigration]):
         return record, await in_thread(self._journal.find, record.id)
 
     async def set(self, migration_id: str, request: SetRequest) -> Record:
-        """See Agent."""
+        """See HostAgent."""
         migration = self._roster.find(migration_id)
         if migration.record.ended:
             raise ConflictError(f"migration {migration.id} is over", state=migration.record.state.value)

@@ -65,7 +65,7 @@ FIRST_MESSAGE_MAX_BYTES = 1 << 17
 
 
 class TargetAgent(HostAgent[TargetMigration]):
-    """Implements `migrated.agent.requests.Agent`."""
+    """Takes guests in."""
 
     role = "target"
 
@@ -108,7 +108,7 @@ class TargetAgent(HostAgent[TargetMigration]):
         )
 
     async def abandon(self, migration_id: str, *, confirm: str) -> Record:
-        """See Agent."""
+        """See HostAgent."""
         migration = self._roster.find(migration_id)
         migration.check_abandon()
         self._check_confirmed(migration.record, confirm, "abandon")
@@ -116,14 +116,14 @@ class TargetAgent(HostAgent[TargetMigration]):
         return migration.record
 
     async def force_run(self, migration_id: str, *, confirm: str) -> Record:
-        """See Agent."""
+        """See HostAgent."""
         migration = self._roster.find(migration_id)
         self._check_confirmed(migration.record, confirm, "force-run")
         await migration.force_run()
         return migration.record
 
     async def discard(self, migration_id: str, *, confirm: str) -> Record:
-        """See Agent."""
+        """See HostAgent."""
         record = self._roster.record(migration_id)
         self._check_confirmed(record, confirm, "discard")
         migration = self._roster.known(record.id)

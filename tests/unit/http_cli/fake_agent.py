@@ -8,8 +8,10 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 from migrated import config, daemon
+from migrated.agent.host_agent import HostAgent
 from migrated.agent.record import Faults, FaultSeconds, Record, State, StateChange
 from migrated.agent.requests import Health, SetRequest, StartRequest
 from migrated.errors import ConflictError, GuestRefusedError, NotFoundError
@@ -18,10 +20,10 @@ from migrated.units import parse_rate
 GUEST = "vm1"
 
 
-class FakeAgent:
+class FakeAgent(HostAgent[Any]):
     """Keeps records; a verb moves them from state to state.  Nothing happens by itself."""
 
-    def __init__(self, role: str = "source") -> None:
+    def __init__(self, role: str = "source") -> None:  # nothing of the base: it has no guests and no state directory
         self.role = role
         self.all: list[Record] = []
         self.sick: list[str] = []
