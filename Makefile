@@ -1,13 +1,13 @@
-# Everything is built into .venv/ and build/ of this checkout; only distribution packages go elsewhere (make deps).
+# Everything is built into .venv/ and build/ of this checkout, except distribution packages (make deps).
 #
-#   make demo [ARGS=--json]   a guest, two agents and a migration on this machine, watched and verified
-#   make test                 linters, C tests (plain, sanitizers), fuzzers for a while, Python tests
+#   make demo [ARGS=--json]   run two agents, a guest and a migration on this machine, and verify the guest's memory
+#   make test                 linters, C tests (with and without sanitizers), fuzzers, Python tests
 #   make check                linters and type checks only
-#   make test-interop         guest tests on the QEMU of Debian 12, 13 and sid, fetched as trees
+#   make test-interop         guest tests on the QEMU of Debian 12, 13 and sid, installed into trees
 #   make venv                 build and install into .venv
-#   make bench | soak         figures against QEMU and iperf3 | random failures for SOAK_SECONDS
-#   make simulate             random failures in virtual time, SIMULATIONS of them from SIMULATION_FIRST on
-#   make clean                remove what was built
+#   make bench | soak         compare with QEMU and iperf3 | random failures for SOAK_SECONDS
+#   make simulate             SIMULATIONS schedules of random failures in virtual time, starting at SIMULATION_FIRST
+#   make clean                remove everything that was built
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
@@ -25,9 +25,9 @@ JOBS ?= $(shell nproc)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := build/stamps
-# One build at a time in a checkout, whoever asks.
+# Serialize builds in this checkout.
 LOCK := flock build/lock
-# Guest images (Debian's kernel, our init) stay in the checkout too.
+# Guest images (Debian's kernel, our init) are kept in the checkout, too.
 export MIGRATED_CACHE ?= $(CURDIR)/build/cache
 
 NATIVE := $(shell find native -name '*.[ch]' -not -path '*/examples/*') native/CMakeLists.txt native/build_ffi.py
@@ -40,22 +40,22 @@ C_FORMATTED := $(wildcard native/src/*.[ch] native/include/*.h native/tests/*.[c
 
 # ---------------------------------------------------------------- distribution packages
 
-# package:what shows that it is there (a program, or a file)
+# package:program, or package:file, which exists if the package is installed
 PACKAGES := \
 	gcc:gcc libc6-dev:/usr/include/stdio.h cmake:cmake ninja-build:ninja \
 	libzstd-dev:/usr/include/zstd.h libssl-dev:/usr/include/openssl/ssl.h \
 	python3:python3 python3-venv:/usr/share/doc/python3-venv python3-dev:/usr/share/doc/python3-dev \
 	util-linux:flock
-# For real guests: without them, and without the right to install them, the demo says so and moves a co-operative guest.
+# For real guests.  If they are missing and cannot be installed, the demo says so and migrates a co-operative guest.
 GUEST_PACKAGES := iproute2:ip qemu-system-x86:qemu-system-x86_64
-# For `make test` and `make bench` only.
+# Only for `make test` and `make bench`.
 TEST_PACKAGES := clang:clang libclang-rt-dev:/usr/share/doc/libclang-rt-dev clang-format:clang-format iperf3:iperf3 \
 	systemd:systemd-analyze openssl:openssl systemd-container:systemd-nspawn mmdebstrap:mmdebstrap
 
 deps:
 	@.ci/deps $(PACKAGES) $(GUEST_PACKAGES) $(if $(WITHOUT_TEST_PACKAGES),,$(TEST_PACKAGES))
 
-# `make demo` does without what only tests need.
+# `make demo` does not need the packages of the tests.
 $(STAMPS)/deps: Makefile .ci/deps
 	@mkdir -p $(STAMPS)
 	@.ci/deps $(PACKAGES) -- $(GUEST_PACKAGES)
@@ -68,7 +68,7 @@ $(STAMPS)/test-deps: Makefile .ci/deps
 
 # ---------------------------------------------------------------- .venv
 
-# The interpreter: Debian's, or the first python3 that is new enough and has its headers.
+# The interpreter is Debian's, or the first python3 that is new enough and has its headers.
 $(STAMPS)/venv: pyproject.toml .ci/venv | $(STAMPS)/deps
 	@mkdir -p $(STAMPS)
 	@$(LOCK) .ci/venv $(VENV)
@@ -80,14 +80,14 @@ $(STAMPS)/modules: always
 	@find migrated -name '*.py' | sort >$@.new
 	@cmp --silent $@.new $@ && rm $@.new || mv $@.new $@
 
-# Editable: Python sources are used where they lie, the C core is built again when it changed.
+# Editable: Python sources are used in place, and the C core is rebuilt when it changes.
 $(STAMPS)/installed: $(STAMPS)/venv $(STAMPS)/modules $(CORE)
 	@$(LOCK) $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	@touch $@
 
 venv: $(STAMPS)/installed
 
-# ---------------------------------------------------------------- what users run
+# ---------------------------------------------------------------- for users
 
 demo: $(STAMPS)/installed
 	@$(BIN)/migrated demo $(ARGS)
@@ -122,7 +122,7 @@ test-asan: | $(STAMPS)/test-deps
 	cmake --build build/asan --parallel $(JOBS)
 	ctest --test-dir build/asan --output-on-failure --no-tests=error
 
-# Threads that share memory without a lock: the ledger, the claims, and the engines around them with all their threads.
+# ThreadSanitizer for threads that share memory without a lock: the ledger, the claims, and the engines around them.
 test-tsan: | $(STAMPS)/test-deps
 	cmake -S native -B build/tsan -G Ninja -DMGD_TESTS=ON -DMGD_SANITIZE=thread --log-level=WARNING
 	cmake --build build/tsan --parallel $(JOBS)
@@ -144,7 +144,7 @@ fuzz: | $(STAMPS)/test-deps
 test-python: $(STAMPS)/installed $(STAMPS)/test-deps
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-# Other versions of QEMU than this machine's: Debian releases as trees in the cache (tests/rig/trees.py).
+# QEMU versions other than this machine's: Debian releases as trees in the cache (tests/rig/trees.py).
 SUITES ?= bookworm trixie sid
 
 test-interop: $(STAMPS)/installed $(STAMPS)/test-deps

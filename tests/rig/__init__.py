@@ -1,1 +1,1 @@
-"""What tests with real guests stand on: hosts with agents, a guest that moves between them, page pools, namespaces."""
+"""Fixtures for tests with real guests: hosts with agents, a guest that migrates between them, page pools, namespaces."""

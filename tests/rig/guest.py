@@ -1,4 +1,7 @@
-"""A self-checking QEMU guest that moves between two hosts, and says after every move whether its memory is whole."""
+"""A self-checking QEMU guest that migrates between two hosts.
+
+It verifies all of its memory after every migration.
+"""
 
 from __future__ import annotations
 
@@ -34,19 +37,19 @@ GONE_SECONDS = 20.0
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Move:
-    """A migration that is over: the record of either side."""
+    """A finished migration: the records of both sides."""
 
     source: dict[str, Any]
     target: dict[str, Any]
 
 
 class MovingGuest:
-    """The guest, on ``hosts[at]`` now.  Made by `moving_guest`."""
+    """The guest, currently on ``hosts[at]``.  Created by `moving_guest`."""
 
     def __init__(self, guest: QemuGuest, hosts: tuple[Host, Host], page_bytes: tuple[int, int]) -> None:
         first = hosts[0]
-        # Where the agent would put the monitor of a guest that arrived: so the first host's source agent finds the guest by
-        # one path, whether it was started here or came back.
+        # The path where the agent would put the monitor of an incoming guest.  The first host's source agent then finds
+        # the guest at one path, whether it was started here or migrated back.
         self.guest = dataclasses.replace(guest, qmp=first.qmp(guest.name))
         self.name = guest.name
         self.hosts = hosts
@@ -59,39 +62,39 @@ class MovingGuest:
 
     @property
     def console(self) -> GuestConsole:
-        """Its serial console, on whichever host it is."""
+        """The guest's serial console, on its current host."""
         return self.qemu.console
 
     @property
     def here(self) -> Host:
-        """Where it runs."""
+        """The host on which the guest runs."""
         return self.hosts[self.at]
 
     @property
     def there(self) -> Host:
-        """Where it would move next."""
+        """The host to which the guest would migrate next."""
         return self.hosts[1 - self.at]
 
     @property
     def pids(self) -> list[int]:
-        """Its QEMU processes on both hosts: one, except during a migration."""
+        """The guest's QEMU processes on both hosts: one, except during a migration."""
         return traces.qemus(self.guest.directory)
 
     async def start(self) -> None:
-        """Boot it on the first host."""
+        """Boot the guest on the first host."""
         self.here.qmp(self.name).parent.mkdir(parents=True)
         await self.qemu.start(prefix=self.here.prefix)
 
     # ------------------------------------------------------------ moves
 
     async def begin(self, **options: Any) -> str:
-        """Start a migration to the other host; its id."""
+        """Start a migration to the other host, and return its id."""
         await self.there.target()
         body = {"guest": self.name, "to": self.there.address, **options}
         return str((await (await self.here.source()).request("POST", "/v1/migrations", body))["id"])
 
     async def arrive(self, migration: str, limit_seconds: float = MOVE_SECONDS) -> Move:
-        """Wait until a migration under way is completed, follow the guest to its new console, and check its memory."""
+        """Wait until an active migration has completed, and follow the guest to its new console."""
         source, target = await self.here.source(), await self.there.target()
         attach = asyncio.ensure_future(self.console.attach(self.guest.target_serial(1 - self.at), limit_seconds))
         try:
@@ -107,7 +110,7 @@ class MovingGuest:
         return Move(record, other)
 
     async def move(self, *, limit_seconds: float = MOVE_SECONDS, **options: Any) -> Move:
-        """One whole move, its memory checked on arrival."""
+        """Migrate the guest once, and verify its memory on arrival."""
         before = await self.console.stats()
         migration = await self.begin(**options)
         move = await self.arrive(migration, limit_seconds)
@@ -115,7 +118,7 @@ class MovingGuest:
         return move
 
     async def fail(self, *, limit_seconds: float = MOVE_SECONDS, **options: Any) -> dict[str, Any]:
-        """A migration that must not succeed: the source's record.  The guest runs on here as if nothing had been."""
+        """Run a migration that must fail, and return the source's record.  The guest must keep running here, undisturbed."""
         before = await self.console.stats()
         migration = await self.begin(**options)
         record = await (await self.here.source()).wait(migration, limit_seconds=limit_seconds)
@@ -127,11 +130,11 @@ class MovingGuest:
     # ------------------------------------------------------------ video memory
 
     async def fill_video_memory(self) -> None:
-        """Fill the frame buffer with noise, but for its first MiB."""
+        """Fill the frame buffer with noise, except its first MiB."""
         self._noise = await fill_video_memory(self.name, self.here.qmp(self.name))
 
     async def assert_video_memory(self) -> None:
-        """The noise is still there."""
+        """Assert that the frame buffer still holds the noise."""
         fd, address = await _open_video_memory(self.name, self.here.qmp(self.name))
         try:
             assert os.pread(fd, len(self._noise), address) == self._noise
@@ -139,7 +142,7 @@ class MovingGuest:
             os.close(fd)
 
     def swap_out(self) -> int:
-        """Have the kernel swap out its QEMU's private memory (process_madvise); how many bytes are on swap then."""
+        """Have the kernel swap out QEMU's private memory (process_madvise), and return the number of bytes on swap."""
         (pid,) = self.pids
         libc = ctypes.CDLL(None, use_errno=True)
         pidfd = os.pidfd_open(pid)
@@ -156,7 +159,7 @@ class MovingGuest:
     # ------------------------------------------------------------ what must be true
 
     async def assert_sound(self, since: Load) -> None:
-        """It runs, it has done something since, and every block of its memory is what it wrote."""
+        """Assert that the guest has run since ``since``, and that every block of its memory holds what it wrote."""
         swept = await self.console.sweep()
         after = await self.console.stats()
         assert (swept.wrong, swept.errors, after.errors, self.console.corrupt) == (0, 0, 0, [])
@@ -165,15 +168,15 @@ class MovingGuest:
         assert after.seconds > since.seconds
 
     async def alone(self) -> None:
-        """Wait until one QEMU is left, and see that nothing of ours is in it."""
-        async with within(GONE_SECONDS, "the other QEMU to end"):
-            while len(self.pids) != 1:  # noqa: ASYNC110 - processes tell nobody of their end
+        """Wait until only one QEMU is left, and assert that it holds no userfaultfd."""
+        async with within(GONE_SECONDS, "the other QEMU to exit"):
+            while len(self.pids) != 1:  # noqa: ASYNC110 - nothing reports the exit of these processes
                 await asyncio.sleep(0.02)
         (pid,) = self.pids
         assert traces.userfaultfds(pid) == []
 
     def explain(self, record: dict[str, Any]) -> str:
-        """A record that is not as it should be, and the ends of the logs."""
+        """Format an unexpected record with the last log lines of all agents."""
         told = [f"{record['role']}: {record['state']} {record.get('error')}"]
         for host in self.hosts:
             for role in ("source", "target"):
@@ -181,7 +184,7 @@ class MovingGuest:
         return "\n".join(told)
 
     async def stop(self) -> None:
-        """End agents and guest, and see that the agents had nothing to complain of."""
+        """Stop agents and guest, and assert that the agents logged no errors."""
         try:
             for host in self.hosts:
                 await host.stop()
@@ -193,7 +196,7 @@ class MovingGuest:
 
 
 async def _open_video_memory(name: str, qmp: Path) -> tuple[int, int]:
-    """``/proc/PID/mem`` of its QEMU, and where in it the middle of the frame buffer is: no text is written there."""
+    """Open ``/proc/PID/mem`` of QEMU; return it with the address of the frame buffer's second MiB, where no text is written."""
     monitor = await Monitor.connect(name, qmp)
     try:
         pid = monitor.peer_pid()
@@ -205,7 +208,7 @@ async def _open_video_memory(name: str, qmp: Path) -> tuple[int, int]:
 
 
 async def fill_video_memory(name: str, qmp: Path) -> bytes:
-    """Fill the frame buffer of a guest, which has a VGA, with noise, but for its first MiB; returns the noise."""
+    """Fill the frame buffer of a guest with VGA with noise, except its first MiB, and return the noise."""
     fd, address = await _open_video_memory(name, qmp)
     noise = os.urandom(VIDEO_NOISE_BYTES)
     try:
@@ -223,10 +226,10 @@ async def moving_guest(
     config: dict[str, Any] | None = None,
     **guest: Any,
 ) -> AsyncIterator[MovingGuest]:
-    """A booted guest on the first of two hosts.
+    """Boot a guest on the first of two hosts.
 
-    ``guest``: fields of `QemuGuest`; ``page_bytes`` and ``hosts`` (arguments of `Host`): for the first and the second host;
-    ``config``: sections for all agents.
+    ``guest`` holds fields of `QemuGuest`.  ``page_bytes`` and ``hosts`` (arguments of `Host`) are for the first and the
+    second host.  ``config`` holds configuration sections for all agents.
     """
     with supervisor.directory("mgt-", short_directory()) as directory:
         options = {"name": NAME, "memory_bytes": 128 * MIB, "cache": cache_directory(), **guest}

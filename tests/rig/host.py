@@ -1,4 +1,4 @@
-"""A host: a directory of its own, perhaps a network namespace, and both agents."""
+"""A host of a test: its own directory, optionally a network namespace, and both agents."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ PROGRAM = (sys.executable, "-P", "-m", "migrated")
 
 
 class Host:
-    """``name`` under ``directory`` (a short path: sockets live there).  Agents start when first asked for.
+    """``name`` under ``directory`` (a short path, because it holds sockets).  Agents start on first use.
 
-    ``prefix`` goes before the agents' commands (``ip netns exec …``, ``setpriv …``), ``program`` is what is run as the
-    target agent instead of ``migrated``.
+    ``prefix`` goes before the agents' commands (``ip netns exec …``, ``setpriv …``).  ``program`` runs as the target agent
+    instead of ``migrated``.
     """
 
     def __init__(
@@ -47,37 +47,37 @@ class Host:
         )
 
     def qmp(self, guest: str) -> Path:
-        """The QMP socket of a guest that arrived here."""
+        """Path of the QMP socket of a guest that arrived on this host."""
         return self._target.state_dir / "guests" / guest / f"{guest}.qmp"
 
     async def source(self) -> AgentProcess:
-        """The source agent, running."""
+        """Return the source agent; start it if necessary."""
         if self._source.process is None:
             await self._source.start()
         return self._source
 
     async def target(self) -> AgentProcess:
-        """The target agent, running."""
+        """Return the target agent; start it if necessary."""
         if self._target.process is None:
             await self._target.start()
         return self._target
 
     async def stop(self) -> None:
-        """End both agents, as a service manager does."""
+        """Stop both agents as a service manager does."""
         await self._source.stop()
         await self._target.stop()
 
     def events(self, role: str) -> list[dict[str, Any]]:
-        """What an agent has logged so far; a line that is no JSON as ``{"event": line, "level": "error"}``."""
+        """Return what an agent has logged so far.  A line that is not JSON becomes ``{"event": line, "level": "error"}``."""
         agent = self._source if role == "source" else self._target
         if not agent.log_path.exists():
             return []
         return [_event(line) for line in agent.log_path.read_text(errors="replace").splitlines() if line]
 
     def complaints(self) -> list[dict[str, Any]]:
-        """Everything either agent logged as an error: bugs say so there.
+        """Return everything that either agent logged as an error.
 
-        The QMP library's own lines are left out: it calls every connection that did not come about an error.
+        The QMP library's own lines are excluded, because it reports every failed connection as an error.
         """
         told = [event for role in ("source", "target") for event in self.events(role) if event["level"] == "error"]
         return [event for event in told if not str(event.get("logger", "")).startswith("qemu.qmp")]

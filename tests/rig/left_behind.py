@@ -1,6 +1,6 @@
-"""A test to be killed: it starts all there is to be left behind, says so in the file $LEFT_BEHIND, and waits for ever.
+"""A test to be killed: it creates everything that a run could leave behind, notes it in $LEFT_BEHIND, and waits forever.
 
-Not collected (no ``test_`` in its file's name); tests/faults/test_supervisor.py names it.
+pytest does not collect it (no ``test_`` in the file name); tests/faults/test_supervisor.py runs it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PAGES, PAGE_BYTES = 3, 2 << 20
 
 
 async def test_waits_for_its_end() -> None:
-    """A migration half done: agents, a guest on either side, and whoever holds descriptors."""
+    """Stop in the middle of a migration: agents, a guest process on each side, and descriptor holders exist."""
     with supervisor.directory("mg-", short_directory()) as directory, namespaces() as pair:
         mount = directory / "mount"
         mount.mkdir()

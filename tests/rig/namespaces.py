@@ -1,6 +1,6 @@
-"""Two network namespaces joined by a veth pair: two hosts, as far as TCP can tell.
+"""Two network namespaces joined by a veth pair: two hosts as far as TCP can tell.
 
-Names carry our pid.  They are taken away on every way out, and by the supervisor of a test run that is killed.
+Their names contain the pid of the test run.  Every exit path deletes them, and so does the supervisor if the run is killed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _numbers = itertools.count()
 
 
 def ip(*arguments: str) -> str:
-    """Run ip(8); AssertionError with what it said when it fails."""
+    """Run ip(8).  Raises AssertionError with its output if it fails."""
     return _run("ip", *arguments)
 
 
@@ -41,7 +41,7 @@ class Namespaces:
 
     @property
     def hosts(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Arguments of `Host` for either side."""
+        """Arguments of `Host` for each side."""
         first, second = (
             {"prefix": ("ip", "netns", "exec", name), "listen": address}
             for name, address in zip(self.names, self.addresses, strict=True)
@@ -49,22 +49,22 @@ class Namespaces:
         return first, second
 
     def limit(self, side: int, rate: str) -> None:
-        """Let ``side`` send at most so much (tc(8)'s words: ``200mbit``)."""
+        """Limit the rate at which ``side`` sends (in the units of tc(8): ``200mbit``)."""
         shape = ["tbf", "rate", rate, "burst", "128kb", "latency", "100ms"]
         _run("tc", "-n", self.names[side], "qdisc", "replace", "dev", _DEVICE, "root", *shape)
 
     def sent_bytes(self, side: int) -> int:
-        """What has left a side through the link."""
+        """Return the number of bytes that a side has sent through the link."""
         path = f"/sys/class/net/{_DEVICE}/statistics/tx_bytes"
         return int(ip("netns", "exec", self.names[side], "cat", path))
 
 
 @contextlib.contextmanager
 def namespaces() -> Iterator[Namespaces]:
-    """Two of them, up and able to reach each other."""
+    """Create two namespaces that can reach each other."""
     number = next(_numbers)
     first, second = f"{_PREFIX}{os.getpid()}-{number}a", f"{_PREFIX}{os.getpid()}-{number}b"
-    # Addresses live in the namespaces only, so every pair may use the same ones.
+    # Addresses are local to the namespaces, so every pair may use the same ones.
     addresses = ("10.74.40.1", "10.74.40.2")
     with contextlib.ExitStack() as undo:
         for name in (first, second):

@@ -1,6 +1,6 @@
-"""Holds all huge pages that can be had until its standard input ends: ``python -m tests.rig.page_holder PAGE_BYTES``.
+"""Hold all available huge pages until standard input ends: ``python -m tests.rig.page_holder PAGE_BYTES``.
 
-Says how many it has.
+Prints the number of pages that it holds.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from migrated.memory.memfd import allocate, pools
 
 
 def available(page_bytes: int) -> int:
-    """Pages that a new reservation can have."""
+    """Return the number of pages that a new reservation can get."""
     return max(0, next(pool.available for pool in pools() if pool.page_bytes == page_bytes))
 
 
 def take_all(page_bytes: int) -> list[tuple[int, mmap.mmap]]:
-    """Reserve until there is nothing to be had; others may take and give at the same time."""
+    """Reserve pages until none are left; other processes may take and return pages at the same time."""
     held = []
     while (count := available(page_bytes)) > 0:
         try:

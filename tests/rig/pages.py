@@ -1,4 +1,4 @@
-"""The kernel's pools of huge pages, changed only relative to what they are: others use them at the same time."""
+"""The kernel's pools of huge pages.  Changes are always relative, because other processes use the pools at the same time."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _LOCK = Path("/run/lock/migrated-tests-pool")
 
 
 class PagesUnavailableError(Exception):
-    """The kernel has no such pages, or found too few."""
+    """The kernel does not support this page size, or could not allocate enough pages."""
 
 
 def change(page_bytes: int, by: int) -> int:
-    """Grow or shrink the pool relative to what it is; returns by how much it really changed."""
+    """Grow or shrink the pool by this number of pages, and return the actual change."""
     path = POOLS / f"hugepages-{page_bytes >> 10}kB" / "nr_hugepages"
     with _LOCK.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -31,7 +31,7 @@ def change(page_bytes: int, by: int) -> int:
 
 @contextlib.contextmanager
 def more_pages(count: int, page_bytes: int) -> Iterator[None]:
-    """``count`` more pages of this size in the pool.  PagesUnavailableError says what is in the way."""
+    """Grow the pool by ``count`` pages of this size.  Raises PagesUnavailableError with the reason if that fails."""
     if page_bytes not in {pool.page_bytes for pool in pools()}:
         raise PagesUnavailableError(f"this kernel has no pages of {page_bytes >> 20} MiB")
     added = change(page_bytes, count)
@@ -47,9 +47,9 @@ def more_pages(count: int, page_bytes: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def pool_full(page_bytes: int) -> Iterator[int]:
-    """Whatever can be had of the pool is held by a process of ours; how many pages that is.
+    """Have a child process take all available pages of the pool; yields their number.
 
-    Held as reservations, which nobody has to zero: a pool of any size is full at once.
+    The child only reserves the pages.  Nothing has to zero them, so this is immediate for a pool of any size.
     """
     command = [sys.executable, "-m", "tests.rig.page_holder", str(page_bytes)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
@@ -58,9 +58,9 @@ def pool_full(page_bytes: int) -> Iterator[int]:
         try:
             yield int(holder.stdout.readline())
         finally:
-            holder.stdin.close()  # at its end of file the holder ends
+            holder.stdin.close()  # the holder exits at end of file
             holder.wait()
 
 
-if __name__ == "__main__":  # the supervisor, for a test run that was killed
+if __name__ == "__main__":  # run by the supervisor after a test run was killed
     change(int(sys.argv[1]), int(sys.argv[2]))

@@ -1,7 +1,8 @@
-"""An agent whose interpreter can be brought to a standstill: ``python -m tests.rig.stubborn_agent SOCKET target --config …``.
+"""An agent whose interpreter can be stopped: ``python -m tests.rig.stubborn_agent SOCKET target --config …``.
 
-Whoever connects to SOCKET and sends a number gets ``held``; then for so many seconds no Python in this process runs, since
-a C function sleeps without giving the interpreter lock away.  Then ``free``.  The rest is the agent as it is.
+A client connects to SOCKET and sends a number of seconds.  It receives ``held``; for that time no Python code in this
+process runs, because a C function sleeps while holding the interpreter lock.  Then the client receives ``free``.
+Everything else is the unmodified agent.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from migrated.cli import main
 
 
 def _stand_still(listener: socket.socket) -> None:
-    libc = ctypes.PyDLL(None)  # unlike CDLL keeps the lock during a call
+    libc = ctypes.PyDLL(None)  # unlike CDLL, holds the lock during a call
     while True:
         connection, _ = listener.accept()
         with connection:

@@ -1,11 +1,12 @@
-"""A test run that is killed leaves nothing behind: a process beside it watches, and cleans up when it is gone.
+"""Clean up after a test run that is killed: a separate process watches the run, and removes what it leaves behind.
 
-What tests start does not stay below them: agents have sessions of their own, guests outlive agents, holders of descriptors
-are nobody's children.  Asking the kernel to end a child with its parent (PR_SET_PDEATHSIG) would reach the first of these at
-most.  But all of them inherit a word in their environment that is this run's alone; by it they are found and ended, each by
-its pidfd.  What is no process (a namespace, a mount, a directory, pages in the pool) is told beforehand: `undoing`.
+Processes that tests start do not stay below them: agents have their own sessions, guests outlive agents, and descriptor
+holders are nobody's children.  PR_SET_PDEATHSIG would reach only the direct children.  But all of them inherit an environment
+variable whose value is unique to this run.  The supervisor finds them by it, and kills each through its pidfd.  The run
+announces everything else (a namespace, a mount, a directory, pages in the pool) in advance with `undoing`.
 
-The supervisor watches our pidfd, not the end of the pipe: a child that was forked and not executed holds the pipe too.
+The supervisor watches the pidfd of the run instead of the end of the pipe, because a child that was forked but has not called
+exec holds the pipe too.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ _pipe = -1
 
 
 def start() -> None:
-    """From here on everything we start ends with us at the latest."""
-    global _pipe  # there is one of it, as there is one of us
+    """Start the supervisor.  Everything started after this call is killed when this process exits."""
+    global _pipe  # one supervisor for each process
     if _pipe >= 0:
         return
     reading, _pipe = os.pipe()
@@ -50,7 +51,7 @@ def start() -> None:
         [sys.executable, __file__, str(os.getpid()), token],
         environment,
         file_actions=[(os.POSIX_SPAWN_DUP2, reading, 0), *null],
-        setsid=True,  # a Ctrl-C is for us
+        setsid=True,  # Ctrl-C must not reach the supervisor
     )
     os.close(reading)
 
@@ -63,7 +64,7 @@ def _tell(message: dict[str, object]) -> None:
 
 @contextlib.contextmanager
 def undoing(*command: str) -> Iterator[None]:
-    """Should we be killed before this block is left, ``command`` is run; run otherwise it is not."""
+    """Have the supervisor run ``command`` if this process is killed inside the block, and only then."""
     number = next(_numbers)
     _tell({"number": number, "command": command})
     try:
@@ -74,7 +75,7 @@ def undoing(*command: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def directory(prefix: str, where: str | None = None) -> Iterator[Path]:
-    """A temporary directory that goes in any case."""
+    """Create a temporary directory that is removed even if this process is killed."""
     path = Path(tempfile.mkdtemp(prefix=prefix, dir=where))
     with undoing("rm", "-rf", "--", str(path)):
         try:
@@ -87,7 +88,7 @@ def directory(prefix: str, where: str | None = None) -> Iterator[Path]:
 
 
 def _watch(pid: int) -> dict[int, list[str]]:
-    """Until that process, our parent, has ended; what is to be undone then."""
+    """Wait until the given process, our parent, has exited, and return the commands that undo what it left."""
     told = b""
     with contextlib.suppress(ProcessLookupError):
         watched = os.pidfd_open(pid)
@@ -115,13 +116,13 @@ def _watch(pid: int) -> dict[int, list[str]]:
 
 
 def _end_one(pid: int, mark: bytes) -> bool:
-    """End a process if it is of that run; whether it was."""
+    """Kill a process if it belongs to that run, and return whether it did."""
     try:
         handle = os.pidfd_open(pid)
     except OSError:
         return False
     try:
-        # Read with the handle open: the process that is ended is the one that was looked at.
+        # Read the environment while holding the pidfd, so that the process checked is the process killed.
         if mark not in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
             return False
         signal.pidfd_send_signal(handle, signal.SIGKILL)
@@ -134,7 +135,7 @@ def _end_one(pid: int, mark: bytes) -> bool:
 
 
 def _end_all(token: str) -> None:
-    """Until a look at all processes finds none: one that was just being ended may have started another."""
+    """Kill processes of the run until a scan finds none: one that was just being killed may have started another."""
     mark = f"{WORD}={token}".encode()
     until = time.monotonic() + LIMIT_SECONDS
     while time.monotonic() < until:

@@ -1,4 +1,4 @@
-"""Swap space in compressed memory, for as long as a test needs it."""
+"""Swap space in compressed memory (zram) for the duration of a test."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CONTROL = Path("/sys/class/zram-control")
 
 
 class SwapUnavailableError(Exception):
-    """Why there is none."""
+    """There is no zram; the message says why."""
 
 
 def _run(*command: str) -> None:
@@ -32,11 +32,11 @@ def _remove(number: int) -> None:
 
 @contextlib.contextmanager
 def zram(size_bytes: int) -> Iterator[None]:
-    """Swap on a zram device of its own.  SwapUnavailableError says what is in the way."""
+    """Enable swap on a new zram device.  Raises SwapUnavailableError with the reason if that fails."""
     try:
         number = int((_CONTROL / "hot_add").read_text())
     except OSError as error:
-        raise SwapUnavailableError(f"this kernel offers no zram, or not to us: {error}") from error
+        raise SwapUnavailableError(f"cannot create a zram device: {error}") from error
     with supervisor.undoing(sys.executable, "-m", __name__, str(number)):
         try:
             device = Path(f"/dev/zram{number}")
@@ -44,11 +44,11 @@ def zram(size_bytes: int) -> Iterator[None]:
                 raise SwapUnavailableError(f"{device} does not exist")
             Path(f"/sys/block/zram{number}/disksize").write_text(str(size_bytes))
             _run("mkswap", str(device))
-            _run("swapon", "-p", "100", str(device))  # before any other
+            _run("swapon", "-p", "100", str(device))  # highest priority: used before any other swap
             yield
         finally:
             _remove(number)
 
 
-if __name__ == "__main__":  # the supervisor, for a test run that was killed
+if __name__ == "__main__":  # run by the supervisor after a test run was killed
     _remove(int(sys.argv[1]))

@@ -1,6 +1,7 @@
-"""What is left of a guest on this machine: processes, userfaultfds, and whoever still holds its memory.
+"""Find what is left of a guest on this machine: processes, userfaultfds, and processes that still hold its memory.
 
-Looked up by things only ours (a directory made for the test, an inode), so that it is right whoever else works here.
+The search uses only what belongs to the test (a directory created for it, an inode), so that other users of this machine do
+not affect the result.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ def _pids() -> Iterator[int]:
 
 
 def command_line(pid: int) -> str:
-    """Of a process; empty when it has ended."""
+    """Return the command line of a process; empty if it has exited."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     except OSError:
@@ -27,18 +28,18 @@ def command_line(pid: int) -> str:
 
 
 def processes(directory: Path) -> dict[int, str]:
-    """Living processes with ``directory`` in their command line, ourselves excluded."""
+    """Return all processes with ``directory`` in their command line, except this one."""
     lines = {pid: command_line(pid) for pid in _pids() if pid != os.getpid()}
     return {pid: line for pid, line in lines.items() if f"{directory}/" in line}
 
 
 def qemus(directory: Path) -> list[int]:
-    """The QEMU processes of the guests that live in ``directory``."""
+    """Return the QEMU processes of the guests in ``directory``."""
     return sorted(pid for pid, line in processes(directory).items() if QEMU in line.split(" ")[0])
 
 
 def userfaultfds(pid: int) -> list[int]:
-    """Numbers of the userfaultfds that a process holds."""
+    """Return the descriptor numbers of the userfaultfds that a process holds."""
     folder = Path(f"/proc/{pid}/fd")
     found = []
     for entry in os.listdir(folder):
@@ -49,7 +50,7 @@ def userfaultfds(pid: int) -> list[int]:
 
 
 def memory_files(pid: int) -> set[tuple[int, int]]:
-    """(device, inode) of the memfds that a process holds open."""
+    """Return (device, inode) of each memfd that a process holds open."""
     found = set()
     folder = Path(f"/proc/{pid}/fd")
     with contextlib.suppress(OSError):
@@ -62,7 +63,7 @@ def memory_files(pid: int) -> set[tuple[int, int]]:
 
 
 def holders(files: set[tuple[int, int]]) -> dict[int, str]:
-    """Processes that hold or map any of these memfds: while there are none, their pages are back in the pool."""
+    """Return the processes that hold or map any of these memfds.  If there are none, the pages are back in the pool."""
     found = {}
     for pid in _pids():
         if memory_files(pid) & files or _mapped(pid) & files:
@@ -82,7 +83,7 @@ def _mapped(pid: int) -> set[tuple[int, int]]:
 
 
 def end_processes(directory: Path) -> None:
-    """Kill what is left of a test, by pid: only processes that name its directory."""
+    """Kill by pid what is left of a test: only processes that name its directory."""
     for pid in processes(directory):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

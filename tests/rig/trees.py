@@ -1,14 +1,13 @@
 """Debian trees: other versions of QEMU for the guest tests, and a system to boot under systemd-nspawn.
 
-    python -m tests.rig.trees [SUITE …]      make these trees (default: all) and print what is in them
+    python -m tests.rig.trees [SUITE …]      build these trees (default: all) and print their versions
 
-A tree holds systemd, Python and QEMU of one Debian release.  It is made once, in ``$MIGRATED_CACHE/trees/SUITE``, by
-mmdebstrap: that is debootstrap by means of apt, in a quarter of the time.  The mirror is the one this machine installs its
-own packages from.
+A tree holds systemd, Python and QEMU of one Debian release.  mmdebstrap builds it once, in ``$MIGRATED_CACHE/trees/SUITE``;
+it uses apt and takes a quarter of debootstrap's time.  The packages come from the mirror that this machine itself uses.
 
-``SUITE/qemu-system-x86_64`` runs the QEMU of a tree as if it were installed here: in a mount namespace of its own /usr is
-the tree's, and everything else is this machine's.  So every path means the same to that QEMU as to whoever starts it, and
-because each step is an exec, it keeps the pid and the descriptors that it was started with.
+``SUITE/qemu-system-x86_64`` runs the QEMU of a tree as if it were installed here.  It has its own mount namespace, in which
+/usr is the tree's and everything else is this machine's.  So every path means the same to that QEMU as to its parent.
+Because each step is an exec, it keeps the pid and the descriptors that it was started with.
 """
 
 from __future__ import annotations
@@ -28,30 +27,30 @@ from migrated.demo.run import cache_directory
 from migrated.errors import HostError
 from tests.rig import supervisor
 
-#: Debian 12, Debian 13, and whatever is newest; oldest first.
+#: Debian 12, Debian 13 and unstable; oldest first.
 SUITES = ("bookworm", "trixie", "sid")
-#: python3 and not python3-minimal: asyncio, ssl and sqlite3 are in the former only.
+#: python3 instead of python3-minimal, which lacks asyncio, ssl and sqlite3.
 PACKAGES = ("systemd", "systemd-sysv", "dbus", "python3", "qemu-system-x86")
 LEFT_OUT = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*")
 MAKE_SECONDS = 300.0
 
 PROGRAM = "qemu-system-x86_64"
-# The libraries in the loader's cache are this machine's, so the tree's QEMU must not see that.
+# The loader's cache lists this machine's libraries, so the tree's QEMU must not see it.
 WRAPPER = f"""#!/bin/sh
 exec unshare --mount --propagation slave sh -euc '
 mount --bind /dev/null /etc/ld.so.cache
 mount --bind "$0/usr" /usr
 exec {PROGRAM} "$@"' "${{0%/*}}" "$@"
 """
-_RECIPE = "etc/migrated-tree"  # what the tree was made from: one of another recipe is made again
+_RECIPE = "etc/migrated-tree"  # what the tree was built from; a tree with another recipe is rebuilt
 
 
 class TreeUnavailableError(HostError):
-    """There is no such tree, and none can be made here; the message says why."""
+    """The tree does not exist and cannot be built here; the message says why."""
 
 
 def tree(suite: str) -> Path:
-    """Return the tree of this Debian release; make it if there is none.  Raises TreeUnavailableError."""
+    """Return the tree of this Debian release; build it if necessary.  Raises TreeUnavailableError."""
     path = _trees() / suite
     if _is_current(path):
         return path
@@ -65,12 +64,12 @@ def tree(suite: str) -> Path:
 
 
 def qemu(suite: str) -> Path:
-    """Return a program that is this release's QEMU.  Raises TreeUnavailableError."""
+    """Return the path of this release's QEMU.  Raises TreeUnavailableError."""
     return tree(suite) / PROGRAM
 
 
 def versions(path: Path) -> str:
-    """Say which QEMU and which systemd are in a tree."""
+    """Return the versions of QEMU and systemd in a tree."""
     qemu_line = subprocess.run([path / PROGRAM, "--version"], check=True, capture_output=True, text=True).stdout
     (library,) = (path / "usr/lib/x86_64-linux-gnu/systemd").glob("libsystemd-core-*.so")
     return f"QEMU {qemu_line.split()[3]}, systemd {library.stem.rpartition('-')[2]}"
@@ -92,20 +91,20 @@ def _is_current(path: Path) -> bool:
 
 def _check_tools() -> None:
     if os.geteuid() != 0:
-        raise TreeUnavailableError("a Debian tree can only be made by root")
+        raise TreeUnavailableError("only root can build a Debian tree")
     for program in ("mmdebstrap", "apt-get", "apt-config", "unshare"):
         if shutil.which(program) is None:
-            raise TreeUnavailableError(f"a Debian tree cannot be made: {program} is not installed")
+            raise TreeUnavailableError(f"cannot build a Debian tree: {program} is not installed")
 
 
 def _make(suite: str, path: Path) -> None:
-    """Make the tree beside its place and move it there when it is whole."""
+    """Build the tree in a scratch directory, and move it into place when it is complete."""
     with supervisor.directory(f".{suite}-", str(path.parent)) as scratch:
         configuration = scratch / "apt.conf"
         configuration.write_text(_run("apt-config", "dump", *_OF_APT))
         made = scratch / "tree"
         _run(
-            # A mount namespace: whatever mmdebstrap mounts in the tree goes with its last process, however that ends.
+            # In a mount namespace, whatever mmdebstrap mounts disappears with its last process, however that exits.
             *("unshare", "--mount", "mmdebstrap", "--mode=root", "--variant=essential"),
             *(f"--include={','.join(PACKAGES)}", f"--aptopt={configuration}", "--dpkgopt=force-unsafe-io"),
             *(f"--dpkgopt=path-exclude={pattern}" for pattern in LEFT_OUT),
@@ -114,17 +113,17 @@ def _make(suite: str, path: Path) -> None:
         (made / PROGRAM).write_text(WRAPPER)
         (made / PROGRAM).chmod(0o755)
         (made / _RECIPE).write_text(_recipe())
-        if path.exists():  # of another recipe, or half removed; it goes with the scratch directory
+        if path.exists():  # another recipe, or partly removed; it is deleted with the scratch directory
             path.rename(scratch / "former")
         made.rename(path)
 
 
-#: How this machine's apt reaches a mirror, and what it lets pass.
+#: Options of this machine's apt for reaching a mirror and for checking it.
 _OF_APT = ("Acquire::http", "Acquire::https", "Acquire::Retries", "Acquire::Check-Valid-Until", "Acquire::Check-Date")
 
 
 def _mirror() -> str:
-    """Where this machine's own Debian packages come from."""
+    """Return the mirror that this machine's own Debian packages come from."""
     output = _run(
         *("apt-get", "indextargets", "--format", "$(REPO_URI)"),
         *("Created-By: Packages", "Origin: Debian", "Label: Debian", "Component: main"),
@@ -135,7 +134,7 @@ def _mirror() -> str:
 
 
 def _run(*command: str) -> str:
-    """Run a command; its output.  TreeUnavailableError with what it said last if it fails."""
+    """Run a command and return its output.  Raises TreeUnavailableError with its last output if it fails."""
     try:
         done = subprocess.run(
             command, check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=MAKE_SECONDS
@@ -154,7 +153,7 @@ def _made(suites: Sequence[str]) -> Iterator[bool]:
         try:
             path = tree(suite)
         except TreeUnavailableError as error:
-            print(f"no Debian tree {suite}: {error}")  # noqa: T201 - what whoever started us waits for
+            print(f"no Debian tree {suite}: {error}")  # noqa: T201 - the output of this command
             yield False
         else:
             print(f"{path}: {versions(path)} ({time.monotonic() - started:.0f} s)")  # noqa: T201 - as above
@@ -162,7 +161,7 @@ def _made(suites: Sequence[str]) -> Iterator[bool]:
 
 
 def main() -> int:
-    """Make trees; 0 if all of them are there."""
+    """Build trees; return 0 if all of them exist."""
     parser = argparse.ArgumentParser(prog="python -m tests.rig.trees", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("suites", metavar="SUITE", nargs="*", default=SUITES, help=f"of {', '.join(SUITES)}")
     arguments = parser.parse_args()

@@ -1,7 +1,7 @@
-"""Run many schedules, or one again.
+"""Run many schedules, or repeat one.
 
 python -m tests.simulation --schedules 10000          seeds 0 …, on all processors
-python -m tests.simulation --seed 4711 --keep 0,2     one, shrunk to these actions, with its trace
+python -m tests.simulation --seed 4711 --keep 0,2     one seed, reduced to these actions, with its trace
 """
 
 from __future__ import annotations

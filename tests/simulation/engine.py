@@ -1,4 +1,4 @@
-"""The two engines of the C core, as a model: pages, marks, the stale map, the ledger, and the events they report."""
+"""A model of the two engines of the C core: pages, marks, the stale map, the ledger, and the events that they report."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _pages(first: int, bits: bytes) -> Iterator[int]:
 
 
 class Ledger:
-    """What the target knows of each page; outlives its agent."""
+    """State of each page on the target.  Outlives the agent."""
 
     def __init__(self) -> None:
         self.switched = False
@@ -40,7 +40,7 @@ class Ledger:
 
 
 class Tracker:
-    """`migrated.memory.tracker.Tracker`."""
+    """Model of `migrated.memory.tracker.Tracker`."""
 
     def __init__(self, memory: Any, uffd: int) -> None:
         self._process: Process = current().host.processes[memory.pid]
@@ -62,7 +62,7 @@ class Tracker:
 
 
 class _Engine:
-    """What both have: streams and events."""
+    """Streams and events of both engines."""
 
     def __init__(self) -> None:
         self.life = current()
@@ -85,7 +85,7 @@ class _Engine:
         self._handler = None
 
     def flush(self) -> None:
-        """Deliver what waits, now."""
+        """Deliver all queued events now."""
         waiting, self._waiting = self._waiting, []
         for event in waiting:
             if self._handler is not None:
@@ -157,7 +157,7 @@ class _Engine:
 
 
 class SimSourceEngine(_Engine):
-    """`SourceEngine`."""
+    """Model of `SourceEngine`."""
 
     def __init__(self, memory: Any, host_page_bytes: Any, stream_count: int, block_secret: bytes) -> None:
         super().__init__()
@@ -266,7 +266,7 @@ class SimSourceEngine(_Engine):
 
 
 class SimTargetEngine(_Engine):
-    """`TargetEngine`."""
+    """Model of `TargetEngine`."""
 
     def __init__(
         self, memory: Any, stream_count: int, ledger_fd: int, block_secret: bytes, *, recover: bool = False
@@ -304,7 +304,7 @@ class SimTargetEngine(_Engine):
         self._tell()
 
     def fault(self, where: Where) -> None:
-        """A thread of the guest waits for a page."""
+        """Handle a fault: a thread of the guest waits for a page."""
         if not self._alive or not self.ledger.switched:
             return
         if where in self.ledger.stale:
@@ -356,7 +356,7 @@ class SimTargetEngine(_Engine):
             self._tell()
 
     def _tell(self) -> None:
-        """That nothing is stale any more, once."""
+        """Report once that no page is stale any more."""
         if self.ledger.switched and not self.ledger.stale:
             self._once(EventKind.ALL_CURRENT)
 

@@ -1,7 +1,7 @@
-"""The guest that is moved, and its two drivers.
+"""Models of the guest and of its two drivers.
 
-Its processes live on hosts and outlast agents.  Each page holds the number of the guest's last write to it, so that a page
-which comes late or not at all is seen where the guest touches it.
+The guest's processes belong to hosts and outlive agents.  Each page holds the number of the guest's last write to it.  A page
+that arrives late or never is therefore detected when the guest touches it.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _INODES: Final = itertools.count(1)
 
 
 class Memory:
-    """A memfd: the number of the last write, by page."""
+    """A memfd, which holds the number of the last write for each page."""
 
     def __init__(self, region: int, pages: int) -> None:
         self.region = region
         self.pages = [0] * pages
-        self.st_size = pages * PAGE_BYTES  # as os.fstat tells it
+        self.st_size = pages * PAGE_BYTES  # as os.fstat returns it
         self.st_ino = next(_INODES)
 
 
@@ -35,7 +35,7 @@ class Uffd:
 
 
 class Process:
-    """One process of the guest: the first one on the source, those started on targets."""
+    """A process of the guest: the original one on the source, or one that was started on a target."""
 
     def __init__(self, world: Any, host: Any, memory: list[Memory], state: str) -> None:
         self.world = world
@@ -61,7 +61,7 @@ class Process:
         return self.state != "dead"
 
     def become(self, state: str) -> None:
-        """The only place where a process begins or ceases to run."""
+        """Change the state.  This is the only place where a process starts or stops running."""
         if self.state == "dead":
             return
         self.state = state
@@ -72,7 +72,7 @@ class Process:
                 self.run_here()
 
     def run_here(self) -> None:
-        """It touches a few pages, and the rest by and by."""
+        """Touch a few pages when the guest starts to run here."""
         for where in self.world.choose_pages(self, 2):
             self.touch(where)
 
@@ -88,7 +88,7 @@ class Process:
     # ------------------------------------------------------------ memory
 
     def write_some(self) -> None:
-        """What it writes until somebody looks."""
+        """Do the writes that the guest has made since the last scan."""
         if self.state != "running":
             return
         for region, page in self.world.choose_pages(self, self.world.busy):
@@ -98,7 +98,7 @@ class Process:
             self.dirty.add((region, page))
 
     def touch(self, where: tuple[int, int]) -> None:
-        """Use a page: at once where it is mapped, else when it is."""
+        """Access a page; if it is not mapped, fault and wait until it is."""
         if not self.registered or where in self.mapped:
             return
         self.waiting.setdefault(where, [])
@@ -106,7 +106,7 @@ class Process:
             self.engine.fault(where)
 
     def map(self, where: tuple[int, int], *, poisoned: bool = False) -> None:
-        """The page is there now."""
+        """Map a page, verify its contents, and wake its waiters."""
         if where in self.mapped:
             return
         self.mapped.add(where)
@@ -120,7 +120,7 @@ class Process:
                 future.set_result(None)
 
     async def needs(self, where: tuple[int, int]) -> None:
-        """Wait for a page, as a command does that touches memory."""
+        """Wait for a page, like a guest command that touches memory."""
         if not self.registered or where in self.mapped:
             return
         future = asyncio.get_running_loop().create_future()
@@ -137,7 +137,7 @@ class Process:
 
 
 class SimPidHandle:
-    """`PidHandle` of a simulated process."""
+    """Model of `PidHandle` for a simulated process."""
 
     def __init__(self, process: Process) -> None:
         self._process = process
@@ -158,7 +158,7 @@ class SimPidHandle:
 
 
 class SourceDriver(SourceGuest):
-    """Of the simulated guest."""
+    """Source driver of the simulated guest."""
 
     def __init__(self, world: Any, host: Any, name: str) -> None:
         self._world = world
@@ -268,7 +268,7 @@ class SourceDriver(SourceGuest):
 
 
 class TargetDriver(TargetGuest):
-    """Of the simulated guest."""
+    """Target driver of the simulated guest."""
 
     def __init__(self, world: Any, host: Any, name: str) -> None:
         self._world = world
@@ -349,7 +349,7 @@ class TargetDriver(TargetGuest):
 
 
 class SimResidents:
-    """`guests.Residents` with one guest of ours under every name."""
+    """Model of `guests.Residents`: every name refers to the one simulated guest."""
 
     def __init__(self, config: Any) -> None:
         self._host = current().host
@@ -369,7 +369,7 @@ class SimResidents:
 
 
 def users_of(inodes: tuple[int, ...]) -> list[int]:
-    """`target.memory.users_of`."""
+    """Model of `target.memory.users_of`."""
     return [
         process.pid
         for process in current().host.processes.values()

@@ -1,8 +1,8 @@
-"""An event loop whose time is virtual, and lives that can end between any two of its callbacks.
+"""An event loop with virtual time, and simulated processes that can be killed between any two of its callbacks.
 
-Nothing here waits: when no callback is ready, the clock jumps to the next timer.  A callback belongs to the `Life` in whose
-context it was scheduled; when a life has ended, its callbacks are dropped, as a killed process executes nothing more, not
-even a ``finally``.
+The loop never waits.  When no callback is ready, the clock jumps to the next timer.  A callback belongs to the `Life` in
+whose context it was scheduled.  When that life has ended, its callbacks are dropped: a killed process executes nothing more,
+not even a ``finally``.
 """
 
 from __future__ import annotations
@@ -17,36 +17,36 @@ from typing import Any
 
 
 class KilledError(BaseException):
-    """Raised inside a thread of a life that ends in the middle of it."""
+    """Raised in a thread whose life ends while the thread runs."""
 
 
 class Life:
-    """One process, from its start to its end: its descriptors, and the context that its tasks inherit."""
+    """One simulated process from start to exit: its descriptors, and the context that its tasks inherit."""
 
     def __init__(self, name: str, host: Any) -> None:
         self.name = name
         self.host = host
         self.alive = True
-        self.doomed = False  # ends at the next operation on the disk
+        self.doomed = False  # is killed at the next disk operation
         self.fds: dict[int, Any] = {}
         self.next_fd = 3
         self.context = contextvars.copy_context()
         self.context.run(LIFE.set, self)
 
     def open(self, thing: Any) -> int:
-        """A descriptor of ``thing``.  OSError EMFILE while there are none."""
+        """Return a new descriptor of ``thing``.  Raises OSError EMFILE while the host is out of descriptors."""
         if self.host.out_of_descriptors():
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         return self.install(thing)
 
     def install(self, thing: Any) -> int:
-        """A descriptor of ``thing``, which arrives whatever the limit is."""
+        """Return a new descriptor of ``thing``, regardless of the limit."""
         number, self.next_fd = self.next_fd, self.next_fd + 1
         self.fds[number] = thing
         return number
 
     def close(self, number: int) -> None:
-        """Close a descriptor.  A number that is not open is a mistake of the code that is tested."""
+        """Close a descriptor.  Closing a number that is not open is a bug in the code under test."""
         if number not in self.fds:
             self.host.world.violation(f"{self.name} closes descriptor {number}, which is not open")
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
@@ -60,7 +60,7 @@ LIFE: contextvars.ContextVar[Life | None] = contextvars.ContextVar("life", defau
 
 
 def current() -> Life:
-    """The life that executes now."""
+    """Return the life that is executing."""
     life = LIFE.get()
     if life is None:
         raise RuntimeError("no simulated process executes this")
@@ -68,7 +68,7 @@ def current() -> Life:
 
 
 class Loop(asyncio.BaseEventLoop):
-    """See the module.  ``delay`` gives the seconds that a step of a thread takes."""
+    """See the module.  ``delay`` returns the seconds that a step of a thread takes."""
 
     def __init__(self, delay: Callable[[], float]) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class Loop(asyncio.BaseEventLoop):
         return self.now
 
     def step(self) -> bool:
-        """Execute one callback; False when there is nothing left to do, ever."""
+        """Execute one callback.  Returns False if nothing is left to execute, ever."""
         ready = self._ready
         if not ready:
             scheduled = self._scheduled
@@ -108,7 +108,7 @@ class Loop(asyncio.BaseEventLoop):
         return True
 
     def next_time(self) -> float:
-        """When the next callback is due."""
+        """Return the time at which the next callback is due."""
         if self._ready:
             return self.now
         while self._scheduled and self._scheduled[0]._cancelled:
@@ -116,10 +116,10 @@ class Loop(asyncio.BaseEventLoop):
         return float(self._scheduled[0]._when) if self._scheduled else float("inf")
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
-        """Nobody reads these."""
+        """Ignore it: nothing reads these reports."""
 
     def run_in_executor(self, executor: Any, func: Any, *args: Any) -> Any:  # type: ignore[override]
-        """A thread: begins a little later, and is heard of a little later still."""
+        """Run a function as a thread: it starts after a short delay, and its result arrives after another."""
         del executor
         future = self.create_future()
 
@@ -130,7 +130,7 @@ class Loop(asyncio.BaseEventLoop):
             except KilledError:
                 self.ended(current())
                 return
-            except Exception as problem:  # noqa: BLE001 - whoever waits gets it
+            except Exception as problem:  # noqa: BLE001 - passed to the waiter
                 result, error = None, problem
             finally:
                 self.in_thread = False

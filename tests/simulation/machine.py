@@ -1,4 +1,4 @@
-"""A host: its disk, its descriptor store, its processes, and what the tested code reaches of it through ``os``."""
+"""A simulated host: its disk, its descriptor store, its processes, and the part of ``os`` that the code under test uses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.simulation.loop import KilledError, current
 
 
 class Host:
-    """Outlives the agents that are started on it."""
+    """A host.  It outlives the agents that are started on it."""
 
     def __init__(self, world: Any, name: str, role: str) -> None:
         self.world = world
@@ -43,12 +43,12 @@ class Host:
         return bool(self.world.loop.now < self.no_descriptors_until)
 
     def heal(self) -> None:
-        """Nothing fails from now on."""
+        """End all faults of this host."""
         self.disk_error_until = self.no_descriptors_until = self.keeper_fails_until = 0.0
         self.commands_fail_until = self.commands_hang_until = 0.0
 
     def disk_operation(self, what: str) -> None:
-        """What each system call on a file begins with: here it may fail, and here the agent may die."""
+        """Begin a system call on a file.  It may fail here, or kill the agent."""
         life = current()
         self.world.note(f"{self.name} disk {what}")
         if life.doomed and self.world.loop.in_thread:
@@ -60,7 +60,7 @@ class Host:
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     async def command(self, what: str) -> None:
-        """A request to a guest, which takes a moment and may fail, or answer only when it is too late."""
+        """Simulate a request to a guest.  It takes a moment, and may fail or be answered too late."""
         self.world.note(f"{self.name} guest {what}")
         await asyncio.sleep(self.world.command_seconds())
         chosen = self.failing_command in {"", what}
@@ -76,7 +76,7 @@ class Host:
 
 
 class SimPath:
-    """A path on a host's disk: as much of ``Path`` as the tested code uses."""
+    """A path on a host's disk, with the part of ``Path`` that the code under test uses."""
 
     def __init__(self, host: Host, path: str) -> None:
         self.host = host
@@ -135,7 +135,7 @@ class _File:
 
 
 class _Stream:
-    """What ``os.fdopen`` gives."""
+    """The result of ``os.fdopen``."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -155,7 +155,7 @@ class _Stream:
 
 
 class OsModule:
-    """Stands in for the ``os`` module, for the process that executes."""
+    """Replaces the ``os`` module for the process that is executing."""
 
     def open(self, path: SimPath, flags: int, mode: int = 0) -> int:
         del mode
@@ -203,7 +203,7 @@ OS = OsModule()
 
 
 class SimKeeper:
-    """The service manager's descriptor store."""
+    """Model of the service manager's descriptor store."""
 
     def __init__(self, host: Host) -> None:
         self._host = host

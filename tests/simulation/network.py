@@ -1,7 +1,8 @@
-"""A network between hosts: ordered connections that are slow, cut, or silently dead one way.
+"""A simulated network: ordered connections that can be slow, cut, or silently dead in one direction.
 
-A connection delivers what is sent in order, each piece at its own pace.  `Network.block` holds what goes one way between
-two hosts; `Connection.cut` ends one, of which each side learns in its own time, or not before it sends.
+A connection delivers data in order, each piece after its own delay.  `Network.block` holds back everything that goes in one
+direction between two hosts.  `Connection.cut` ends a connection; each side notices after its own delay, or only when it
+sends.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any, Final, Self
 from tests.simulation.loop import Life, current
 
 END: Final = object()
-#: A connection across a blocked path is given up by the kernel after so long.
+#: The kernel drops a connection across a blocked path after this time.
 SILENCE_SECONDS: Final = 4.0
 
 
@@ -36,7 +37,7 @@ class Endpoint:
         self.error: OSError | None = None
         self.closed = False
         self.queue: deque[Any] = deque()
-        self.held: list[Any] = []  # sent, on a blocked path
+        self.held: list[Any] = []  # sent, but held back on a blocked path
         self.last_arrival = 0.0
         self.unacknowledged = 0
         self.on_item: Callable[[Any], None] | None = None
@@ -52,7 +53,7 @@ class Endpoint:
     # ------------------------------------------------------------ sending
 
     def send(self, item: Any) -> None:
-        """Queue for the peer.  OSError when this side knows that the connection is dead."""
+        """Send an item to the peer.  Raises OSError if this side knows that the connection is dead."""
         if self.error is not None:
             raise self.error
         if self.closed:
@@ -68,13 +69,13 @@ class Endpoint:
             return
         self.last_arrival = max(
             self.last_arrival + 1e-7, net.loop.now + net.latency()
-        )  # timers of one time have no order
+        )  # timers with equal times have no order
         net.at(self.last_arrival, self.peer.life, self.peer._arrive, item)
         if isinstance(item, bytes):
             net.at(self.last_arrival, self.life, self._acknowledged, len(item))
 
     def release(self) -> None:
-        """The path is open again."""
+        """Send what was held back: the path is open again."""
         held, self.held = self.held, []
         for item in held:
             self._travel(item)
@@ -104,7 +105,7 @@ class Endpoint:
             self._reader.set_result(None)
 
     def attach(self, on_item: Callable[[Any], None], on_error: Callable[[OSError], None]) -> None:
-        """Deliver from now on, what has come already first."""
+        """Deliver to these callbacks from now on, beginning with what has already arrived."""
         self.on_error = on_error
         while self.queue:
             on_item(self.queue.popleft())
@@ -113,7 +114,7 @@ class Endpoint:
             on_error(self.error)
 
     async def read(self, count: int) -> bytes:
-        """The next bytes; ``b""`` at the end."""
+        """Return the next bytes, or ``b""`` at the end."""
         while not self.queue:
             if self.error is not None:
                 raise self.error
@@ -130,7 +131,7 @@ class Endpoint:
         return bytes(item[:count])
 
     def fail(self, number: int) -> None:
-        """This side learns that the connection is dead."""
+        """Notify this side that the connection is dead."""
         if self.error is not None or self.closed:
             return
         self.error = _os_error(number)
@@ -139,7 +140,7 @@ class Endpoint:
             self.on_error(self.error)
 
     def close(self) -> None:
-        """By its owner; the peer reads what was sent, then the end."""
+        """Close this side.  The peer reads what was sent, and then the end."""
         if self.closed:
             return
         if self.error is None and not self.ended:
@@ -152,7 +153,7 @@ class Endpoint:
 
 
 class Connection:
-    """Between two endpoints; ``what`` is its purpose, once its preamble has told."""
+    """A connection between two endpoints.  ``what`` is its purpose, once the preamble has arrived."""
 
     def __init__(self, network: Network, client: Life, server: Life) -> None:
         self.network = network
@@ -167,7 +168,7 @@ class Connection:
         return {self.ends[0].life.host, self.ends[1].life.host} == {one, other}
 
     def cut(self, delays: tuple[float | None, float | None]) -> None:
-        """Everything under way is lost.  Each side learns after its delay; None: only when it sends, or by silence."""
+        """Lose everything in flight.  Each side notices after its delay; None: when it sends, or through silence."""
         self.dead = True
         for end, delay in zip(self.ends, delays, strict=True):
             when = SILENCE_SECONDS if delay is None else delay
@@ -199,7 +200,7 @@ class Network:
         return self.blocked.get((sender, receiver), 0) > 0
 
     def block(self, sender: Any, receiver: Any, seconds: float) -> None:
-        """One way, for so long."""
+        """Block one direction for this time."""
         self.blocked[sender, receiver] = self.blocked.get((sender, receiver), 0) + 1
         self.loop.call_later(seconds, self._unblock, sender, receiver)
         self.loop.call_later(SILENCE_SECONDS, self._silence, sender, receiver)
@@ -225,7 +226,7 @@ class Network:
                 connection.cut((self.latency(), self.latency()))
 
     def heal(self) -> None:
-        """Every path is open."""
+        """Open every path."""
         for sender, receiver in [path for path, count in self.blocked.items() if count]:
             self.blocked[sender, receiver] = 0
             self._release(sender, receiver)
@@ -233,7 +234,7 @@ class Network:
     # ------------------------------------------------------------ making connections
 
     async def connect(self, sock: SimSocket, address: tuple[str, int]) -> None:
-        """As TCP does: it hangs while a path is blocked, and is refused where nobody listens."""
+        """Connect like TCP: hang while a path is blocked, and fail with ECONNREFUSED if nobody listens."""
         life = current()
         self.dials.append((self.loop.now, life.host.name, address[0]))
         there = self.hosts.get(address[0])
@@ -265,7 +266,7 @@ class Network:
 
 
 class SimSocket:
-    """What the code that is tested does with sockets."""
+    """The part of ``socket.socket`` that the code under test uses."""
 
     family = socket.AF_UNIX  # has no options to tune
 
@@ -332,7 +333,7 @@ class SimSocket:
 
 
 class Transport(asyncio.Transport):
-    """Between asyncio's streams and an endpoint."""
+    """Connects asyncio's streams to an endpoint."""
 
     def __init__(self, network: Network, sock: SimSocket, protocol: Any) -> None:
         super().__init__({"peername": (sock.endpoint.peer.life.host.name, 7440)})
@@ -342,7 +343,7 @@ class Transport(asyncio.Transport):
         self._protocol = protocol
         self._closing = False
         self._paused = False
-        self._reading: list[Any] | None = None  # what came while the reader has enough
+        self._reading: list[Any] | None = None  # what arrived while reading was paused
         protocol.connection_made(self)
         self._endpoint.on_room = self._room
         network.loop.call_soon(self._endpoint.attach, self._item, self._failed)
@@ -419,7 +420,7 @@ class Transport(asyncio.Transport):
 
 
 def life_ended(network: Network, life: Life) -> None:
-    """The kernel closes what a process had open."""
+    """Close everything that an exited process had open, as the kernel does."""
     for thing in list(life.fds.values()):
         with contextlib.suppress(OSError):
             if isinstance(thing, SimSocket):
@@ -428,7 +429,7 @@ def life_ended(network: Network, life: Life) -> None:
 
 
 class SocketModule:
-    """Stands in for the ``socket`` module."""
+    """Replaces the ``socket`` module."""
 
     def __init__(self, network: Network) -> None:
         self._network = network

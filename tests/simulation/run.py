@@ -1,4 +1,4 @@
-"""Run schedules, many at once or one again; make a failing one small."""
+"""Run many schedules in parallel, repeat one, and shrink a failing one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.simulation.world import Violation, World
 
 
 def attempt(schedule: Schedule, *, trace: bool = False) -> tuple[str | None, World]:
-    """Run it; what was violated, or None."""
+    """Run a schedule, and return the violation, or None."""
     world = World(schedule, trace=trace)
     try:
         world.run()
@@ -24,7 +24,7 @@ def attempt(schedule: Schedule, *, trace: bool = False) -> tuple[str | None, Wor
 
 
 def shrink(schedule: Schedule) -> tuple[Schedule, list[int]]:
-    """Leave out actions as long as it fails."""
+    """Remove actions as long as the schedule still fails."""
     kept = list(range(len(schedule.actions)))
     index = 0
     while index < len(kept):
@@ -37,7 +37,7 @@ def shrink(schedule: Schedule) -> tuple[Schedule, list[int]]:
 
 
 def _some(seeds: range) -> dict[str, Any]:
-    """In a worker: failing seeds, and figures."""
+    """Run these seeds in a worker, and return figures and the failing seeds."""
     gc.freeze()
     figures: Counter[str] = Counter()
     states: set[str] = set()
@@ -55,7 +55,7 @@ def _some(seeds: range) -> dict[str, Any]:
 
 
 def run_many(first: int, count: int, processes: int, seconds: float | None = None) -> dict[str, Any]:
-    """All of them; ends early after ``seconds``."""
+    """Run all schedules; stop early after ``seconds``."""
     pieces = [range(start, min(start + 50, first + count)) for start in range(first, first + count, 50)]
     total: dict[str, Any] = {"figures": Counter(), "states": set(), "failing": []}
     began = time.monotonic()
@@ -72,7 +72,7 @@ def run_many(first: int, count: int, processes: int, seconds: float | None = Non
 
 
 def explain(seed: int) -> str:
-    """A failing seed, shrunk, for people."""
+    """Shrink a failing seed, and describe it."""
     schedule, kept = shrink(draw_schedule(seed))
     problem, _ = attempt(schedule)
     lines = [f"seed {seed}: {problem}", *(f"    {action}" for action in schedule.actions)]
@@ -81,5 +81,5 @@ def explain(seed: int) -> str:
 
 
 def kind_of(problem: str) -> str:
-    """The same for problems that differ in numbers only."""
+    """Return the problem without numbers, so that problems of one kind compare equal."""
     return re.sub(r"[0-9a-f]{12,32}|\d+", "#", problem)

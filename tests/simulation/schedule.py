@@ -1,4 +1,4 @@
-"""A schedule: which faults and orders happen when, drawn from a seed."""
+"""A schedule: which faults and operator commands happen when, drawn from a seed."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Final
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Action:
-    """One fault or order.
+    """One fault or operator command.
 
-    It happens at the time ``at``, or so many ``steps`` of the event loop, or ``after`` seconds, after the ``count``-th
-    ``note``.  The note "fault" is the action before.
+    It happens at the time ``at``, or after the ``count``-th occurrence of ``note``: ``steps`` of the event loop or ``after``
+    seconds later.  The note "fault" is the previous action.
     """
 
     kind: str
@@ -36,7 +36,7 @@ class Action:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Schedule:
-    """What one run is made of, beside the code."""
+    """The complete input of one run."""
 
     seed: int
     actions: tuple[Action, ...]
@@ -58,7 +58,7 @@ _DISK: Final = ("open", "write", "fsync", "rename", "read", "unlink")
 
 
 def _moment(draw: random.Random, first_free: int) -> dict[str, object]:
-    """When; a later action often soon after an earlier one."""
+    """Draw the time of an action.  Later actions often follow soon after an earlier one."""
     first = first_free == 0
     chance = draw.random()
     if not first and chance < 0.45:
@@ -152,7 +152,7 @@ def _action(draw: random.Random, number: int) -> Action:
 
 
 def draw_schedule(seed: int) -> Schedule:
-    """The schedule of a seed."""
+    """Draw the schedule of a seed."""
     draw = random.Random(seed)
     count = draw.choice((1, 2, 3, 3, 4, 4, 5, 6, 8))
     return Schedule(seed, tuple(_action(draw, number) for number in range(count)))

@@ -1,4 +1,4 @@
-"""Ten thousand schedules of failures and orders: the guest runs in one place, and in the end it runs."""
+"""Run ten thousand schedules of failures and commands: the guest runs in at most one place, and in the end it runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.simulation.run import attempt, explain, run_many
 from tests.simulation.schedule import Schedule, draw_schedule
 
 SCHEDULES = 10_000
-#: Of both sessions, 50 in all, more than these a run must have been in.
+#: A run must visit more states than this; both sessions have 50 in total.
 MANY_STATES = 30
 
 

@@ -1,4 +1,7 @@
-"""A world of three hosts and one guest: the real agents, everything around them simulated, and what must hold of it."""
+"""A simulated world of three hosts and one guest.  The agents are real; everything around them is a model.
+
+`World` also checks the rules that must hold at every step and at the end of a run.
+"""
 
 from __future__ import annotations
 
@@ -61,22 +64,22 @@ TIMEOUTS: Final = Timeouts(
     reconnect_interval_limit=4.0,
     shutdown=5.0,
 )
-#: From the first fault on, so long at most until all faults are healed.
+#: All faults are healed at the latest this long after the start.
 CHAOS_SECONDS: Final = 60.0
-#: From then on everything must have come to its end.
+#: Everything must have finished this long after the faults are healed.
 HEALING_SECONDS: Final = 240.0
 MAX_STEPS: Final = 60_000
-#: No more control connections than these, ever, within `DIAL_SECONDS`.
+#: Maximum number of control connections within any `DIAL_SECONDS`.
 MAX_DIALS: Final = 12
 DIAL_SECONDS: Final = 2.0
 
 
-class Violation(Exception):  # noqa: N818 - it is what it says
+class Violation(Exception):  # noqa: N818 - the name of a result, not of an error
     """A rule was broken."""
 
 
 class SimConfig(AgentConfig, kw_only=True, frozen=True):
-    """Its state directory is on a simulated disk."""
+    """A configuration whose state directory is on a simulated disk."""
 
     @property
     def state_dir(self) -> Any:
@@ -84,7 +87,7 @@ class SimConfig(AgentConfig, kw_only=True, frozen=True):
 
 
 class World:
-    """One run; `run` raises `Violation`."""
+    """One run.  `run` raises `Violation`."""
 
     def __init__(self, schedule: Schedule, *, trace: bool = False) -> None:
         self.schedule = schedule
@@ -105,7 +108,7 @@ class World:
         self.committed = False
         self.guest_killed = False
         self.abandoned = False
-        self.release_failed = False  # then the old process stays, and that is said
+        self.release_failed = False  # then the old process stays, and the record says so
         self.write_number = 0
         self._pid = 100
         self._restarts: dict[str, int] = {}
@@ -172,7 +175,7 @@ class World:
             self.lines.append(f"{self.loop.now:9.4f} {self.loop.steps:6d}  {line}")
 
     def note(self, name: str) -> None:
-        """Something that schedules can refer to."""
+        """Count an event that schedules can refer to, and trigger the actions that wait for it."""
         count = self.notes[name] = self.notes.get(name, 0) + 1
         self.trace(name)
         for action in self.triggers.get((name, count), ()):
@@ -251,7 +254,7 @@ class World:
         return task
 
     def kill_life(self, life: Life) -> None:
-        """The process is gone, between two of its steps."""
+        """Kill a process between two of its steps."""
         if not life.alive:
             return
         life.alive = False
@@ -263,7 +266,7 @@ class World:
                 if process is not None and process.engine is known:
                     process.engine = None
         network.life_ended(self.net, life)
-        # Its service manager starts it again.
+        # The service manager starts the agent again.
         again = self._restarts[life.host.name] = self._restarts.get(life.host.name, 0) + 1
         self.loop.call_later(0.3 if again < 3 else 1.0, self.boot, life.host, context=ROOT)
 
@@ -279,7 +282,7 @@ class World:
         self.loop.call_later(4 * TIMEOUTS.shutdown, lost_patience, context=ROOT)
 
     def verb(self, host: machine.Host, name: str, *arguments: Any, **named: Any) -> None:
-        """An operator's order; what is refused is no news."""
+        """Issue an operator command.  The agent may refuse it."""
         agent = host.agent
         if agent is None or not host.life.alive or host.stop is None:
             return
@@ -290,13 +293,13 @@ class World:
                 await getattr(agent, name)(*arguments, **named)
             except MigratedError as error:
                 self.trace(f"refused: {error}")
-            except Exception as error:  # noqa: BLE001 - any other is a mistake of the agent's
+            except Exception as error:  # noqa: BLE001 - any other exception is a bug in the agent
                 self.violation(f"{name} on {host.name} met {error!r}")
 
         self.spawn(ask(), host.life)
 
     def migration_of(self, host: machine.Host) -> Any:
-        """The newest one."""
+        """Return the newest migration of a host."""
         if host.agent is None:
             return None
         known = list(host.agent._roster)
@@ -330,7 +333,7 @@ class World:
                 connection.cut(delays)
 
     def _do_flap(self, action: Action, host: Any) -> None:
-        """One cut after the other, soon enough to hit what recovers from the one before."""
+        """Cut connections repeatedly, each cut soon enough to hit the recovery from the previous one."""
         steps = self.loop.steps
         for number in range(self.random.randint(2, 6)):
             cut = Action("cut", what="all", how=action.how)
@@ -373,7 +376,7 @@ class World:
                 process.die()
 
     def _do_burn(self, action: Action, host: Any) -> None:
-        """The host is gone for good.  Nobody else's host burns after that."""
+        """Lose a host for good.  At most one host is lost in a run."""
         if any(known.burned for known in self.hosts.values()):
             return
         host.burned = True
@@ -441,7 +444,7 @@ class World:
                 return
 
     def check_end(self) -> None:
-        """All faults are healed, and nothing moves any more."""
+        """Check the final state, after all faults are healed and all migrations have finished."""
         where = self.running()
         burned = any(host.burned for host in self.hosts.values()) and not list(self.processes())
         if where is None and not self.guest_killed and not burned:
@@ -485,7 +488,7 @@ class World:
     # ------------------------------------------------------------ the operator
 
     def quiet(self) -> bool:
-        """Whether nothing is under way on any host."""
+        """Return whether no migration is active on any host."""
         for host in self.hosts.values():
             if host.burned:
                 continue
@@ -498,7 +501,7 @@ class World:
         return True
 
     def operate(self) -> None:
-        """What an operator does who reads records and follows their hints."""
+        """Act like an operator who reads the records and follows their hints."""
         source = self.hosts["s"]
         if source.agent is not None and source.life.alive:
             for migration in list(source.agent._roster):
@@ -532,7 +535,7 @@ class World:
                 self.stop(host)
 
     def _decide_on_targets(self) -> None:
-        """A guest waits on a target for a source that has forgotten it."""
+        """Discard a guest that waits on a target for a source that has forgotten it."""
         for host in self.hosts.values():
             for migration in list(host.agent._roster) if host.role == "target" and host.agent is not None else ():
                 if not migration.record.ended and migration.session.bound and self.running() is not None:
@@ -564,9 +567,9 @@ class World:
             self._decide(source, migration)
 
     def _decide(self, source: Any, migration: Any) -> None:
-        """Nobody else has the guest any more."""
+        """Decide about a guest that no other host has any more."""
         if self.original.alive and self.running() is None:
-            self.guest_killed = False  # it comes back
+            self.guest_killed = False  # it is revived
             self.verb(source, "force_run", migration.id, confirm=GUEST)
         else:
             self.verb(source, "discard", migration.id, confirm=GUEST)
@@ -621,7 +624,7 @@ class World:
             self.check_end()
 
     def _restart_everything(self) -> None:
-        """What could not be removed while a disk failed, the next agent removes."""
+        """Restart every agent, which removes what could not be removed while a disk failed."""
         self.trace("=== every agent is stopped and started once more")
         for host in self.hosts.values():
             self.stop(host)
@@ -657,7 +660,7 @@ class World:
                 return
 
     def _failing(self) -> bool:
-        """Whether a fault that lasts is still there."""
+        """Return whether a lasting fault is still active."""
         now = self.loop.now
         return any(count for count in self.net.blocked.values()) or any(
             now < until
@@ -686,7 +689,7 @@ class World:
                 self.violation(f"not over {HEALING_SECONDS:g} s after the last fault: {self.records()}")
 
     def _dispose(self) -> None:
-        """Let go of everything, without executing a line of the code that was tested where that can be avoided."""
+        """Free everything, and avoid executing the code under test while doing so."""
         everything = asyncio.all_tasks(self.loop)
         for host in self.hosts.values():
             if host.life is not None:
@@ -697,7 +700,7 @@ class World:
             warnings.simplefilter("ignore")
             for task in everything:
                 task._log_destroy_pending = False  # type: ignore[attr-defined]
-                for _ in range(8):  # what waits in a ``finally`` has to be asked again
+                for _ in range(8):  # a coroutine that awaits in a ``finally`` must be closed again
                     with contextlib.suppress(BaseException):
                         cast("Any", task.get_coro()).close()
                         break
@@ -711,7 +714,7 @@ class World:
             self.loop.close()
             for host in self.hosts.values():
                 host.agent = host.task = host.stop = None
-            gc.collect()  # none of it may be finalized in the next world
+            gc.collect()  # nothing of this world may be finalized in the next one
         self.problem = kept
 
 
@@ -744,7 +747,7 @@ class _Memfd:
 
 @contextlib.contextmanager
 def seams(world: World) -> Iterator[None]:
-    """Put the simulated parts in place of the real ones."""
+    """Replace the real parts with the simulated ones."""
     sockets = network.SocketModule(world.net)
     follow, set_state = Session._follow, Migration.set_state
 
@@ -831,7 +834,7 @@ def _logged(world: World) -> Callable[..., Any]:
 
 
 class _Silent:
-    """A logger that says nothing."""
+    """A logger that discards everything."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
