@@ -1,1 +1,4 @@
-"""Figures: `migrated` beside QEMU's own migration, iperf3 and a bare fault handler.  ``python -m benchmarks --help``."""
+"""Benchmarks: compare `migrated` with QEMU's own migration, iperf3 and a bare fault handler.
+
+See ``python -m benchmarks --help`` and docs/benchmarks.md.
+"""

@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: measure, print the tables, write build/bench/{results.json,results.md,comparison.svg}."""
+"""``python -m benchmarks``: measure, print the tables, and write build/bench/{results.json,results.md,comparison.svg}."""
 
 from __future__ import annotations
 
@@ -50,18 +50,16 @@ def _choice(allowed: tuple[str, ...], text: str, what: str) -> tuple[str, ...]:
 
 @click.command()
 @click.option("--quick", is_flag=True, help="small guests, one run, fewer paths and loads: under five minutes")
-@click.option("--only", default="", help=f"sections, separated by commas: {', '.join(SECTIONS)}")
-@click.option("--runs", type=click.IntRange(1, 100), help="moves a figure (default: BENCH_RUNS, or 5)")
-@click.option("--memory", default="", help="size of the guest (default 1G)")
-@click.option("--large", default="", help="size of the larger guest of `downtime` (default 4G)")
-@click.option("--paths", default="", help=f"of {', '.join(RATES)}")
-@click.option("--loads", default="", help=f"of {', '.join(COMPARED)}")
-@click.option(
-    "--migrations", type=click.IntRange(1, 10000), help="of each case of `switchover` (default 200; --quick: 10)"
-)
-@click.option("--cases", default="", help=f"of `switchover`: {', '.join(switchover.CASES)}")
-@click.option("--limit", default=60.0, help="seconds after which a move is given up")
-@click.option("--output", type=click.Path(path_type=Path), default=OUTPUT, help="where results go")
+@click.option("--only", default="", help=f"comma-separated sections: {', '.join(SECTIONS)}")
+@click.option("--runs", type=click.IntRange(1, 100), help="migrations per figure (default: BENCH_RUNS, or 5)")
+@click.option("--memory", default="", help="memory of the guest (default 1G)")
+@click.option("--large", default="", help="memory of the larger guest of `downtime` (default 4G)")
+@click.option("--paths", default="", help=f"comma-separated: {', '.join(RATES)}")
+@click.option("--loads", default="", help=f"comma-separated: {', '.join(COMPARED)}")
+@click.option("--migrations", type=click.IntRange(1, 10000), help="per case of `switchover` (default 200; --quick: 10)")
+@click.option("--cases", default="", help=f"comma-separated cases of `switchover`: {', '.join(switchover.CASES)}")
+@click.option("--limit", default=60.0, help="seconds after which a migration is aborted")
+@click.option("--output", type=click.Path(path_type=Path), default=OUTPUT, help="directory for the results")
 def main(
     *,
     quick: bool,
@@ -76,10 +74,10 @@ def main(
     limit: float,
     output: Path,
 ) -> None:
-    """Measure migrated beside QEMU's own migration, iperf3 and a bare fault handler.  Needs root and KVM."""
+    """Compare migrated with QEMU's own migration, iperf3 and a bare fault handler.  Needs root and KVM."""
     lacking = [what for what, there in _needs() if not there]
     if lacking:
-        raise click.ClickException(f"this machine lacks {', '.join(lacking)}")
+        raise click.ClickException(f"cannot run the benchmarks: this machine lacks {', '.join(lacking)}")
     settings = Settings(
         runs=runs or int(os.environ.get("BENCH_RUNS", "1" if quick else "5")),
         memory_bytes=parse_size(memory or ("512M" if quick else "1G")),
@@ -97,7 +95,7 @@ def main(
     try:
         status = uvloop.run(_measure(settings, chosen))
     except (KeyboardInterrupt, asyncio.CancelledError):
-        settings.note("interrupted: namespaces, guests and pages are put back; what was measured is kept")
+        settings.note("interrupted: namespaces, guests and huge pages were cleaned up; results so far are kept")
         status = 130
     sys.exit(status)
 
@@ -105,7 +103,7 @@ def main(
 async def _measure(settings: Settings, chosen: tuple[str, ...]) -> int:
     task = asyncio.current_task()
     if task is not None:
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)  # namespaces and pages are put back
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)  # then everything is cleaned up
     failed = 0
     for name in chosen:
         try:

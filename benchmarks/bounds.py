@@ -1,4 +1,4 @@
-"""What must not be exceeded: the bandwidth limit, and the cost of memory that is not there."""
+"""Measure what must stay within bounds: the bandwidth limit, and the cost of absent memory."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ LIMIT_SECONDS = 120
 
 
 async def limits(settings: Settings) -> Section:
-    """Pre-copy of an idle guest under bandwidth limits: what went over the wire in how long."""
+    """Measure pre-copy of an idle guest under bandwidth limits: bytes on the wire and time."""
     section = Section(
         "limits",
         "Bandwidth limits, loopback",
         ("limit", "sent", "in", "of the limit", "least to most", "memory verified"),
-        notes=["First round of an idle guest, two connections: bytes on the wire by the round's time."],
+        notes=["First round of an idle guest, two connections: bytes on the wire divided by the round's time."],
     )
     size = min(settings.memory_bytes, 512 * MIB)
     with warm_pages(2 * size, HUGE):
@@ -65,7 +65,7 @@ async def limits(settings: Settings) -> Section:
 
 
 async def sparse(settings: Settings) -> Section:
-    """The same memory in use, once in a guest of that size and once spread over 1 TiB."""
+    """Compare a guest of a given size with one that uses as much memory, spread over 1 TiB."""
     used = 512 * MIB if settings.quick else 2048 * MIB
     section = Section(
         "sparse",
@@ -73,8 +73,9 @@ async def sparse(settings: Settings) -> Section:
         ("its memory", "total", "downtime", "last scan", "source's memory", "target's memory", "memory verified"),
         notes=[
             (
-                "A co-operative guest that writes 2 000 blocks a second, on 2 MiB pages, loopback; what it uses lies spread over "
-                "all of its memory. Memory of the agents: the largest growth during the move, huge pages left out."
+                "A co-operative guest that writes 2 000 blocks a second, on 2 MiB pages, loopback; the memory it uses is spread "
+                "over all of its address space. Memory of the agents: the largest growth during the migration, without huge "
+                "pages."
             )
         ],
     )
@@ -100,9 +101,9 @@ async def sparse(settings: Settings) -> Section:
 
 
 def _build(directory: Path) -> Path:
-    """The example guest; HostError without a compiler."""
+    """Build the example guest.  Raises HostError if there is no compiler."""
     if shutil.which("cc") is None:
-        raise HostError("sparse: no C compiler for its guest")
+        raise HostError("sparse: cannot build the guest: no C compiler")
     program = directory / "guest"
     includes = (f"-I{ROOT / 'native/include'}", f"-I{ROOT / 'migrated/demo/images'}")
     source = str(ROOT / "native/examples/process_guest.c")

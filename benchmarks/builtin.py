@@ -1,4 +1,4 @@
-"""One move by QEMU's own migration, pre-copy or post-copy, of the same guest on the same memory."""
+"""Migrate the same guest on the same memory with QEMU's own pre-copy or post-copy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from migrated.waiting import within
 
 PORT = 7450
 POLL_SECONDS = 0.02
-#: No limit of ours: QEMU's own default would hold it back.
+#: Effectively unlimited: QEMU's default limit would slow it down.
 BANDWIDTH = 10 << 30
 CAPABILITIES = {
     "qemu-precopy": ("events",),
@@ -30,7 +30,7 @@ CAPABILITIES = {
 
 
 class Machine:
-    """A QEMU's monitor, and when it stopped or went on."""
+    """The monitor of a QEMU, which records when QEMU stopped and resumed."""
 
     def __init__(self, client: QMPClient) -> None:
         self._client = client
@@ -41,7 +41,7 @@ class Machine:
     @classmethod
     @contextlib.asynccontextmanager
     async def connected(cls, path: Path, limit_seconds: float = 20) -> AsyncIterator[Machine]:
-        """To a QEMU that may still be starting."""
+        """Connect to a QEMU that may still be starting."""
         client = QMPClient("bench")
         async with within(limit_seconds, f"QEMU on {path}"):
             while True:
@@ -57,11 +57,11 @@ class Machine:
                 await asyncio.wait_for(client.disconnect(), 5)
 
     async def execute(self, command: str, arguments: dict[str, object] | None = None) -> Any:
-        """One command."""
+        """Execute one command."""
         return await asyncio.wait_for(self._client.execute(command, arguments), 20)
 
     async def prepare(self, system: str, downtime_limit_ms: float, streams: int) -> None:
-        """Capabilities and limits; both sides get the same."""
+        """Set capabilities and limits, which must be the same on both sides."""
         wanted = [*CAPABILITIES[system]]
         parameters: dict[str, object] = {"max-bandwidth": BANDWIDTH, "downtime-limit": int(downtime_limit_ms)}
         if system == "qemu-precopy" and streams > 1:
@@ -72,13 +72,13 @@ class Machine:
         await self.execute("migrate-set-parameters", parameters)
 
     def collect(self) -> None:
-        """Note the wall clock of STOP and RESUME, as QEMU stamped them."""
+        """Record QEMU's wall clock time stamps of STOP and RESUME."""
         for event in self._events.clear():
             stamp: Any = event["timestamp"]
             self.seen[str(event["event"])] = stamp["seconds"] + stamp["microseconds"] / 1e6
 
     async def when(self, event: str, limit_seconds: float = 10) -> float:
-        """The wall clock of an event, waiting for it."""
+        """Wait for an event, and return its wall clock time."""
         async with within(limit_seconds, f"QEMU's {event}"):
             while event not in self.seen:
                 self.collect()
@@ -100,7 +100,7 @@ async def move(
     extra: tuple[str, ...] = (),
     before: Callable[[Watched], Awaitable[Any]] | None = None,
 ) -> Sample:
-    """Move a guest under ``load`` once.  ``streams`` > 1: pre-copy with multifd; ``extra``: options of QEMU."""
+    """Migrate a guest under ``load`` once.  ``streams`` > 1: pre-copy with multifd; ``extra``: options of QEMU."""
     sample = Sample(system=system, path=link.name, load=load, memory_bytes=memory_bytes)
     async with guest_at_work(
         link, guest_load or LOADS[load], memory_bytes=memory_bytes, page_bytes=page_bytes, extra=extra
@@ -178,7 +178,10 @@ async def _move(
 
 
 async def _follow(sample: Sample, source: Machine, began: float, limit_seconds: float) -> tuple[float, dict[str, Any]]:
-    """To the end, starting post-copy after the first pass where it is meant; when pre-copy ended, and the last report."""
+    """Wait for the end, and start post-copy after the first pass if requested.
+
+    Returns the time at which pre-copy ended, and the last report.
+    """
     switched = 0.0
     while True:
         report: dict[str, Any] = await source.execute("query-migrate")
@@ -196,7 +199,7 @@ async def _follow(sample: Sample, source: Machine, began: float, limit_seconds: 
 
 
 async def _completed(target: Machine, limit_seconds: float) -> None:
-    """The incoming side ends a little later than the source thinks."""
+    """Wait for the incoming side, which finishes slightly after the source."""
     async with within(limit_seconds, "the incoming QEMU to complete"):
         while True:
             status = (await target.execute("query-migrate")).get("status")

@@ -1,4 +1,4 @@
-"""The comparison: the same guest, path and load moved by `migrated` and by QEMU itself, in turn."""
+"""Compare `migrated` with QEMU: both migrate the same guest over the same path under the same load, in alternating runs."""
 
 from __future__ import annotations
 
@@ -15,36 +15,37 @@ SYSTEMS = ("migrated", "qemu-precopy", "qemu-postcopy")
 
 NOTES = (
     (
-        "Guest: the boot-sector load under KVM, one virtual processor, all of its memory written before the move and checked "
-        "after it. QEMU's own pre-copy of the Linux guest under TCG loses writes (that guest panics), so none of these columns "
-        "is taken from it."
+        "Guest: the boot-sector load under KVM with one virtual processor. It writes all of its memory before the migration and "
+        "verifies it afterwards. No column uses the Linux guest under TCG, because QEMU's own pre-copy loses writes there (that "
+        "guest panics)."
     ),
     (
         "Loads rewrite whole 4 KiB blocks: sparse 20 000 random blocks a second, hot 50 000 (nine of ten in 1/64 of memory), "
-        "dense 50 000 one after the other; idle none."
+        "dense 50 000 in sequence; idle none."
     ),
     (
-        "Total: from the moment both sides stand (the incoming QEMU started and waiting) to the end on both. Downtime: from "
-        "QEMU's STOP on the source to RESUME on the target. Longest stall: the longest gap between two turns of the guest's "
-        "loop, by its time stamp counter, or the downtime where that is longer (the counter stands still while QEMU moves it)."
+        "Total: from the moment both sides are ready (the incoming QEMU has started and waits) to the end on both. Downtime: "
+        "from QEMU's STOP on the source to RESUME on the target. Longest stall: the longest gap between two iterations of the "
+        "guest's loop by its time stamp counter, or the downtime if that is longer (the counter stops while QEMU migrates it)."
     ),
     (
-        "Pace: the guest's operations a second during pre-copy against before; only where pre-copy lasted for two of its "
+        "Pace: the guest's operations per second during pre-copy compared with before; only where pre-copy lasted for two of its "
         "half-second reports. CPU: agents and QEMU's threads of both sides, without the virtual processors. Extra memory: the "
-        "largest growth of the same processes, huge pages and file pages left out."
+        "largest growth of the same processes, without huge pages and file pages."
     ),
     (
-        "QEMU: 7.2, downtime limit as ours, bandwidth unlimited; post-copy with postcopy-preempt, started after the first pass. "
-        "It sends over one connection (post-copy cannot use multifd in 7.2), migrated over its default of two and one for demands."
+        "QEMU: 7.2, the same downtime limit, bandwidth unlimited; post-copy with postcopy-preempt, started after the first pass. "
+        "QEMU sends over one connection (post-copy cannot use multifd in 7.2), migrated over its default of two and one for "
+        "demands."
     ),
 )
 
 
 async def run(settings: Settings) -> Section:
-    """Every path, load and system, ``settings.runs`` times in turn."""
+    """Measure every path, load and system ``settings.runs`` times, the systems in alternating runs."""
     section = Section(
         "comparison",
-        "Beside QEMU's own migration",
+        "Compared with QEMU's own migration",
         (
             *("path", "load", "system", "total", "downtime", "longest stall", "pace", "wire", "CPU"),
             *("extra memory", "memory verified"),
@@ -52,7 +53,7 @@ async def run(settings: Settings) -> Section:
         notes=[
             (
                 f"{settings.memory_bytes // MIB} MiB of memory on 2 MiB pages on both sides; medians of "
-                f"{settings.runs} runs, the systems in turn."
+                f"{settings.runs} runs, the systems alternating."
             ),
             *NOTES,
         ],
@@ -74,7 +75,7 @@ async def run(settings: Settings) -> Section:
 
 
 async def one(settings: Settings, made: Link, system: str, load: str) -> Sample:
-    """One move."""
+    """Migrate once."""
     if system == "migrated":
         return await external.move(
             made, load, memory_bytes=settings.memory_bytes, limit_seconds=settings.limit_seconds, mode="hybrid"

@@ -1,6 +1,6 @@
-"""What travels after the switch-over, against the blocks that really changed: both engines, memory of our own, no guest.
+"""Compare the bytes sent after the switchover with the blocks that really changed: both engines, no guest.
 
-Only here is it known exactly which blocks changed since they were last sent: the benchmark writes them itself.
+The benchmark writes the memory itself, so it knows exactly which blocks changed since they were last sent.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from migrated.memory.engine import EventKind
 def bytes_after_switchover(
     *, pages: int, page_bytes: int, blocks_per_page: int, touched_per_page: int
 ) -> dict[str, Any]:
-    """Move ``pages``; before the freeze change some blocks of each, and rewrite some with what they already hold.
+    """Transfer ``pages``; before the freeze change some blocks of each, and rewrite some with their own contents.
 
     Returns wire bytes after the switch-over, bytes of the blocks that changed, and whether the copy is the same.
     """
@@ -54,7 +54,7 @@ def bytes_after_switchover(
 
 
 def _write(guest: mmap.mmap, pages: int, page_bytes: int, changed: int, touched: int) -> int:
-    """Change ``changed`` random blocks of every page and touch ``touched`` more; how many were changed."""
+    """Change ``changed`` random blocks of every page and touch ``touched`` more; return the number of changed blocks."""
     rng = random.Random(1)
     for page in range(pages):
         for number, block in enumerate(rng.sample(range(page_bytes // BLOCK_BYTES), changed + touched)):

@@ -1,4 +1,4 @@
-"""One move by `migrated`: two agents, a guest, what it cost."""
+"""Migrate a guest with `migrated`: two agents, a guest, and the cost of the migration."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks.sample import Sample
 from migrated.demo.pair import AgentPair
 from migrated.errors import MigratedError
 
-#: Of the source's record.
+#: Fields of the source's record that are kept.
 _KEPT = ("round", "stale_pages", "faults", "fault_seconds", "faults_by_kind_us", "bytes_by_kind", "timeline", "error")
 
 
@@ -33,7 +33,7 @@ async def move(
     before: Callable[[], Awaitable[None]] | None = None,
     **options: Any,
 ) -> Sample:
-    """Move a guest under ``load`` once; ``options`` are those of `migrated start`; ``before`` runs beside the guest."""
+    """Migrate a guest under ``load`` once; ``options`` are those of `migrated start`; ``before`` runs while the guest works."""
     sample = Sample(system="migrated", path=link.name, load=load, memory_bytes=memory_bytes)
     async with (
         guest_at_work(
@@ -114,7 +114,7 @@ async def _move(
 
 
 def rounds(log: Path) -> list[dict[str, Any]]:
-    """The source agent's own account of its pre-copy rounds."""
+    """Return the pre-copy rounds that the source agent logged."""
     return [
         {key: entry[key] for key in ("number", "dirty_bytes", "sent", "seconds", "written", "changed")}
         for entry in _entries(log)
@@ -123,7 +123,7 @@ def rounds(log: Path) -> list[dict[str, Any]]:
 
 
 def phases(steps: dict[str, float]) -> dict[str, float]:
-    """Where the downtime went, in seconds: until the stale map was sent, guest state, from there to the guest running."""
+    """Divide the downtime, in seconds: until the stale map was sent, guest state, and from there until the guest ran."""
     state, commit = steps.get("load", 0.0), steps.get("commit", 0.0) + steps.get("run", 0.0)
     return {"scan": sum(steps.values()) - state - commit, "state": state, "commit": commit}
 

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT
 /*
- * What one minor fault costs at least, and what it costs with our fault server: a thread touches each huge page of a
- * memfd once and takes the time, while another answers.  "bare": a loop of poll, read and UFFDIO_CONTINUE, nothing else.
- * "engine": the target engine, all pages current, background CONTINUE not started.  In turn, so that both meet the same
- * machine.  Prints one JSON object: microseconds, all turns together.
+ * Compare the minimum cost of a minor fault with its cost in the target engine.  One thread touches each huge page of a
+ * memfd once and measures the time, while another resolves the faults.  "bare": a loop of poll, read and UFFDIO_CONTINUE,
+ * nothing else.  "engine": the target engine, all pages current, background CONTINUE not started.  Both alternate, so that
+ * they run under the same conditions.  Prints one JSON object: microseconds, all turns together.
  *
  *   fault_limit [PAGES [TURNS]]
  */
@@ -24,7 +24,7 @@
 #include "migrated.h"
 
 #define HUGE_BYTES (2ull << 20)
-#define GAP_NS 200000 /* between two touches: a guest does something in between, and the server goes to sleep */
+#define GAP_NS 200000 /* between two touches, as a guest does other work there; lets the server go to sleep */
 
 struct arena {
 	int fd, uffd, stop[2];

@@ -1,4 +1,4 @@
-"""Single figures: downtime by size, throughput, the guest's pace, fault latencies, bytes after the switch-over."""
+"""Measure single figures: downtime by size, throughput, the guest's pace, fault latencies, bytes after the switchover."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BUILD_SECONDS = 180
 
 
 async def downtime(settings: Settings) -> Section:
-    """A guest that writes as fast as it can, in two sizes."""
+    """Measure the downtime of a guest that writes as fast as it can, in two sizes."""
     section = Section(
         "downtime",
         "Downtime under constant writes, by size",
@@ -61,15 +61,16 @@ async def downtime(settings: Settings) -> Section:
 
 
 async def throughput(settings: Settings) -> Section:
-    """Pre-copy of a guest that writes nothing, against iperf3 over as many connections, just before it."""
+    """Compare pre-copy of an idle guest with iperf3, run just before over as many connections."""
     section = Section(
         "throughput",
         "Pre-copy throughput against iperf3",
         ("path", "streams", "iperf3", "migrated", "of iperf3", "QEMU pre-copy", "memory verified"),
         notes=[
             (
-                "First round of an idle guest (all of its memory is other than zero), wire bytes by its time; the guest's "
-                "virtual processor spins on one of the cores in all three. QEMU: bytes by total time; two streams: multifd."
+                "First round of an idle guest (all of its memory is non-zero), wire bytes divided by its time; the guest's "
+                "virtual processor spins on one of the cores in all three. QEMU: bytes divided by total time; two streams: "
+                "multifd."
             )
         ],
     )
@@ -122,7 +123,7 @@ async def throughput(settings: Settings) -> Section:
 
 
 async def engines(settings: Settings) -> Section:
-    """The data plane alone against iperf3 over as many connections, nothing else on the machine."""
+    """Compare the data plane alone with iperf3 over as many connections, with no other load."""
     section = Section(
         "engines",
         "The two engines alone against iperf3, loopback",
@@ -132,10 +133,11 @@ async def engines(settings: Settings) -> Section:
         ),
         notes=[
             (
-                "Both engines in one process, no guest, no agents: from the start of a round over memory that is all other "
-                "than zero to the barrier on the target. The copy's pages are there before, as they are when they could be "
-                "populated in time; the other figure includes zeroing them. CPU: seconds for a GB, both sides; it depends "
-                "least on who else is on the machine. Ours includes reading, two hashes and writing, iperf3 discards."
+                "Both engines in one process, no guest, no agents: from the start of a round over memory that is all non-zero "
+                "to the barrier on the target. The pages of the copy are present before, as they are when they could be "
+                "populated in time; the other figure includes zeroing them. CPU: seconds per GB, both sides; this figure "
+                "depends least on other load on the machine. The engines' figure includes reading, two hashes and writing; "
+                "iperf3 discards the data."
             )
         ],
     )
@@ -176,7 +178,7 @@ async def engines(settings: Settings) -> Section:
 
 
 async def pace(settings: Settings) -> Section:
-    """How much pre-copy slows a guest that does nothing but write."""
+    """Measure how much pre-copy slows a guest that does nothing but write."""
     section = Section(
         "pace",
         "The guest's pace during pre-copy",
@@ -215,10 +217,10 @@ async def pace(settings: Settings) -> Section:
 
 
 async def faults(settings: Settings) -> Section:
-    """Demanded pages while the drain runs, held back so that there are enough of them."""
+    """Measure demanded pages during the drain, which is slowed down so that there are enough of them."""
     section = Section(
         "faults",
-        "Faults after the switch-over, 10 Gbit/s link, drain running",
+        "Faults after the switchover, 10 Gbit/s link, drain running",
         (
             "page, source to target",
             "kind",
@@ -232,10 +234,11 @@ async def faults(settings: Settings) -> Section:
         ),
         notes=[
             (
-                "From the fault's arrival at the fault server to UFFDIO_CONTINUE done, all runs together; quantiles within the "
-                "bucket (a factor of two). 2 MiB pages: 5 000 random blocks a second, the drain limited to 100 Mbit/s so that "
-                "the guest meets stale pages at all. 1 GiB pages: 20 000 blocks a second, drain unlimited, a downtime limit of 1 ms so that something is left; what the source tracks "
-                "by, and so what has to be searched for changes, is its own page size."
+                "From the fault's arrival at the fault server to the end of UFFDIO_CONTINUE, all runs together; quantiles are "
+                "accurate to their bucket (a factor of two). 2 MiB pages: 5 000 random blocks a second, the drain limited to "
+                "100 Mbit/s so that the guest meets stale pages at all. 1 GiB pages: 20 000 blocks a second, drain unlimited, a "
+                "downtime limit of 1 ms so that something is left. The source tracks by its own page size, which is therefore "
+                "what it must search for changes."
             )
         ],
     )
@@ -310,15 +313,15 @@ def _blocks_a_page(sample: Sample) -> float | None:
 
 
 async def after(settings: Settings) -> Section:
-    """Bytes after the switch-over against the blocks that really changed."""
+    """Compare the bytes after the switchover with the blocks that really changed."""
     section = Section(
         "after",
-        "Bytes after the switch-over",
+        "Bytes after the switchover",
         ("page", "stale pages", "blocks changed", "bytes of them", "on the wire", "ratio", "memory verified"),
         notes=[
             (
-                "Both engines over loopback, on memory the benchmark writes itself, so that what changed is known exactly; as "
-                "many blocks again are rewritten with what they held, and must not travel."
+                "Both engines over loopback, on memory that the benchmark writes itself, so that the changes are known exactly. "
+                "As many blocks again are rewritten with their own contents, and must not be sent."
             )
         ],
     )
@@ -349,12 +352,17 @@ async def after(settings: Settings) -> Section:
 
 
 async def limit(settings: Settings) -> Section:
-    """One minor fault on a page that is current, against the least that answers it."""
+    """Compare one minor fault on a current page with the simplest handler that resolves it."""
     section = Section(
         "limit",
-        "A fault on a current 2 MiB page, seen by the thread that faults",
+        "A fault on a current 2 MiB page, seen by the faulting thread",
         ("server", "faults", "p50", "p99", "longest"),
-        notes=["Both in one process, in turn; a touch every 0.2 ms. Bare: poll, read, UFFDIO_CONTINUE, nothing else."],
+        notes=[
+            (
+                "Both servers in one process, in alternating runs; one touch every 0.2 ms. Bare: poll, read and UFFDIO_CONTINUE, "
+                "nothing else."
+            )
+        ],
     )
     program = await asyncio.to_thread(_build, settings.output)
     pages, turns = 64, max(5, settings.runs)

@@ -1,8 +1,8 @@
-"""The guest of every benchmark: the boot-sector load under KVM, which checks its memory and sees its own stalls.
+"""The guest of every benchmark: the boot-sector load under KVM, which verifies its memory and measures its own stalls.
 
-Its time is the processor's time stamp counter.  QEMU moves the counter's value with the guest, so the time between the
-source's last look at it and the target's start is not in what the guest sees: `Watched.stall_seconds` is the larger of
-what the guest saw and the downtime.
+It reads time from the processor's time stamp counter.  QEMU migrates the counter's value with the guest, so the guest does
+not see the time between the source's last reading and the start on the target.  `Watched.stall_seconds` is therefore the
+larger of the guest's own measurement and the downtime.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from migrated.demo.qemu_guest import QemuGuest, RunningQemu
 from migrated.demo.run import cache_directory
 
 MIB = 1 << 20
-#: What the guest does: blocks of 4 KiB rewritten a second, where.  ``max``: as fast as it can.
+#: Loads of the guest: how many 4 KiB blocks it rewrites per second, and where.  ``max``: as fast as it can.
 LOADS: dict[str, dict[str, Any]] = {
     "idle": {"pattern": "idle", "sweep_seconds": 0},
     "sparse": {"pattern": "sparse", "rate": 20_000, "sweep_seconds": 0},
@@ -40,7 +40,7 @@ BEFORE_SECONDS = 1.0
 
 
 class TimedConsole(GuestConsole):
-    """Keeps when each LOAD line came, by our clock: where in the move it belongs."""
+    """A console that records when each LOAD line arrived, by our clock, to relate it to the migration."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -53,7 +53,7 @@ class TimedConsole(GuestConsole):
             self.timed.append((time.monotonic(), self._load))
 
     def operations_per_second(self, start: float, end: float) -> float | None:
-        """Between the first and the last line of an interval, if it holds two; by the guest's own time."""
+        """Return the rate between the first and the last line of an interval, by the guest's own time; None below two lines."""
         inside = [load for at, load in self.timed if start <= at <= end]
         if len(inside) < 2 or inside[-1].seconds <= inside[0].seconds:
             return None
@@ -62,7 +62,7 @@ class TimedConsole(GuestConsole):
 
 @dataclasses.dataclass
 class Watched:
-    """A guest at work on the source's side of a link."""
+    """A working guest on the source's side of a link."""
 
     guest: QemuGuest
     running: RunningQemu
@@ -71,13 +71,13 @@ class Watched:
 
     @property
     def pid(self) -> int:
-        """Of the QEMU it runs in."""
+        """Process id of the guest's QEMU."""
         if self.running.process is None:
             raise RuntimeError("the guest's QEMU is not running")
         return self.running.process.pid
 
     async def observe(self) -> None:
-        """Take its pace before the move, and let it count stalls anew."""
+        """Measure the guest's pace before the migration, and reset its stall counter."""
         start = time.monotonic()
         await self.console.wait_for(lambda _: time.monotonic() - start > BEFORE_SECONDS, 30, "the load's pace")
         self.operations_before = self.console.operations_per_second(start, time.monotonic())
@@ -85,11 +85,11 @@ class Watched:
         await self.console.stats()
 
     async def verify(self) -> bool:
-        """Have it check all its memory now."""
+        """Have the guest verify all of its memory."""
         return await self.console.verified()
 
     async def stall_seconds(self, downtime_seconds: float | None) -> float:
-        """The longest since `observe`, or the downtime, whichever is longer."""
+        """Return the longest stall since `observe`, or the downtime if that is longer."""
         load = await self.console.stats()
         return max(load.stall_ms / 1000, downtime_seconds or 0.0)
 
@@ -104,7 +104,7 @@ async def guest_at_work(
     target_page_bytes: int | None = None,
     extra: tuple[str, ...] = (),
 ) -> AsyncIterator[Watched]:
-    """Boot it on the source's side, with huge pages for both sides; ends it, its files and its pages afterwards."""
+    """Boot a guest on the source's side, with huge pages for both sides; remove it, its files and its pages afterwards."""
     target_page_bytes = target_page_bytes or page_bytes
     directory = Path(tempfile.mkdtemp(prefix="mgb-", dir=short_directory()))
     try:
@@ -136,7 +136,7 @@ async def guest_at_work(
 
 @contextlib.contextmanager
 def pages_for(memory_bytes: int, *sides: int) -> Iterator[None]:
-    """Huge pages for a guest of this size on every side, each with its page size; 4 KiB needs none."""
+    """Provide huge pages for a guest of this size on every side, by the page size of the side; 4 KiB needs none."""
     with contextlib.ExitStack() as stack:
         for page_bytes in {page for page in sides if page > 4096}:
             stack.enter_context(huge_pages(sides.count(page_bytes) * memory_bytes, page_bytes))
@@ -144,7 +144,7 @@ def pages_for(memory_bytes: int, *sides: int) -> Iterator[None]:
 
 
 def arrived_pids(directory: Path) -> list[int]:
-    """The guest processes a target agent has started below ``directory``."""
+    """Return the guest processes that a target agent has started below ``directory``."""
     pids = []
     for path in directory.glob("target/guests/*/*.pid"):
         with contextlib.suppress(OSError, ValueError):
@@ -153,7 +153,7 @@ def arrived_pids(directory: Path) -> list[int]:
 
 
 async def end_arrived(directory: Path) -> None:
-    """End what the target agent started, and wait until it (and so its huge pages) is gone."""
+    """Kill the guests that the target agent started, and wait until they have exited and freed their huge pages."""
     for pid in arrived_pids(directory):
         try:
             handle = os.pidfd_open(pid)
@@ -170,7 +170,7 @@ async def end_arrived(directory: Path) -> None:
 
 
 def _belongs(pid: int, directory: Path) -> bool:
-    """Whether the process is the guest of this benchmark, and not somebody else who has its number by now."""
+    """Return whether the process is a guest of this benchmark, and not another process that reuses the pid."""
     return str(directory).encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
 
 

@@ -1,4 +1,4 @@
-"""What the path itself can do: iperf3, run where the agents run."""
+"""Measure the path itself with iperf3, run where the agents run."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ SECONDS = 2
 
 @dataclasses.dataclass(frozen=True)
 class Limit:
-    """What iperf3 reached, and the processor time both its sides took for it."""
+    """Throughput of iperf3, and the processor time of both its sides."""
 
     bytes_per_second: float
     cpu_seconds_per_gigabyte: float
 
 
 async def measure(link: Link, streams: int) -> Limit:
-    """What arrives at the target's side, over ``streams`` connections."""
+    """Measure what arrives at the target's side over ``streams`` connections."""
     server = await asyncio.create_subprocess_exec(
         *link.target_prefix,
         *("iperf3", "--server", "--one-off", "--port", str(PORT), "--forceflush"),

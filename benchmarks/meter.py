@@ -1,4 +1,4 @@
-"""What a move costs: processor time, memory and bytes on the wire, read from /proc while it goes on."""
+"""Measure the cost of a migration: processor time and memory, read from /proc while it runs."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from typing import Self
 
 SAMPLE_SECONDS = 0.05
 TICKS = os.sysconf("SC_CLK_TCK")
-#: QEMU names its virtual processors' threads so with ``-name …,debug-threads=on``.
+#: Prefix of QEMU's virtual processor threads with ``-name …,debug-threads=on``.
 VCPU_PREFIX = "CPU "
 
 
 @dataclasses.dataclass(frozen=True)
 class CpuTimes:
-    """Processor time of a process, ended threads included, and what of it ran a guest."""
+    """Processor time of a process, including exited threads, and the part of it that ran a guest."""
 
     total: float
     guest: float
 
     @property
     def own(self) -> float:
-        """Without the guest's part."""
+        """Processor time without the guest's part."""
         return self.total - self.guest
 
 
 @dataclasses.dataclass
 class _Process:
-    """Seconds and bytes; ``base``: at the start of watching."""
+    """Seconds and bytes of a process; ``base`` is at the start of watching."""
 
     base_memory: int
     memory: int
@@ -39,7 +39,7 @@ class _Process:
 
 
 class Meter:
-    """Watch processes while a block runs.  Figures are of the block alone, and never of a guest's own work."""
+    """Watch processes while a block runs.  Figures cover the block alone, and never a guest's own work."""
 
     def __init__(self) -> None:
         self._processes: dict[int, _Process] = {}
@@ -53,15 +53,15 @@ class Meter:
 
     @property
     def cpu_seconds(self) -> float:
-        """Of all processes since they were watched."""
+        """Processor time of all processes since they were first watched."""
         return sum(process.cpu.own - process.base_cpu.own for process in self._processes.values())
 
     def sample(self) -> None:
         """Read all figures now."""
         for pid, process in self._processes.items():
-            with contextlib.suppress(OSError, ValueError, IndexError):  # it has ended: its last figures stand
+            with contextlib.suppress(OSError, ValueError, IndexError):  # it has exited: keep its last figures
                 memory, cpu = memory_bytes(pid), cpu_times(pid)
-                # A guest's thread that has ended is in the total for ever, and in the list no more.
+                # An exited guest thread stays in the total, but is no longer in the list.
                 process.cpu = CpuTimes(cpu.total, max(cpu.guest, process.cpu.guest))
                 process.memory = memory
         extra = sum(max(0, process.memory - process.base_memory) for process in self._processes.values())
@@ -84,7 +84,7 @@ class Meter:
 
 
 def cpu_times(pid: int) -> CpuTimes:
-    """Of a living process; raises ProcessLookupError for one that has ended."""
+    """Return the times of a live process.  Raises ProcessLookupError if it has exited."""
     guest = 0.0
     for task in Path(f"/proc/{pid}/task").iterdir():
         with contextlib.suppress(OSError):
@@ -97,7 +97,7 @@ def cpu_times(pid: int) -> CpuTimes:
 
 
 def memory_bytes(pid: int) -> int:
-    """Memory of a process that is its own: not files, and not huge pages (the guest's memory)."""
+    """Return the memory of a process without files and without huge pages (the guest's memory)."""
     kib = 0
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith(("RssAnon:", "RssShmem:")):

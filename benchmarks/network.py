@@ -1,4 +1,4 @@
-"""The paths that memory takes: network namespaces of our own, joined by a link of a given rate, gone afterwards."""
+"""Paths for the memory: temporary network namespaces, joined by a link of a given rate."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-#: Bits a second of the named paths; 0: as fast as the machine copies.
+#: Bits per second of the named paths; 0: as fast as the machine copies.
 RATES = {"loopback": 0, "10g": 10_000_000_000, "1g": 1_000_000_000}
-#: tbf: how much may leave at once, and how long a packet may wait in the queue.
+#: Token bucket: burst size, and the maximum time of a packet in the queue.
 BURST_SECONDS = 0.0008
 QUEUE_SECONDS = 0.005
 
 
 @dataclasses.dataclass(frozen=True)
 class Link:
-    """Where each side runs.  ``device``: what the source's bytes go through; both directions are counted there."""
+    """Where each side runs.  ``device`` is the source's network device, which counts the bytes of both directions."""
 
     name: str
     source_namespace: str
@@ -28,16 +28,16 @@ class Link:
 
     @property
     def source_prefix(self) -> tuple[str, ...]:
-        """Put before a command to run it on the source's side; keeps the process id."""
+        """Prefix of a command that runs it on the source's side, with the same process id."""
         return _inside(self.source_namespace)
 
     @property
     def target_prefix(self) -> tuple[str, ...]:
-        """As `source_prefix`."""
+        """Like `source_prefix`, for the target's side."""
         return _inside(self.target_namespace)
 
     def wire_bytes(self, pid: int) -> int:
-        """What has gone over the link so far, as a process on the source's side sees it."""
+        """Return the bytes that the link has carried so far, as a process on the source's side sees it."""
         for line in Path(f"/proc/{pid}/net/dev").read_text().splitlines():
             name, _, rest = line.partition(":")
             if name.strip() == self.device:
@@ -49,7 +49,7 @@ class Link:
 
 @contextlib.contextmanager
 def link(name: str) -> Iterator[Link]:
-    """Make the path ``name`` (of `RATES`); needs root."""
+    """Create the path ``name`` (a key of `RATES`).  Needs root."""
     own = f"mgb{os.getpid()}"
     with contextlib.ExitStack() as stack:
         if RATES[name] == 0:

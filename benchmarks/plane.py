@@ -1,4 +1,4 @@
-"""The data plane alone: both engines in one process over loopback, no guest, no agents.  What profiles are taken of."""
+"""Measure and profile the data plane alone: both engines in one process over loopback, no guest, no agents."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from benchmarks.rig import Rig
 
 
 def first_round(*, size_bytes: int, page_bytes: int, streams: int, populated: bool) -> dict[str, Any]:
-    """Send memory that is all other than zero, from the start of the round to the barrier on the target.
+    """Send memory that is all non-zero; measure from the start of the round to the barrier on the target.
 
-    ``populated``: the target's pages are there before; otherwise zeroing them is part of the time.
+    ``populated``: the target's pages exist before; otherwise the time includes zeroing them.
     """
     with contextlib.ExitStack() as stack:
         rig = Rig(stack, size_bytes=size_bytes, page_bytes=page_bytes, streams=streams)
@@ -41,7 +41,7 @@ def first_round(*, size_bytes: int, page_bytes: int, streams: int, populated: bo
 
 
 def main() -> None:
-    """For a profiler: ``perf record -g python -m benchmarks.plane``."""
+    """Run under a profiler: ``perf record -g python -m benchmarks.plane``."""
     from benchmarks.pool import warm_pages
 
     size = int(os.environ.get("PLANE_BYTES", str(1 << 30)))

@@ -1,7 +1,7 @@
-"""The huge pages of a whole benchmark: reserved once, and written once, before anything is measured.
+"""The huge pages of a benchmark, which are reserved and written once before anything is measured.
 
-The first touch of memory that a virtual machine never used before costs its hypervisor several milliseconds a huge page;
-whoever runs first would pay that for all.
+The first touch of memory that a virtual machine has never used costs its hypervisor several milliseconds per huge page.
+Without this, the first system measured would pay for all of them.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ MFD_HUGE_SHIFT = 26
 
 @contextlib.contextmanager
 def warm_pages(size_bytes: int, page_bytes: int) -> Iterator[None]:
-    """Free huge pages of this size, each touched.  PoolError when they cannot be had."""
+    """Provide free huge pages of this size, all of them touched.  Raises PoolError if there are not enough."""
     with huge_pages(size_bytes, page_bytes):
         touch(size_bytes, page_bytes)
         yield
 
 
 def touch(size_bytes: int, page_bytes: int) -> None:
-    """Write to so much of what is free in the pool."""
+    """Write to this much of the free memory in the pool."""
     flags = os.MFD_CLOEXEC | os.MFD_HUGETLB | (page_bytes.bit_length() - 1) << MFD_HUGE_SHIFT
     fd = os.memfd_create("bench-warm", flags)
     try:

@@ -1,4 +1,4 @@
-"""Results as people read them: tables for a terminal and for a document, and a plot."""
+"""Format results: tables for a terminal and for a document, and a plot."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclasses.dataclass
 class Section:
-    """One table.  ``data``: what it was made of, for the JSON file."""
+    """One table.  ``data`` holds the values behind it, for the JSON file."""
 
     name: str
     title: str
@@ -18,7 +18,7 @@ class Section:
     data: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def markdown(self) -> str:
-        """A table of Markdown, aligned so that it is read as it is, too."""
+        """Return the table as Markdown, aligned so that it is also readable as plain text."""
         widths = [max(len(row[i]) for row in (self.columns, *self.rows)) for i in range(len(self.columns))]
 
         def line(cells: tuple[str, ...]) -> str:
@@ -32,29 +32,29 @@ class Section:
 
 
 def seconds(value: float | None) -> str:
-    """Seconds, in figures that can be compared down a column."""
+    """Format seconds with a fixed number of decimals, so that a column lines up."""
     return "-" if value is None else f"{value:.2f} s"
 
 
 def milliseconds(value: float | None) -> str:
-    """From seconds."""
+    """Format seconds as milliseconds."""
     if value is None:
         return "-"
     return f"{value * 1e3:.2f} ms" if value < 0.01 else f"{value * 1e3:.0f} ms"
 
 
 def mebibytes(value: float | None) -> str:
-    """From bytes."""
+    """Format bytes as MiB."""
     return "-" if value is None else f"{value / (1 << 20):.0f} MiB"
 
 
 def rate(value: float | None) -> str:
-    """From bytes a second."""
+    """Format bytes per second as GB/s."""
     return "-" if value is None else f"{value / 1e9:.2f} GB/s"
 
 
 def ratio(value: float | None) -> str:
-    """A bare number."""
+    """Format a ratio."""
     return "-" if value is None else f"{value:.2f}"
 
 
@@ -66,7 +66,7 @@ _PANEL_WIDTH, _BAR, _GAP, _LEFT, _TOP = 300, 11, 10, 120, 64
 
 
 def svg(rows: list[dict[str, Any]]) -> str:
-    """The comparison as bars: one panel a figure, one group a path and load, one bar a system."""
+    """Draw the comparison as bars: one panel per figure, one group per path and load, one bar per system."""
     groups: list[tuple[str, str]] = list(dict.fromkeys((row["path"], row["load"]) for row in rows))
     systems = [name for name in _COLOURS if any(row["system"] == name for row in rows)]
     group_height = _BAR * len(systems) + _GAP
@@ -90,7 +90,7 @@ def svg(rows: list[dict[str, Any]]) -> str:
         out.append(f'<text x="{left}" y="48" font-weight="bold">{label}</text>')
         for number, (path, load) in enumerate(groups):
             found = {row["system"]: row for row in rows if (row["path"], row["load"]) == (path, load)}
-            # Every group has a scale of its own: links differ by a hundred, and only bars side by side are compared.
+            # Every group has its own scale, because links differ by a factor of a hundred and only adjacent bars are compared.
             largest = max((row[figure] or 0 for row in found.values()), default=0) or 1
             for bar, system in enumerate(systems):
                 y = _TOP + group_height * number + _BAR * bar

@@ -1,4 +1,4 @@
-"""Both engines in this process, on memory of our own, joined by loopback connections."""
+"""Both engines in this process, on its own memory, joined by loopback connections."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LIMIT_SECONDS = 60
 
 
 class Rig:
-    """``guest``: the source's memory, which may be written; ``copy``: the target's file.  Lives as long as ``stack``."""
+    """``guest`` is the source's memory, which may be written; ``copy`` is the target's file.  Lives as long as ``stack``."""
 
     def __init__(self, stack: contextlib.ExitStack, *, size_bytes: int, page_bytes: int, streams: int) -> None:
         self.size_bytes = size_bytes
@@ -52,24 +52,24 @@ class Rig:
             self.target.add_stream(stream, theirs)
 
     def fill(self) -> None:
-        """Make every block other than zero, and other than its neighbours."""
+        """Fill every block with non-zero data that differs from its neighbours."""
         noise = os.urandom(NOISE_BYTES)
         for offset in range(0, self.size_bytes, NOISE_BYTES):
             part = (offset // NOISE_BYTES).to_bytes(8, "little") + noise[8:]
             self.guest[offset : offset + NOISE_BYTES] = part[: self.size_bytes - offset]
 
     def round(self, number: int) -> None:
-        """Send what is marked; returns when it has been written out."""
+        """Send the marked blocks; return when all have been written to the sockets."""
         self.source.start_round(number)
         self.wait(self.source, EventKind.ROUND_DONE)
 
     def barrier(self, number: int) -> None:
-        """Everything sent is in the copy when this returns."""
+        """Wait until everything sent is in the copy."""
         self.source.barrier(number)
         self.wait(self.target, EventKind.BARRIER)
 
     def wait(self, engine: SourceEngine | TargetEngine, wanted: EventKind) -> None:
-        """Until an engine tells of it."""
+        """Wait until an engine reports this event."""
         deadline = time.monotonic() + LIMIT_SECONDS
         poll = select.poll()
         poll.register(engine._event_fd, select.POLLIN)  # noqa: SLF001 - there is no loop here for `watch`
@@ -84,7 +84,7 @@ class Rig:
                 seen = seen or event.kind is wanted
 
     def same(self) -> bool:
-        """Whether the copy holds what the guest's memory holds."""
+        """Return whether the copy equals the guest's memory."""
         return self._digest(self._memory) == self._digest(self.copy)
 
     def _digest(self, fd: int) -> int:

@@ -1,4 +1,4 @@
-"""One move and what it showed; many moves and their medians."""
+"""The figures of one migration, and medians over many."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import msgspec
 
 
 class Sample(msgspec.Struct, kw_only=True):
-    """One move.  None: not measured, or it never came to it (see ``outcome``)."""
+    """Figures of one migration.  None: not measured, or the migration ended before (see ``outcome``)."""
 
     system: str  # "migrated", "qemu-precopy", "qemu-postcopy"
     path: str
     load: str
     memory_bytes: int
     outcome: str = "completed"  # or "no end in N s", or an error's text
-    verified: bool = False  # the guest checked all its memory after the move, and found it as it had written it
+    verified: bool = False  # the guest verified all of its memory after the migration
     total_seconds: float | None = None
-    setup_seconds: float | None = None  # before: starting the incoming guest and the handshake
+    setup_seconds: float | None = None  # before that: starting the incoming guest, and the handshake
     downtime_seconds: float | None = None  # from the source's STOP to the target's RESUME
-    stall_seconds: float | None = None  # longest gap between two turns of the guest's loop, on its own counter
-    operations_before: float | None = None  # blocks a second
-    operations_during: float | None = None  # blocks a second, while pre-copy went on
+    stall_seconds: float | None = None  # longest gap between two iterations of the guest's loop, by its own counter
+    operations_before: float | None = None  # blocks per second
+    operations_during: float | None = None  # blocks per second, during pre-copy
     wire_bytes: int | None = None
     cpu_seconds: float | None = None
     extra_memory_bytes: int | None = None
@@ -32,7 +32,7 @@ class Sample(msgspec.Struct, kw_only=True):
 
     @property
     def pace(self) -> float | None:
-        """The guest's operations during pre-copy against before: 1 is undisturbed."""
+        """Ratio of the guest's operations during pre-copy to those before: 1 is undisturbed."""
         if not self.operations_before or self.operations_during is None:
             return None
         return self.operations_during / self.operations_before
@@ -51,7 +51,7 @@ FIGURES = (
 
 
 def medians(samples: Sequence[Sample]) -> dict[str, Any]:
-    """Of the moves that ended; with how many there were, ended, and were found whole."""
+    """Return the medians over the completed migrations, and how many ran, completed and were verified."""
     ended = [sample for sample in samples if sample.outcome == "completed"]
     result: dict[str, Any] = {
         "runs": len(samples),
@@ -65,12 +65,12 @@ def medians(samples: Sequence[Sample]) -> dict[str, Any]:
 
 
 def percentile(values: Iterable[float | None], share: float) -> float | None:
-    """The smallest of those that are there which at least ``share`` of them do not exceed (nearest rank)."""
+    """Return the nearest-rank percentile of the known values: the smallest that at least ``share`` of them do not exceed."""
     known = sorted(value for value in values if value is not None)
     return known[max(1, math.ceil(share * len(known))) - 1] if known else None
 
 
 def median(values: Iterable[float | None]) -> float | None:
-    """Of those that are there."""
+    """Return the median of the known values."""
     known = [value for value in values if value is not None]
     return statistics.median(known) if known else None

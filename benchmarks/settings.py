@@ -1,4 +1,4 @@
-"""What one run of the benchmarks is to do, and where its results go."""
+"""Settings of one benchmark run, and the output of its results."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ MIB = 1 << 20
 
 @dataclasses.dataclass
 class Settings:
-    """From the command line."""
+    """Settings from the command line."""
 
     quick: bool
     runs: int
     memory_bytes: int
     paths: tuple[str, ...]
     loads: tuple[str, ...]
-    limit_seconds: float  # of one move
+    limit_seconds: float  # of one migration
     large_bytes: int  # the larger guest of `downtime`
     migrations: int  # of each case of `switchover`
     cases: tuple[str, ...]  # of `switchover`
@@ -33,7 +33,7 @@ class Settings:
     started: float = dataclasses.field(default_factory=time.monotonic)
 
     def say(self, path: str, load: str, system: str, number: int, sample: Sample) -> None:
-        """One line a move, while it goes on."""
+        """Print one line per migration."""
         good = "memory verified" if sample.verified else "MEMORY NOT VERIFIED"
         what = (
             f"{seconds(sample.total_seconds)}, down {milliseconds(sample.downtime_seconds)}, "
@@ -44,11 +44,11 @@ class Settings:
         self.note(f"{path} {load} {system} {number + 1}: {what}")
 
     def note(self, text: str) -> None:
-        """A line of progress."""
+        """Print a line of progress."""
         print(f"[{time.monotonic() - self.started:6.1f} s] {text}", file=sys.stderr, flush=True)
 
     def save(self, section: Section) -> None:
-        """Write all results so far: an interrupted run keeps what it has measured."""
+        """Write all results so far, so that an interrupted run keeps them."""
         self.sections[section.name] = section
         self.output.mkdir(parents=True, exist_ok=True)
         data = {

@@ -1,4 +1,4 @@
-"""How long tracking holds up a guest that maps and unmaps memory: native/tests/test_tracker_stall.c, many times."""
+"""Measure how long tracking stalls a guest that maps and unmaps memory: native/tests/test_tracker_stall.c, repeated."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _STEP = re.compile(r"^ +(\w+) +longest mmap and munmap: +([\d.]+) ms$")
 
 
 async def stall(settings: Settings) -> Section:
-    """A guest of 8 GiB on 4 KiB pages, one thread of which does nothing but map and unmap a page."""
+    """Measure a guest of 8 GiB on 4 KiB pages, one thread of which does nothing but map and unmap a page."""
     section = Section(
         "stall",
         f"The longest mmap and munmap of a tracked guest of {GIBIBYTES} GiB on 4 KiB pages",
         ("memory", *STEPS),
         notes=[
             (
-                f"Medians of {settings.runs} runs, and the longest of all. Arming is the beginning of a migration, disarming the end of "
-                "one that was aborted; the guest that has migrated is not disarmed. Holds of the kernel's mmap_lock are bounded by "
-                "the steps that tracker.c walks in; on busy processors a thread that waits for its turn counts, too."
+                f"Medians of {settings.runs} runs, and the longest of all. Arming happens at the start of a migration, disarming when "
+                "it is aborted; a guest that has migrated is not disarmed. The steps of tracker.c bound how long it holds the "
+                "kernel's mmap_lock; on busy processors the figures include the time that a thread waits for a processor."
             )
         ],
     )
@@ -57,7 +57,7 @@ async def stall(settings: Settings) -> Section:
 
 
 def parse(output: str) -> list[tuple[str, str, float]]:
-    """The program's lines as ``(kind of memory, step, seconds)``."""
+    """Parse the program's output into ``(kind of memory, step, seconds)``."""
     kind, found = "", []
     for line in output.splitlines():
         if match := _KIND.match(line):

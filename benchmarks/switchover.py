@@ -1,7 +1,7 @@
-"""Downtime over many migrations, there and back: percentiles, where the time goes, and QEMU's own beside it.
+"""Measure the downtime of many migrations, back and forth: percentiles, steps, and QEMU's own migration for comparison.
 
-A guest that started on private memory is on a memfd of the agent's once it has arrived, so each of those migrations has a
-guest of its own.  So has each of QEMU's own.  Booting takes longer than migrating: there are fewer of these.
+A guest that started on private memory arrives on a memfd of the agent, so each of those migrations needs a new guest, as does
+each of QEMU's own.  Booting takes longer than migrating, so there are fewer of these.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from tests.rig.pages import PagesUnavailableError, more_pages
 MEMORY_BYTES = 256 * MIB
 PATH, LOAD = "loopback", "max"
 DOWNTIME_LIMIT_MS = 10
-#: Guests, devices included, on both hosts.
+#: Memory of the guests, including devices, on both hosts.
 POOL_BYTES = 3 * MEMORY_BYTES
-#: In the order in which they come: `Record.downtime_breakdown` of the source.
+#: In chronological order: `Record.downtime_breakdown` of the source.
 STEPS = ("stop", "save", "scan", "send", "map", "load", "commit", "run")
-#: What is aimed at, in seconds; a migration longer than the second is explained.
+#: Goals in seconds; a migration whose downtime exceeds the second is listed with its steps.
 P50_GOAL, P99_GOAL, VGA_GOAL = 0.012, 0.030, 0.002
-#: QEMU's pre-copy may never end under this load: so many attempts without an end, and so long each, say so.
+#: QEMU's pre-copy may never end under this load: number and length of the attempts after which the benchmark stops trying.
 ENDLESS_ATTEMPTS = 3
 ENDLESS_SECONDS = 20.0
-#: Of so many migrations there is one where each needs a guest of its own.
+#: Cases that need a new guest for each migration run only one in so many.
 FRESH_SHARE = 4
 
 _VGA = ("-vga", "std")
@@ -47,27 +47,27 @@ _VGA = ("-vga", "std")
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Which guest, and what migrates it."""
+    """A guest, and the system that migrates it."""
 
     title: str
     memory: Literal["private", "memfd"] = "memfd"
-    page_bytes: int = 4096  # of the source's memfd
+    page_bytes: int = 4096  # page size of the source's memfd
     target_page_bytes: int = 4096
     system: str = "migrated"
     vga: bool = False
 
     @property
     def extra(self) -> tuple[str, ...]:
-        """Options of QEMU."""
+        """Additional options of QEMU."""
         return _VGA if self.vga else ()
 
     @property
     def goes_back(self) -> bool:
-        """Whether one guest goes there and back; otherwise each migration has its own."""
+        """Whether one guest migrates back and forth; otherwise each migration has its own."""
         return self.system == "migrated" and self.memory == "memfd"
 
     def count(self, migrations: int) -> int:
-        """How many of this case."""
+        """Return the number of migrations of this case."""
         return migrations if self.goes_back else -(-migrations // FRESH_SHARE)
 
 
@@ -88,7 +88,7 @@ CASES = dict(_cases())
 
 
 async def run(settings: Settings) -> Section:
-    """Every case, ``settings.migrations`` times."""
+    """Measure every case, ``settings.migrations`` times."""
     # A tmpfs, as /run/migrated is: the journal is written twice while the guest is paused.
     os.environ.setdefault("TMPDIR", "/dev/shm")
     section = Section(
@@ -98,12 +98,12 @@ async def run(settings: Settings) -> Section:
         notes=[
             (
                 f"{MEMORY_BYTES // MIB} MiB, one virtual processor under KVM that rewrites random blocks as fast as it can, "
-                f"{PATH}, hybrid mode, downtime limit {DOWNTIME_LIMIT_MS} ms. Memory checked after each migration. "
+                f"{PATH}, hybrid mode, downtime limit {DOWNTIME_LIMIT_MS} ms. Memory verified after each migration. "
                 f"Steps: medians. State directories are in {short_directory()}."
             ),
             (
-                "Downtime of migrated: from the command to stop until the source has heard that the guest runs. "
-                "Of QEMU: from STOP on the source to RESUME on the target."
+                "Downtime of migrated: from the stop command until the source is notified that the guest runs. "
+                "Downtime of QEMU: from STOP on the source to RESUME on the target."
             ),
         ],
     )
@@ -121,7 +121,7 @@ async def run(settings: Settings) -> Section:
         settings.save(section)
     section.notes += [
         f"With VGA, {CASES[name].title}: p50 {(medians[f'{name}-vga'] - medians[name]) * 1e3:+.1f} ms "
-        f"(at most {VGA_GOAL * 1e3:+.0f} is aimed at)."
+        f"(goal: at most {VGA_GOAL * 1e3:+.0f} ms)."
         for name in medians
         if f"{name}-vga" in medians
     ]
@@ -150,7 +150,7 @@ async def _case(settings: Settings, case: Case) -> list[Sample]:
 
 
 async def _ours(case: Case, made: Link, settings: Settings) -> AsyncIterator[Sample]:
-    """A guest is given up with the first migration that does not end well: what follows would say nothing."""
+    """Migrate with `migrated`.  A guest is discarded after its first failed migration: later figures would mean nothing."""
     count = case.count(settings.migrations)
     guests, each = (1, count) if case.goes_back else (count, 1)
     for _ in range(guests):
@@ -178,7 +178,7 @@ async def _ours(case: Case, made: Link, settings: Settings) -> AsyncIterator[Sam
 
 
 async def _migrate(sample: Sample, guest: MovingGuest, case: Case) -> None:
-    move: Move = await guest.move(mode="hybrid", downtime_limit_ms=DOWNTIME_LIMIT_MS)  # which checks its memory
+    move: Move = await guest.move(mode="hybrid", downtime_limit_ms=DOWNTIME_LIMIT_MS)  # verifies its memory
     if case.vga:
         await guest.assert_video_memory()
     sample.verified = True
@@ -222,7 +222,7 @@ def _sample(case: Case) -> Sample:
 
 
 def row(title: str, samples: Sequence[Sample]) -> tuple[str, ...]:
-    """Of the table: of the migrations that ended, and how many did."""
+    """Return a row of the table, over the completed migrations, and how many there were."""
     ended = [sample for sample in samples if sample.outcome == "completed"]
     downtimes = [sample.downtime_seconds for sample in ended]
     return (
@@ -235,7 +235,7 @@ def row(title: str, samples: Sequence[Sample]) -> tuple[str, ...]:
 
 
 def explanations(title: str, samples: Sequence[Sample]) -> list[str]:
-    """A line for each migration of ours beyond the goal: its steps, the longest first."""
+    """Return a line for each migration that exceeded the goal, with its steps, the longest first."""
     lines = []
     for number, sample in enumerate(samples, 1):
         steps = sample.details.get("steps", {})
@@ -247,5 +247,5 @@ def explanations(title: str, samples: Sequence[Sample]) -> list[str]:
 
 
 def tenths(seconds: float | None) -> str:
-    """Of a millisecond: steps are short."""
+    """Format seconds as tenths of a millisecond, because steps are short."""
     return "-" if seconds is None else f"{seconds * 1e3:.1f}"
