@@ -19,7 +19,7 @@ def bytes_after_switchover(
 ) -> dict[str, Any]:
     """Transfer ``pages``; before the freeze change some blocks of each, and rewrite some with their own contents.
 
-    Returns wire bytes after the switch-over, bytes of the blocks that changed, and whether the copy is the same.
+    Returns wire bytes after the switchover, bytes of the changed blocks, and whether the copy is equal.
     """
     with contextlib.ExitStack() as stack:
         rig = Rig(stack, size_bytes=pages * page_bytes, page_bytes=page_bytes, streams=1)
