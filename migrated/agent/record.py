@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import enum
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from migrated.errors import hinted
-from migrated.recovery.journal import SourceEntry, TargetEntry
+
+if TYPE_CHECKING:  # the command line reads records, and need not load the journal for that
+    from migrated.recovery.journal import SourceEntry, TargetEntry
 
 
 def id_of(session: bytes) -> str:
