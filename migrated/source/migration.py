@@ -252,7 +252,7 @@ class SourceMigration(Migration):
             await precopy.barrier()
             self._laps.lap("send")
         stale = await in_thread(engine.freeze)
-        self.record.stale_pages = stale
+        self.record.stale_pages, self.record.stale_bytes = stale, engine.stats().stale_bytes_left
         await link.send(Switchover(stale))
         for region, first_page, bits in engine.stale_maps():
             await link.send(StaleMap(region, first_page, bits))

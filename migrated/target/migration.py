@@ -250,6 +250,7 @@ class TargetMigration(Migration):
                     engine.stale_map(region, first_page, bits)
                 case StaleMapEnd():
                     engine.switchover()
+                    self.record.stale_bytes = engine.stats().stale_bytes
                     self._mapped.set()
                 case Commit():
                     return
