@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +12,10 @@ import msgspec
 import pytest
 
 from migrated import config
-from migrated.errors import TimeoutExceededError
+from migrated.agent.record import State
+from migrated.errors import HostError, TimeoutExceededError
 from migrated.guests.access.pidfd import PidHandle, process_started
 from migrated.recovery.journal import Journal, TargetEntry
-from migrated.agent.record import State
 from migrated.target.agent import TargetAgent
 from tests.unit.recovery.entries import HELLO, TARGET
 
@@ -29,9 +30,10 @@ def process() -> Iterator[subprocess.Popen[bytes]]:
         started.kill()
 
 
-async def one_agent(directory: Path) -> TargetAgent:
+async def one_agent(directory: Path, port: int = 0) -> TargetAgent:
     """It starts, takes back what there is, and is stopped."""
-    table = {"agent": {"state_dir": str(directory)}, "tls": {"insecure": True}, "listen": {"address": "127.0.0.1:0"}}
+    listen = {"address": f"127.0.0.1:{port}"}
+    table = {"agent": {"state_dir": str(directory)}, "tls": {"insecure": True}, "listen": listen}
     agent = TargetAgent(config.decode(table, "target"))
     stop = asyncio.Event()
     running = asyncio.ensure_future(agent.run(stop))
@@ -65,3 +67,17 @@ async def test_it_stays_in_the_journal_until_an_agent_has_seen_it_end(
     await one_agent(tmp_path)
     assert process.wait(PATIENCE_SECONDS) != 0
     assert journal.load() == {}
+
+
+async def test_no_guest_is_touched_by_an_agent_that_cannot_listen(
+    tmp_path: Path, process: subprocess.Popen[bytes]
+) -> None:
+    journal = Journal(tmp_path / "journal", TargetEntry)
+    entry = msgspec.structs.replace(TARGET, stage="setup", pid=process.pid, pid_started=process_started(process.pid))
+    journal.write(ID, entry)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        with pytest.raises(HostError) as caught:
+            await one_agent(tmp_path, port=other.getsockname()[1])
+        assert caught.value.code == "cannot-listen"
+    assert process.poll() is None
+    assert journal.load() == {ID: entry}
