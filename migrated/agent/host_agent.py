@@ -164,3 +164,4 @@ class HostAgent(abc.ABC, Generic[M]):
                 for task in list(self._tasks):
                     task.cancel()
                 await asyncio.wait(self._tasks)
+        await self._roster.archived()
