@@ -36,7 +36,7 @@ CORE := $(wildcard native/src/*.[ch] native/include/mgd_api.h native/include/mig
 C_FORMATTED := $(wildcard native/src/*.[ch] native/include/*.h native/tests/*.[ch] native/fuzz/*.[ch] \
 	native/fuzz/*/*.[ch] native/examples/*.[ch])
 
-.PHONY: deps venv demo check test test-native test-asan test-tsan fuzz test-python test-interop bench soak simulate clean always
+.PHONY: deps venv demo check test test-native test-asan test-tsan fuzz test-python test-interop bench docs soak simulate clean always
 
 # ---------------------------------------------------------------- distribution packages
 
@@ -94,6 +94,10 @@ demo: $(STAMPS)/installed
 
 bench: $(STAMPS)/installed $(STAMPS)/test-deps
 	$(BIN)/python -m benchmarks $(ARGS)
+
+docs: $(STAMPS)/installed
+	$(BIN)/python -m tests.rig.error_codes > docs/errors.md.new
+	@mv docs/errors.md.new docs/errors.md
 
 soak: $(STAMPS)/installed
 	$(BIN)/python -m tests.faults.soak --seconds $(SOAK_SECONDS) $(if $(SOAK_SEED),--seed $(SOAK_SEED)) $(ARGS)

@@ -30,6 +30,7 @@ from migrated.errors import ConfigError, HostError, MigratedError, TimeoutExceed
 from migrated.http.control import control_app
 from migrated.http.status import status_app
 from migrated.recovery import systemd as service
+from migrated.waiting import in_thread
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -151,7 +152,7 @@ async def _finish(settings: AgentConfig, agent: HostAgent[Any], stop: asyncio.Ev
     await asyncio.wait({work, stopping}, return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()
     if stop.is_set():
-        _notify("STOPPING=1", "STATUS=leaving every guest safe")
+        await _notify("STOPPING=1", "STATUS=leaving every guest safe")
     while stop.is_set() and not work.done():
         limit = 2 * settings.timeouts.shutdown
         await asyncio.wait({work}, timeout=limit)
@@ -297,15 +298,15 @@ async def _tell_service_manager(agent: HostAgent[Any], stop: asyncio.Event, work
         health = agent.health()
         if health.ready and not ready:
             ready = True
-            _notify("READY=1")
+            await _notify("READY=1")
         if not stop.is_set():
-            _notify(f"STATUS={status_line(agent)}")
+            await _notify(f"STATUS={status_line(agent)}")
         elif _is_needed(agent):
-            _notify(f"STATUS=serving guests in post-copy to their end: {status_line(agent)}")
+            await _notify(f"STATUS=serving guests in post-copy to their end: {status_line(agent)}")
         if health.healthy and (not ready or (stop.is_set() and _is_needed(agent))):
-            _notify(f"EXTEND_TIMEOUT_USEC={EXTEND_SECONDS * 1_000_000}")
+            await _notify(f"EXTEND_TIMEOUT_USEC={EXTEND_SECONDS * 1_000_000}")
         if health.healthy and watchdog:
-            _notify("WATCHDOG=1")
+            await _notify("WATCHDOG=1")
         if health.healthy != healthy_before:
             logger.log(20 if health.healthy else 40, "health", healthy=health.healthy, reasons=health.reasons)
             healthy_before = health.healthy
@@ -324,9 +325,9 @@ def status_line(agent: HostAgent[Any]) -> str:
     return f"{len(live)} under way: " + ", ".join(f"{one.guest} ({one.state.value})" for one in live)
 
 
-def _notify(*assignments: str) -> None:
-    """Tell the service manager; that it cannot be told is no reason to end."""
+async def _notify(*assignments: str) -> None:
+    """Tell the service manager, which may be slow to read; that it cannot be told is no reason to end."""
     try:
-        service.notify(*assignments)
+        await in_thread(service.notify, *assignments)
     except HostError as error:
         logger.warning("service manager not told", **hinted(error))

@@ -50,6 +50,11 @@ class HostAgent(abc.ABC, Generic[M]):
 
     # ------------------------------------------------------------ verbs
 
+    def _check_started(self) -> None:
+        """ConflictError before what an agent before us left is taken back: the sites answer from the first moment on."""
+        if not self._started:
+            raise ConflictError("this agent is just starting", code="starting", hint="try again in a moment")
+
     def guests(self) -> list[str]:
         """Names, as configured."""
         return sorted(self.config.guests)
@@ -159,3 +164,4 @@ class HostAgent(abc.ABC, Generic[M]):
                 for task in list(self._tasks):
                     task.cancel()
                 await asyncio.wait(self._tasks)
+        await self._roster.archived()

@@ -260,11 +260,13 @@ class Migration:
                 pass
 
 
-async def quietly(work: Coroutine[Any, Any, Any], log: Any, what: str) -> None:
-    """Run one step of a clean-up: what fails is logged, the next step still runs."""
+async def quietly(work: Coroutine[Any, Any, Any], log: Any, what: str) -> bool:
+    """Run one step of a clean-up and return whether it worked: what fails is logged, the next step still runs."""
     try:
         await work
     except asyncio.CancelledError:
         raise
     except Exception as error:  # noqa: BLE001 - a clean-up goes on whatever one of its steps meets
         log.warning("clean-up step failed", step=what, error=str(error))
+        return False
+    return True

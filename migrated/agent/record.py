@@ -139,6 +139,7 @@ class Record(msgspec.Struct, kw_only=True):
     throughput_bytes_per_second: float = 0.0
     max_bandwidth_bytes_per_second: int = 0
     stale_pages: int = 0
+    stale_bytes: int = 0  # of these pages: regions may have host pages of different sizes
     downtime_seconds: float | None = None
     downtime_breakdown: dict[str, float] = msgspec.field(default_factory=dict)  # seconds by step; see docs/http.md
     faults: Faults = msgspec.field(default_factory=Faults)

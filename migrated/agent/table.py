@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 from collections.abc import AsyncIterator, Iterator
 from typing import Generic, TypeVar
 
@@ -9,6 +11,7 @@ from migrated.agent.archive import Archive
 from migrated.agent.migration import Migration
 from migrated.agent.record import Record
 from migrated.errors import ConflictError, NotFoundError
+from migrated.waiting import in_thread
 
 M = TypeVar("M", bound=Migration)
 
@@ -24,6 +27,8 @@ class Roster(Generic[M]):
         self._migrations: dict[str, M] = {}
         self._keep = keep
         self._archive = archive
+        self._archiving: set[asyncio.Task[None]] = set()
+        self._one_by_one = asyncio.Lock()
         self._former: dict[str, Record] = {record.id: record for record in archive.load()} if archive else {}
 
     def add(self, migration: M) -> None:
@@ -31,7 +36,7 @@ class Roster(Generic[M]):
         self._former.pop(migration.id, None)
         self._migrations[migration.id] = migration
         if self._archive is not None:
-            migration.on_end = self._archive.add
+            migration.on_end = functools.partial(self._archive_soon, self._archive)
         ended = [known for known in self._migrations.values() if known.record.ended and known.over]
         surplus = len(self._former) + len(ended) - self._keep
         for former in list(self._former)[: max(0, surplus)]:
@@ -39,6 +44,22 @@ class Roster(Generic[M]):
             surplus -= 1
         for old in ended[: max(0, surplus)]:
             del self._migrations[old.id]
+
+    def _archive_soon(self, archive: Archive, record: Record) -> None:
+        """Write a record of a migration that has just ended, in order: the disk may be slow, and others go on."""
+
+        async def write() -> None:
+            async with self._one_by_one:
+                await in_thread(archive.add, record)
+
+        task = asyncio.ensure_future(write())
+        self._archiving.add(task)
+        task.add_done_callback(self._archiving.discard)
+
+    async def archived(self) -> None:
+        """Wait until every record of a migration that has ended is written."""
+        while self._archiving:
+            await asyncio.wait(self._archiving)
 
     def __iter__(self) -> Iterator[M]:
         return iter(list(self._migrations.values()))

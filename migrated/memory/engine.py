@@ -157,6 +157,7 @@ class SourceStats:
     compression_saved_bytes: int
     dirty_bytes: int
     stale_pages_left: int
+    stale_bytes_left: int
     demanded_pages: int
     demand_bytes: int
     drain_bytes: int
@@ -311,6 +312,7 @@ class TargetStats:
     frames: int
     pages: int
     stale_pages: int
+    stale_bytes: int
     current_pages: int
     mapped_pages: int
     discarded_frames: int

@@ -42,9 +42,9 @@ class Survival(Generic[E]):
             if not self._over:
                 await in_thread(self._journal.write, self._id, entry)
 
-    def strike(self) -> None:
+    async def strike(self) -> None:
         """Remove the entry alone.  OSError when it cannot be: then it would be believed after a restart."""
-        self._journal.remove(self._id)
+        await in_thread(self._journal.remove, self._id)
 
     async def let_go(self) -> None:
         """Of the descriptors alone, where the next agent needs only the entry."""
@@ -75,7 +75,7 @@ class Survival(Generic[E]):
             self._over = True
             for pause in (*STRIKE_PAUSES, None):
                 try:
-                    await in_thread(self.strike)
+                    await self.strike()
                     break
                 except OSError as error:
                     log.warning("a journal entry cannot be removed", migration=self._id, error=str(error))
@@ -110,14 +110,12 @@ class Legacy(Generic[E]):
         """``(migration id, entry, descriptors)``; the descriptors are the caller's.  What belongs to no entry is closed."""
         held = await self._keeper.taken()
         try:
-            self._journal.tidy()
-            entries = self._journal.load()
+            entries, doubtful = await in_thread(self._read)
         except MigratedError:
             for fds in held.values():  # they stay kept
                 for fd in fds:
                     os.close(fd)
             raise
-        doubtful = self._journal.refused()
         found = []
         for migration_id, entry in entries.items():
             found.append((migration_id, entry, held.pop(PREFIX + migration_id, [])))
@@ -130,3 +128,7 @@ class Legacy(Generic[E]):
             log.warning("descriptors were kept for a migration without a journal; letting go", name=name)
             await self._keeper.forget(name)
         return found
+
+    def _read(self) -> tuple[dict[str, E], set[str]]:
+        self._journal.tidy()
+        return self._journal.load(), self._journal.refused()

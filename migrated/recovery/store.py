@@ -67,7 +67,7 @@ class ServiceKeeper:
         for stored, fds in service.take_stored_fds().items():
             name, _, place = stored.rpartition(".")
             if stored == service.PROBE_NAME:
-                _forget_stored(stored)
+                await in_thread(_forget_stored, stored)
             elif place.isdecimal():
                 self._stored.setdefault(name, []).append(stored)
                 places.setdefault(name, {})[int(place)] = fds.pop()
@@ -85,11 +85,8 @@ class ServiceKeeper:
         """See Keeper."""
         await self.forget(name)
         self._stored[name] = [f"{name}.{place}" for place in range(len(fds))]
-        with contextlib.ExitStack() as opened:
-            for stored, fd in zip(self._stored[name], _distinct(fds, opened), strict=True):
-                service.store_fd(stored, fd)
         self.held[name] = [os.dup(fd) for fd in fds]
-        if not await in_thread(service.keeps_fds):
+        if not await in_thread(_store, self._stored[name], fds):
             raise HostError(
                 "the service manager does not keep the descriptors that must survive this agent",
                 code="descriptor-store",
@@ -99,9 +96,17 @@ class ServiceKeeper:
     async def forget(self, name: str) -> None:
         """See Keeper."""
         for stored in self._stored.pop(name, []):
-            _forget_stored(stored)
+            await in_thread(_forget_stored, stored)
         for fd in self.held.pop(name, []):
             os.close(fd)
+
+
+def _store(names: Sequence[str], fds: Sequence[int]) -> bool:
+    """Whether the service manager keeps all of them.  HostError.  Blocks while it does not read."""
+    with contextlib.ExitStack() as opened:
+        for name, fd in zip(names, _distinct(fds, opened), strict=True):
+            service.store_fd(name, fd)
+    return service.keeps_fds()
 
 
 def _forget_stored(stored: str) -> None:
@@ -133,6 +138,17 @@ class HolderKeeper:
         self._path = state_dir / "holder.sock"
         self._socket: socket.socket | None = None
         self._lock = asyncio.Lock()
+
+    async def _connected(self) -> bool:
+        """Whether there is a holder.  It may be slow to answer, here and in `_asked`: that must stop nothing else."""
+        return await in_thread(self._connect)
+
+    async def _asked(self, request: dict[str, str], fds: Sequence[int] = ()) -> tuple[dict[str, Any], list[int]]:
+        def undo(answer: tuple[dict[str, Any], list[int]]) -> None:
+            for fd in answer[1]:
+                os.close(fd)
+
+        return await in_thread(self._ask, request, fds, undo=undo)
 
     def _connect(self) -> bool:
         if self._socket is not None:
@@ -178,7 +194,7 @@ class HolderKeeper:
                         code="holder",
                         hint="agent.state_dir must be a directory of this user's, with room",
                     )
-                while not self._connect():  # noqa: ASYNC110 - a socket tells nobody that it listens
+                while not await self._connected():  # noqa: ASYNC110 - a socket tells nobody that it listens
                     await asyncio.sleep(0.01)
         except (TimeoutError, subprocess.TimeoutExpired) as error:
             raise HostError(f"the holder of descriptors does not answer on {self._path}", code="holder") from error
@@ -214,30 +230,31 @@ class HolderKeeper:
 
     async def taken(self) -> dict[str, list[int]]:
         """See Keeper."""
-        known = self._socket is not None
-        if not self._connect():
-            return {}
-        try:
-            answer, _ = self._ask({"op": "list"})
-        except HolderGoneError:
-            if known:
-                raise
-            return {}  # it was just ending: one that holds something does not
-        return {name: self._ask({"op": "take", "name": name})[1] for name in answer.get("names", [])}
+        async with self._lock:
+            known = self._socket is not None
+            if not await self._connected():
+                return {}
+            try:
+                answer, _ = await self._asked({"op": "list"})
+            except HolderGoneError:
+                if known:
+                    raise
+                return {}  # it was just ending: one that holds something does not
+            return {name: (await self._asked({"op": "take", "name": name}))[1] for name in answer.get("names", [])}
 
     async def keep(self, name: str, fds: Sequence[int]) -> None:
         """See Keeper."""
         async with self._lock:
             known = self._socket is not None
-            if not self._connect():
+            if not await self._connected():
                 await self._start()
             try:
-                answer, _ = self._ask({"op": "keep", "name": name}, fds)
+                answer, _ = await self._asked({"op": "keep", "name": name}, fds)
             except HolderGoneError:
                 if known:  # it held what is others', too
                     raise
                 await self._start()  # that one was just ending
-                answer, _ = self._ask({"op": "keep", "name": name}, fds)
+                answer, _ = await self._asked({"op": "keep", "name": name}, fds)
         if not answer.get("ok"):
             raise HostError(f"the holder of descriptors refused: {answer.get('error')}", code="holder")
 
@@ -246,14 +263,14 @@ class HolderKeeper:
         async with self._lock:
             # Also of a holder that was being started when we gave up, and may not listen yet: nobody else will end it.
             for _ in range(LISTEN_TRIES):
-                if self._connect() or not os.path.lexists(self._path):  # noqa: ASYNC240 - a look at a local file
+                if await self._connected() or not os.path.lexists(self._path):  # noqa: ASYNC240 - a look at a local file
                     break
                 await asyncio.sleep(0.01)
             if self._socket is None:
                 return
             try:
-                self._ask({"op": "forget", "name": name})
-                answer, _ = self._ask({"op": "list"})
+                await self._asked({"op": "forget", "name": name})
+                answer, _ = await self._asked({"op": "list"})
             except HostError as error:
                 log.warning("cannot reach the holder of descriptors", error=str(error))
                 return

@@ -34,14 +34,12 @@ class SourceAgent(HostAgent[SourceMigration]):
     def __init__(self, config: AgentConfig) -> None:
         super().__init__(config, log)
         self._journal = Journal(config.state_dir / "journal", SourceEntry)
-        self._taking_back = False  # guests of an agent before us: nothing is started beside that
 
     async def start(self, request: StartRequest) -> Record:
         """Check everything that can be checked without touching the guest; go on in the background."""
         if self._stopping:
             raise ConflictError("this agent is shutting down", hint="start it again first")
-        if self._taking_back:
-            raise ConflictError("this agent is just starting", code="starting", hint="try again in a moment")
+        self._check_started()
         if request.guest not in self.config.guests:
             known = ", ".join(self.guests()) or "none"
             raise NotFoundError(
@@ -202,6 +200,7 @@ class SourceAgent(HostAgent[SourceMigration]):
 
     async def force_run(self, migration_id: str, *, confirm: str) -> Record:
         """See HostAgent.  The journal says first that COMMIT is taken back, so a next agent runs the guest here as well."""
+        self._check_started()
         record, entry = await self._journalled(migration_id)
         if entry is None or entry.stage != "committed":
             raise ConflictError(
@@ -225,6 +224,7 @@ class SourceAgent(HostAgent[SourceMigration]):
 
     async def discard(self, migration_id: str, *, confirm: str) -> Record:
         """See HostAgent.  A guest that was not given away runs on here: of it only the target's side is given up."""
+        self._check_started()
         record, entry = await self._journalled(migration_id)
         if entry is None or record.state not in (State.POSTCOPY_PAUSED, State.RECOVERING, State.FAILED, State.ABORTED):
             raise ConflictError(
@@ -266,10 +266,8 @@ class SourceAgent(HostAgent[SourceMigration]):
 
     async def run(self, stop: asyncio.Event) -> None:
         """Until ``stop``: then abort what can be aborted, and stay until nothing post-copy needs this process."""
-        self._taking_back = True
         async with self._residents:
             await self._take_back()
-            self._taking_back = False
             self._started = True
             await stop.wait()
             await self._wind_up()

@@ -24,9 +24,9 @@ def update(record: Record, stats: SourceStats, rates: Rates, *, frozen: bool) ->
     if not frozen:
         record.remaining_bytes = stats.dirty_bytes
     elif record.state in (State.POSTCOPY, State.COMPLETED):
-        record.remaining_bytes = stats.stale_pages_left * record.page_size
+        record.remaining_bytes = stats.stale_bytes_left
     else:  # what was under way when the connection was lost may not have arrived: at most all that was stale
-        record.remaining_bytes = max(stats.stale_pages_left, record.stale_pages) * record.page_size
+        record.remaining_bytes = max(stats.stale_bytes_left, record.stale_bytes)
     record.bytes_by_kind = {
         "payload": stats.payload_bytes,
         "header": stats.header_bytes,

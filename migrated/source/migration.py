@@ -53,7 +53,7 @@ from migrated.source.reconnect import Reconnect
 from migrated.source.rollback import Rollback
 from migrated.source.stage import JournalledStage
 from migrated.source.tracking import Tracking
-from migrated.waiting import in_thread
+from migrated.waiting import in_thread, within
 
 #: Of zstd: the fastest that still finds what a guest's memory repeats.
 COMPRESSION_LEVEL = 1
@@ -252,11 +252,12 @@ class SourceMigration(Migration):
             await precopy.barrier()
             self._laps.lap("send")
         stale = await in_thread(engine.freeze)
-        self.record.stale_pages = stale
-        await link.send(Switchover(stale))
-        for region, first_page, bits in engine.stale_maps():
-            await link.send(StaleMap(region, first_page, bits))
-        await link.send(StaleMapEnd())
+        self.record.stale_pages, self.record.stale_bytes = stale, engine.stats().stale_bytes_left
+        async with within(self._timeouts.switchover, "the stale map to be sent", who=link.peer):
+            await link.send(Switchover(stale))
+            for region, first_page, bits in engine.stale_maps():
+                await link.send(StaleMap(region, first_page, bits))
+            await link.send(StaleMapEnd())
         engine.serve(drain=False)
         self._laps.lap("map")
         self.log.info("paused", stale_pages=stale, steps=self.record.downtime_breakdown)
@@ -340,7 +341,7 @@ class SourceMigration(Migration):
         """
         link = self._connection.require_link()
         if not self._running_there:
-            await link.expect(Running, limit_seconds=self._timeouts.guest_command * 2, what="the guest to run there")
+            await link.expect(Running, limit_seconds=self._timeouts.switchover, what="the guest to run there")
             self._running_there = True
         if self.record.downtime_seconds is None and self._laps.total is not None:
             self._laps.lap("run")

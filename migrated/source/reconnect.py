@@ -113,7 +113,8 @@ class Reconnect:
                 raise PeerError(f"{type(message).__name__} among the lacking pages", code="protocol-remote")
             engine.lacking(message.region, message.first_page, message.bits)
             lacking = True
-        self._migration.record.stale_pages = resumed.lacking_pages
+        record = self._migration.record
+        record.stale_pages, record.stale_bytes = resumed.lacking_pages, engine.stats().stale_bytes_left
         if lacking:  # a target that has everything may have closed its side: it only wants to say Done
             await connection.open_streams()
             engine.serve(drain=True)

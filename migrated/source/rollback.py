@@ -140,10 +140,13 @@ class Rollback:
         """The error to end with: ``error``, or that the guest does not run."""
         if problem is None:
             return error
+        why = named(problem)
         return GuestError(
-            f"{named(error).message}; and the guest does not run on here: {named(problem).message}",
+            f"{named(error).message}; and the guest does not run on here: {why.message}",
             code="guest-not-resumed",
-            hint="it is here and may be paused: start the source agent again, which tries again, or let it run by hand",
+            hint=why.hint
+            if why.code == "guest-not-resumed" and why.hint
+            else "it is here and may be paused: start the source agent again, which tries again, or let it run by hand",
         )
 
     async def _survival_over(self) -> None:

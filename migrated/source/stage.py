@@ -85,7 +85,7 @@ class JournalledStage:
             await self.write("active")
         except MigratedError as problem:
             try:
-                self._survival.strike()
+                await self._survival.strike()
                 self.struck = True
             except OSError:
                 self._log.error(

@@ -117,6 +117,7 @@ class TargetAgent(HostAgent[TargetMigration]):
 
     async def force_run(self, migration_id: str, *, confirm: str) -> Record:
         """See HostAgent."""
+        self._check_started()
         migration = self._roster.find(migration_id)
         self._check_confirmed(migration.record, confirm, "force-run")
         await migration.force_run()
@@ -124,6 +125,7 @@ class TargetAgent(HostAgent[TargetMigration]):
 
     async def discard(self, migration_id: str, *, confirm: str) -> Record:
         """See HostAgent."""
+        self._check_started()
         record = self._roster.record(migration_id)
         self._check_confirmed(record, confirm, "discard")
         migration = self._roster.known(record.id)
@@ -253,6 +255,7 @@ class TargetAgent(HostAgent[TargetMigration]):
     async def _listen(self) -> socket.socket:
         address = self.config.listen_address
         loop = asyncio.get_running_loop()
+        listener: socket.socket | None = None
         try:
             candidates = await loop.getaddrinfo(
                 address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -263,6 +266,8 @@ class TargetAgent(HostAgent[TargetMigration]):
             listener.bind(where)
             listener.listen(128)
         except OSError as error:
+            if listener is not None:
+                listener.close()
             message = f"cannot listen on {address}: {error.strerror}"
             if error.errno in {errno.EADDRINUSE, socket.EAI_AGAIN}:  # that may pass: we are started again
                 hint = "another process (perhaps another target agent) has the port, or no name server answers"

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 
 def update(record: Record, stats: TargetStats, rates: Rates, *, mapped: bool) -> None:
-    """``mapped``: the stale map is here, so that what remains is known in pages."""
+    """``mapped``: the stale map is here, so that what remains is known."""
     rates.sent(stats.wire_bytes, time.monotonic())
     record.transferred_bytes = stats.wire_bytes
     record.throughput_bytes_per_second = rates.throughput
     if mapped:
-        record.remaining_bytes = stats.stale_pages * record.page_size
+        record.remaining_bytes = stats.stale_bytes
     record.faults = Faults(current=stats.faults_current, stale=stats.faults_stale, missing=stats.faults_missing)
     by_kind = {
         "current": stats.latency_current,

@@ -121,7 +121,7 @@ class TargetMigration(Migration):
         self._stage = JournalledStage(survival, entry, self.record)
         self.connection = SourceConnection(self, session, link, bulk_streams=hello.streams)
         self._reconnect = Reconnect(self, self.connection, config.timeouts)
-        self._rollback = Rollback(self, self.connection, guest, self._memory, survival)
+        self._rollback = Rollback(self, self.connection, guest, self._memory, self._stage)
         self._mapped = asyncio.Event()
         self._laps = Laps(self.record.downtime_breakdown)  # from the Switchover message on
         self._guest_over = Failure()  # its process has ended: unlike `failure`, no reconnect mends that
@@ -250,6 +250,7 @@ class TargetMigration(Migration):
                     engine.stale_map(region, first_page, bits)
                 case StaleMapEnd():
                     engine.switchover()
+                    self.record.stale_bytes = engine.stats().stale_bytes
                     self._mapped.set()
                 case Commit():
                     return
@@ -322,7 +323,8 @@ class TargetMigration(Migration):
     async def _lost_guest(self, error: BaseException) -> None:
         """There is nothing any more that a next agent could go on with."""
         self._note_lost(error)
-        await self._survival.over()
+        gone = await quietly(self._guest.kill(), self.log, "see the guest process end")
+        await self._stage.end(gone=gone)
         self.set_state(State.FAILED, error)
 
     def _note_lost(self, error: BaseException) -> None:

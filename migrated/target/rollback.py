@@ -13,10 +13,9 @@ from migrated.protocol.messages import Aborted
 if TYPE_CHECKING:
     from migrated.agent.migration import Migration
     from migrated.guests.driver import TargetGuest
-    from migrated.recovery.journal import TargetEntry
-    from migrated.recovery.state import Survival
     from migrated.target.connection import SourceConnection
     from migrated.target.memory import GuestMemory
+    from migrated.target.stage import JournalledStage
 
 
 class Rollback:
@@ -28,13 +27,13 @@ class Rollback:
         connection: SourceConnection,
         guest: TargetGuest,
         memory: GuestMemory,
-        survival: Survival[TargetEntry],
+        stage: JournalledStage,
     ) -> None:
         self._migration = migration
         self._connection = connection
         self._guest = guest
         self._memory = memory
-        self._survival = survival
+        self._stage = stage
 
     async def run(self, error: BaseException) -> None:
         """No process, memory or descriptor of this guest stays here; then the source is told so."""
@@ -53,7 +52,7 @@ class Rollback:
 
     async def _release_everything(self) -> None:
         await self._migration.stop_background()
-        await quietly(self._guest.kill(), self._migration.log, "end the guest process")
+        gone = await quietly(self._guest.kill(), self._migration.log, "end the guest process")
         await self._connection.close_engine()
         self._memory.close()
-        await self._survival.over()
+        await self._stage.end(gone=gone)

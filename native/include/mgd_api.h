@@ -152,6 +152,7 @@ struct mgd_source_stats {
 	uint64_t compression_saved_bytes;
 	uint64_t dirty_bytes; /* marked and not yet picked up by the round under way */
 	uint64_t stale_pages_left; /* post-copy: not yet claimed */
+	uint64_t stale_bytes_left; /* the same in bytes: regions may have pages of different sizes */
 	uint64_t demanded_pages; /* served over the urgent connection */
 	uint64_t demand_bytes; /* wire bytes of them */
 	uint64_t drain_bytes; /* wire bytes of the drain after the switch-over */
@@ -244,6 +245,7 @@ struct mgd_target_stats {
 	uint64_t frames;
 	uint64_t pages; /* host pages in all regions */
 	uint64_t stale_pages; /* stale and not yet in */
+	uint64_t stale_bytes; /* the same in bytes: regions may have pages of different sizes */
 	uint64_t current_pages; /* current, not mapped */
 	uint64_t mapped_pages; /* put into the guest, whether or not it has given them back since */
 	uint64_t discarded_frames; /* came for a page already current (sent twice): read and dropped */

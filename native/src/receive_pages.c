@@ -279,6 +279,7 @@ static void settle(struct mgd_receiver *receiver)
 		if (receiver->route[page] != ROUTE_DROP &&
 		    mgd_ledger_settle(&target->ledger, ledger_page(receiver, page), &before, &last)) {
 			requested[page] = before & MGD_PAGE_REQUESTED;
+			atomic_fetch_sub(&receiver->alias->stale_pages, 1);
 			any_last = any_last || last;
 			run++;
 			continue;

@@ -204,6 +204,7 @@ void mgd_source_stats(const struct mgd_source *source, struct mgd_source_stats *
 		to[i] = __atomic_load_n(&from[i], __ATOMIC_RELAXED);
 	out->dirty_bytes = __atomic_load_n(&source->marked_blocks, __ATOMIC_RELAXED) * MGD_BLOCK_BYTES;
 	out->stale_pages_left = __atomic_load_n(&source->unclaimed_pages, __ATOMIC_RELAXED);
+	out->stale_bytes_left = __atomic_load_n(&source->unclaimed_bytes, __ATOMIC_RELAXED);
 }
 
 void mgd_source_set_bandwidth(struct mgd_source *source, uint64_t bytes_per_second, uint64_t drain_bytes_per_second)

@@ -20,6 +20,8 @@ bool source_claim(struct mgd_source *source, struct source_region *region, uint6
 		end++;
 	while (first > low && mgd_bit_clear_atomic(region->unclaimed, first - 1))
 		first--;
+	__atomic_fetch_sub(&source->unclaimed_bytes, (end - first) * region->host_page_blocks * MGD_BLOCK_BYTES,
+			   __ATOMIC_RELAXED);
 	__atomic_fetch_sub(&source->unclaimed_pages, end - first, __ATOMIC_ACQ_REL);
 	*out = (struct source_claim){.region = region, .page = first, .count = end - first};
 	return true;

@@ -14,6 +14,7 @@ static void set_stale(struct mgd_source *source, struct source_region *region, u
 	region->stale[page / 64] |= mask;
 	region->unclaimed[page / 64] |= mask;
 	__atomic_fetch_add(&source->unclaimed_pages, 1, __ATOMIC_RELAXED); /* _stats may be looking */
+	__atomic_fetch_add(&source->unclaimed_bytes, region->host_page_blocks * MGD_BLOCK_BYTES, __ATOMIC_RELAXED);
 	__atomic_fetch_add(&source->unfinished_pages, 1, __ATOMIC_RELAXED);
 }
 
@@ -160,6 +161,7 @@ int mgd_source_lacking_begin(struct mgd_source *source, struct mgd_error *err)
 		memset(region->hurried, 0, bytes);
 	}
 	__atomic_store_n(&source->unclaimed_pages, 0, __ATOMIC_RELAXED);
+	__atomic_store_n(&source->unclaimed_bytes, 0, __ATOMIC_RELAXED);
 	__atomic_store_n(&source->unfinished_pages, 0, __ATOMIC_RELAXED);
 	source->all_sent_told = false;
 	return 0;

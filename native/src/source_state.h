@@ -144,7 +144,7 @@ struct mgd_source {
 	int compression_level; /* 0: off */
 	bool whole; /* no hashes: every block of a page is told (set before any thread serves) */
 	uint64_t marked_blocks;
-	uint64_t unclaimed_pages;
+	uint64_t unclaimed_pages, unclaimed_bytes; /* bytes: only for _stats */
 	uint64_t hurries; /* counts bits set in any region's `hurried` */
 	uint64_t unfinished_pages; /* unclaimed, or claimed and not written out yet */
 	uint64_t cursor; /* host page (numbered through) where the drain goes on */

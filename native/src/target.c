@@ -105,7 +105,7 @@ static int map_alias(struct mgd_alias *alias, const struct mgd_target_region *re
 	return 0;
 }
 
-/* Pages half received by the process before us are stale again, the blank ones blank. */
+/* Pages half received by the process before us are stale again, the blank ones blank.  Counts what is stale by region. */
 static int take_back_claims(struct mgd_target *target, struct mgd_error *err)
 {
 	struct mgd_ledger *ledger = &target->ledger;
@@ -115,7 +115,10 @@ static int take_back_claims(struct mgd_target *target, struct mgd_error *err)
 		uint8_t byte = mgd_ledger_get(ledger, page);
 		struct mgd_alias *alias = mgd_target_alias_of(target, page);
 
-		if (mgd_page_state(byte) != MGD_PAGE_STALE || !(byte & MGD_PAGE_RECEIVING))
+		if (mgd_page_state(byte) != MGD_PAGE_STALE)
+			continue;
+		alias->stale_pages++;
+		if (!(byte & MGD_PAGE_RECEIVING))
 			continue;
 		if ((byte & MGD_PAGE_BLANK) &&
 		    fallocate(alias->memory_fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
@@ -326,6 +329,9 @@ void mgd_target_stats(const struct mgd_target *target, struct mgd_target_stats *
 		.faults_held = mgd_waiting_count((struct mgd_waiting *)&target->waiting),
 		.fault_thread_heartbeat_ns = atomic_load_explicit(&target->heartbeat_ns, memory_order_relaxed),
 	};
+	/* A page that has just come in may still be counted by its region. */
+	for (uint32_t i = 0; i < target->alias_count && out->stale_pages; i++)
+		out->stale_bytes += atomic_load(&target->aliases[i].stale_pages) * target->aliases[i].page_bytes;
 	away = out->stale_pages + out->mapped_pages + atomic_load(&ledger->poisoned_pages);
 	if (mgd_ledger_phase(ledger) == MGD_PHASE_SWITCHED && away < out->pages)
 		out->current_pages = out->pages - away;

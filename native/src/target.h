@@ -40,6 +40,7 @@ struct mgd_alias {
 	uint8_t *memory;
 	uint64_t size_bytes, page_bytes, page_count, page_blocks;
 	uint64_t first; /* the ledger's number of its page 0 */
+	_Atomic uint64_t stale_pages; /* for _stats: follows the ledger */
 };
 
 struct mgd_receiver; /* receive.c */

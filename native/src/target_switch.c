@@ -38,7 +38,8 @@ int mgd_target_check_bits(const struct mgd_target *target, uint32_t region, uint
 int mgd_target_stale_map(struct mgd_target *target, uint32_t region, uint64_t first_page, const uint8_t *bits,
 			 size_t bytes, struct mgd_error *err)
 {
-	const struct mgd_alias *alias;
+	struct mgd_alias *alias;
+	uint64_t made = 0;
 
 	if (mgd_ledger_phase(&target->ledger) != MGD_PHASE_PRECOPY)
 		return mgd_fail(err, MGD_ERR_ARGUMENT, "stale map: the switch-over has been");
@@ -49,8 +50,9 @@ int mgd_target_stale_map(struct mgd_target *target, uint32_t region, uint64_t fi
 		if (!bits[i / 8])
 			i += 7 - i % 8;
 		else if (bit(bits, i))
-			mgd_ledger_make_stale(&target->ledger, alias->first + first_page + i);
+			made += mgd_ledger_make_stale(&target->ledger, alias->first + first_page + i);
 	}
+	atomic_fetch_add(&alias->stale_pages, made);
 	return 0;
 }
 
@@ -129,6 +131,7 @@ int mgd_target_poison_stale(struct mgd_target *target, uint64_t *out_pages, stru
 				err->kind = MGD_ERR_UNSUPPORTED;
 			return -1;
 		}
+		atomic_fetch_sub(&alias->stale_pages, 1);
 		mgd_waiting_take(&target->waiting, page, &waiter);
 		(*out_pages)++;
 	}

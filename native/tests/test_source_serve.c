@@ -87,12 +87,14 @@ static void test_the_drain_brings_each_stale_page_once(void)
 
 		CHECK(stale > 0);
 		CHECK_EQUAL(peer_stats(peer).stale_pages_left, stale);
+		CHECK_EQUAL(peer_stats(peer).stale_bytes_left, stale * peer->host_page_bytes);
 		serve(peer, 1);
 		peer_event(peer, MGD_EVENT_ALL_SENT);
 		peer_wait(peer, &peer->final_pages, stale);
 		peer_disconnect(peer);
 		CHECK_EQUAL(peer->final_pages, stale);
 		CHECK_EQUAL(peer_stats(peer).stale_pages_left, 0);
+		CHECK_EQUAL(peer_stats(peer).stale_bytes_left, 0);
 		check_each_stale_page_came(peer, map, 1);
 		/* Changed blocks and no others. */
 		CHECK_EQUAL(peer_stats(peer).sent_blocks - sent_before,
@@ -281,6 +283,7 @@ static void test_reconnect_goes_on_from_what_is_lacking(void)
 		peer_stop_after(peer, 0);
 		lacking = tell_lacking(peer, map, bytes);
 		CHECK_EQUAL(peer_stats(peer).stale_pages_left, lacking);
+		CHECK_EQUAL(peer_stats(peer).stale_bytes_left, lacking * peer->host_page_bytes);
 		CHECK_EQUAL(peer->final_pages + lacking, stale);
 		peer_connect(peer);
 		serve(peer, 1);

@@ -474,6 +474,7 @@ static void a_ledger_is_taken_over(void)
 	CHECK_OK(mgd_target_create(&bench.region, 1, 2, bench.ledger, 1, rig_secret, &bench.target, &err), err);
 	mgd_target_stats(bench.target, &stats);
 	CHECK_EQUAL(stats.stale_pages, 2);
+	CHECK_EQUAL(stats.stale_bytes, 2 * MGD_BLOCK_BYTES);
 	CHECK(lacks(&bench, 0) && lacks(&bench, 700) && !lacks(&bench, 5));
 	close(bench.urgent);
 	bench.urgent = rig_stream(bench.target, MGD_STREAM_URGENT);

@@ -922,6 +922,63 @@ async def test_a_guest_runs_on_after_a_failure_at_any_stage(
     await again.close()
 
 
+@contextlib.asynccontextmanager
+async def beside(
+    start: StartQemu, tmp_path: Path
+) -> AsyncIterator[tuple[QemuSource, Callable[[], QemuSource], Monitor]]:
+    """A guest that runs: the driver's view of it, another agent's, and somebody else's monitor."""
+    other = tmp_path / "other.qmp"
+    qemu = await start(*memory(), "-qmp", f"unix:{other},server=on,wait=off")
+    made = [qemu.source(tmp_path)]
+
+    def again() -> QemuSource:
+        made.append(qemu.source(tmp_path))
+        return made[-1]
+
+    monitor = await Monitor.connect("somebody", other)
+    try:
+        await made[0].open()
+        yield made[0], again, monitor
+    finally:
+        await monitor.close()
+        for source in made:
+            await source.close()
+
+
+@pytest.mark.parametrize("restarted", [False, True], ids=["same-agent", "next-agent"])
+async def test_a_guest_that_somebody_else_has_moved_meanwhile_is_not_run_here(
+    start: StartQemu, tmp_path: Path, restarted: bool
+) -> None:
+    async with beside(start, tmp_path) as (source, again, monitor):
+        await source.pause(Pipe.pair()[0])
+        memento = source.memento()
+        await monitor.execute("migrate", {"uri": "exec:cat >/dev/null"})
+        async with asyncio.timeout(60):
+            while await monitor.status() != "postmigrate":  # noqa: ASYNC110 - it is asked
+                await asyncio.sleep(0.02)
+        if restarted:
+            await source.close()
+        with pytest.raises(GuestError, match="postmigrate") as caught:
+            await (again().reclaim(memento) if restarted else source.resume())
+        assert caught.value.code == "guest-not-resumed"
+        assert "would run it here again" in caught.value.hint
+        assert await monitor.status() == "postmigrate"
+
+
+@pytest.mark.parametrize("stage", ["open", "unquiesced"])
+async def test_a_guest_that_its_owner_has_stopped_meanwhile_stays_stopped(
+    start: StartQemu, tmp_path: Path, stage: str
+) -> None:
+    async with beside(start, tmp_path) as (source, _, monitor):
+        if stage == "unquiesced":
+            await source.quiesce()
+            await source.unquiesce()
+            assert await monitor.status() == "running"
+        await monitor.execute("stop")
+        await source.resume()
+        assert await monitor.status() == "paused"
+
+
 @pytest.mark.parametrize("committed", [False, True])
 async def test_a_restarted_source_agent_finds_the_guest_where_it_stood(
     move: tuple[Move, contextlib.AsyncExitStack], committed: bool

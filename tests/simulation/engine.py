@@ -261,6 +261,7 @@ class SimSourceEngine(_Engine):
             "wire_bytes": self.wire_bytes,
             "dirty_bytes": len(self.marked) * PAGE_BYTES,
             "stale_pages_left": len(self.stale),
+            "stale_bytes_left": len(self.stale) * PAGE_BYTES,
         }
         return SourceStats(**zero)
 
@@ -393,5 +394,6 @@ class SimTargetEngine(_Engine):
         histogram = Histogram(0, 0, 0, ())
         zero: dict[str, Any] = dict.fromkeys(TargetStats.__dataclass_fields__, 0)
         zero |= {"latency_current": histogram, "latency_stale": histogram, "latency_missing": histogram}
-        zero |= {"wire_bytes": self.wire_bytes, "stale_pages": len(self.ledger.stale)}
+        stale = len(self.ledger.stale)
+        zero |= {"wire_bytes": self.wire_bytes, "stale_pages": stale, "stale_bytes": stale * PAGE_BYTES}
         return TargetStats(**zero)

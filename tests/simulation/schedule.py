@@ -12,7 +12,8 @@ class Action:
     """One fault or operator command.
 
     It happens at the time ``at``, or after the ``count``-th occurrence of ``note``: ``steps`` of the event loop or ``after``
-    seconds later.  The note "fault" is the previous action.
+    seconds later.  With negative ``steps`` it happens at once: a message that is noted has not left yet.  The note "fault" is
+    the previous action.
     """
 
     kind: str

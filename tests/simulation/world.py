@@ -89,10 +89,10 @@ class SimConfig(AgentConfig, kw_only=True, frozen=True):
 class World:
     """One run.  `run` raises `Violation`."""
 
-    def __init__(self, schedule: Schedule, *, trace: bool = False) -> None:
+    def __init__(self, schedule: Schedule, *, trace: bool = False, timeouts: Timeouts = TIMEOUTS) -> None:
         self.schedule = schedule
         self.random = random.Random(schedule.seed * 7919 + 1)
-        self.timeouts = TIMEOUTS
+        self.timeouts = timeouts
         self.lines: list[str] = []
         self.tracing = trace
         self.problem: str | None = None
@@ -179,6 +179,9 @@ class World:
         count = self.notes[name] = self.notes.get(name, 0) + 1
         self.trace(name)
         for action in self.triggers.get((name, count), ()):
+            if action.steps < 0:
+                self.fire(action)
+                continue
             if action.after:
                 self.loop.call_later(action.after, self._at, action, context=ROOT)
                 continue
@@ -217,7 +220,7 @@ class World:
             http=empty.http,
             tls=empty.tls,
             migration=configuration.MigrationSection(mode=self.mode, max_rounds=3),  # type: ignore[arg-type]
-            timeouts=TIMEOUTS,
+            timeouts=self.timeouts,
             limits=empty.limits,
             guests={GUEST: {"driver": "process"}},
         )
@@ -279,7 +282,7 @@ class World:
         def lost_patience() -> None:
             self.kill_life(life)
 
-        self.loop.call_later(4 * TIMEOUTS.shutdown, lost_patience, context=ROOT)
+        self.loop.call_later(4 * self.timeouts.shutdown, lost_patience, context=ROOT)
 
     def verb(self, host: machine.Host, name: str, *arguments: Any, **named: Any) -> None:
         """Issue an operator command.  The agent may refuse it."""

@@ -38,6 +38,7 @@ _ENDED = frozenset({"shutdown", "guest-panicked", "internal-error"})
 #: Statuses of a QEMU migration that is over (or never was).
 _IDLE = frozenset({"none", "completed", "failed", "cancelled"})
 _TRANSIENT = frozenset({"finish-migrate", "save-vm", "restore-vm", "debug"})
+_MOVED_AWAY = "it has been migrated away already; `cont` would run it here again"
 _STATE_PIECE_BYTES = 1 << 18
 
 
@@ -54,6 +55,7 @@ class QemuSource(SourceGuest):
         self._fds: list[int] = []
         self._description: qemu_driver.Description | None = None
         self._runs = True  # whether the guest's owner wants it to run
+        self._stopped = False  # we have asked QEMU to stop it
         self._quiesced_at: float | None = None
         self._pins_buffers = True
         self._nested_runs = 0
@@ -157,9 +159,7 @@ class QemuSource(SourceGuest):
             raise GuestRefusedError(
                 f"guest {self.name} is in run state {status}",
                 code="guest-not-movable",
-                hint="only a running or a paused guest can be migrated"
-                if status != "postmigrate"
-                else "it has been migrated away already; `cont` would run it here again",
+                hint="only a running or a paused guest can be migrated" if status != "postmigrate" else _MOVED_AWAY,
             )
         self._runs = status == "running"
         if reasons := report.get("blocked-reasons"):
@@ -255,13 +255,34 @@ class QemuSource(SourceGuest):
         self._runs = await monitor.status() == "running"
         if self._runs:
             self._quiesced_at = time.monotonic()
-            await monitor.execute("stop", limit=self._timeouts.guest_pause)
+            await self._stop(monitor)
 
     async def unquiesce(self) -> None:
         if self._quiesced_at is not None:
-            monitor = await self.qemu.monitor()
-            await monitor.execute("cont", limit=self._timeouts.guest_pause)
+            await self._run_on(await self.qemu.monitor())
             self._quiesced_at = None
+
+    async def _stop(self, monitor: Monitor) -> None:
+        self._stopped = True  # also when the answer is lost
+        await monitor.execute("stop", limit=self._timeouts.guest_pause)
+
+    async def _run_on(self, monitor: Monitor) -> None:
+        """Take our ``stop`` back.  That leaves a guest ``paused``; any other state is somebody else's or QEMU's own doing.
+
+        ``cont`` would run a guest that has moved away meanwhile (``postmigrate``), or hide an I/O error from its owner.
+        """
+        limit = self._timeouts.guest_pause
+        status = await monitor.wait_status(_TRANSIENT, limit=limit)
+        if status == "paused":
+            await monitor.execute("cont", limit=limit)
+            status = await monitor.wait_status(_TRANSIENT, limit=limit)
+        if status != "running":
+            raise GuestError(
+                f"guest {self.name}: QEMU does not run on, its run state is {status}",
+                code="guest-not-resumed",
+                hint=_MOVED_AWAY if status == "postmigrate" else "",
+            )
+        self._stopped = False
 
     async def pause(self, channel: StateChannel) -> None:
         monitor = await self.qemu.monitor()
@@ -282,7 +303,7 @@ class QemuSource(SourceGuest):
         try:
             self.paused_at = self._quiesced_at or time.monotonic()
             if self._runs:
-                await monitor.execute("stop", limit=self._timeouts.guest_pause)
+                await self._stop(monitor)
             self.stopped_at = time.monotonic()
             monitor.forget_events()
             self._paused_by = monitor
@@ -325,15 +346,8 @@ class QemuSource(SourceGuest):
 
     async def resume(self) -> None:
         monitor = await self.qemu.monitor()
-        limit = self._timeouts.guest_pause
-        status = await monitor.wait_status(_TRANSIENT, limit=limit)
-        if self._runs and status != "running":
-            await monitor.execute("cont", limit=limit)
-            status = await monitor.wait_status(_TRANSIENT, limit=limit)
-            if status != "running":
-                raise GuestError(
-                    f"guest {self.name}: QEMU does not run on, its run state is {status}", code="guest-not-resumed"
-                )
+        if self._runs and self._stopped:
+            await self._run_on(monitor)
         self._quiesced_at = None
         with contextlib.suppress(GuestError):  # one descriptor left over does no harm
             await monitor.remove_fds()
@@ -356,6 +370,7 @@ class QemuSource(SourceGuest):
     async def reclaim(self, memento: Memento) -> None:
         await self._reopen()
         self._runs = bool(memento.get("runs", True))
+        self._stopped = True  # perhaps: the journal does not say so, which would cost downtime
         await self.resume()
 
     async def adopt(self, pid: int, memento: Memento) -> None:

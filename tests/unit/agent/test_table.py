@@ -121,6 +121,7 @@ async def test_records_of_the_agent_before_are_shown(tmp_path: Path) -> None:
         before.add(one)
         ended(one, State.FAILED)
     before.add(migration("cc33"))  # under way: no record of it is kept
+    await before.archived()
     after = roster_of(tmp_path)
     assert [record.id for record in after.records(ended=True)] == ["aa11", "bb22"]
     assert after.records(ended=False) == []
@@ -131,34 +132,39 @@ async def test_records_of_the_agent_before_are_shown(tmp_path: Path) -> None:
     assert list(after) == after.active == []
 
 
-def test_no_verb_fits_them(tmp_path: Path) -> None:
+async def test_no_verb_fits_them(tmp_path: Path) -> None:
     before = roster_of(tmp_path)
     one = migration("aa11")
     before.add(one)
     ended(one)
+    await before.archived()
     with pytest.raises(ConflictError, match="over since before this agent") as caught:
         roster_of(tmp_path).find("aa11")
     assert caught.value.state == "aborted"
 
 
-def test_a_former_one_that_goes_on_is_one_and_not_two(tmp_path: Path) -> None:
+async def test_a_former_one_that_goes_on_is_one_and_not_two(tmp_path: Path) -> None:
     one = migration("aa11")
-    roster_of(tmp_path).add(one)
+    before = roster_of(tmp_path)
+    before.add(one)
     ended(one, State.FAILED)
+    await before.archived()
     after = roster_of(tmp_path)
     again = migration("aa11")
     after.add(again)
     assert after.records(ended=True) == [again.record]
     ended(again, State.ABORTED)
+    await after.archived()
     assert [record.state for record in roster_of(tmp_path).records(ended=True)] == [State.ABORTED]
 
 
-def test_former_ones_are_the_first_to_be_forgotten(tmp_path: Path) -> None:
+async def test_former_ones_are_the_first_to_be_forgotten(tmp_path: Path) -> None:
     before = roster_of(tmp_path)
     for number in range(3):
         one = migration(f"a{number}")
         before.add(one)
         ended(one)
+    await before.archived()
     after = roster_of(tmp_path)
     for number in range(2):
         one = migration(f"b{number}")
@@ -166,3 +172,4 @@ def test_former_ones_are_the_first_to_be_forgotten(tmp_path: Path) -> None:
         ended(one)
     after.add(migration("last"))
     assert [record.id for record in after.records(ended=True)] == ["a2", "b0", "b1", "last"]
+    await after.archived()

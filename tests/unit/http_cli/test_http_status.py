@@ -43,6 +43,7 @@ async def test_status_says_who_how_and_what(source: Served) -> None:
             "dirty_bytes_per_second",
             "throughput_bytes_per_second",
             "stale_pages",
+            "stale_bytes",
             "downtime_seconds",
             "faults",
         ),

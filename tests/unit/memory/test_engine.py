@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
+from migrated.agent.rates import Rates
+from migrated.agent.record import Record, State
 from migrated.errors import ConnectionLostError, MigratedError, RemoteProtocolError
 from migrated.memory import engine as engine_module
 from migrated.memory import probe
@@ -24,6 +26,8 @@ from migrated.memory.engine import (
 )
 from migrated.memory.native import lib
 from migrated.memory.regions import Region, SourceMemory, TargetMemory
+from migrated.source import figures as source_figures
+from migrated.target import figures as target_figures
 
 PAGE = 4096
 SECRET = hashlib.shake_256(b"any key").digest(lib.MGD_SECRET_BYTES)
@@ -68,18 +72,21 @@ class Told:
 
 
 class Both:
-    """Source and target of memory of these sizes in bytes, each region with pages of 4 KiB."""
+    """Source and target of memory of these sizes in bytes; ``pages``: of the target's regions, otherwise of 4 KiB."""
 
-    def __init__(self, sizes: Sequence[int], streams: int = 2) -> None:
+    def __init__(self, sizes: Sequence[int], streams: int = 2, pages: Sequence[int] = ()) -> None:
         self.sizes = sizes
         self.streams = streams
-        regions = tuple(Region(f"ram{index}", size, PAGE) for index, size in enumerate(sizes))
+        host_pages = pages or [PAGE] * len(sizes)
+        regions = tuple(
+            Region(f"ram{index}", size, page) for index, (size, page) in enumerate(zip(sizes, host_pages, strict=True))
+        )
         self.source_fds = tuple(self._memfd(size) for size in sizes)
         self.target_fds = tuple(self._memfd(size) for size in sizes)
         memory = SourceMemory(os.getpid(), regions, (), self.source_fds, (0,) * len(sizes))
         self.target_memory = tuple(TargetMemory(r, fd) for r, fd in zip(regions, self.target_fds, strict=True))
         self.ledger_fd = self._memfd(ledger_bytes(self.target_memory))
-        self.source = SourceEngine(memory, [PAGE] * len(sizes), streams, SECRET)
+        self.source = SourceEngine(memory, host_pages, streams, SECRET)
         self.target = TargetEngine(self.target_memory, streams, self.ledger_fd, SECRET)
 
     @staticmethod
@@ -120,8 +127,8 @@ class Both:
 def make() -> Iterator[Callable[..., Both]]:
     made: list[Both] = []
 
-    def both(*sizes: int, streams: int = 2) -> Both:
-        made.append(Both(sizes, streams))
+    def both(*sizes: int, streams: int = 2, pages: Sequence[int] = ()) -> Both:
+        made.append(Both(sizes, streams, pages))
         return made[-1]
 
     yield both
@@ -241,6 +248,40 @@ def test_maps_come_in_pieces_and_go_back_in_pieces(make: Callable[..., Both], mo
         both.source.lacking(region, first, bits)
     assert set_bits(list(both.source.stale_maps())) == stale
     assert both.source.stats().stale_pages_left == len(stale)
+
+
+def test_what_remains_is_counted_in_bytes_where_pages_differ_in_size(make: Callable[..., Both]) -> None:
+    """A pool that runs out of huge pages leaves a guest with regions of both sizes."""
+    large = 512 * PAGE
+    both = make(64 * PAGE, 4 * large, pages=(PAGE, large))
+    stale = 3 * PAGE + 2 * large
+    both.fill(0, 1, 2, 63)
+    both.fill(1, 0, 3 * 512)
+    both.source.freeze_whole()
+    assert set_bits(list(both.source.stale_maps())) == {(0, page) for page in range(64)} | {
+        (1, page) for page in range(4)
+    }
+    both.source.lacking_begin()
+    for region, bits in ((0, b"\x06" + bytes(6) + b"\x80"), (1, b"\x09")):
+        both.source.lacking(region, 0, bits)
+        both.target.stale_map(region, 0, bits)
+    both.target.switchover()
+
+    source = Record(id="1", guest="vm", role="source", mode="hybrid", state=State.POSTCOPY, page_size=large)
+    source_figures.update(source, both.source.stats(), Rates(), frozen=True)
+    assert source.remaining_bytes == stale
+    target = Record(id="1", guest="vm", role="target", mode="hybrid", state=State.POSTCOPY, page_size=large)
+    target_figures.update(target, both.target.stats(), Rates(), mapped=True)
+    assert target.remaining_bytes == stale
+    again = TargetEngine(both.target_memory, both.streams, both.ledger_fd, SECRET, recover=True)
+    assert again.stats().stale_bytes == stale
+    again.destroy()
+
+    # The connection is lost: what has left the source may not have arrived.
+    source.state, source.stale_bytes = State.POSTCOPY_PAUSED, stale
+    both.source.lacking_begin()
+    source_figures.update(source, both.source.stats(), Rates(), frozen=True)
+    assert source.remaining_bytes == stale
 
 
 def test_a_reconnect_forgets_the_former_stale_set(make: Callable[..., Both]) -> None:

@@ -36,6 +36,7 @@ def agent_of(directory: Path) -> tuple[Any, list[Any]]:
     agent: Any = SourceAgent(config.decode(text, "source"))
     caught: list[Any] = []
     agent._launch = caught.append
+    agent._started = True  # what an agent before it left is left alone here
     return agent, caught
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,7 +12,8 @@ import pytest
 
 from migrated.agent.record import State
 from migrated.config import AgentConfig, Timeouts
-from migrated.errors import GuestError, MigratedError
+from migrated.errors import GuestError, MigratedError, TimeoutExceededError
+from migrated.guests.access.pidfd import process_started
 from migrated.guests.driver import FaultSource, TargetGuest
 from migrated.link.control_link import ControlLink
 from migrated.memory.engine import Event, EventKind
@@ -39,6 +41,7 @@ class FakeGuest:
         self.runs = 0
         self.killed = 0
         self.mistakes = 0
+        self.stuck = False  # in the kernel: it is not gone within the limit
 
     async def died(self) -> str:
         await self.end.wait()
@@ -53,6 +56,8 @@ class FakeGuest:
 
     async def kill(self) -> None:
         self.killed += 1
+        if self.stuck:
+            raise TimeoutExceededError("it has not ended")
 
     async def close(self) -> None:
         pass
@@ -193,6 +198,29 @@ async def test_the_fault_servers_word_that_the_guest_is_gone_outlives_a_lost_lin
     await over(migration)
     assert migration.record.error is not None
     assert migration.record.error.code == "guest-gone"
+
+
+# ---------------------------------------------------------------- a process that does not end
+
+
+@pytest.mark.parametrize("stage", ["loaded", "committed", "running"])
+async def test_a_process_that_does_not_end_stays_in_the_journal_for_the_next_agent(
+    stage: str, guest: FakeGuest, journal: Journal[TargetEntry], tmp_path: Path
+) -> None:
+    """SIGKILL has been sent, and it waits in the kernel: its memory is not free, and nobody else knows of it."""
+    migration = flow(stage, guest, journal, tmp_path)
+    entry = migration._stage.entry
+    entry.pid, entry.pid_started = os.getpid(), process_started(os.getpid())
+    guest.stuck = True
+    running = asyncio.ensure_future(migration.run())
+    await until(migration, State.POSTCOPY_PAUSED)
+    with contextlib.suppress(TimeoutExceededError):
+        await migration.discard()
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        await running
+    assert migration.record.state is State.FAILED
+    left = journal.load()[ID]
+    assert (left.stage, left.pid) == ("setup", os.getpid()), "to be ended, never to be run"
 
 
 # ---------------------------------------------------------------- no fault server, no guest
