@@ -323,11 +323,23 @@ static int take_signals(int pipe_fd)
 	return read(pipe_fd, &byte, 1) != 0;
 }
 
+/* The runtime of ThreadSanitizer holds signals back while a thread is in read(2), and keeps one of each number. */
+#ifdef __SANITIZE_THREAD__
+#define SIGNALS_ARE_HELD_BACK true
+#else
+#define SIGNALS_ARE_HELD_BACK false
+#endif
+
 static void no_signal_is_lost_or_doubled(void)
 {
-	struct child child = start(take_signals);
 	unsigned long sent = 0, sum = 0;
+	struct child child;
 
+	if (SIGNALS_ARE_HELD_BACK) {
+		printf("  skipped: ThreadSanitizer loses signals by itself\n");
+		return;
+	}
+	child = start(take_signals);
 	while (!atomic_load(&board->ready))
 		sched_yield();
 	for (int i = 0; i < 200; i++) {

@@ -570,13 +570,13 @@ static void populated_pages_have_memory(void)
 	open_bench(&bench, MGD_BLOCK_BYTES, PAGES * MGD_BLOCK_BYTES);
 	memset(bits, 0, sizeof(bits));
 	memset(bits + 8, 0xff, 16); /* pages 64 … 191 */
-	CHECK_OK(mgd_target_populate(bench.target, 0, 0, bits, sizeof(bits), 2, &err), err);
+	CHECK_OK(mgd_target_populate(bench.target, 0, 0, bits, sizeof(bits), 8, &err), err);
 	CHECK_EQUAL(rig_event(bench.target, MGD_EVENT_POPULATED).error.kind, MGD_ERR_NONE);
 	CHECK_EQUAL(lseek(bench.memory, 0, SEEK_DATA), 64 * MGD_BLOCK_BYTES);
 	CHECK_EQUAL(lseek(bench.memory, 64 * MGD_BLOCK_BYTES, SEEK_HOLE), 192 * MGD_BLOCK_BYTES);
 	/* Again, and stopped in the middle by the end of the engine. */
 	memset(bits, 0xff, sizeof(bits));
-	CHECK_OK(mgd_target_populate(bench.target, 0, 0, bits, sizeof(bits), 2, &err), err);
+	CHECK_OK(mgd_target_populate(bench.target, 0, 0, bits, sizeof(bits), 8, &err), err);
 	close_bench(&bench);
 }
 
@@ -629,7 +629,7 @@ static void after_the_switchover_only_stale_pages_are_populated(void)
 	stale[2] = 0xff; /* pages 16 … 23 */
 	CHECK_OK(mgd_target_stale_map(bench.target, 0, 0, stale, sizeof(stale), &err), err);
 	CHECK_OK(mgd_target_switchover(bench.target, &err), err);
-	CHECK_OK(mgd_target_populate(bench.target, 0, 0, bits, sizeof(bits), 2, &err), err);
+	CHECK_OK(mgd_target_populate(bench.target, 0, 0, bits, sizeof(bits), 8, &err), err);
 	CHECK_EQUAL(rig_event(bench.target, MGD_EVENT_POPULATED).error.kind, MGD_ERR_NONE);
 	CHECK_EQUAL(lseek(bench.memory, 0, SEEK_DATA), 16 * MGD_BLOCK_BYTES);
 	CHECK_EQUAL(lseek(bench.memory, 16 * MGD_BLOCK_BYTES, SEEK_HOLE), 24 * MGD_BLOCK_BYTES);

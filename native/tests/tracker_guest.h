@@ -20,6 +20,7 @@
 
 #include "check.h"
 #include "clock.h"
+#include "processors.h"
 
 #define SMALL 4096ull
 #define HUGE (2ull << 20)
@@ -28,6 +29,12 @@
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23
 #endif
+
+/* The core's answer is replaced: as many threads as a large machine would start, whatever this one has. */
+uint32_t mgd_processor_count(void)
+{
+	return 8;
+}
 
 struct kind {
 	const char *name;
