@@ -3,9 +3,44 @@
 #include "target_guest.h"
 
 #include <linux/userfaultfd.h>
+#include <stdarg.h>
 #include <sys/ioctl.h>
+#include <sys/syscall.h>
 
 #include "target.h"
+#include "uapi.h"
+
+/* What the kernel answers for a page whose memory has gone bad; 0: none has. */
+static _Atomic uint64_t bad_address;
+static atomic_bool poison_unknown; /* as with a kernel before 6.6 */
+
+/* In place of libc's. */
+int ioctl(int fd, unsigned long request, ...)
+{
+	va_list arguments;
+	void *argument;
+
+	va_start(arguments, request);
+	argument = va_arg(arguments, void *);
+	va_end(arguments);
+	if (request == UFFDIO_CONTINUE) {
+		struct uffdio_continue *this = argument;
+		uint64_t bad = atomic_load(&bad_address);
+
+		if (bad == this->range.start) {
+			this->mapped = 0;
+			errno = EIO;
+			return -1;
+		}
+		if (this->range.start < bad && bad < this->range.start + this->range.len)
+			this->range.len = bad - this->range.start; /* and then the kernel would fail; ask for less */
+	}
+	if (request == MGD_UFFDIO_POISON && atomic_load(&poison_unknown)) {
+		errno = EINVAL;
+		return -1;
+	}
+	return (int)syscall(SYS_ioctl, fd, request, argument);
+}
 
 /* Pre-copy the first `pages` pages as version 1, then switch over with the pages of `stale` (a bit each) stale. */
 static void switch_over(struct host *host, uint64_t pages, uint32_t stale)
@@ -361,6 +396,72 @@ static void a_lost_page_is_a_memory_error_not_an_endless_wait(void)
 	close_host(&host);
 }
 
+/* Two pages with bad memory, one current and one that comes: a memory error for who reads them, and no end to wait for. */
+static void bad_memory_is_a_memory_error_and_holds_up_nothing(bool stale)
+{
+	struct mgd_features features;
+	struct mgd_target_stats stats;
+	struct mgd_error err = {0};
+	struct mgd_event event;
+	struct host host;
+
+	CHECK_OK(mgd_probe(&features, &err), err);
+	if (!features.poison) {
+		printf("  (this kernel has no UFFDIO_POISON)\n");
+		return;
+	}
+	open_host_of(&host, REGION_PAGES, 1);
+	atomic_store(&bad_address, host.guest.address[0] + 5 * host.guest.page_bytes);
+	switch_over(&host, 10, stale ? 1u << 5 : 1u << 6);
+	CHECK_OK(mgd_target_background(host.target, &err), err);
+	RIG_UNTIL(host.target, stats, stats.mapped_pages == (stale ? 9 : 8));
+	tell(&host.guest, POISON_READ, 5 * host.blocks, 0);
+	if (stale)
+		CHECK_EQUAL(rig_demand(host.urgent, &host.bounds, 1).first_block, 5 * host.blocks);
+	send_page(&host, host.urgent, stale ? 5 : 6, MGD_FRAME_FINAL, 2);
+	CHECK_EQUAL(hear(&host.guest).value, -2);
+	rig_event(host.target, MGD_EVENT_ALL_CURRENT);
+	CHECK_OK(mgd_target_release(host.target, &err), err);
+	CHECK(!mgd_target_next_event(host.target, &event));
+	CHECK_EQUAL(ask(&host.guest, READ_ALL, 0, 5 * host.blocks), (int)(5 * host.blocks));
+	CHECK_EQUAL(ask(&host.guest, READ_ALL, 7 * host.blocks, 3 * host.blocks), (int)(3 * host.blocks));
+	atomic_store(&bad_address, 0);
+	close_host(&host);
+}
+
+static void a_current_page_of_bad_memory(void)
+{
+	bad_memory_is_a_memory_error_and_holds_up_nothing(false);
+}
+
+static void a_page_that_comes_into_bad_memory(void)
+{
+	bad_memory_is_a_memory_error_and_holds_up_nothing(true);
+}
+
+/* The reader waits until the guest is released, and has the kernel's own answer then. */
+static void bad_memory_without_poison_waits_for_the_release(void)
+{
+	struct mgd_error err = {0};
+	struct mgd_event event;
+	struct host host;
+
+	open_host_of(&host, REGION_PAGES, 1);
+	atomic_store(&bad_address, host.guest.address[0] + 5 * host.guest.page_bytes);
+	atomic_store(&poison_unknown, true);
+	switch_over(&host, 10, 1u << 6);
+	tell(&host.guest, READ_BLOCK, 5 * host.blocks, 0);
+	event = rig_event(host.target, MGD_EVENT_FAILED);
+	CHECK_EQUAL(event.error.os_errno, EIO);
+	send_page(&host, host.bulk, 6, MGD_FRAME_FINAL, 2);
+	rig_event(host.target, MGD_EVENT_ALL_CURRENT);
+	CHECK_OK(mgd_target_release(host.target, &err), err);
+	CHECK_EQUAL(hear(&host.guest).value, 1);
+	atomic_store(&bad_address, 0);
+	atomic_store(&poison_unknown, false);
+	close_host(&host);
+}
+
 static void the_guest_going_away_is_told(void)
 {
 	struct host host;
@@ -409,6 +510,9 @@ static void run_all(void)
 	RUN(demands_are_asked_again_after_a_reconnect);
 	RUN(a_new_engine_takes_over_and_waiting_threads_go_on);
 	RUN(a_lost_page_is_a_memory_error_not_an_endless_wait);
+	RUN(a_current_page_of_bad_memory);
+	RUN(a_page_that_comes_into_bad_memory);
+	RUN(bad_memory_without_poison_waits_for_the_release);
 	RUN(the_guest_going_away_is_told);
 }
 
