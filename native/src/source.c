@@ -44,7 +44,7 @@ struct bitmap_place {
 	uint64_t **words;
 	uint64_t bits;
 };
-#define BITMAP_COUNT 7
+#define BITMAP_COUNT 8
 
 static void bitmap_places(struct source_region *region, struct bitmap_place places[BITMAP_COUNT])
 {
@@ -52,6 +52,7 @@ static void bitmap_places(struct source_region *region, struct bitmap_place plac
 		{&region->marks, region->chunk_count * MGD_CHUNK_BLOCKS}, /* whole chunks, also where the region ends */
 		{&region->marked_chunks, region->chunk_count},
 		{&region->scanned, region->page_count},
+		{&region->unseen, region->page_count},
 		{&region->unsettled, region->page_count},
 		{&region->stale, region->host_page_count},
 		{&region->unclaimed, region->host_page_count},

@@ -69,6 +69,8 @@ uint64_t source_next_marked(const struct source_region *region, uint64_t block)
 
 static void mark_page(struct mgd_source *source, struct source_region *region, uint64_t page)
 {
+	if (region->view)
+		mgd_bit_clear_atomic(region->unseen, page);
 	source_mark_blocks(source, region, page * region->page_blocks, region->page_blocks);
 }
 

@@ -63,6 +63,7 @@ struct source_region {
 	uint64_t first_host_page; /* host pages of all regions are numbered through, for the drain's cursor */
 	const uint8_t *view; /* its memory, mapped for reading; NULL: pread only */
 	uint64_t *table; /* a block */
+	uint64_t *unseen; /* a page: a look at it through the view has failed since it was marked */
 	uint64_t *marks; /* a block */
 	uint64_t *marked_chunks; /* a chunk */
 	uint64_t *scanned; /* a page; scratch for the tracker, empty between calls */

@@ -63,6 +63,19 @@ void source_view_close(struct source_region *region)
 
 /* ---------------------------------------------------------------- looking */
 
+/* A look that fails costs a signal, and the next piece of the same hole would fail as well: the page is remembered. */
+static bool try_look(const struct source_region *region, uint64_t first, void (*look)(void *), void *argument)
+{
+	uint64_t page = first / region->page_blocks;
+
+	if (!region->view || mgd_bit_test_atomic(region->unseen, page))
+		return false;
+	if (mgd_guarded(look, argument))
+		return true;
+	mgd_bit_set_atomic(region->unseen, page);
+	return false;
+}
+
 struct copying {
 	const uint8_t *from;
 	uint8_t *to;
@@ -78,12 +91,9 @@ static void copy(void *argument)
 
 bool source_view_copy(const struct source_region *region, uint64_t first, uint32_t count, uint8_t *to)
 {
-	struct copying copying;
+	struct copying copying = {region->view + first * MGD_BLOCK_BYTES, to, (size_t)count * MGD_BLOCK_BYTES};
 
-	if (!region->view)
-		return false;
-	copying = (struct copying){region->view + first * MGD_BLOCK_BYTES, to, (size_t)count * MGD_BLOCK_BYTES};
-	return mgd_guarded(copy, &copying);
+	return try_look(region, first, copy, &copying);
 }
 
 struct comparison {
@@ -109,12 +119,14 @@ static void compare(void *argument)
 bool source_view_compare(const struct mgd_source *source, const struct source_region *region, uint64_t first,
 			 uint32_t count, uint64_t *out_changed)
 {
-	struct comparison comparison = {.secret = source->secret, .table = region->table + first, .count = count};
+	struct comparison comparison = {
+		.from = region->view + first * MGD_BLOCK_BYTES,
+		.secret = source->secret,
+		.table = region->table + first,
+		.count = count,
+	};
 
-	if (!region->view)
-		return false;
-	comparison.from = region->view + first * MGD_BLOCK_BYTES;
-	if (!mgd_guarded(compare, &comparison))
+	if (!try_look(region, first, compare, &comparison))
 		return false;
 	*out_changed = comparison.changed;
 	return true;

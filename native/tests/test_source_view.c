@@ -8,6 +8,23 @@
 
 #include "source_peer.h"
 
+/* The guard, with its looks counted. */
+#define mgd_guarded guarded
+#include "../src/guard.c"
+#undef mgd_guarded
+
+static uint32_t looks, signals_met; /* atomic */
+
+bool mgd_guarded(void (*look)(void *), void *argument);
+bool mgd_guarded(void (*look)(void *), void *argument)
+{
+	bool whole = guarded(look, argument);
+
+	__atomic_fetch_add(&looks, 1, __ATOMIC_RELAXED);
+	__atomic_fetch_add(&signals_met, !whole, __ATOMIC_RELAXED);
+	return whole;
+}
+
 #define HUGE (2 * MIB)
 
 static uint64_t held_bytes(const struct peer *peer)
@@ -75,6 +92,30 @@ static void test_the_view_is_in_no_child_and_no_core_file(void)
 
 	if (has_flags(" r--s ", "", "")) /* else there is no right to a view */
 		CHECK(has_flags(" r--s ", " dc", " dd"));
+	peer_destroy(peer);
+}
+
+/* Where the file holds more than is mapped everything is read, holes too: a signal for each page of them, not for each piece
+ * of each page.  A page that the guest fills is looked at in place again. */
+static void test_a_hole_is_met_once(void)
+{
+	struct peer *peer = peer_create(8 * MIB, HUGE, HUGE, 1);
+
+	peer_connect(peer);
+	looks = signals_met = 0;
+	report_all(peer);
+	peer_round(peer, 1);
+	CHECK(signals_met <= peer->bytes / HUGE);
+	if (looks) { /* else there is no right to a view */
+		for (uint64_t block = 0; block < HUGE / BLOCK; block++)
+			guest_write(peer, block, 1);
+		looks = signals_met = 0;
+		peer_scan(peer, 0);
+		peer_round(peer, 2);
+		CHECK_EQUAL(signals_met, 0);
+		CHECK(looks);
+	}
+	peer_check_same(peer);
 	peer_destroy(peer);
 }
 
@@ -187,6 +228,7 @@ int main(void)
 
 	CHECK(!sigaction(SIGBUS, &action, NULL)); /* before the first source is made */
 	RUN(test_the_view_is_in_no_child_and_no_core_file);
+	RUN(test_a_hole_is_met_once);
 	RUN(test_holes_stay_holes);
 	RUN(test_holes_stay_holes_on_huge_pages);
 	RUN(test_pages_may_go_while_they_are_read);
