@@ -110,10 +110,13 @@ struct source_refinement *source_refine_begin(struct mgd_source *source, const s
 {
 	uint64_t page_chunks = claim->region->host_page_blocks / MGD_CHUNK_BLOCKS;
 	uint64_t front = claim->page * page_chunks, back = front + claim->count * page_chunks;
-	uint32_t wanted = mgd_processor_count() - 1; /* the sender has one */
 	struct source_refinement *refinement;
+	uint32_t wanted;
 
-	if (source->whole || !wanted || !page_chunks || !worth_it(claim->region, front, back))
+	if (source->whole || !page_chunks || !worth_it(claim->region, front, back))
+		return NULL;
+	wanted = mgd_processor_count() - 1; /* the sender has one */
+	if (!wanted)
 		return NULL;
 	refinement = calloc(1, sizeof(*refinement));
 	if (!refinement)

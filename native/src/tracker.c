@@ -254,14 +254,16 @@ static void *walk_steps(void *argument)
 
 static uint64_t threads_wanted(const struct mgd_tracker *tracker)
 {
-	uint64_t count = 0, most = mgd_processor_count();
-
-	most = most < THREADS_MAX ? most : THREADS_MAX;
+	uint64_t count = 0, most;
 
 	for (uint32_t i = 0; i < tracker->count; i++)
 		count += tracker->tracked[i].mapping.length_bytes / tracker->tracked[i].page_bytes;
 	count /= THREAD_PAGES;
-	return count < 1 ? 1 : count > most ? most : count;
+	if (count <= 1)
+		return 1;
+	most = mgd_processor_count();
+	most = most < THREADS_MAX ? most : THREADS_MAX;
+	return count > most ? most : count;
 }
 
 /* The calling thread is one of `threads`; it does the work of those that could not be started. */
