@@ -11,60 +11,19 @@
 
 #include "error.h"
 
-enum offset {
-	OFFSET_MAGIC = 0,
-	OFFSET_VERSION = 4,
-	OFFSET_KIND = 5,
-	OFFSET_FLAGS = 6,
-	OFFSET_REGION = 8,
-	OFFSET_BLOCK_COUNT = 12,
-	OFFSET_FIRST_BLOCK = 16,
-	OFFSET_PAYLOAD_BYTES = 24,
-	OFFSET_SEQUENCE = 28,
-	OFFSET_CHECK = 32,
+_Static_assert(__BYTE_ORDER == __LITTLE_ENDIAN, "headers and bitmaps travel as they lie in memory");
+
+/* The header on the wire. */
+struct wire_header {
+	uint32_t magic;
+	uint8_t version, kind;
+	uint16_t flags;
+	uint32_t region, block_count;
+	uint64_t first_block;
+	uint32_t payload_bytes, sequence;
+	uint64_t check;
 };
-
-static void put16(uint8_t *at, uint16_t value)
-{
-	value = htole16(value);
-	memcpy(at, &value, sizeof(value));
-}
-
-static void put32(uint8_t *at, uint32_t value)
-{
-	value = htole32(value);
-	memcpy(at, &value, sizeof(value));
-}
-
-static void put64(uint8_t *at, uint64_t value)
-{
-	value = htole64(value);
-	memcpy(at, &value, sizeof(value));
-}
-
-static uint16_t get16(const uint8_t *at)
-{
-	uint16_t value;
-
-	memcpy(&value, at, sizeof(value));
-	return le16toh(value);
-}
-
-static uint32_t get32(const uint8_t *at)
-{
-	uint32_t value;
-
-	memcpy(&value, at, sizeof(value));
-	return le32toh(value);
-}
-
-static uint64_t get64(const uint8_t *at)
-{
-	uint64_t value;
-
-	memcpy(&value, at, sizeof(value));
-	return le64toh(value);
-}
+_Static_assert(sizeof(struct wire_header) == MGD_FRAME_HEADER_BYTES, "no gaps");
 
 static size_t bitmap_words(uint32_t block_count)
 {
@@ -88,24 +47,24 @@ uint32_t mgd_frame_present_count(const struct mgd_frame *frame)
 /* Header and, for PAGES, bitmaps; `check` as given. */
 static size_t write_head(const struct mgd_frame *frame, uint64_t check, uint8_t *out)
 {
-	size_t words = frame->kind == MGD_FRAME_PAGES ? bitmap_words(frame->block_count) : 0;
-	uint8_t *at = out + MGD_FRAME_HEADER_BYTES;
+	size_t bitmap_bytes = frame->kind == MGD_FRAME_PAGES ? 8 * bitmap_words(frame->block_count) : 0;
+	struct wire_header header = {
+		.magic = MGD_FRAME_MAGIC,
+		.version = MGD_FRAME_VERSION,
+		.kind = frame->kind,
+		.flags = frame->flags,
+		.region = frame->region,
+		.block_count = frame->block_count,
+		.first_block = frame->first_block,
+		.payload_bytes = frame->payload_bytes,
+		.sequence = frame->sequence,
+		.check = check,
+	};
 
-	put32(out + OFFSET_MAGIC, MGD_FRAME_MAGIC);
-	out[OFFSET_VERSION] = MGD_FRAME_VERSION;
-	out[OFFSET_KIND] = frame->kind;
-	put16(out + OFFSET_FLAGS, frame->flags);
-	put32(out + OFFSET_REGION, frame->region);
-	put32(out + OFFSET_BLOCK_COUNT, frame->block_count);
-	put64(out + OFFSET_FIRST_BLOCK, frame->first_block);
-	put32(out + OFFSET_PAYLOAD_BYTES, frame->payload_bytes);
-	put32(out + OFFSET_SEQUENCE, frame->sequence);
-	put64(out + OFFSET_CHECK, check);
-	for (size_t word = 0; word < words; word++, at += 8)
-		put64(at, frame->present[word]);
-	for (size_t word = 0; word < words; word++, at += 8)
-		put64(at, frame->zero[word]);
-	return (size_t)(at - out);
+	memcpy(out, &header, sizeof(header));
+	memcpy(out + sizeof(header), frame->present, bitmap_bytes);
+	memcpy(out + sizeof(header) + bitmap_bytes, frame->zero, bitmap_bytes);
+	return sizeof(header) + 2 * bitmap_bytes;
 }
 
 uint64_t mgd_frame_check(const struct mgd_frame *frame, const uint64_t *hashes, const uint8_t *secret)
@@ -190,23 +149,24 @@ static int check_demand(const struct mgd_frame *frame, const struct mgd_frame_bo
 int mgd_frame_decode_header(const uint8_t header[MGD_FRAME_HEADER_BYTES], const struct mgd_frame_bounds *regions,
 			    uint32_t region_count, struct mgd_frame *frame, struct mgd_error *err)
 {
-	uint32_t magic = get32(header + OFFSET_MAGIC);
+	struct wire_header wire;
 
-	memset(frame, 0, sizeof(*frame));
-	if (magic != MGD_FRAME_MAGIC)
-		return mgd_fail(err, MGD_ERR_PEER, "page frame: magic %#010" PRIx32 ": not ours", magic);
-	if (header[OFFSET_VERSION] != MGD_FRAME_VERSION)
-		return mgd_fail(err, MGD_ERR_PEER, "page frame: version %u: only %d is known", header[OFFSET_VERSION],
+	memcpy(&wire, header, sizeof(wire));
+	if (wire.magic != MGD_FRAME_MAGIC)
+		return mgd_fail(err, MGD_ERR_PEER, "page frame: magic %#010" PRIx32 ": not ours", wire.magic);
+	if (wire.version != MGD_FRAME_VERSION)
+		return mgd_fail(err, MGD_ERR_PEER, "page frame: version %u: only %d is known", wire.version,
 				MGD_FRAME_VERSION);
-	frame->kind = header[OFFSET_KIND];
-	frame->flags = get16(header + OFFSET_FLAGS);
-	frame->region = get32(header + OFFSET_REGION);
-	frame->block_count = get32(header + OFFSET_BLOCK_COUNT);
-	frame->first_block = get64(header + OFFSET_FIRST_BLOCK);
-	frame->payload_bytes = get32(header + OFFSET_PAYLOAD_BYTES);
-	frame->sequence = get32(header + OFFSET_SEQUENCE);
-	frame->check = get64(header + OFFSET_CHECK);
-
+	*frame = (struct mgd_frame){
+		.kind = wire.kind,
+		.flags = wire.flags,
+		.region = wire.region,
+		.block_count = wire.block_count,
+		.first_block = wire.first_block,
+		.payload_bytes = wire.payload_bytes,
+		.sequence = wire.sequence,
+		.check = wire.check,
+	};
 	if (frame->kind < MGD_FRAME_PAGES || frame->kind > MGD_FRAME_DEMAND)
 		return mgd_fail(err, MGD_ERR_PEER, "page frame: kind %u: unknown", frame->kind);
 	if (frame->kind == MGD_FRAME_BARRIER) {
@@ -232,12 +192,11 @@ int mgd_frame_decode_bitmaps(const uint8_t *bitmaps, struct mgd_frame *frame, st
 
 	memset(frame->present, 0, sizeof(frame->present));
 	memset(frame->zero, 0, sizeof(frame->zero));
-	for (size_t word = 0; word < words; word++) {
-		frame->present[word] = get64(bitmaps + 8 * word);
-		frame->zero[word] = get64(bitmaps + 8 * (words + word));
+	memcpy(frame->present, bitmaps, 8 * words);
+	memcpy(frame->zero, bitmaps + 8 * words, 8 * words);
+	for (size_t word = 0; word < words; word++)
 		if (frame->present[word] & frame->zero[word])
 			return mgd_fail(err, MGD_ERR_PEER, "page frame: bitmaps: a block is both present and zero");
-	}
 	if (tail && (frame->present[words - 1] | frame->zero[words - 1]) >> tail)
 		return mgd_fail(err, MGD_ERR_PEER, "page frame: bitmaps: a bit beyond block_count %" PRIu32,
 				frame->block_count);

@@ -2,7 +2,6 @@
 /* What is to be sent: marking, and taking marks. */
 #include "source_state.h"
 
-#include <endian.h>
 #include <fcntl.h>
 #include <inttypes.h>
 #include <linux/magic.h>
@@ -12,8 +11,6 @@
 #include <unistd.h>
 
 #define POPULATED_TRIES 4
-
-_Static_assert(__BYTE_ORDER == __LITTLE_ENDIAN, "bitmaps travel as they lie in memory");
 
 void source_mark_blocks(struct mgd_source *source, struct source_region *region, uint64_t first, uint64_t count)
 {
