@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: MIT
+/* SPDX-License-Identifier: MIT */
 /*
  * The page frame's decoder under a fuzzer: input is what a hostile peer writes on a page connection.  A frame that is
  * accepted must keep every promise the receivers build on, and survive encoding unchanged.

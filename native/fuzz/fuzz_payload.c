@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: MIT
+/* SPDX-License-Identifier: MIT */
 /*
  * Compressed payloads under a fuzzer: the bytes are what a hostile peer says is zstd.  Byte 0: how many blocks the frame
  * claims; byte 1: whether they lie together in memory.  Nothing beyond those blocks may be written.
@@ -9,7 +9,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include "receive.h"
+#include "target_receive.h"
 
 #define BLOCKS_MAX 16
 #define GUARD 0xa5
@@ -22,14 +22,14 @@ static void check_guard(const uint8_t *from, size_t bytes)
 		assert(from[i] == GUARD);
 }
 
-static void receive(struct mgd_receiver *receiver, uint8_t *memory, bool together)
+static void receive(struct target_receiver *receiver, uint8_t *memory, bool together)
 {
 	struct mgd_error err = {0};
 	int result;
 
 	for (uint32_t i = 0; i < receiver->present_count; i++)
 		receiver->at[i] = memory + (size_t)(together ? i : 2 * i) * MGD_BLOCK_BYTES;
-	result = mgd_receive_payload(receiver, &err);
+	result = target_receive_payload(receiver, &err);
 	assert(result == 0 || err.kind == MGD_ERR_PEER);
 	for (uint32_t i = 0; i < receiver->present_count && !together; i++)
 		check_guard(memory + (2 * i + 1) * (size_t)MGD_BLOCK_BYTES, MGD_BLOCK_BYTES);
@@ -41,7 +41,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	static uint8_t memory[(2 * BLOCKS_MAX + 1) * MGD_BLOCK_BYTES], scratch[MGD_CHUNK_BLOCKS * MGD_BLOCK_BYTES],
 		packed[MGD_CHUNK_BLOCKS * MGD_BLOCK_BYTES];
 	struct mgd_target *target = aligned_alloc(_Alignof(struct mgd_target), sizeof(*target));
-	struct mgd_receiver *receiver = calloc(1, sizeof(*receiver));
+	struct target_receiver *receiver = calloc(1, sizeof(*receiver));
 	struct mgd_error err;
 	int pair[2];
 
@@ -64,7 +64,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		       (ssize_t)receiver->frame.payload_bytes);
 		close(pair[1]);
 		receive(receiver, memory, data[1] & 1);
-		mgd_receive_payload_fini(receiver);
+		target_receive_payload_fini(receiver);
 		mgd_channel_destroy(receiver->channel);
 	}
 	free(receiver);

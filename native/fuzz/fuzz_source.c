@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: MIT
+/* SPDX-License-Identifier: MIT */
 /*
  * What a hostile target sends: demands, on the urgent connection of a frozen source.  Input: frames as they are on the wire,
  * but for magic, version and check, which are made right.  Whatever is demanded, and however often, a page is sent once.

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: MIT
+/* SPDX-License-Identifier: MIT */
 /*
  * What a hostile source sends, all the way through the target engine: frames before the switch-over, the stale map, frames
  * after it.  Input: byte 0: how many frames come before; byte 1: the pages that are stale; then frames as they are on the

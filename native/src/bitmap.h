@@ -1,18 +1,34 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Bitmaps of 64-bit words, little end first, in anonymous memory that costs nothing until a bit is set: one bit a block
- * of a sparse 1 TiB guest is 32 MiB of addresses and no memory.
+ * Bitmaps of 64-bit words, little-endian, in anonymous memory that costs nothing until a bit is set: one bit a block of
+ * a sparse 1 TiB guest is 32 MiB of addresses and no memory.  Their words are ordinary memory, as Python and the
+ * network give and take them, so the compiler's builtins for atomic access are used here, and nowhere else in the core.
  *
  * The _atomic functions may be used by several threads at once; the others need the bitmap to themselves.
  */
-#ifndef MGD_BITMAP_H
-#define MGD_BITMAP_H
+#pragma once
 
 #include <errno.h>
 #include <stdbool.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include "error.h"
+
+static inline uint64_t mgd_min(uint64_t a, uint64_t b)
+{
+	return a < b ? a : b;
+}
+
+static inline uint32_t mgd_popcount(uint64_t word)
+{
+	return (uint32_t)__builtin_popcountll(word);
+}
+
+static inline uint32_t mgd_first_bit(uint64_t word)
+{
+	return (uint32_t)__builtin_ctzll(word);
+}
 
 static inline size_t mgd_bitmap_words(uint64_t bits)
 {
@@ -31,23 +47,50 @@ static inline void *mgd_map_zeros(size_t bytes, struct mgd_error *err)
 	return at;
 }
 
+/* Neither of these does anything for what was never made. */
+static inline void mgd_close(int fd)
+{
+	if (fd >= 0)
+		close(fd);
+}
+
 static inline void mgd_unmap(void *at, size_t bytes)
 {
 	if (at)
 		munmap(at, bytes);
 }
 
+static inline uint64_t mgd_word_load_atomic(const uint64_t *word)
+{
+	return __atomic_load_n(word, __ATOMIC_ACQUIRE);
+}
+
+/* Set the bits of mask; returns those among them that were clear. */
+static inline uint64_t mgd_word_set_atomic(uint64_t *word, uint64_t mask)
+{
+	return mask & ~__atomic_fetch_or(word, mask, __ATOMIC_ACQ_REL);
+}
+
+/* The word as it was; it is empty now. */
+static inline uint64_t mgd_word_take_atomic(uint64_t *word)
+{
+	return __atomic_exchange_n(word, 0, __ATOMIC_ACQ_REL);
+}
+
+static inline bool mgd_bit_test(const uint64_t *words, uint64_t bit)
+{
+	return words[bit / 64] >> (bit % 64) & 1;
+}
+
 static inline bool mgd_bit_test_atomic(const uint64_t *words, uint64_t bit)
 {
-	return __atomic_load_n(&words[bit / 64], __ATOMIC_ACQUIRE) >> (bit % 64) & 1;
+	return mgd_word_load_atomic(&words[bit / 64]) >> (bit % 64) & 1;
 }
 
 /* Both return whether the bit was set before. */
 static inline bool mgd_bit_set_atomic(uint64_t *words, uint64_t bit)
 {
-	uint64_t mask = 1ull << (bit % 64);
-
-	return __atomic_fetch_or(&words[bit / 64], mask, __ATOMIC_ACQ_REL) & mask;
+	return !mgd_word_set_atomic(&words[bit / 64], 1ull << (bit % 64));
 }
 
 static inline bool mgd_bit_clear_atomic(uint64_t *words, uint64_t bit)
@@ -61,22 +104,21 @@ static inline bool mgd_bit_clear_atomic(uint64_t *words, uint64_t bit)
  * or may not be found. */
 static inline uint64_t mgd_bitmap_next_atomic(const uint64_t *words, uint64_t from, uint64_t bits)
 {
-	uint64_t word;
+	uint64_t mask = ~0ull << (from % 64);
 
-	if (from >= bits)
-		return bits;
-	word = __atomic_load_n(&words[from / 64], __ATOMIC_ACQUIRE) & (~0ull << (from % 64));
-	for (uint64_t index = from / 64;;) {
-		if (word) {
-			uint64_t bit = index * 64 + (uint64_t)__builtin_ctzll(word);
+	for (uint64_t index = from / 64; index * 64 < bits; index++, mask = ~0ull) {
+		uint64_t word = mgd_word_load_atomic(&words[index]) & mask;
 
-			return bit < bits ? bit : bits;
-		}
-		if (++index >= mgd_bitmap_words(bits))
-			return bits;
-		word = __atomic_load_n(&words[index], __ATOMIC_ACQUIRE);
+		if (word)
+			return mgd_min(index * 64 + mgd_first_bit(word), bits);
 	}
+	return bits;
 }
+
+/* Each set bit from `from` on; one that is set or cleared meanwhile may or may not be found. */
+#define mgd_bitmap_for_each_atomic(bit, words, from, bits)                                                             \
+	for (uint64_t bit = mgd_bitmap_next_atomic(words, from, bits); bit < (bits);                                   \
+	     bit = mgd_bitmap_next_atomic(words, bit + 1, bits))
 
 /* Bits first … first+63, those from `bits` on as zeros. */
 static inline uint64_t mgd_bitmap_get64(const uint64_t *words, uint64_t first, uint64_t bits)
@@ -106,5 +148,3 @@ static inline uint64_t mgd_word_mask(uint64_t index, uint64_t first, uint64_t co
 		mask &= end > index * 64 ? ~0ull >> (64 - (end - index * 64)) : 0;
 	return mask;
 }
-
-#endif

@@ -1,7 +1,8 @@
-// SPDX-License-Identifier: MIT
+/* SPDX-License-Identifier: MIT */
 #include "bucket.h"
 
 #include "clock.h"
+#include "thread.h"
 
 #define PIECES_PER_SECOND 250
 #define PIECE_MIN_BYTES (16 * 1024)
@@ -40,13 +41,8 @@ void mgd_bucket_change(struct mgd_bucket *bucket, uint64_t now, uint64_t bytes_p
 
 void mgd_bucket_init(struct mgd_bucket *bucket)
 {
-	pthread_condattr_t attributes;
-
 	pthread_mutex_init(&bucket->lock, NULL);
-	pthread_condattr_init(&attributes);
-	pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
-	pthread_cond_init(&bucket->changed, &attributes);
-	pthread_condattr_destroy(&attributes);
+	pthread_cond_init(&bucket->changed, NULL);
 	bucket->bytes_per_second = 0;
 	bucket->paid_ns = 0;
 	bucket->closed = false;
@@ -60,66 +56,56 @@ void mgd_bucket_fini(struct mgd_bucket *bucket)
 
 void mgd_bucket_set(struct mgd_bucket *bucket, uint64_t bytes_per_second)
 {
-	pthread_mutex_lock(&bucket->lock);
+	MGD_HOLD(&bucket->lock);
 	mgd_bucket_change(bucket, mgd_now_ns(), bytes_per_second);
 	pthread_cond_broadcast(&bucket->changed);
-	pthread_mutex_unlock(&bucket->lock);
 }
 
 uint64_t mgd_bucket_piece_bytes(struct mgd_bucket *bucket)
 {
-	uint64_t rate, piece;
+	MGD_HOLD(&bucket->lock);
+	uint64_t piece = bucket->bytes_per_second / PIECES_PER_SECOND;
 
-	pthread_mutex_lock(&bucket->lock);
-	rate = bucket->bytes_per_second;
-	pthread_mutex_unlock(&bucket->lock);
-	if (!rate)
+	if (!bucket->bytes_per_second)
 		return UINT64_MAX;
-	piece = rate / PIECES_PER_SECOND;
 	return piece < PIECE_MIN_BYTES ? PIECE_MIN_BYTES : piece > PIECE_MAX_BYTES ? PIECE_MAX_BYTES : piece;
 }
 
 uint64_t mgd_bucket_take(struct mgd_bucket *bucket, uint64_t bytes, bool (*exempt)(void *context), void *context)
 {
-	uint64_t started = 0, now = 0;
-	bool charged = true;
+	uint64_t started = 0;
 
-	pthread_mutex_lock(&bucket->lock);
+	MGD_HOLD(&bucket->lock);
 	while (bucket->bytes_per_second && !bucket->closed) {
 		struct timespec until;
-		uint64_t wait;
+		uint64_t now, wait;
 
-		if (exempt && exempt(context)) {
-			charged = false;
-			break;
-		}
+		if (exempt && exempt(context))
+			return started ? mgd_now_ns() - started : 0;
 		now = mgd_now_ns();
-		if (!started)
-			started = now;
+		started = started ? started : now;
 		wait = mgd_bucket_wait_ns(bucket, now);
 		if (!wait)
 			break;
 		until.tv_sec = (time_t)((now + wait) / MGD_SECOND_NS);
 		until.tv_nsec = (long)((now + wait) % MGD_SECOND_NS);
-		pthread_cond_timedwait(&bucket->changed, &bucket->lock, &until);
+		pthread_cond_clockwait(&bucket->changed, &bucket->lock, CLOCK_MONOTONIC, &until);
 	}
-	if (charged && started)
-		mgd_bucket_charge(bucket, mgd_now_ns(), bytes);
-	pthread_mutex_unlock(&bucket->lock);
-	return started ? mgd_now_ns() - started : 0;
+	if (!started)
+		return 0;
+	mgd_bucket_charge(bucket, mgd_now_ns(), bytes);
+	return mgd_now_ns() - started;
 }
 
 void mgd_bucket_wake(struct mgd_bucket *bucket)
 {
-	pthread_mutex_lock(&bucket->lock);
+	MGD_HOLD(&bucket->lock);
 	pthread_cond_broadcast(&bucket->changed);
-	pthread_mutex_unlock(&bucket->lock);
 }
 
 void mgd_bucket_close(struct mgd_bucket *bucket, bool closed)
 {
-	pthread_mutex_lock(&bucket->lock);
+	MGD_HOLD(&bucket->lock);
 	bucket->closed = closed;
 	pthread_cond_broadcast(&bucket->changed);
-	pthread_mutex_unlock(&bucket->lock);
 }

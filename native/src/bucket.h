@@ -4,8 +4,7 @@
  * for at the present rate.  A sender may go when that time has come; unused time is kept for at most
  * MGD_BUCKET_BURST_NS.  The first three functions take the time as an argument and never block.
  */
-#ifndef MGD_BUCKET_H
-#define MGD_BUCKET_H
+#pragma once
 
 #include <pthread.h>
 #include <stdbool.h>
@@ -39,5 +38,3 @@ uint64_t mgd_bucket_take(struct mgd_bucket *bucket, uint64_t bytes, bool (*exemp
 /* Let waiting senders ask `exempt` again. */
 void mgd_bucket_wake(struct mgd_bucket *bucket);
 void mgd_bucket_close(struct mgd_bucket *bucket, bool closed);
-
-#endif

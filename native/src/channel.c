@@ -1,7 +1,8 @@
-// SPDX-License-Identifier: MIT
-#ifndef _GNU_SOURCE
-#define _GNU_SOURCE /* IOV_MAX */
-#endif
+/* SPDX-License-Identifier: MIT */
+/*
+ * A page connection: reading and writing all of what is asked, whatever the socket takes at a time.  Options are set
+ * for pages, of which some are waited for.
+ */
 #include "channel.h"
 
 #include <errno.h>
@@ -9,6 +10,7 @@
 #include <limits.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <stdbool.h>
 #include <stdlib.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -42,17 +44,12 @@ static void set_option(int fd, int level, int option, int value)
 	(void)setsockopt(fd, level, option, &value, sizeof(value));
 }
 
-static int is_tcp(int fd)
+static bool is_tcp(int fd)
 {
-	int domain = 0, protocol = 0;
 	socklen_t length = sizeof(int);
+	int protocol;
 
-	if (getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &length))
-		return 0;
-	length = sizeof(int);
-	if (getsockopt(fd, SOL_SOCKET, SO_PROTOCOL, &protocol, &length))
-		return 0;
-	return (domain == AF_INET || domain == AF_INET6) && protocol == IPPROTO_TCP;
+	return !getsockopt(fd, SOL_SOCKET, SO_PROTOCOL, &protocol, &length) && protocol == IPPROTO_TCP;
 }
 
 int mgd_channel_create(int fd, struct mgd_channel **out, struct mgd_error *err)
@@ -95,26 +92,25 @@ void mgd_channel_destroy(struct mgd_channel *channel)
 	free(channel);
 }
 
-static int send_failed(int code, struct mgd_error *err)
+/* call: "send" or "receive". */
+static int fail(const char *call, int code, struct mgd_error *err)
 {
-	if (code == EPIPE || code == ECONNRESET) {
-		mgd_fail_errno(err, code, "page connection: send: closed by the peer");
-		if (err)
-			err->kind = MGD_ERR_CLOSED;
-		return -1;
-	}
-	return mgd_fail_errno(err, code, "page connection: send");
+	bool closed = code == EPIPE || code == ECONNRESET;
+
+	mgd_fail_errno(err, code, "page connection: %s%s", call, closed ? ": closed by the peer" : "");
+	if (err && closed)
+		err->kind = MGD_ERR_CLOSED;
+	return -1;
 }
 
-static int recv_failed(int code, struct mgd_error *err)
+int mgd_iov_add(struct iovec *iov, int count, void *at, size_t bytes)
 {
-	if (code == ECONNRESET || code == EPIPE) {
-		mgd_fail_errno(err, code, "page connection: receive: reset by the peer");
-		if (err)
-			err->kind = MGD_ERR_CLOSED;
-		return -1;
+	if (count && (char *)iov[count - 1].iov_base + iov[count - 1].iov_len == (char *)at) {
+		iov[count - 1].iov_len += bytes;
+		return count;
 	}
-	return mgd_fail_errno(err, code, "page connection: receive");
+	iov[count] = (struct iovec){at, bytes};
+	return count + 1;
 }
 
 /* Step over `bytes` already moved, and over entries that are empty. */
@@ -138,11 +134,10 @@ int mgd_channel_send(struct mgd_channel *channel, struct iovec *iov, int count, 
 		struct msghdr message = {.msg_iov = iov, .msg_iovlen = (size_t)(count < IOV_MAX ? count : IOV_MAX)};
 		ssize_t sent = sendmsg(channel->fd, &message, MSG_NOSIGNAL);
 
-		if (sent < 0) {
-			if (errno == EINTR)
-				continue;
-			return send_failed(errno, err);
-		}
+		if (sent < 0 && errno == EINTR)
+			continue;
+		if (sent < 0)
+			return fail("send", errno, err);
 		advance(&iov, &count, (size_t)sent);
 	}
 	return 0;
@@ -157,33 +152,29 @@ int mgd_channel_try_send(struct mgd_channel *channel, const void *buf, size_t by
 	do
 		sent = send(channel->fd, buf, bytes, MSG_NOSIGNAL | MSG_DONTWAIT);
 	while (sent < 0 && errno == EINTR);
-	if (sent < 0) {
-		if (errno == EAGAIN || errno == EWOULDBLOCK)
-			return 0;
-		return send_failed(errno, err);
-	}
+	if (sent < 0)
+		return errno == EAGAIN ? 0 : fail("send", errno, err);
 	*out_bytes = (size_t)sent;
 	return 0;
 }
 
 int mgd_channel_recv(struct mgd_channel *channel, struct iovec *iov, int count, struct mgd_error *err)
 {
-	int any = 0;
+	bool any = false;
 
 	advance(&iov, &count, 0);
 	while (count) {
 		struct msghdr message = {.msg_iov = iov, .msg_iovlen = (size_t)(count < IOV_MAX ? count : IOV_MAX)};
 		ssize_t got = recvmsg(channel->fd, &message, 0);
 
-		if (got < 0) {
-			if (errno == EINTR)
-				continue;
-			return recv_failed(errno, err);
-		}
+		if (got < 0 && errno == EINTR)
+			continue;
+		if (got < 0)
+			return fail("receive", errno, err);
 		if (got == 0)
 			return mgd_fail(err, MGD_ERR_CLOSED, "page connection: receive: closed by the peer %s",
 					any ? "in the middle of a frame" : "at a frame boundary");
-		any = 1;
+		any = true;
 		advance(&iov, &count, (size_t)got);
 	}
 	return 0;

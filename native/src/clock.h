@@ -1,13 +1,15 @@
 /* SPDX-License-Identifier: MIT */
-#ifndef MGD_CLOCK_H
-#define MGD_CLOCK_H
+/*
+ * The clock of all time limits, rates and latencies is CLOCK_MONOTONIC, in nanoseconds.  Short pauses are made here,
+ * too.
+ */
+#pragma once
 
 #include <stdint.h>
 #include <time.h>
 
 #define MGD_SECOND_NS 1000000000ull
 
-/* CLOCK_MONOTONIC, nanoseconds: the clock of all time limits, rates and latencies. */
 static inline uint64_t mgd_now_ns(void)
 {
 	struct timespec now;
@@ -15,5 +17,7 @@ static inline uint64_t mgd_now_ns(void)
 	clock_gettime(CLOCK_MONOTONIC, &now);
 	return (uint64_t)now.tv_sec * MGD_SECOND_NS + (uint64_t)now.tv_nsec;
 }
-
-#endif
+static inline void mgd_pause_ns(long ns)
+{
+	nanosleep(&(struct timespec){.tv_nsec = ns}, NULL);
+}

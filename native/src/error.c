@@ -1,7 +1,7 @@
-// SPDX-License-Identifier: MIT
-#ifndef _GNU_SOURCE
-#define _GNU_SOURCE /* strerror_r that returns the text */
-#endif
+/* SPDX-License-Identifier: MIT */
+/*
+ * Filling in a struct mgd_error.  A message that is too long is cut.
+ */
 #include "error.h"
 
 #include <errno.h>
@@ -9,16 +9,22 @@
 #include <stdio.h>
 #include <string.h>
 
+static size_t fill(struct mgd_error *err, int kind, int os_errno, const char *format, va_list arguments)
+{
+	int length = vsnprintf(err->message, sizeof(err->message), format, arguments);
+
+	err->kind = kind;
+	err->os_errno = os_errno;
+	return length < 0 || (size_t)length >= sizeof(err->message) ? sizeof(err->message) : (size_t)length;
+}
+
 int mgd_fail(struct mgd_error *err, int kind, const char *format, ...)
 {
 	va_list arguments;
 
-	if (!err)
-		return -1;
-	err->kind = kind;
-	err->os_errno = 0;
 	va_start(arguments, format);
-	vsnprintf(err->message, sizeof(err->message), format, arguments);
+	if (err)
+		fill(err, kind, 0, format, arguments);
 	va_end(arguments);
 	return -1;
 }
@@ -26,20 +32,16 @@ int mgd_fail(struct mgd_error *err, int kind, const char *format, ...)
 int mgd_fail_errno(struct mgd_error *err, int os_errno, const char *format, ...)
 {
 	char reason[80];
-	const char *text;
 	va_list arguments;
-	int length;
+	size_t length;
 
 	if (!err)
 		return -1;
-	err->kind = os_errno == ESRCH ? MGD_ERR_GUEST_GONE : MGD_ERR_OS;
-	err->os_errno = os_errno;
 	va_start(arguments, format);
-	length = vsnprintf(err->message, sizeof(err->message), format, arguments);
+	length = fill(err, os_errno == ESRCH ? MGD_ERR_GUEST_GONE : MGD_ERR_OS, os_errno, format, arguments);
 	va_end(arguments);
-	/* strerror() is not thread-safe, and strerror_r() comes in two shapes: this is the GNU one. */
-	text = strerror_r(os_errno, reason, sizeof(reason));
-	if (length >= 0 && (size_t)length < sizeof(err->message))
-		snprintf(err->message + length, sizeof(err->message) - (size_t)length, ": %s", text);
+	/* strerror() is not thread-safe, and strerror_r() comes in two shapes: this is the GNU one, which returns the text. */
+	snprintf(err->message + length, sizeof(err->message) - length, ": %s",
+		 strerror_r(os_errno, reason, sizeof(reason)));
 	return -1;
 }

@@ -1,7 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /* The queue from the threads to Python: bounded in practice (a handful of kinds), mutex-protected, never on a hot path. */
-#ifndef MGD_EVENT_H
-#define MGD_EVENT_H
+#pragma once
 
 #include <pthread.h>
 #include "migrated.h"
@@ -19,5 +18,3 @@ void mgd_event_queue_fini(struct mgd_event_queue *queue);
 void mgd_event_post(struct mgd_event_queue *queue, uint32_t kind, uint32_t stream, uint64_t value,
 		    const struct mgd_error *error);
 int mgd_event_next(struct mgd_event_queue *queue, struct mgd_event *out); /* drains the eventfd when it empties */
-
-#endif

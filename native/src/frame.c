@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: MIT
+/* SPDX-License-Identifier: MIT */
 /*
  * Encoding and decoding of the page frame (layout: frame.h).  Whatever is decoded comes from the network: a field is
  * checked before it is used for anything, the order being such that no sum or product can overflow.
@@ -9,7 +9,7 @@
 #include <inttypes.h>
 #include <string.h>
 
-#include "error.h"
+#include "bitmap.h"
 
 _Static_assert(__BYTE_ORDER == __LITTLE_ENDIAN, "headers and bitmaps travel as they lie in memory");
 
@@ -40,7 +40,7 @@ uint32_t mgd_frame_present_count(const struct mgd_frame *frame)
 	uint32_t count = 0;
 
 	for (int word = 0; word < MGD_FRAME_BITMAP_WORDS; word++)
-		count += (uint32_t)__builtin_popcountll(frame->present[word]);
+		count += mgd_popcount(frame->present[word]);
 	return count;
 }
 
@@ -91,58 +91,51 @@ static int check_pages(const struct mgd_frame *frame, const struct mgd_frame_bou
 	uint64_t page_frames;
 
 	if (frame->flags & ~known)
-		return mgd_fail(err, MGD_ERR_PEER, "page frame: flags %#x: unknown", frame->flags);
+		return mgd_violation(err, "page frame: flags %#x: unknown", frame->flags);
 	if (frame->block_count == 0 || frame->block_count > MGD_CHUNK_BLOCKS)
-		return mgd_fail(err, MGD_ERR_PEER, "page frame: block_count %" PRIu32 ": must be 1 to %d",
-				frame->block_count, MGD_CHUNK_BLOCKS);
+		return mgd_violation(err, "page frame: block_count %u: must be 1 to %d", frame->block_count,
+				     MGD_CHUNK_BLOCKS);
 	if (frame->first_block >= bounds->block_count || frame->block_count > bounds->block_count - frame->first_block)
-		return mgd_fail(err, MGD_ERR_PEER, "page frame: first_block %" PRIu64 ": outside region %" PRIu32,
-				frame->first_block, frame->region);
+		return mgd_violation(err, "page frame: first_block %" PRIu64 ": outside region %u", frame->first_block,
+				     frame->region);
 	if (frame->first_block % MGD_CHUNK_BLOCKS + frame->block_count > MGD_CHUNK_BLOCKS)
-		return mgd_fail(err, MGD_ERR_PEER, "page frame: first_block %" PRIu64 ": crosses a chunk",
-				frame->first_block);
+		return mgd_violation(err, "page frame: first_block %" PRIu64 ": crosses a chunk", frame->first_block);
 	if (frame->payload_bytes > frame->block_count * MGD_BLOCK_BYTES)
-		return mgd_fail(err, MGD_ERR_PEER, "page frame: payload_bytes %" PRIu32 ": too many",
-				frame->payload_bytes);
+		return mgd_violation(err, "page frame: payload_bytes %u: too many", frame->payload_bytes);
 	if (!(frame->flags & MGD_FRAME_FINAL)) {
 		if (frame->flags & MGD_FRAME_PAGE_END)
-			return mgd_fail(err, MGD_ERR_PEER, "page frame: PAGE_END without FINAL");
+			return mgd_violation(err, "page frame: PAGE_END without FINAL");
 		if (frame->sequence)
-			return mgd_fail(err, MGD_ERR_PEER, "page frame: sequence %" PRIu32 ": must be 0 in pre-copy",
-					frame->sequence);
+			return mgd_violation(err, "page frame: sequence %u: must be 0 in pre-copy", frame->sequence);
 		return 0;
 	}
 	if (page_blocks <= MGD_CHUNK_BLOCKS) {
 		if (frame->first_block % page_blocks || frame->block_count % page_blocks)
-			return mgd_fail(err, MGD_ERR_PEER, "page frame: first_block %" PRIu64 ": covers a page in part",
-					frame->first_block);
+			return mgd_violation(err, "page frame: first_block %" PRIu64 ": covers a page in part",
+					     frame->first_block);
 		if (frame->sequence)
-			return mgd_fail(err, MGD_ERR_PEER, "page frame: sequence %" PRIu32 ": the page is one frame",
-					frame->sequence);
+			return mgd_violation(err, "page frame: sequence %u: the page is one frame", frame->sequence);
 		return 0;
 	}
 	/* A page of several frames: each is one whole chunk, and sequence follows from the place. */
 	page_frames = page_blocks / MGD_CHUNK_BLOCKS;
 	if (frame->block_count != MGD_CHUNK_BLOCKS)
-		return mgd_fail(err, MGD_ERR_PEER, "page frame: block_count %" PRIu32 ": must be a whole chunk",
-				frame->block_count);
+		return mgd_violation(err, "page frame: block_count %u: must be a whole chunk", frame->block_count);
 	if (frame->sequence != frame->first_block % page_blocks / MGD_CHUNK_BLOCKS)
-		return mgd_fail(err, MGD_ERR_PEER, "page frame: sequence %" PRIu32 ": not that of block %" PRIu64,
-				frame->sequence, frame->first_block);
+		return mgd_violation(err, "page frame: sequence %u: not that of block %" PRIu64, frame->sequence,
+				     frame->first_block);
 	if ((frame->sequence + 1 == page_frames) != !!(frame->flags & MGD_FRAME_PAGE_END))
-		return mgd_fail(err, MGD_ERR_PEER, "page frame: PAGE_END: wrong at sequence %" PRIu32, frame->sequence);
+		return mgd_violation(err, "page frame: PAGE_END: wrong at sequence %u", frame->sequence);
 	return 0;
 }
 
 static int check_demand(const struct mgd_frame *frame, const struct mgd_frame_bounds *bounds, struct mgd_error *err)
 {
 	if (frame->first_block >= bounds->block_count || frame->first_block % bounds->host_page_blocks)
-		return mgd_fail(err, MGD_ERR_PEER,
-				"demand: first_block %" PRIu64 ": not the start of a page of region %" PRIu32,
-				frame->first_block, frame->region);
+		return mgd_violation(err, "demand: first_block %" PRIu64 ": not the start of a page of region %u",
+				     frame->first_block, frame->region);
 	if (frame->block_count > bounds->host_page_blocks)
-		return mgd_fail(err, MGD_ERR_PEER, "demand: block_count %" PRIu32 ": more than a page",
-				frame->block_count);
+		return mgd_violation(err, "demand: block_count %u: more than a page", frame->block_count);
 	return 0;
 }
 
@@ -153,10 +146,9 @@ int mgd_frame_decode_header(const uint8_t header[MGD_FRAME_HEADER_BYTES], const 
 
 	memcpy(&wire, header, sizeof(wire));
 	if (wire.magic != MGD_FRAME_MAGIC)
-		return mgd_fail(err, MGD_ERR_PEER, "page frame: magic %#010" PRIx32 ": not ours", wire.magic);
+		return mgd_violation(err, "page frame: magic %#010x: not ours", wire.magic);
 	if (wire.version != MGD_FRAME_VERSION)
-		return mgd_fail(err, MGD_ERR_PEER, "page frame: version %u: only %d is known", wire.version,
-				MGD_FRAME_VERSION);
+		return mgd_violation(err, "page frame: version %u: only %d is known", wire.version, MGD_FRAME_VERSION);
 	*frame = (struct mgd_frame){
 		.kind = wire.kind,
 		.flags = wire.flags,
@@ -168,19 +160,18 @@ int mgd_frame_decode_header(const uint8_t header[MGD_FRAME_HEADER_BYTES], const 
 		.check = wire.check,
 	};
 	if (frame->kind < MGD_FRAME_PAGES || frame->kind > MGD_FRAME_DEMAND)
-		return mgd_fail(err, MGD_ERR_PEER, "page frame: kind %u: unknown", frame->kind);
+		return mgd_violation(err, "page frame: kind %u: unknown", frame->kind);
 	if (frame->kind == MGD_FRAME_BARRIER) {
 		if (frame->flags || frame->region || frame->block_count || frame->payload_bytes || frame->sequence)
-			return mgd_fail(err, MGD_ERR_PEER, "barrier: a field that must be 0 is not");
+			return mgd_violation(err, "barrier: a field that must be 0 is not");
 		return 0;
 	}
 	if (frame->region >= region_count)
-		return mgd_fail(err, MGD_ERR_PEER, "page frame: region %" PRIu32 ": there are %" PRIu32, frame->region,
-				region_count);
+		return mgd_violation(err, "page frame: region %u: there are %u", frame->region, region_count);
 	if (frame->kind == MGD_FRAME_PAGES)
 		return check_pages(frame, &regions[frame->region], err);
 	if (frame->flags || frame->payload_bytes || frame->sequence)
-		return mgd_fail(err, MGD_ERR_PEER, "demand: a field that must be 0 is not");
+		return mgd_violation(err, "demand: a field that must be 0 is not");
 	return check_demand(frame, &regions[frame->region], err);
 }
 
@@ -196,22 +187,19 @@ int mgd_frame_decode_bitmaps(const uint8_t *bitmaps, struct mgd_frame *frame, st
 	memcpy(frame->zero, bitmaps + 8 * words, 8 * words);
 	for (size_t word = 0; word < words; word++)
 		if (frame->present[word] & frame->zero[word])
-			return mgd_fail(err, MGD_ERR_PEER, "page frame: bitmaps: a block is both present and zero");
+			return mgd_violation(err, "page frame: bitmaps: a block is both present and zero");
 	if (tail && (frame->present[words - 1] | frame->zero[words - 1]) >> tail)
-		return mgd_fail(err, MGD_ERR_PEER, "page frame: bitmaps: a bit beyond block_count %" PRIu32,
-				frame->block_count);
+		return mgd_violation(err, "page frame: bitmaps: a bit beyond block_count %u", frame->block_count);
 	present = mgd_frame_present_count(frame);
 	if (!(frame->flags & MGD_FRAME_COMPRESSED)) {
 		if (frame->payload_bytes != present * MGD_BLOCK_BYTES)
-			return mgd_fail(err, MGD_ERR_PEER,
-					"page frame: payload_bytes %" PRIu32 ": %" PRIu32 " blocks are present",
-					frame->payload_bytes, present);
+			return mgd_violation(err, "page frame: payload_bytes %u: %u blocks are present",
+					     frame->payload_bytes, present);
 		return 0;
 	}
 	/* A sender compresses only where it pays: never as long as the blocks themselves, never nothing. */
 	if (frame->payload_bytes == 0 || frame->payload_bytes >= present * MGD_BLOCK_BYTES)
-		return mgd_fail(err, MGD_ERR_PEER,
-				"page frame: payload_bytes %" PRIu32 ": cannot be %" PRIu32 " blocks compressed",
-				frame->payload_bytes, present);
+		return mgd_violation(err, "page frame: payload_bytes %u: cannot be %u blocks compressed",
+				     frame->payload_bytes, present);
 	return 0;
 }

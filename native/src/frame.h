@@ -16,19 +16,18 @@
  *    40          PAGES only: present bitmap, zero bitmap (ceil(block_count/64) 64-bit words each), then the payload:
  *                the present blocks in order, as they are or (COMPRESSED) one zstd frame of them
  *
- * All integers little end first.  A block whose bit is in neither bitmap has not changed since it was last sent; in both:
- * an error.  A frame never crosses a chunk (512 blocks, aligned).  With FINAL (after the switch-over's freeze) every host
- * page wholly covered by the frame is current once the frame is in; a host page larger than a chunk comes as several
- * frames on one connection, the last one marked PAGE_END, sequence counting them from 0.
+ * All integers little end first.  A block whose bit is in neither bitmap has not changed since it was last sent; in
+ * both: an error.  A frame never crosses a chunk (512 blocks, aligned).  With FINAL (after the switch-over's freeze)
+ * every host page wholly covered by the frame is current once the frame is in; a host page larger than a chunk comes as
+ * several frames on one connection, the last one marked PAGE_END, sequence counting them from 0.
  *
  * DEMAND asks for the host page that starts at first_block (block_count is not used: 0).  BARRIER and DEMAND are the
- * header alone, their check included.  The receiver compares `check` with mgd_frame_check() itself: for PAGES that takes
- * the hashes of the payload, which the decoder never sees.
+ * header alone, their check included.  The receiver compares `check` with mgd_frame_check() itself: for PAGES that
+ * takes the hashes of the payload, which the decoder never sees.
  *
  * The check lets the source reuse the block hashes it has anyway: one pass over the data on either side, no more.
  */
-#ifndef MGD_FRAME_H
-#define MGD_FRAME_H
+#pragma once
 
 #include <stdbool.h>
 
@@ -81,5 +80,3 @@ int mgd_frame_decode_header(const uint8_t header[MGD_FRAME_HEADER_BYTES], const 
 int mgd_frame_decode_bitmaps(const uint8_t *bitmaps, struct mgd_frame *frame, struct mgd_error *err);
 /* The value `check` must have. */
 uint64_t mgd_frame_check(const struct mgd_frame *frame, const uint64_t *hashes, const uint8_t *secret);
-
-#endif

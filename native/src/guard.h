@@ -1,7 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /* Touching memory that may go away meanwhile: SIGBUS ends the touch, not the process. */
-#ifndef MGD_GUARD_H
-#define MGD_GUARD_H
+#pragma once
 
 #include <stdbool.h>
 
@@ -11,5 +10,3 @@
 int mgd_guard_install(struct mgd_error *err);
 /* Run `look`; false: it met SIGBUS and was left in the middle.  It may hold nothing that would have to be given back. */
 bool mgd_guarded(void (*look)(void *), void *argument);
-
-#endif

@@ -13,7 +13,7 @@ static inline uint64_t reduce(uint64_t low, uint64_t high)
 	return low ^ high ^ high << 1 ^ high << 3 ^ high << 4;
 }
 
-/* ---------------------------------------------------------------- any processor */
+/* ---- any processor */
 
 static bool always(void)
 {
@@ -67,7 +67,7 @@ static uint64_t polynomial_portable(uint64_t before, const uint64_t *words, size
 	return before;
 }
 
-/* ---------------------------------------------------------------- x86-64 with carry-less multiplication */
+/* ---- x86-64 with carry-less multiplication */
 
 #ifdef __x86_64__
 
@@ -164,7 +164,7 @@ __attribute__((target("pclmul,sse4.1"))) static uint64_t polynomial_clmul(uint64
 
 #endif
 
-/* ---------------------------------------------------------------- whichever this one has */
+/* ---- whichever this one has */
 
 const struct mgd_hash_build mgd_hash_builds[] = {
 #ifdef __x86_64__

@@ -5,8 +5,7 @@
  *
  * The key is MGD_SECRET_BYTES random bytes: as many words as a block has, and one more.
  */
-#ifndef MGD_HASH_H
-#define MGD_HASH_H
+#pragma once
 
 #include <stdbool.h>
 
@@ -29,5 +28,3 @@ struct mgd_hash_build {
 	uint64_t (*polynomial)(uint64_t before, const uint64_t *words, size_t count, uint64_t point);
 };
 extern const struct mgd_hash_build mgd_hash_builds[]; /* the fastest first; the last is usable everywhere */
-
-#endif

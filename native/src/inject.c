@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * One system call, made in a thread of another, unmodified process.
+ * One system call, made in a thread of another, unmodified process.  The process never notices, and is never left on
+ * our registers.
  *
- * The thread is seized and interrupted with ptrace, its registers are pointed at a `syscall` instruction that the process
- * has anyway (vDSO, else any executable file mapping), it runs from system-call-entry stop to system-call-exit stop, and
- * everything is put back.  What makes it safe:
+ * The thread is seized and interrupted with ptrace, its registers are pointed at a `syscall` instruction that the
+ * process has anyway (vDSO, else any executable file mapping), it runs from system-call-entry stop to system-call-exit
+ * stop, and everything is put back.  What makes it safe:
  *
  *   - A thread inside a system call has -ERESTART... in rax and the call's number in orig_rax.  The kernel rewinds such a
  *     thread when it leaves the signal-delivery code, so orig_rax is -1 while our call is set up (nothing to restart), and
@@ -21,11 +22,11 @@
  *   - Seccomp might kill the process for our call: it is suspended where we may (CAP_SYS_ADMIN), else a process with a
  *     filter is refused.
  *
- * The tracing is done by a helper *process* that shares our memory (CLONE_VM | CLONE_VFORK), for two reasons.  ptrace stops
- * are reported by wait(): were we the tracer and the guest also our child, whoever else in this process waits for children
- * (an event loop) would take our stop for the guest's end.  And should this daemon be killed in the middle, the helper is
- * another process and finishes; whatever happens to the helper, the kernel detaches at its end.  The helper must not touch
- * what the suspended thread's libc may hold: it makes system calls only.
+ * The tracing is done by a helper *process* that shares our memory (CLONE_VM | CLONE_VFORK), for two reasons.  ptrace
+ * stops are reported by wait(): were we the tracer and the guest also our child, whoever else in this process waits for
+ * children (an event loop) would take our stop for the guest's end.  And should this daemon be killed in the middle,
+ * the helper is another process and finishes; whatever happens to the helper, the kernel detaches at its end.  The
+ * helper must not touch what the suspended thread's libc may hold: it makes system calls only.
  */
 #include <errno.h>
 #include <stddef.h>
@@ -49,13 +50,14 @@
 #include <sys/uio.h>
 #include <sys/user.h>
 #include <sys/wait.h>
-#include <time.h>
 #include <unistd.h>
 
+#include "clock.h"
 #include "uapi.h"
 
-#define STOP_LIMIT_NS 2000000000LL /* to reach a stop: a thread in uninterruptible sleep takes its time */
-#define CALL_LIMIT_NS 5000000000LL /* for the system call itself */
+#define STOP_LIMIT_NS                                                                                                  \
+	2000000000LL /* told in meaning(); to reach a stop: a thread in uninterruptible sleep takes its time */
+#define CALL_LIMIT_NS 5000000000LL /* likewise; for the system call itself */
 #define NEVER INT64_MAX
 #define HELPER_STACK_BYTES (64 * 1024)
 #define CODE_CHUNK_BYTES 4096
@@ -100,15 +102,7 @@ struct injection {
 	uint64_t stopped_ns;
 };
 
-static int64_t now_ns(void)
-{
-	struct timespec time;
-
-	clock_gettime(CLOCK_MONOTONIC, &time);
-	return time.tv_sec * 1000000000LL + time.tv_nsec;
-}
-
-/* ---------------------------------------------------------------- in the helper */
+/* ---- in the helper */
 
 static int fail_step(struct injection *injection, enum step step, int reason)
 {
@@ -120,9 +114,12 @@ static int fail_step(struct injection *injection, enum step step, int reason)
 	return -1;
 }
 
-static long trace(int request, pid_t tid, uintptr_t address, uintptr_t data)
+/* A request of ptrace(2) that must succeed. */
+static int trace(struct injection *injection, int request, uintptr_t address, uintptr_t data, enum step step)
 {
-	return syscall(SYS_ptrace, request, tid, address, data);
+	if (!syscall(SYS_ptrace, request, injection->tid, address, data))
+		return 0;
+	return fail_step(injection, errno == ESRCH ? STEP_GONE : step, errno);
 }
 
 /* The next stop, as wait() tells it.  Sleeps on SIGCHLD, which is blocked. */
@@ -134,7 +131,7 @@ static int wait_stop(struct injection *injection, int64_t deadline_ns, enum step
 	sigaddset(&child, SIGCHLD);
 	for (;;) {
 		pid_t got = waitpid(injection->tid, out_status, __WALL | WNOHANG);
-		int64_t left = deadline_ns - now_ns();
+		int64_t left = deadline_ns - (int64_t)mgd_now_ns();
 		struct timespec timeout = {.tv_sec = left / 1000000000, .tv_nsec = left % 1000000000};
 
 		if (got == injection->tid && WIFSTOPPED(*out_status))
@@ -150,15 +147,15 @@ static int wait_stop(struct injection *injection, int64_t deadline_ns, enum step
 }
 
 /*
- * From running to a stop inside the signal-delivery code, between two of the program's instructions.  With a deadline of
- * NEVER the thread is on our registers, and only its end is a reason to stop waiting.
+ * From running to a stop inside the signal-delivery code, between two of the program's instructions.  With a deadline
+ * of NEVER the thread is on our registers, and only its end is a reason to stop waiting.
  */
 static int interrupt(struct injection *injection, int64_t deadline_ns)
 {
 	int status;
 
-	if (trace(PTRACE_INTERRUPT, injection->tid, 0, 0))
-		return fail_step(injection, errno == ESRCH ? STEP_GONE : STEP_STOP, errno);
+	if (trace(injection, PTRACE_INTERRUPT, 0, 0, STEP_STOP))
+		return -1;
 	for (;;) {
 		int deliver = 0;
 
@@ -170,16 +167,17 @@ static int interrupt(struct injection *injection, int64_t deadline_ns)
 		/* A signal for the program came first.  Asking again before it goes on makes the stop follow at once. */
 		if (status >> 16 == 0 && WSTOPSIG(status) != SYSCALL_STOP)
 			deliver = WSTOPSIG(status);
-		if (trace(PTRACE_INTERRUPT, injection->tid, 0, 0) ||
-		    trace(PTRACE_CONT, injection->tid, 0, (uintptr_t)deliver))
-			return fail_step(injection, errno == ESRCH ? STEP_GONE : STEP_STOP, errno);
+		if (trace(injection, PTRACE_INTERRUPT, 0, 0, STEP_STOP) ||
+		    trace(injection, PTRACE_CONT, 0, (uintptr_t)deliver, STEP_STOP))
+			return -1;
 	}
 }
 
 /*
- * Run to the next system call stop: the entry, or the exit.  A thread that does not get there in time is interrupted, and
- * waited for until it stops, however long that takes.  A call that blocks then ends with an exit stop all the same.  One
- * that was not made, since the thread is frozen (cgroup v2), ends with a stop in the signal-delivery code: *out_made.
+ * Run to the next system call stop: the entry, or the exit.  A thread that does not get there in time is interrupted,
+ * and waited for until it stops, however long that takes.  A call that blocks then ends with an exit stop all the
+ * same.  One that was not made, since the thread is frozen (cgroup v2), ends with a stop in the signal-delivery code:
+ * *out_made.
  */
 static int run_to_syscall_stop(struct injection *injection, int64_t deadline_ns, bool *out_made)
 {
@@ -188,15 +186,15 @@ static int run_to_syscall_stop(struct injection *injection, int64_t deadline_ns,
 
 	*out_made = true;
 	for (;;) {
-		if (trace(PTRACE_SYSCALL, injection->tid, 0, (uintptr_t)deliver))
-			return fail_step(injection, errno == ESRCH ? STEP_GONE : STEP_ENTRY, errno);
+		if (trace(injection, PTRACE_SYSCALL, 0, (uintptr_t)deliver, STEP_ENTRY))
+			return -1;
 		while (wait_stop(injection, deadline_ns, STEP_CALL_LIMIT, &status)) {
 			if (injection->failed != STEP_CALL_LIMIT || interrupted)
 				return -1;
 			interrupted = true;
 			deadline_ns = NEVER;
-			if (trace(PTRACE_INTERRUPT, injection->tid, 0, 0))
-				return fail_step(injection, STEP_GONE, errno);
+			if (trace(injection, PTRACE_INTERRUPT, 0, 0, STEP_GONE))
+				return -1;
 		}
 		if (status >> 16 == 0 && WSTOPSIG(status) == SYSCALL_STOP)
 			return 0;
@@ -213,8 +211,8 @@ static int get_registers(struct injection *injection, struct user_regs_struct *r
 {
 	struct iovec vector = {.iov_base = registers, .iov_len = sizeof(*registers)};
 
-	if (trace(PTRACE_GETREGSET, injection->tid, NT_PRSTATUS, (uintptr_t)&vector))
-		return fail_step(injection, errno == ESRCH ? STEP_GONE : STEP_REGISTERS, errno);
+	if (trace(injection, PTRACE_GETREGSET, NT_PRSTATUS, (uintptr_t)&vector, STEP_REGISTERS))
+		return -1;
 	if (vector.iov_len != sizeof(*registers) || registers->cs != USER_CS_64)
 		return fail_step(injection, STEP_32_BIT, ENOTSUP);
 	return 0;
@@ -224,9 +222,7 @@ static int set_registers(struct injection *injection, struct user_regs_struct *r
 {
 	struct iovec vector = {.iov_base = registers, .iov_len = sizeof(*registers)};
 
-	if (trace(PTRACE_SETREGSET, injection->tid, NT_PRSTATUS, (uintptr_t)&vector))
-		return fail_step(injection, errno == ESRCH ? STEP_GONE : step, errno);
-	return 0;
+	return trace(injection, PTRACE_SETREGSET, NT_PRSTATUS, (uintptr_t)&vector, step);
 }
 
 /* Address and content of the thread's rseq_cs field; content 0: in no restartable sequence. */
@@ -236,8 +232,8 @@ static uint64_t active_rseq(const struct injection *injection, uint64_t *out_add
 	uint64_t sequence = 0;
 
 	*out_address = 0;
-	if (trace(MGD_PTRACE_GET_RSEQ_CONFIGURATION, injection->tid, sizeof(configuration),
-		  (uintptr_t)&configuration) <= 0 ||
+	if (syscall(SYS_ptrace, MGD_PTRACE_GET_RSEQ_CONFIGURATION, injection->tid, sizeof(configuration),
+		    &configuration) <= 0 ||
 	    !configuration.rseq_abi_pointer)
 		return 0;
 	*out_address = configuration.rseq_abi_pointer + 8; /* offsetof(struct rseq, rseq_cs) */
@@ -247,8 +243,9 @@ static uint64_t active_rseq(const struct injection *injection, uint64_t *out_add
 }
 
 /*
- * With the signals blocked and `saved` known: make the call, and stop where `saved` can be put back.  From the moment its
- * registers are ours the thread is not let go: a helper that waits for ever is cheaper than a guest that runs on them.
+ * With the signals blocked and `saved` known: make the call, and stop where `saved` can be put back.  From the moment
+ * its registers are ours the thread is not let go: a helper that waits for ever is cheaper than a guest that runs on
+ * them.
  */
 static void make_call(struct injection *injection, const struct user_regs_struct *saved)
 {
@@ -266,12 +263,12 @@ static void make_call(struct injection *injection, const struct user_regs_struct
 	registers.r9 = injection->arguments[5];
 	registers.eflags &= ~(unsigned long)EFLAGS_TRAP;
 	if (set_registers(injection, &registers, STEP_SET_UP) ||
-	    run_to_syscall_stop(injection, now_ns() + STOP_LIMIT_NS, &made) || !made)
+	    run_to_syscall_stop(injection, (int64_t)mgd_now_ns() + STOP_LIMIT_NS, &made) || !made)
 		return;
 	if (!get_registers(injection, &registers) &&
 	    (registers.orig_rax != (unsigned long)injection->number || registers.rip != injection->instruction + 2))
 		fail_step(injection, STEP_ENTRY, EPROTO);
-	if (run_to_syscall_stop(injection, now_ns() + CALL_LIMIT_NS, &made))
+	if (run_to_syscall_stop(injection, (int64_t)mgd_now_ns() + CALL_LIMIT_NS, &made))
 		return;
 	if (!get_registers(injection, &registers)) {
 		injection->result = (int64_t)registers.rax;
@@ -279,9 +276,7 @@ static void make_call(struct injection *injection, const struct user_regs_struct
 			injection->result = -EINTR;
 	}
 	/* Into the signal-delivery code; the call's own result keeps it from being restarted. */
-	if (trace(PTRACE_INTERRUPT, injection->tid, 0, 0) || trace(PTRACE_CONT, injection->tid, 0, 0))
-		fail_step(injection, errno == ESRCH ? STEP_GONE : STEP_EXIT, errno);
-	else
+	if (!trace(injection, PTRACE_INTERRUPT, 0, 0, STEP_EXIT) && !trace(injection, PTRACE_CONT, 0, 0, STEP_EXIT))
 		interrupt(injection, NEVER);
 }
 
@@ -292,19 +287,16 @@ static void inject_stopped(struct injection *injection)
 
 	if (get_registers(injection, &saved))
 		return;
-	if (trace(PTRACE_GETSIGMASK, injection->tid, sizeof(mask), (uintptr_t)&mask) ||
-	    trace(PTRACE_SETSIGMASK, injection->tid, sizeof(all), (uintptr_t)&all)) {
-		fail_step(injection, STEP_MASK, errno);
+	if (trace(injection, PTRACE_GETSIGMASK, sizeof(mask), (uintptr_t)&mask, STEP_MASK) ||
+	    trace(injection, PTRACE_SETSIGMASK, sizeof(all), (uintptr_t)&all, STEP_MASK))
 		return;
-	}
 	rseq = active_rseq(injection, &rseq_address);
 	make_call(injection, &saved);
 	if (injection->failed == STEP_GONE)
 		return;
 	/* Whatever happened: put all of it back. */
 	set_registers(injection, &saved, STEP_RESTORE);
-	if (trace(PTRACE_SETSIGMASK, injection->tid, sizeof(mask), (uintptr_t)&mask))
-		fail_step(injection, STEP_RESTORE, errno);
+	trace(injection, PTRACE_SETSIGMASK, sizeof(mask), (uintptr_t)&mask, STEP_RESTORE);
 	if (rseq && pwrite(injection->memory_fd, &rseq, sizeof(rseq), (off_t)rseq_address) != sizeof(rseq))
 		fail_step(injection, STEP_RESTORE, errno);
 }
@@ -320,20 +312,18 @@ static int helper(void *argument)
 	sigaction(SIGCHLD, &by_default, NULL);
 	if (injection->suspend_seccomp)
 		options |= MGD_PTRACE_O_SUSPEND_SECCOMP;
-	if (trace(PTRACE_SEIZE, injection->tid, 0, options)) {
-		fail_step(injection, injection->suspend_seccomp ? STEP_SEIZE_SECCOMP : STEP_SEIZE, errno);
+	if (trace(injection, PTRACE_SEIZE, 0, options, injection->suspend_seccomp ? STEP_SEIZE_SECCOMP : STEP_SEIZE))
 		return 0;
-	}
-	begin_ns = now_ns();
+	begin_ns = (int64_t)mgd_now_ns();
 	if (interrupt(injection, begin_ns + STOP_LIMIT_NS) == 0)
 		inject_stopped(injection);
 	/* A thread that could not be stopped is let go by the end of this process. */
-	trace(PTRACE_DETACH, injection->tid, 0, 0);
-	injection->stopped_ns = (uint64_t)(now_ns() - begin_ns);
+	syscall(SYS_ptrace, PTRACE_DETACH, injection->tid, 0, 0);
+	injection->stopped_ns = (uint64_t)((int64_t)mgd_now_ns() - begin_ns);
 	return 0;
 }
 
-/* ---------------------------------------------------------------- before and after */
+/* ---- before and after */
 
 /* Look for `syscall` (0f 05) in [start, end) of the process's memory. */
 static uint64_t find_in_range(int memory_fd, uint64_t start, uint64_t end)
@@ -405,48 +395,42 @@ static int has_seccomp(pid_t tid)
 	return mode != 0;
 }
 
-static int fail_injection(const struct injection *injection, struct mgd_error *err)
+static const char *meaning(const struct injection *injection)
 {
-	int pid = (int)injection->tid, reason = injection->reason;
-
 	switch (injection->failed) {
 	case STEP_SEIZE:
-		if (reason == EPERM)
-			return mgd_fail_errno(
-				err, reason,
-				"ptrace: process %d: it is being traced already, or CAP_SYS_PTRACE is missing", pid);
-		return mgd_fail_errno(err, reason, "ptrace: seize process %d", pid);
+		return injection->reason == EPERM ? "it is being traced already, or CAP_SYS_PTRACE is missing"
+						  : "it cannot be seized";
 	case STEP_SEIZE_SECCOMP:
 		if (has_seccomp(getpid()))
-			return mgd_fail_errno(
-				err, reason,
-				"ptrace: process %d is confined by seccomp, and so is this agent, which may not suspend "
-				"that: start it without a filter (`migrated check` there says how)",
-				pid);
-		return mgd_fail_errno(
-			err, reason,
-			"ptrace: process %d is confined by seccomp, which could kill it for our call; suspending that "
-			"needs CAP_SYS_ADMIN and a kernel with CONFIG_CHECKPOINT_RESTORE, and no other tracer",
-			pid);
+			return "it is confined by seccomp, and so is this agent, which may not suspend that: start it "
+			       "without a filter (`migrated check` there says how)";
+		return "it is confined by seccomp, which could kill it for our call; suspending that needs CAP_SYS_ADMIN "
+		       "and a kernel with CONFIG_CHECKPOINT_RESTORE, and no other tracer";
 	case STEP_32_BIT:
-		return mgd_fail(err, MGD_ERR_UNSUPPORTED, "inject: process %d is not a 64-bit x86 process", pid);
+		return "it is not a 64-bit x86 process";
 	case STEP_GONE:
-		return mgd_fail(err, MGD_ERR_GUEST_GONE, "inject: process %d has ended", pid);
+		return "it has ended";
 	case STEP_STOP_LIMIT:
-		return mgd_fail_errno(err, reason, "inject: process %d did not stop within %lld s", pid,
-				      STOP_LIMIT_NS / 1000000000);
+		return "it did not stop within 2 s";
 	case STEP_CALL_LIMIT:
-		return mgd_fail_errno(
-			err, reason,
-			"inject: process %d: system call %ld was not made or did not return within %lld s: "
-			"is the process frozen?",
-			pid, injection->number, CALL_LIMIT_NS / 1000000000);
+		return "the system call was not made or did not return within 5 s: is the process frozen?";
 	case STEP_RESTORE:
-		return mgd_fail_errno(err, reason, "inject: process %d: its registers could not be put back", pid);
+		return "its registers could not be put back";
 	default:
-		return mgd_fail_errno(err, reason, "inject: process %d: step %d of the system call failed", pid,
-				      (int)injection->failed);
+		return "a step of the system call failed";
 	}
+}
+
+static int fail_injection(const struct injection *injection, struct mgd_error *err)
+{
+	int pid = (int)injection->tid;
+
+	if (injection->failed == STEP_32_BIT)
+		return mgd_fail(err, MGD_ERR_UNSUPPORTED, "ptrace: process %d: %s", pid, meaning(injection));
+	/* A process that has ended is ESRCH, and so GUEST_GONE. */
+	return mgd_fail_errno(err, injection->failed == STEP_GONE ? ESRCH : injection->reason,
+			      "ptrace: process %d: system call %ld: %s", pid, injection->number, meaning(injection));
 }
 
 /* Run the helper to its end, with every signal of ours held back: a handler must not run in it, on our memory. */
@@ -485,7 +469,7 @@ int mgd_inject_syscall(int pid, long number, const uint64_t arguments[6], int64_
 	int result;
 
 	if (pid <= 0 || number < 0)
-		return mgd_fail(err, MGD_ERR_ARGUMENT, "inject: process %d, system call %ld", pid, number);
+		return mgd_misuse(err, "inject: process %d, system call %ld", pid, number);
 	snprintf(path, sizeof(path), "/proc/%d/mem", pid);
 	injection.memory_fd = open(path, O_RDWR | O_CLOEXEC);
 	if (injection.memory_fd < 0)

@@ -1,17 +1,18 @@
 /* SPDX-License-Identifier: MIT */
-/* The ledger: layout in its memfd, and the only place where the state of a page changes. */
+/*
+ * The ledger's layout in its memfd, and the only place where the state of a page changes.  What the states mean is told
+ * in ledger.h.
+ */
 #include "ledger.h"
 
-#include <errno.h>
 #include <fcntl.h>
+#include <inttypes.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
-#include <unistd.h>
 
-#include "error.h"
+#include "bitmap.h"
 
-#define LEDGER_MAGIC 0x3130726764656c6dull /* "mledgr01" little end first */
+#define LEDGER_MAGIC 0x3130726764656c6dull /* "mledgr01" little-endian */
 #define LEDGER_HEADER_BYTES 4096
 
 struct mgd_ledger_header {
@@ -56,31 +57,29 @@ static int check_geometry(const struct mgd_ledger_header *header, const struct m
 			  uint32_t region_count, struct mgd_error *err)
 {
 	if (header->magic != LEDGER_MAGIC)
-		return mgd_fail(err, MGD_ERR_ARGUMENT, "recover: ledger: not a ledger of this version");
+		return mgd_misuse(err, "recover: ledger: not a ledger of this version");
 	if (header->region_count != region_count)
-		return mgd_fail(err, MGD_ERR_ARGUMENT, "recover: ledger: it is of %u regions, not %u",
-				header->region_count, region_count);
+		return mgd_misuse(err, "recover: ledger: it is of %u regions, not %u", header->region_count,
+				  region_count);
 	for (uint32_t i = 0; i < region_count; i++)
 		if (header->regions[i].size_bytes != regions[i].size_bytes ||
 		    header->regions[i].host_page_bytes != regions[i].host_page_bytes)
-			return mgd_fail(err, MGD_ERR_ARGUMENT,
-					"recover: ledger: region %u differs in size or page size", i);
+			return mgd_misuse(err, "recover: ledger: region %u differs in size or page size", i);
 	if (header->phase > MGD_PHASE_SWITCHED)
-		return mgd_fail(err, MGD_ERR_ARGUMENT, "recover: ledger: unknown phase %u", header->phase);
+		return mgd_misuse(err, "recover: ledger: unknown phase %u", header->phase);
 	return 0;
 }
 
 /* A ledger found: count it, and take back what its last owner had in hand.  Whoever waits will fault again. */
 static int take_over(struct mgd_ledger *ledger, struct mgd_error *err)
 {
-	for (uint64_t page = mgd_ledger_next_known(ledger, 0, ledger->page_count); page < ledger->page_count;
-	     page = mgd_ledger_next_known(ledger, page + 1, ledger->page_count)) {
+	mgd_ledger_for_each_known (ledger, page) {
 		uint8_t byte = mgd_ledger_get(ledger, page);
 
 		switch (mgd_page_state(byte)) {
 		case MGD_PAGE_STALE:
 			/* RECEIVING stays: the caller may have to blank such a page first (mgd_ledger_unclaim). */
-			atomic_store(&ledger->pages[page], byte & ~MGD_PAGE_REQUESTED);
+			ledger->pages[page] = byte & ~MGD_PAGE_REQUESTED;
 			ledger->stale_pages++;
 			break;
 		case MGD_PAGE_MAPPED:
@@ -94,8 +93,8 @@ static int take_over(struct mgd_ledger *ledger, struct mgd_error *err)
 		case MGD_PAGE_CURRENT:
 			break;
 		default:
-			return mgd_fail(err, MGD_ERR_ARGUMENT, "recover: ledger: page %llu has the unknown state %#x",
-					(unsigned long long)page, byte);
+			return mgd_misuse(err, "recover: ledger: page %" PRIu64 " has the unknown state %#x", page,
+					  byte);
 		}
 	}
 	return 0;
@@ -109,37 +108,31 @@ int mgd_ledger_open(struct mgd_ledger *ledger, int ledger_fd, const struct mgd_t
 	void *memory;
 
 	*ledger = (struct mgd_ledger){.fd = -1, .page_count = pages_of(regions, region_count)};
-	if (fstat(ledger_fd, &status) < 0)
+	if (fstat(ledger_fd, &status))
 		return mgd_fail_errno(err, errno, "ledger: fstat");
 	if (status.st_size < 0 || (uint64_t)status.st_size < bytes)
-		return mgd_fail(err, MGD_ERR_ARGUMENT, "ledger: it has %lld bytes, %llu are needed",
-				(long long)status.st_size, (unsigned long long)bytes);
+		return mgd_misuse(err, "ledger: it has %lld bytes, %" PRIu64 " are needed", (long long)status.st_size,
+				  bytes);
 	ledger->fd = fcntl(ledger_fd, F_DUPFD_CLOEXEC, 0);
 	if (ledger->fd < 0)
 		return mgd_fail_errno(err, errno, "ledger: dup");
 	memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, ledger->fd, 0);
 	if (memory == MAP_FAILED) {
-		int saved = errno;
-
-		mgd_ledger_close(ledger);
-		return mgd_fail_errno(err, saved, "ledger: mmap");
+		mgd_fail_errno(err, errno, "ledger: mmap");
+		goto failed;
 	}
 	ledger->mapped_bytes = bytes;
 	ledger->header = memory;
 	ledger->pages = (_Atomic uint8_t *)memory + LEDGER_HEADER_BYTES;
 	if (recover) {
-		if (check_geometry(ledger->header, regions, region_count, err) < 0 || take_over(ledger, err) < 0) {
-			mgd_ledger_close(ledger);
-			return -1;
-		}
+		if (check_geometry(ledger->header, regions, region_count, err) || take_over(ledger, err))
+			goto failed;
 		return 0;
 	}
 	/* Punching makes it all absent without writing to memory that will never be. */
-	if (fallocate(ledger->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, (off_t)bytes) < 0) {
-		int saved = errno;
-
-		mgd_ledger_close(ledger);
-		return mgd_fail_errno(err, saved, "ledger: fallocate (is it a memfd?)");
+	if (fallocate(ledger->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, (off_t)bytes)) {
+		mgd_fail_errno(err, errno, "ledger: fallocate (is it a memfd?)");
+		goto failed;
 	}
 	ledger->header->region_count = region_count;
 	for (uint32_t i = 0; i < region_count; i++) {
@@ -148,31 +141,34 @@ int mgd_ledger_open(struct mgd_ledger *ledger, int ledger_fd, const struct mgd_t
 	}
 	ledger->header->magic = LEDGER_MAGIC;
 	return 0;
+
+failed:
+	mgd_ledger_close(ledger);
+	return -1;
 }
 
 void mgd_ledger_close(struct mgd_ledger *ledger)
 {
 	if (ledger->header)
 		munmap(ledger->header, ledger->mapped_bytes);
-	if (ledger->fd >= 0)
-		close(ledger->fd);
+	mgd_close(ledger->fd);
 	ledger->header = NULL;
 	ledger->fd = -1;
 }
 
 enum mgd_phase mgd_ledger_phase(const struct mgd_ledger *ledger)
 {
-	return (enum mgd_phase)atomic_load(&ledger->header->phase);
+	return (enum mgd_phase)ledger->header->phase;
 }
 
 void mgd_ledger_set_phase(struct mgd_ledger *ledger, enum mgd_phase phase)
 {
-	atomic_store(&ledger->header->phase, phase);
+	ledger->header->phase = phase;
 }
 
 uint8_t mgd_ledger_get(const struct mgd_ledger *ledger, uint64_t page)
 {
-	return atomic_load(&ledger->pages[page]);
+	return ledger->pages[page];
 }
 
 /* The one way a byte changes: from exactly *byte, to a state the table allows.  On failure *byte is what is there. */
@@ -265,14 +261,8 @@ bool mgd_ledger_mapped(struct mgd_ledger *ledger, uint64_t page)
 	uint8_t byte = mgd_ledger_get(ledger, page);
 
 	do {
-		switch (mgd_page_state(byte)) {
-		case MGD_PAGE_ABSENT:
-		case MGD_PAGE_RECEIVED:
-		case MGD_PAGE_CURRENT:
-			break;
-		default:
+		if (!mgd_page_is_current(byte))
 			return false;
-		}
 	} while (!change(ledger, page, &byte, (byte & MGD_PAGE_BACKED) | MGD_PAGE_MAPPED));
 	atomic_fetch_add(&ledger->mapped_pages, 1);
 	return true;

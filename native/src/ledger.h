@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The ledger: what the target knows of every host page, in a memfd that outlives the process.
+ * The ledger holds what the target knows of every host page, in a memfd that outlives the process.  Secrets (the hash
+ * key) are not in it.
  *
  * One byte a page, changed by compare-and-swap only, and only in ledger.c:
  *
@@ -13,11 +14,8 @@
  *
  * From the switch-over on, absent and received mean current: so the switch-over writes one word (the phase) instead of
  * walking all pages, and the ledger of a sparse guest stays as sparse as the guest.
- *
- * Secrets (the hash key) are not in here.
  */
-#ifndef MGD_LEDGER_H
-#define MGD_LEDGER_H
+#pragma once
 
 #include <stdatomic.h>
 #include <stdbool.h>
@@ -66,6 +64,14 @@ static inline enum mgd_page_state mgd_page_state(uint8_t byte)
 	return (enum mgd_page_state)(byte & MGD_PAGE_STATE_MASK);
 }
 
+/* After the switch-over: it is current, and not mapped as far as we know. */
+static inline bool mgd_page_is_current(uint8_t byte)
+{
+	enum mgd_page_state state = mgd_page_state(byte);
+
+	return state == MGD_PAGE_ABSENT || state == MGD_PAGE_RECEIVED || state == MGD_PAGE_CURRENT;
+}
+
 /* Each of these makes one legal change and says whether it did; a page in any other state is left as it is. */
 void mgd_ledger_received(struct mgd_ledger *ledger, uint64_t page);
 void mgd_ledger_backed(struct mgd_ledger *ledger, uint64_t page);
@@ -83,5 +89,6 @@ bool mgd_ledger_unpoison(struct mgd_ledger *ledger, uint64_t page); /* back to s
 /* The first page in [page, end) that may be other than absent; end when there is none.  Skips holes of the ledger file,
  * so that absent memory costs nothing. */
 uint64_t mgd_ledger_next_known(const struct mgd_ledger *ledger, uint64_t page, uint64_t end);
-
-#endif
+#define mgd_ledger_for_each_known(ledger, page)                                                                        \
+	for (uint64_t page = mgd_ledger_next_known(ledger, 0, (ledger)->page_count); page < (ledger)->page_count;      \
+	     page = mgd_ledger_next_known(ledger, page + 1, (ledger)->page_count))

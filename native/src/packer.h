@@ -3,11 +3,10 @@
  * Compression of what one connection sends, for as long as it pays.
  *
  * Whether it does depends on the data, the processor and the network, and all of them change.  So nothing is modelled:
- * both ways are tried in turn for a stretch of payload, the time each took to pack and write it is compared, and the better
- * one is kept, for longer and longer stretches, until the other gets its next try.
+ * both ways are tried in turn for a stretch of payload, the time each took to pack and write it is compared, and the
+ * better one is kept, for longer and longer stretches, until the other gets its next try.
  */
-#ifndef MGD_PACKER_H
-#define MGD_PACKER_H
+#pragma once
 
 #include <stdbool.h>
 #include <stddef.h>
@@ -43,5 +42,3 @@ bool mgd_packer_wanted(const struct mgd_packer *packer);
 size_t mgd_packer_pack(struct mgd_packer *packer, const uint8_t *from, size_t bytes, uint8_t *to, size_t capacity);
 /* Whether the level is one that zstd knows. */
 bool mgd_packer_level_valid(int level);
-
-#endif

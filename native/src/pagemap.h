@@ -1,7 +1,11 @@
 /* SPDX-License-Identifier: MIT */
-/* ioctl(/proc/PID/pagemap, PAGEMAP_SCAN): what the page tables of a process say of its pages, and what it may do to them. */
-#ifndef MGD_PAGEMAP_H
-#define MGD_PAGEMAP_H
+/*
+ * ioctl(/proc/PID/pagemap, PAGEMAP_SCAN) asks what the page tables of a process say of its pages, and may write-protect
+ * them.  Linux has it since 6.7.
+ */
+#pragma once
+
+#include <stdbool.h>
 
 #include "migrated.h"
 #include "uapi.h"
@@ -21,5 +25,5 @@ struct mgd_pagemap_query {
 int mgd_pagemap_fetch(int pagemap_fd, const struct mgd_pagemap_query *query, uint64_t *start, uint64_t end,
 		      uint64_t page_bytes, struct mgd_page_region runs[MGD_PAGEMAP_RUNS], int *out_count,
 		      struct mgd_error *err);
-
-#endif
+/* Whether this kernel has it: tried on a page of our own. */
+bool mgd_pagemap_works(void);

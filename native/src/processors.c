@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Counting processors: sched_getaffinity(2), and cpu.max of cgroup v2.  Nothing is kept, since both may change while the process runs.
+ * Counting processors: sched_getaffinity(2), and cpu.max of cgroup v2.  Nothing is kept, since both may change while
+ * the process runs.
  */
 #include "processors.h"
 
@@ -72,11 +73,10 @@ uint32_t mgd_processor_count(void)
 	cpu_set_t allowed;
 	long count;
 
-	if (!sched_getaffinity(0, sizeof(allowed), &allowed))
-		count = CPU_COUNT(&allowed);
+	/* It fails where there are more processors than a cpu_set_t has bits. */
+	if (sched_getaffinity(0, sizeof(allowed), &allowed))
+		count = sysconf(_SC_NPROCESSORS_ONLN);
 	else
-		count = sysconf(_SC_NPROCESSORS_ONLN); /* more of them than a cpu_set_t has bits */
-	if (count < 1)
-		return 1;
-	return (uint32_t)count < quota ? (uint32_t)count : quota;
+		count = CPU_COUNT(&allowed);
+	return count < 1 ? 1 : (uint32_t)count < quota ? (uint32_t)count : quota;
 }

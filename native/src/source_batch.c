@@ -1,16 +1,13 @@
-// SPDX-License-Identifier: MIT
+/* SPDX-License-Identifier: MIT */
 /*
- * Frames on their way out, gathered until there is enough of them: a batch is one write.
+ * Frames on their way out are gathered until there is enough of them: a batch is one write.  What limits sending, and
+ * what is exempt from it, is decided here as well.
  *
- * A claimed page must not wait long in a batch: looking at one huge page of which little has changed takes a quarter of a
- * millisecond, and a batch holds the frames of dozens.  So a batch with claims goes as soon as it is a millisecond old, or
- * the guest demands a page in it; a limit that holds it up lets it go then, too.
+ * A claimed page must not wait long in a batch: looking at one huge page of which little has changed takes a quarter of
+ * a millisecond, and a batch holds the frames of dozens.  So a batch with claims goes as soon as it is a millisecond
+ * old, or the guest demands a page in it; a limit that holds it up lets it go then, too.
  */
-#include "source_state.h"
-
-#include <string.h>
-
-#include "clock.h"
+#include "source.h"
 
 int source_batch_create(struct source_stream *stream, struct mgd_error *err)
 {
@@ -19,10 +16,8 @@ int source_batch_create(struct source_stream *stream, struct mgd_error *err)
 	memset(batch, 0, sizeof(*batch));
 	batch->copy = mgd_map_zeros(SOURCE_COPY_BYTES, err);
 	batch->packed = mgd_map_zeros(SOURCE_COPY_BYTES, err);
-	if (!batch->copy || !batch->packed) {
-		source_batch_destroy(stream);
-		return -1;
-	}
+	if (!batch->copy || !batch->packed)
+		return -1; /* source_batch_destroy takes what there is */
 	mgd_packer_init(&stream->packer);
 	return 0;
 }
@@ -35,15 +30,15 @@ void source_batch_destroy(struct source_stream *stream)
 	mgd_packer_fini(&stream->packer);
 }
 
-/* ---------------------------------------------------------------- limits */
+/* ---- limits */
 
-static bool claim_hurried(void *context)
+static bool urgent_in_batch(void *context)
 {
 	const struct source_batch *batch = context;
 
 	for (uint32_t i = 0; i < batch->claim_count; i++)
 		for (uint64_t page = 0; page < batch->claims[i].count; page++)
-			if (mgd_bit_test_atomic(batch->claims[i].region->hurried, batch->claims[i].page + page))
+			if (mgd_bit_test_atomic(batch->claims[i].region->urgent, batch->claims[i].page + page))
 				return true;
 	return false;
 }
@@ -52,17 +47,17 @@ static bool claim_hurried(void *context)
 static bool overdue(struct source_stream *stream)
 {
 	struct source_batch *batch = &stream->batch;
-	uint64_t hurries;
+	uint64_t urgent_count;
 
 	if (!batch->claim_count)
 		return false;
 	if (mgd_now_ns() - batch->began_ns > SOURCE_CLAIM_WAIT_NS)
 		return true;
-	hurries = __atomic_load_n(&stream->source->hurries, __ATOMIC_ACQUIRE);
-	if (hurries == batch->hurries_seen)
+	urgent_count = stream->source->urgent_count;
+	if (urgent_count == batch->urgent_seen)
 		return false;
-	batch->hurries_seen = hurries;
-	return claim_hurried(batch);
+	batch->urgent_seen = urgent_count;
+	return urgent_in_batch(batch);
 }
 
 /* Wait for the right to send, and return how much of `bytes` may go at once. */
@@ -75,23 +70,19 @@ static uint64_t throttle(struct source_stream *stream, uint64_t bytes)
 	if (stream->number == MGD_STREAM_URGENT)
 		return bytes;
 	piece = mgd_bucket_piece_bytes(&source->common);
+	bytes = mgd_min(bytes, piece);
 	if (draining) {
-		uint64_t drain_piece = mgd_bucket_piece_bytes(&source->drain);
-
-		if (drain_piece < piece)
-			piece = drain_piece;
+		piece = mgd_bucket_piece_bytes(&source->drain);
+		bytes = mgd_min(bytes, piece);
+		waited += mgd_bucket_take(&source->drain, bytes, urgent_in_batch, &stream->batch);
 	}
-	if (bytes > piece)
-		bytes = piece;
-	if (draining)
-		waited += mgd_bucket_take(&source->drain, bytes, claim_hurried, &stream->batch);
-	waited += mgd_bucket_take(&source->common, bytes, claim_hurried, &stream->batch);
+	waited += mgd_bucket_take(&source->common, bytes, urgent_in_batch, &stream->batch);
 	if (waited)
 		source_count(source, throttled_ns, waited);
 	return bytes;
 }
 
-/* ---------------------------------------------------------------- writing */
+/* ---- writing */
 
 /* Write all of batch->iov, `left` bytes. */
 static int write_out(struct source_stream *stream, uint64_t left, struct mgd_error *err)
@@ -170,7 +161,7 @@ int source_batch_flush(struct source_stream *stream, struct mgd_error *err)
 	return 0;
 }
 
-/* ---------------------------------------------------------------- adding */
+/* ---- adding */
 
 int source_batch_open_claim(struct source_stream *stream, const struct source_claim *claim, struct mgd_error *err)
 {
@@ -188,16 +179,6 @@ void source_batch_close_claim(struct source_stream *stream)
 	stream->batch.claim_open = false;
 }
 
-static void add_iov(struct source_batch *batch, uint8_t *at, size_t bytes)
-{
-	struct iovec *last = batch->iov_count ? &batch->iov[batch->iov_count - 1] : NULL;
-
-	if (last && (uint8_t *)last->iov_base + last->iov_len == at)
-		last->iov_len += bytes;
-	else
-		batch->iov[batch->iov_count++] = (struct iovec){at, bytes};
-}
-
 /* Compress the payload if that makes it smaller; returns where it is now. */
 static uint8_t *pack(struct source_stream *stream, struct mgd_frame *frame)
 {
@@ -207,8 +188,7 @@ static uint8_t *pack(struct source_stream *stream, struct mgd_frame *frame)
 	size_t bytes = 0;
 
 	if (stream->number != MGD_STREAM_URGENT)
-		mgd_packer_set_level(&stream->packer,
-				     __atomic_load_n(&stream->source->compression_level, __ATOMIC_RELAXED));
+		mgd_packer_set_level(&stream->packer, stream->source->compression_level);
 	if (mgd_packer_wanted(&stream->packer)) {
 		uint64_t began = mgd_now_ns();
 
@@ -239,9 +219,9 @@ int source_batch_add(struct source_stream *stream, struct mgd_frame *frame, stru
 		batch->began_ns = mgd_now_ns();
 	head_bytes = mgd_frame_encode(frame, stream->hashes, stream->source->secret, head);
 	batch->heads_bytes += head_bytes;
-	add_iov(batch, head, head_bytes);
+	batch->iov_count = mgd_iov_add(batch->iov, batch->iov_count, head, head_bytes);
 	if (payload)
-		add_iov(batch, payload, frame->payload_bytes);
+		batch->iov_count = mgd_iov_add(batch->iov, batch->iov_count, payload, frame->payload_bytes);
 	batch->frame_count++;
 	if (batch->frame_count == SOURCE_BATCH_FRAMES ||
 	    batch->copy_bytes + batch->packed_bytes >= SOURCE_BATCH_BYTES || overdue(stream))

@@ -1,14 +1,14 @@
-// SPDX-License-Identifier: MIT
-/* What is to be sent: marking, and taking marks. */
-#include "source_state.h"
+/* SPDX-License-Identifier: MIT */
+/*
+ * What is to be sent: marks are made of what the file holds, for the first round, and of the tracker's reports, for
+ * later ones.  The threads take them chunk by chunk.
+ */
+#include "source.h"
 
 #include <fcntl.h>
-#include <inttypes.h>
 #include <linux/magic.h>
-#include <string.h>
 #include <sys/stat.h>
 #include <sys/vfs.h>
-#include <unistd.h>
 
 #define POPULATED_TRIES 4
 
@@ -18,15 +18,11 @@ void source_mark_blocks(struct mgd_source *source, struct source_region *region,
 
 	if (!count)
 		return;
-	for (uint64_t word = first / 64; word <= (first + count - 1) / 64; word++) {
-		uint64_t mask = mgd_word_mask(word, first, count);
-
-		fresh += (uint64_t)__builtin_popcountll(
-			mask & ~__atomic_fetch_or(&region->marks[word], mask, __ATOMIC_RELAXED));
-	}
+	for (uint64_t word = first / 64; word <= (first + count - 1) / 64; word++)
+		fresh += mgd_popcount(mgd_word_set_atomic(&region->marks[word], mgd_word_mask(word, first, count)));
 	for (uint64_t chunk = first / MGD_CHUNK_BLOCKS; chunk <= (first + count - 1) / MGD_CHUNK_BLOCKS; chunk++)
 		mgd_bit_set_atomic(region->marked_chunks, chunk);
-	__atomic_fetch_add(&source->marked_blocks, fresh, __ATOMIC_RELAXED);
+	atomic_fetch_add(&source->marked_blocks, fresh);
 }
 
 bool source_take_marks(struct mgd_source *source, struct source_region *region, uint64_t chunk,
@@ -37,11 +33,10 @@ bool source_take_marks(struct mgd_source *source, struct source_region *region, 
 	if (!mgd_bit_clear_atomic(region->marked_chunks, chunk))
 		return false;
 	for (uint32_t word = 0; word < SOURCE_CHUNK_WORDS; word++) {
-		marks[word] =
-			__atomic_exchange_n(&region->marks[chunk * SOURCE_CHUNK_WORDS + word], 0, __ATOMIC_ACQ_REL);
-		taken += (uint64_t)__builtin_popcountll(marks[word]);
+		marks[word] = mgd_word_take_atomic(&region->marks[chunk * SOURCE_CHUNK_WORDS + word]);
+		taken += mgd_popcount(marks[word]);
 	}
-	__atomic_fetch_sub(&source->marked_blocks, taken, __ATOMIC_RELAXED);
+	atomic_fetch_sub(&source->marked_blocks, taken);
 	return taken != 0;
 }
 
@@ -56,7 +51,7 @@ uint64_t source_next_marked(const struct source_region *region, uint64_t block)
 			break;
 		if (block < chunk * MGD_CHUNK_BLOCKS)
 			block = chunk * MGD_CHUNK_BLOCKS;
-		end = end < region->block_count ? end : region->block_count;
+		end = mgd_min(end, region->block_count);
 		block = mgd_bitmap_next_atomic(region->marks, block, end);
 		if (block < end)
 			return block;
@@ -64,21 +59,37 @@ uint64_t source_next_marked(const struct source_region *region, uint64_t block)
 	return region->block_count;
 }
 
-static void mark_page(struct mgd_source *source, struct source_region *region, uint64_t page)
+/* Mark every page of a bitmap and empty it; with `keep`, note them there. */
+static void mark_bits(struct mgd_source *source, struct source_region *region, uint64_t *bits, uint64_t *keep)
 {
-	if (region->view)
-		mgd_bit_clear_atomic(region->unseen, page);
-	source_mark_blocks(source, region, page * region->page_blocks, region->page_blocks);
+	for (size_t word = 0; word < mgd_bitmap_words(region->page_count); word++) {
+		uint64_t left = bits[word];
+
+		if (!left)
+			continue;
+		if (keep)
+			keep[word] |= left;
+		bits[word] = 0;
+		for (; left; left &= left - 1) {
+			uint64_t page = word * 64 + mgd_first_bit(left);
+
+			if (page >= region->page_count)
+				break;
+			if (region->view)
+				mgd_bit_clear_atomic(region->unseen, page);
+			source_mark_blocks(source, region, page * region->page_blocks, region->page_blocks);
+		}
+	}
 }
 
 int source_require_precopy(const struct mgd_source *source, const char *what, struct mgd_error *err)
 {
 	if (source->phase != SOURCE_PRECOPY)
-		return mgd_fail(err, MGD_ERR_ARGUMENT, "%s: the source is frozen", what);
+		return mgd_misuse(err, "%s: the source is frozen", what);
 	return 0;
 }
 
-/* ---------------------------------------------------------------- first round */
+/* ---- first round */
 
 /* SEEK_DATA tells all that a tmpfs (or any other ordinary) file holds, swapped out or not; the rest reads as zeros.  A
  * page written after the tracker was armed is reported by the next scan, whether or not it is seen here. */
@@ -94,14 +105,14 @@ static int mark_extents(struct mgd_source *source, struct source_region *region,
 		if (data < 0 && errno == ENXIO)
 			break;
 		if (data < 0)
-			return mgd_fail_errno(err, errno, "guest memory: SEEK_DATA: region %" PRIu32, region->index);
+			return mgd_fail_errno(err, errno, "guest memory: SEEK_DATA: region %u", region->index);
 		if ((uint64_t)data >= end)
 			break;
 		hole = lseek(region->fd, data, SEEK_HOLE);
 		if (hole < 0 && errno == ENXIO)
 			continue; /* punched between the two calls: look again */
 		if (hole < 0)
-			return mgd_fail_errno(err, errno, "guest memory: SEEK_HOLE: region %" PRIu32, region->index);
+			return mgd_fail_errno(err, errno, "guest memory: SEEK_HOLE: region %u", region->index);
 		first = ((uint64_t)data - start) / MGD_BLOCK_BYTES;
 		at = (uint64_t)hole < end ? (uint64_t)hole : end;
 		last = (at - start + MGD_BLOCK_BYTES - 1) / MGD_BLOCK_BYTES;
@@ -115,7 +126,7 @@ static uint64_t count_bits(const uint64_t *words, uint64_t bits)
 	uint64_t count = 0;
 
 	for (size_t word = 0; word < mgd_bitmap_words(bits); word++)
-		count += (uint64_t)__builtin_popcountll(words[word]);
+		count += mgd_popcount(words[word]);
 	return count;
 }
 
@@ -130,16 +141,6 @@ static int look_present(struct mgd_source *source, struct mgd_tracker *tracker, 
 	return mgd_tracker_present(tracker, bitmaps, &bytes, err);
 }
 
-static void mark_scanned(struct mgd_source *source, struct source_region *region)
-{
-	for (uint64_t page = 0;; page++) {
-		page = mgd_bitmap_next_atomic(region->scanned, page, region->page_count);
-		if (page >= region->page_count)
-			return;
-		mark_page(source, region, page);
-	}
-}
-
 static bool same_file(const struct stat *a, const struct stat *b)
 {
 	return a->st_dev == b->st_dev && a->st_ino == b->st_ino;
@@ -150,7 +151,7 @@ static int mapped_bytes(struct mgd_source *source, const struct source_region *r
 			struct stat *out_stat, struct mgd_error *err)
 {
 	if (fstat(region->fd, out_stat))
-		return mgd_fail_errno(err, errno, "guest memory: fstat: region %" PRIu32, region->index);
+		return mgd_fail_errno(err, errno, "guest memory: fstat: region %u", region->index);
 	*out_mapped = 0;
 	for (uint32_t i = 0; i < source->region_count; i++) {
 		const struct source_region *other = &source->regions[i];
@@ -159,7 +160,7 @@ static int mapped_bytes(struct mgd_source *source, const struct source_region *r
 		if (other->is_private)
 			continue;
 		if (fstat(other->fd, &other_stat))
-			return mgd_fail_errno(err, errno, "guest memory: fstat: region %" PRIu32, other->index);
+			return mgd_fail_errno(err, errno, "guest memory: fstat: region %u", other->index);
 		if (same_file(out_stat, &other_stat))
 			*out_mapped += count_bits(other->scanned, other->page_count) * other->page_bytes;
 	}
@@ -167,9 +168,9 @@ static int mapped_bytes(struct mgd_source *source, const struct source_region *r
 }
 
 /*
- * hugetlbfs tells no extents, only how much the file holds.  If that is as much as the guest has mapped, the mapped pages
- * are all there is.  If the file holds more (written by a process that has gone, or read in by the VMM before it mapped
- * it), any page may hold data and all are marked: reading a hole costs time, no memory.
+ * hugetlbfs tells no extents, only how much the file holds.  If that is as much as the guest has mapped, the mapped
+ * pages are all there is.  If the file holds more (written by a process that has gone, or read in by the VMM before it
+ * mapped it), any page may hold data and all are marked: reading a hole costs time, no memory.
  *
  * The guest may fault pages in while we look.  So: present, file, present; believed only if all three say the same.
  */
@@ -187,7 +188,7 @@ static int mark_mapped(struct mgd_source *source, struct source_region *region, 
 			return -1;
 		if (before != held || after != held)
 			continue;
-		mark_scanned(source, region);
+		mark_bits(source, region, region->scanned, NULL);
 		return 0;
 	}
 	source_mark_blocks(source, region, 0, region->block_count);
@@ -221,7 +222,7 @@ static int mark_private(struct mgd_source *source, struct mgd_tracker *tracker, 
 		if (!looked && look_present(source, tracker, err))
 			return -1;
 		looked = true;
-		mark_scanned(source, region);
+		mark_bits(source, region, region->scanned, NULL);
 	}
 	return 0;
 }
@@ -239,7 +240,7 @@ int mgd_source_mark_populated(struct mgd_source *source, struct mgd_tracker *tra
 		if (region->is_private)
 			continue;
 		if (fstatfs(region->fd, &file_system))
-			failed = mgd_fail_errno(err, errno, "guest memory: fstatfs: region %" PRIu32, i);
+			failed = mgd_fail_errno(err, errno, "guest memory: fstatfs: region %u", i);
 		else if (file_system.f_type == HUGETLBFS_MAGIC)
 			failed = mark_mapped(source, region, tracker, err);
 		else
@@ -250,27 +251,7 @@ int mgd_source_mark_populated(struct mgd_source *source, struct mgd_tracker *tra
 	return failed ? -1 : 0;
 }
 
-/* ---------------------------------------------------------------- later rounds */
-
-/* Mark every page of a bitmap and empty it; with `keep`, note them there. */
-static void mark_bits(struct mgd_source *source, struct source_region *region, uint64_t *bits, uint64_t *keep)
-{
-	for (size_t word = 0; word < mgd_bitmap_words(region->page_count); word++) {
-		uint64_t left = bits[word];
-
-		if (!left)
-			continue;
-		if (keep)
-			keep[word] |= left;
-		bits[word] = 0;
-		for (; left; left &= left - 1) {
-			uint64_t page = word * 64 + (uint64_t)__builtin_ctzll(left);
-
-			if (page < region->page_count)
-				mark_page(source, region, page);
-		}
-	}
-}
+/* ---- later rounds */
 
 int mgd_source_scan(struct mgd_source *source, struct mgd_tracker *tracker, int quiesced, uint64_t *out_bytes,
 		    struct mgd_error *err)
@@ -289,11 +270,11 @@ int mgd_source_scan(struct mgd_source *source, struct mgd_tracker *tracker, int 
 		struct source_region *region = &source->regions[i];
 
 		if (bytes || failed)
-			mark_bits(source, region, region->scanned, region->unsettled);
+			mark_bits(source, region, region->scanned, region->since_quiesced);
 		/* A buffer pinned before an earlier scan may have been filled after the copy of that round: look again
 		 * at all of them now that nothing is in flight. */
 		if (quiesced && !failed)
-			mark_bits(source, region, region->unsettled, NULL);
+			mark_bits(source, region, region->since_quiesced, NULL);
 	}
 	*out_bytes = bytes;
 	return failed ? -1 : 0;

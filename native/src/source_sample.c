@@ -1,15 +1,16 @@
-// SPDX-License-Identifier: MIT
+/* SPDX-License-Identifier: MIT */
 /*
- * How much of what is marked has really changed: the kernel reports pages, and of a huge page of which one block was
- * written all 512 are marked.  A few hundred of the marked blocks, one at a random place of each equal share of them, are
- * hashed and compared; nothing is sent, noted or unmarked.
+ * How much of what is marked has really changed is estimated by comparing some of it.  Nothing is sent, noted or
+ * unmarked.
  *
- * The guest may be writing them meanwhile: what comes out is an estimate, for whoever has to decide whether another round
- * is worth it.
+ * The kernel reports pages, and of a huge page of which one block was
+ * written all 512 are marked.  A few hundred of the marked blocks, one at a random place of each equal share of them,
+ * are hashed and compared.
+ *
+ * The guest may be writing them meanwhile: what comes out is an estimate, for whoever has to decide whether another
+ * round is worth it.
  */
-#include "source_view.h"
-
-#include "clock.h"
+#include "source.h"
 
 struct sample {
 	struct mgd_source *source;
@@ -34,12 +35,12 @@ static void next_share(struct sample *sample)
 	sample->share_end += sample->share;
 }
 
-static int look_at(struct sample *sample, const struct source_region *region, uint64_t block, struct mgd_error *err)
+static int compare_one(struct sample *sample, const struct source_region *region, uint64_t block, struct mgd_error *err)
 {
 	uint8_t copy[MGD_BLOCK_BYTES];
 	uint64_t differing;
 
-	if (source_view_compare(sample->source, region, block, 1, &differing)) {
+	if (source_compare(sample->source, region, block, 1, &differing)) {
 		sample->examined++;
 		sample->changed += differing;
 		return 0;
@@ -55,44 +56,41 @@ static uint64_t nth_bit(uint64_t word, uint64_t n)
 {
 	while (n--)
 		word &= word - 1;
-	return (uint64_t)__builtin_ctzll(word);
+	return mgd_first_bit(word);
 }
 
 static int sample_region(struct sample *sample, const struct source_region *region, uint64_t *number,
 			 struct mgd_error *err)
 {
-	for (uint64_t chunk = 0;; chunk++) {
-		chunk = mgd_bitmap_next_atomic(region->marked_chunks, chunk, region->chunk_count);
-		if (chunk >= region->chunk_count)
-			return 0;
+	mgd_bitmap_for_each_atomic (chunk, region->marked_chunks, 0, region->chunk_count) {
 		for (uint64_t word = chunk * SOURCE_CHUNK_WORDS; word < (chunk + 1) * SOURCE_CHUNK_WORDS; word++) {
-			uint64_t marks = __atomic_load_n(&region->marks[word], __ATOMIC_RELAXED);
-			uint64_t count = (uint64_t)__builtin_popcountll(marks);
+			uint64_t marks = mgd_word_load_atomic(&region->marks[word]);
 
-			for (; sample->chosen < *number + count; next_share(sample))
-				if (look_at(sample, region, word * 64 + nth_bit(marks, sample->chosen - *number), err))
+			for (; sample->chosen < *number + mgd_popcount(marks); next_share(sample))
+				if (compare_one(sample, region, word * 64 + nth_bit(marks, sample->chosen - *number),
+						err))
 					return -1;
-			*number += count;
+			*number += mgd_popcount(marks);
 		}
 	}
+	return 0;
 }
 
 int mgd_source_sample(struct mgd_source *source, uint64_t wanted, uint64_t *out_examined, uint64_t *out_changed,
 		      struct mgd_error *err)
 {
 	struct sample sample = {.source = source, .random = 0x9e3779b97f4a7c15u ^ mgd_now_ns()};
-	uint64_t marked = __atomic_load_n(&source->marked_blocks, __ATOMIC_RELAXED), number = 0;
-	bool busy;
+	uint64_t marked = source->marked_blocks, number = 0;
 
 	*out_examined = *out_changed = 0;
 	if (source_require_precopy(source, "sample", err))
 		return -1;
-	pthread_mutex_lock(&source->lock);
-	busy = source->round_left != 0;
-	pthread_mutex_unlock(&source->lock);
-	if (busy || !wanted)
-		return mgd_fail(err, MGD_ERR_ARGUMENT, "sample: %s",
-				busy ? "a round is under way" : "of no blocks at all");
+	if (!wanted)
+		return mgd_misuse(err, "sample: of no blocks at all");
+	MGD_LOCKED (&source->lock) {
+		if (source->round_left)
+			return mgd_misuse(err, "sample: a round is under way");
+	}
 	sample.share = marked > wanted ? marked / wanted : 1;
 	next_share(&sample);
 	for (uint32_t i = 0; i < source->region_count; i++)

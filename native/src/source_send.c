@@ -1,226 +1,225 @@
-// SPDX-License-Identifier: MIT
+/* SPDX-License-Identifier: MIT */
 /*
- * From guest memory to frames: copy, hash the copy, compare, send from the copy.
+ * From guest memory to frames: blocks are copied, hashed and compared with the table, and sent from the copy.  Every
+ * frame of a stream is made here.
  */
-#include "source_state.h"
+#include "source.h"
 
-#include <inttypes.h>
-#include <string.h>
-
-/* What a look at the marked blocks of a piece of a chunk found.  The present blocks are at the end of batch.copy. */
-struct changes {
-	uint64_t present[SOURCE_CHUNK_WORDS]; /* bit 0: first block of the chunk */
-	uint64_t zero[SOURCE_CHUNK_WORDS];
+/* A frame in the making, over a piece of a chunk.  Its present blocks are at the end of batch.copy. */
+struct piece {
+	struct source_stream *stream;
+	struct source_region *region;
+	uint64_t chunk;
+	bool final;
+	uint64_t marks[SOURCE_CHUNK_WORDS]; /* the blocks to be looked at; bit 0: first block of the chunk */
+	uint64_t present[SOURCE_CHUNK_WORDS], zero[SOURCE_CHUNK_WORDS]; /* those that have changed */
 	uint32_t present_count, zero_count;
 };
 
-static uint8_t *next_place(const struct source_stream *stream, const struct changes *changes)
+static uint8_t *end_of_copy(const struct piece *piece)
 {
-	return stream->batch.copy + stream->batch.copy_bytes + (size_t)changes->present_count * MGD_BLOCK_BYTES;
+	const struct source_batch *batch = &piece->stream->batch;
+
+	return batch->copy + batch->copy_bytes + (size_t)piece->present_count * MGD_BLOCK_BYTES;
 }
 
-/* Look at blocks first … first+count-1 of a chunk, read to the next place, and move together those to be sent.  Pre-copy
- * notes in the table what is going to be sent; after the freeze the table is only read, so that a page sent again is the
- * same page. */
-static void compare(struct source_stream *stream, struct source_region *region, uint64_t chunk, uint32_t first,
-		    uint32_t count, bool final, struct changes *changes)
+/* Blocks first … first+count-1 have been read to the end of the copy: keep there those to be sent.  Pre-copy notes in the
+ * table what is going to be sent; after the freeze the table is only read, so that a page sent again is the same page.
+ * */
+static void keep_changed(struct piece *piece, uint32_t first, uint32_t count)
 {
-	struct mgd_source *source = stream->source;
-	uint64_t *table = region->table + chunk * MGD_CHUNK_BLOCKS;
-	const uint8_t *copy = next_place(stream, changes);
+	struct mgd_source *source = piece->stream->source;
+	uint64_t *table = piece->region->table + piece->chunk * MGD_CHUNK_BLOCKS;
+	const uint8_t *copy = end_of_copy(piece);
 	uint32_t unchanged = 0;
 
 	for (uint32_t block = first; block < first + count; block++, copy += MGD_BLOCK_BYTES) {
 		uint64_t hash = source_hash(source, copy);
-		uint8_t *to = next_place(stream, changes);
+		uint8_t *to = end_of_copy(piece);
 
 		if (!source->whole && hash == table[block]) {
 			unchanged++;
 			continue;
 		}
-		if (!final)
+		if (!piece->final)
 			table[block] = hash;
 		if (hash) {
 			if (to != copy)
 				memcpy(to, copy, MGD_BLOCK_BYTES);
-			changes->present[block / 64] |= 1ull << (block % 64);
-			stream->hashes[changes->present_count++] = hash;
+			piece->present[block / 64] |= 1ull << (block % 64);
+			piece->stream->hashes[piece->present_count++] = hash;
 		} else {
-			changes->zero[block / 64] |= 1ull << (block % 64);
-			changes->zero_count++;
+			piece->zero[block / 64] |= 1ull << (block % 64);
+			piece->zero_count++;
 		}
 	}
 	if (unchanged)
 		source_count(source, unchanged_blocks, unchanged);
 }
 
-static int copy_and_compare(struct source_stream *stream, struct source_region *region, uint64_t chunk, uint32_t first,
-			    uint32_t count, bool final, struct changes *changes, struct mgd_error *err)
+static int copy_run(struct piece *piece, uint32_t first, uint32_t count, struct mgd_error *err)
 {
-	if (source_read(stream->source, region, chunk * MGD_CHUNK_BLOCKS + first, count, next_place(stream, changes),
-			err)) {
-		stream->memory_failed = true;
+	if (source_read(piece->stream->source, piece->region, piece->chunk * MGD_CHUNK_BLOCKS + first, count,
+			end_of_copy(piece), err)) {
+		piece->stream->memory_failed = true;
 		return -1;
 	}
-	compare(stream, region, chunk, first, count, final, changes);
+	keep_changed(piece, first, count);
 	return 0;
 }
 
-/* Marked blocks first … first+count-1 of a chunk: only what is seen to differ, in place, is worth a copy. */
-static int examine_run(struct source_stream *stream, struct source_region *region, uint64_t chunk, uint32_t first,
-		       uint32_t count, bool final, struct changes *changes, struct mgd_error *err)
+/* Marked blocks first … first+count-1: only what is seen to differ, in place, is worth a copy. */
+static int look_at_run(struct piece *piece, uint32_t first, uint32_t count, struct mgd_error *err)
 {
+	struct mgd_source *source = piece->stream->source;
 	uint64_t differing;
 
-	if (!source_differing(stream->source, region, chunk * MGD_CHUNK_BLOCKS + first, count, &differing))
-		return copy_and_compare(stream, region, chunk, first, count, final, changes, err);
+	if (source->whole ||
+	    !source_compare(source, piece->region, piece->chunk * MGD_CHUNK_BLOCKS + first, count, &differing))
+		return copy_run(piece, first, count, err);
+	source_count_unchanged(source, count - mgd_popcount(differing));
 	while (differing) {
-		uint32_t from = (uint32_t)__builtin_ctzll(differing);
+		uint32_t from = mgd_first_bit(differing);
 		uint64_t rest = ~(differing >> from);
-		uint32_t run = rest ? (uint32_t)__builtin_ctzll(rest) : 64;
+		uint32_t run = rest ? mgd_first_bit(rest) : 64;
 
 		run = run < count - from ? run : count - from;
-		if (copy_and_compare(stream, region, chunk, first + from, run, final, changes, err))
+		if (copy_run(piece, first + from, run, err))
 			return -1;
 		differing &= ~mgd_word_mask(0, from, run);
 	}
 	return 0;
 }
 
-/* Read the marked blocks among first … end-1 of a chunk, run by run, and compare them. */
-static int examine(struct source_stream *stream, struct source_region *region, uint64_t chunk, const uint64_t *marks,
-		   uint32_t first, uint32_t end, bool final, struct changes *changes, struct mgd_error *err)
+/* Look at the marked blocks among first … end-1, run by run. */
+static int look_at(struct piece *piece, uint32_t first, uint32_t end, struct mgd_error *err)
 {
 	uint32_t block = first;
 
-	memset(changes, 0, sizeof(*changes));
+	memset(piece->present, 0, sizeof(piece->present));
+	memset(piece->zero, 0, sizeof(piece->zero));
+	piece->present_count = piece->zero_count = 0;
 	while (block < end) {
-		uint64_t set = marks[block / 64] >> (block % 64);
+		uint64_t set = piece->marks[block / 64] >> (block % 64);
 		uint32_t count = 0;
 
 		if (!set) {
 			block = (block / 64 + 1) * 64;
 			continue;
 		}
-		block += (uint32_t)__builtin_ctzll(set);
-		while (count < SOURCE_READ_BLOCKS && block + count < end &&
-		       marks[(block + count) / 64] >> ((block + count) % 64) & 1)
+		block += mgd_first_bit(set);
+		while (count < SOURCE_READ_BLOCKS && block + count < end && mgd_bit_test(piece->marks, block + count))
 			count++;
 		if (!count)
 			break; /* the next mark lies beyond the end */
-		if (examine_run(stream, region, chunk, block, count, final, changes, err))
+		if (look_at_run(piece, block, count, err))
 			return -1;
 		block += count;
 	}
 	return 0;
 }
 
-/* A frame over blocks first … first+count-1 of the chunk. */
-static int send_frame(struct source_stream *stream, struct source_region *region, uint64_t chunk, uint32_t first,
-		      uint32_t count, uint16_t flags, uint32_t sequence, const struct changes *changes,
+/* A frame over blocks first … first+count-1. */
+static int send_frame(const struct piece *piece, uint32_t first, uint32_t count, uint16_t flags, uint32_t sequence,
 		      struct mgd_error *err)
 {
-	struct mgd_source *source = stream->source;
+	struct mgd_source *source = piece->stream->source;
 	struct mgd_frame frame = {
 		.kind = MGD_FRAME_PAGES,
 		.flags = flags,
-		.region = region->index,
+		.region = piece->region->index,
 		.block_count = count,
-		.first_block = chunk * MGD_CHUNK_BLOCKS + first,
-		.payload_bytes = changes->present_count * MGD_BLOCK_BYTES,
+		.first_block = piece->chunk * MGD_CHUNK_BLOCKS + first,
+		.payload_bytes = piece->present_count * MGD_BLOCK_BYTES,
 		.sequence = sequence,
 	};
 
 	for (uint32_t word = 0; word < (count + 63) / 64; word++) {
-		frame.present[word] = mgd_bitmap_get64(changes->present, first + word * 64, MGD_CHUNK_BLOCKS);
-		frame.zero[word] = mgd_bitmap_get64(changes->zero, first + word * 64, MGD_CHUNK_BLOCKS);
+		frame.present[word] = mgd_bitmap_get64(piece->present, first + word * 64, MGD_CHUNK_BLOCKS);
+		frame.zero[word] = mgd_bitmap_get64(piece->zero, first + word * 64, MGD_CHUNK_BLOCKS);
 	}
-	if (changes->present_count)
-		source_count(source, sent_blocks, changes->present_count);
-	if (changes->zero_count)
-		source_count(source, zero_blocks, changes->zero_count);
-	return source_batch_add(stream, &frame, err);
+	if (piece->present_count)
+		source_count(source, sent_blocks, piece->present_count);
+	if (piece->zero_count)
+		source_count(source, zero_blocks, piece->zero_count);
+	return source_batch_add(piece->stream, &frame, err);
 }
 
-/* The marked blocks among first … end-1 of a chunk, in pre-copy: nothing is said where nothing has changed. */
-static int send_piece(struct source_stream *stream, struct source_region *region, uint64_t chunk, const uint64_t *marks,
-		      uint32_t first, uint32_t end, struct mgd_error *err)
-{
-	struct changes changes;
+/* ---- pre-copy */
 
-	if (examine(stream, region, chunk, marks, first, end, false, &changes, err))
+/* The marked blocks among first … end-1: nothing is said where nothing has changed. */
+static int send_changed(struct piece *piece, uint32_t first, uint32_t end, struct mgd_error *err)
+{
+	if (look_at(piece, first, end, err))
 		return -1;
-	if (!changes.present_count && !changes.zero_count)
+	if (!piece->present_count && !piece->zero_count)
 		return 0;
 	/* Only the words of the bitmaps that say something. */
-	while (!(changes.present[first / 64] | changes.zero[first / 64]))
+	while (!(piece->present[first / 64] | piece->zero[first / 64]))
 		first += 64;
-	while (!(changes.present[(end - 1) / 64] | changes.zero[(end - 1) / 64]))
+	while (!(piece->present[(end - 1) / 64] | piece->zero[(end - 1) / 64]))
 		end = (end - 1) / 64 * 64;
-	return send_frame(stream, region, chunk, first, end - first, 0, 0, &changes, err);
+	return send_frame(piece, first, end - first, 0, 0, err);
 }
 
 int source_send_chunk(struct source_stream *stream, struct source_region *region, uint64_t chunk,
 		      const uint64_t marks[SOURCE_CHUNK_WORDS], struct mgd_error *err)
 {
+	struct piece piece = {.stream = stream, .region = region, .chunk = chunk};
 	uint64_t blocks = region->block_count - chunk * MGD_CHUNK_BLOCKS;
 	uint32_t end = blocks < MGD_CHUNK_BLOCKS ? (uint32_t)blocks : MGD_CHUNK_BLOCKS;
 
 	_Static_assert(SOURCE_BATCH_BLOCKS % 64 == 0, "pieces begin with a word of the bitmaps");
-	for (uint32_t first = 0; first < end; first += SOURCE_BATCH_BLOCKS) {
-		uint32_t piece_end = end - first < SOURCE_BATCH_BLOCKS ? end : first + SOURCE_BATCH_BLOCKS;
-
-		if (send_piece(stream, region, chunk, marks, first, piece_end, err))
+	memcpy(piece.marks, marks, sizeof(piece.marks));
+	for (uint32_t first = 0; first < end; first += SOURCE_BATCH_BLOCKS)
+		if (send_changed(&piece, first, end - first < SOURCE_BATCH_BLOCKS ? end : first + SOURCE_BATCH_BLOCKS,
+				 err))
 			return -1;
-	}
 	return 0;
 }
 
-/* The marks of blocks first … first+count-1 of a chunk, as the freeze left them. */
-static void frozen_marks(const struct mgd_source *source, const struct source_region *region, uint64_t chunk,
-			 uint32_t first, uint32_t count, uint64_t marks[SOURCE_CHUNK_WORDS])
-{
-	for (uint32_t word = 0; word < SOURCE_CHUNK_WORDS; word++) {
-		uint64_t mask = mgd_word_mask(word, first, count);
+/* ---- after the freeze */
 
-		marks[word] = !mask ? 0
-			      : source->whole
-				      ? mask
-				      : mask & __atomic_load_n(&region->marks[chunk * SOURCE_CHUNK_WORDS + word],
-							       __ATOMIC_RELAXED);
+/* The marks of blocks first … first+count-1 as the freeze left them, or all of them. */
+static void frozen_marks(struct piece *piece, uint32_t first, uint32_t count)
+{
+	const uint64_t *marks = piece->region->marks + piece->chunk * SOURCE_CHUNK_WORDS;
+
+	for (uint32_t word = 0; word < SOURCE_CHUNK_WORDS; word++) {
+		piece->marks[word] = mgd_word_mask(word, first, count);
+		if (piece->marks[word] && !piece->stream->source->whole)
+			piece->marks[word] &= mgd_word_load_atomic(&marks[word]);
 	}
 }
 
 /* The frames of a claim. */
-static int send_claim(struct source_stream *stream, const struct source_claim *claim,
-		      struct source_refinement *refinement, struct mgd_error *err)
+static int send_claim(struct source_stream *stream, const struct source_claim *claim, struct source_search *search,
+		      struct mgd_error *err)
 {
-	struct source_region *region = claim->region;
-	uint64_t block = claim->page * region->host_page_blocks;
-	uint64_t end = (claim->page + claim->count) * region->host_page_blocks;
-	bool many = region->host_page_blocks > MGD_CHUNK_BLOCKS;
-	uint64_t marks[SOURCE_CHUNK_WORDS];
-	struct changes changes;
+	struct piece piece = {.stream = stream, .region = claim->region, .final = true};
+	uint64_t page_blocks = claim->region->host_page_blocks;
+	uint64_t block = claim->page * page_blocks, end = block + claim->count * page_blocks;
+	bool many = page_blocks > MGD_CHUNK_BLOCKS;
 
 	for (uint32_t sequence = 0; block < end; sequence++) {
-		uint64_t chunk = block / MGD_CHUNK_BLOCKS;
 		uint32_t first = block % MGD_CHUNK_BLOCKS;
 		uint32_t blocks = end - block < MGD_CHUNK_BLOCKS ? (uint32_t)(end - block) : MGD_CHUNK_BLOCKS;
 		uint16_t flags = MGD_FRAME_FINAL;
 
-		source_refine_reached(refinement, chunk);
+		piece.chunk = block / MGD_CHUNK_BLOCKS;
+		source_search_reached(search, piece.chunk);
 		block += blocks;
 		if (many && block == end)
 			flags |= MGD_FRAME_PAGE_END;
-		frozen_marks(stream->source, region, chunk, first, blocks, marks);
-		if (examine(stream, region, chunk, marks, first, first + blocks, true, &changes, err))
+		frozen_marks(&piece, first, blocks);
+		if (look_at(&piece, first, first + blocks, err))
 			return -1;
 		/* Before its last frame is added: the batch that takes it may be written at once. */
 		if (block == end)
 			source_batch_close_claim(stream);
-		if (send_frame(stream, region, chunk, first, blocks, flags, many ? sequence : 0, &changes, err))
+		if (send_frame(&piece, first, blocks, flags, many ? sequence : 0, err))
 			return -1;
-		if (source_flag(&stream->source->stopping))
+		if (stream->source->stopping)
 			return mgd_fail(err, MGD_ERR_CLOSED, "page connection: dropped");
 	}
 	return 0;
@@ -228,15 +227,15 @@ static int send_claim(struct source_stream *stream, const struct source_claim *c
 
 int source_send_pages(struct source_stream *stream, const struct source_claim *claim, struct mgd_error *err)
 {
-	struct source_refinement *refinement = NULL;
+	struct source_search *search = NULL;
 	int failed;
 
 	if (source_batch_open_claim(stream, claim, err))
 		return -1;
 	if (claim->region->host_page_blocks > MGD_CHUNK_BLOCKS)
-		refinement = source_refine_begin(stream->source, claim);
-	failed = send_claim(stream, claim, refinement, err);
-	source_refine_end(refinement);
+		search = source_search_begin(stream->source, claim);
+	failed = send_claim(stream, claim, search, err);
+	source_search_end(search);
 	return failed;
 }
 

@@ -1,10 +1,9 @@
-// SPDX-License-Identifier: MIT
-/* The threads: one a connection.  They take orders under source->lock and work without it. */
-#include "source_state.h"
-
-#include "latency.h"
-
-#include <inttypes.h>
+/* SPDX-License-Identifier: MIT */
+/*
+ * The threads of the source, one a connection: they send rounds, drain stale pages and answer demands.  They take
+ * orders under source->lock and work without it.
+ */
+#include "source.h"
 
 /* A demanded small page brings its stale neighbours along: the guest wants them next, and a frame costs more than they do. */
 #define DEMAND_WINDOW_BLOCKS 16
@@ -15,10 +14,10 @@ static void stream_ended(struct source_stream *stream, const struct mgd_error *e
 	struct mgd_source *source = stream->source;
 	bool stopping;
 
-	pthread_mutex_lock(&source->lock);
-	stream->ended = true;
-	stopping = source->stopping;
-	pthread_mutex_unlock(&source->lock);
+	MGD_LOCKED (&source->lock) {
+		stream->ended = true;
+		stopping = source->stopping;
+	}
 	/* The peer must see that nobody is here any more. */
 	mgd_channel_shutdown(stream->channel);
 	if (!stopping)
@@ -31,19 +30,17 @@ static int send_region(struct source_stream *stream, struct source_region *regio
 	struct mgd_source *source = stream->source;
 	uint64_t marks[SOURCE_CHUNK_WORDS];
 
-	for (uint64_t chunk = 0;; chunk++) {
-		chunk = mgd_bitmap_next_atomic(region->marked_chunks, chunk, region->chunk_count);
-		if (chunk >= region->chunk_count)
-			return 0;
+	mgd_bitmap_for_each_atomic (chunk, region->marked_chunks, 0, region->chunk_count) {
 		/* Always the same stream for the same chunk: connections overtake each other, frames on one do not. */
 		if (chunk % source->stream_count != stream->number)
 			continue;
-		if (source_flag(&source->stopping))
+		if (source->stopping)
 			return mgd_fail(err, MGD_ERR_CLOSED, "page connection: dropped");
 		if (source_take_marks(source, region, chunk, marks) &&
 		    source_send_chunk(stream, region, chunk, marks, err))
 			return -1;
 	}
+	return 0;
 }
 
 static int send_round(struct source_stream *stream, struct mgd_error *err)
@@ -61,7 +58,7 @@ static int drain_pages(struct source_stream *stream, struct mgd_error *err)
 	struct mgd_source *source = stream->source;
 	struct source_claim claim;
 
-	while (source_flag(&source->draining) && !source_flag(&source->stopping) && source_claim_next(source, &claim))
+	while (source->draining && !source->stopping && source_claim_next(source, &claim))
 		if (source_send_pages(stream, &claim, err))
 			return -1;
 	return source_batch_flush(stream, err);
@@ -73,45 +70,33 @@ enum order { ORDER_STOP, ORDER_ROUND, ORDER_BARRIER, ORDER_DRAIN };
 static enum order next_order(struct source_stream *stream, uint64_t *out_value)
 {
 	struct mgd_source *source = stream->source;
-	enum order order;
 
-	pthread_mutex_lock(&source->lock);
+	MGD_HOLD(&source->lock);
 	for (;;) {
-		if (source->stopping) {
-			order = ORDER_STOP;
-			break;
-		}
+		if (source->stopping)
+			return ORDER_STOP;
 		if (stream->round_seen != source->round_generation) {
 			stream->round_seen = source->round_generation;
-			order = ORDER_ROUND;
 			*out_value = source->round;
-			break;
+			return ORDER_ROUND;
 		}
 		if (stream->barrier_seen != source->barrier_generation) {
 			stream->barrier_seen = source->barrier_generation;
-			order = ORDER_BARRIER;
 			*out_value = source->barrier;
-			break;
+			return ORDER_BARRIER;
 		}
-		if (source->draining && __atomic_load_n(&source->unclaimed_pages, __ATOMIC_ACQUIRE)) {
-			order = ORDER_DRAIN;
-			break;
-		}
+		if (source->draining && source->unclaimed_pages)
+			return ORDER_DRAIN;
 		pthread_cond_wait(&source->ordered, &source->lock);
 	}
-	pthread_mutex_unlock(&source->lock);
-	return order;
 }
 
 static void round_done(struct source_stream *stream, uint64_t round)
 {
 	struct mgd_source *source = stream->source;
-	bool last;
 
-	pthread_mutex_lock(&source->lock);
-	last = --source->round_left == 0;
-	pthread_mutex_unlock(&source->lock);
-	if (last)
+	MGD_HOLD(&source->lock);
+	if (--source->round_left == 0)
 		mgd_event_post(&source->events, MGD_EVENT_ROUND_DONE, 0, round, NULL);
 }
 
@@ -147,14 +132,11 @@ void *source_bulk_main(void *argument)
 /* Until the caller has said serve: a demand may be faster than the order.  False: stopping. */
 static bool wait_serving(struct mgd_source *source)
 {
-	bool serving;
+	MGD_HOLD(&source->lock);
 
-	pthread_mutex_lock(&source->lock);
 	while (!source->serving && !source->stopping)
 		pthread_cond_wait(&source->ordered, &source->lock);
-	serving = !source->stopping;
-	pthread_mutex_unlock(&source->lock);
-	return serving;
+	return !source->stopping;
 }
 
 static int serve_demand(struct source_stream *stream, const struct mgd_frame *demand, struct mgd_error *err)
@@ -165,19 +147,16 @@ static int serve_demand(struct source_stream *stream, const struct mgd_frame *de
 	struct source_claim claim;
 
 	if (!mgd_bit_test_atomic(region->stale, page))
-		return mgd_fail(err, MGD_ERR_PEER, "demand: page %" PRIu64 " of region %" PRIu32 ": not stale", page,
-				demand->region);
+		return mgd_violation(err, "demand: page %" PRIu64 " of region %u: not stale", page, demand->region);
 	if (!source_claim(source, region, page, DEMAND_WINDOW_BLOCKS, &claim)) {
 		/* On its way on another connection: see to it that no limit holds it up there. */
-		mgd_bit_set_atomic(region->hurried, page);
-		__atomic_fetch_add(&source->hurries, 1, __ATOMIC_RELEASE);
+		mgd_bit_set_atomic(region->urgent, page);
+		atomic_fetch_add(&source->urgent_count, 1);
 		mgd_bucket_wake(&source->drain);
 		mgd_bucket_wake(&source->common);
 		return 0;
 	}
-	__atomic_store_n(&source->cursor,
-			 (region->first_host_page + claim.page + claim.count) % source->host_page_count,
-			 __ATOMIC_RELEASE);
+	source->cursor = (region->first_host_page + claim.page + claim.count) % source->host_page_count;
 	if (source_send_pages(stream, &claim, err))
 		return -1;
 	return source_batch_flush(stream, err);
@@ -194,10 +173,10 @@ static int next_demand(struct source_stream *stream, struct mgd_error *err)
 	    mgd_frame_decode_header(header, source->bounds, source->region_count, &demand, err))
 		return -1;
 	if (demand.kind != MGD_FRAME_DEMAND)
-		return mgd_fail(err, MGD_ERR_PEER, "urgent connection: frame of kind %u: only demands come this way",
-				demand.kind);
+		return mgd_violation(err, "urgent connection: frame of kind %u: only demands come this way",
+				     demand.kind);
 	if (demand.check != mgd_frame_check(&demand, NULL, source->secret))
-		return mgd_fail(err, MGD_ERR_PEER, "urgent connection: demand: checksum does not fit");
+		return mgd_violation(err, "urgent connection: demand: checksum does not fit");
 	if (!wait_serving(source))
 		return mgd_fail(err, MGD_ERR_CLOSED, "page connection: dropped");
 	return serve_demand(stream, &demand, err);
@@ -208,7 +187,7 @@ void *source_urgent_main(void *argument)
 	struct source_stream *stream = argument;
 	struct mgd_error error = {0};
 
-	mgd_latency_matters();
+	mgd_thread_low_latency();
 	while (!next_demand(stream, &error))
 		;
 	stream_ended(stream, &error);

@@ -1,57 +1,27 @@
 /* SPDX-License-Identifier: MIT */
-/* The target engine: its life, and what the agent tells it.  The parts: target.h. */
+/*
+ * The target engine as the agent has it: making, arming and ending it, and its figures.  How it works inside is told in
+ * target.h.
+ */
 #include "target.h"
 
-#include <errno.h>
 #include <fcntl.h>
-#include <signal.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
-#include <unistd.h>
 
-#include "error.h"
 #include "guard.h"
 
-int mgd_target_thread(pthread_t *thread, void *(*run)(void *), void *argument, const char *name, struct mgd_error *err)
+struct target_region *target_region_of(struct mgd_target *target, uint64_t page)
 {
-	sigset_t all, before;
-	int code;
+	uint32_t i = target->region_count - 1;
 
-	sigfillset(&all);
-	/* Signals a thread raises itself stay deliverable: blocked, they would end the process without a trace. */
-	sigdelset(&all, SIGSEGV);
-	sigdelset(&all, SIGBUS);
-	sigdelset(&all, SIGFPE);
-	sigdelset(&all, SIGILL);
-	pthread_sigmask(SIG_SETMASK, &all, &before);
-	code = pthread_create(thread, NULL, run, argument);
-	pthread_sigmask(SIG_SETMASK, &before, NULL);
-	if (code)
-		return mgd_fail_errno(err, code, "pthread_create: %s", name);
-	(void)pthread_setname_np(*thread, name);
-	return 0;
-}
-
-struct mgd_alias *mgd_target_alias_of(struct mgd_target *target, uint64_t page)
-{
-	uint32_t i = target->alias_count - 1;
-
-	while (i && page < target->aliases[i].first)
+	while (i && page < target->regions[i].first)
 		i--;
-	return &target->aliases[i];
+	return &target->regions[i];
 }
 
-void mgd_target_kick(struct mgd_target *target)
-{
-	uint64_t one = 1;
-
-	(void)!write(target->kick_fd, &one, sizeof(one)); /* EAGAIN: readable already */
-}
-
-void mgd_target_all_current(struct mgd_target *target)
+void target_tell_all_current(struct mgd_target *target)
 {
 	if (!atomic_exchange(&target->all_current_told, true))
 		mgd_event_post(&target->events, MGD_EVENT_ALL_CURRENT, 0, 0, NULL);
@@ -64,44 +34,42 @@ static int check_region(const struct mgd_target_region *region, uint32_t index, 
 	uint64_t page_bytes = region->host_page_bytes;
 
 	if (page_bytes < MGD_BLOCK_BYTES || (page_bytes & (page_bytes - 1)))
-		return mgd_fail(err, MGD_ERR_ARGUMENT, "region %u: host page size %llu", index,
-				(unsigned long long)page_bytes);
+		return mgd_misuse(err, "region %u: host page size %" PRIu64, index, page_bytes);
 	if (region->size_bytes == 0 || region->size_bytes % page_bytes || region->size_bytes > (uint64_t)INT64_MAX)
-		return mgd_fail(err, MGD_ERR_ARGUMENT, "region %u: size %llu is not a number of pages of %llu", index,
-				(unsigned long long)region->size_bytes, (unsigned long long)page_bytes);
+		return mgd_misuse(err, "region %u: size %" PRIu64 " is not a number of pages of %" PRIu64, index,
+				  region->size_bytes, page_bytes);
 	return 0;
 }
 
-static int map_alias(struct mgd_alias *alias, const struct mgd_target_region *region, uint32_t index,
-		     struct mgd_error *err)
+static int map_region(struct target_region *region, const struct mgd_target_region *given, uint32_t index,
+		      struct mgd_error *err)
 {
-	int unreserved = region->flags & MGD_TARGET_UNRESERVED ? MAP_NORESERVE : 0;
+	int unreserved = given->flags & MGD_TARGET_UNRESERVED ? MAP_NORESERVE : 0;
 	struct stat status;
 	void *memory;
 
-	alias->memory_fd = fcntl(region->memory_fd, F_DUPFD_CLOEXEC, 0);
-	if (alias->memory_fd < 0)
+	region->memory_fd = fcntl(given->memory_fd, F_DUPFD_CLOEXEC, 0);
+	if (region->memory_fd < 0)
 		return mgd_fail_errno(err, errno, "region %u: memory descriptor", index);
-	if (fstat(alias->memory_fd, &status) < 0)
+	if (fstat(region->memory_fd, &status))
 		return mgd_fail_errno(err, errno, "region %u: fstat", index);
-	if ((uint64_t)status.st_size < region->size_bytes)
-		return mgd_fail(err, MGD_ERR_ARGUMENT, "region %u: its file has %llu bytes, %llu are needed", index,
-				(unsigned long long)status.st_size, (unsigned long long)region->size_bytes);
-	memory = mmap(NULL, region->size_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | unreserved, alias->memory_fd, 0);
+	if ((uint64_t)status.st_size < given->size_bytes)
+		return mgd_misuse(err, "region %u: its file has %" PRIu64 " bytes, %" PRIu64 " are needed", index,
+				  (uint64_t)status.st_size, given->size_bytes);
+	memory = mmap(NULL, given->size_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | unreserved, region->memory_fd, 0);
 	if (memory == MAP_FAILED) {
 		int code = errno;
 
-		mgd_fail_errno(err, code, "region %u: mmap of %llu MiB in pages of %llu KiB", index,
-			       (unsigned long long)(region->size_bytes >> 20),
-			       (unsigned long long)(region->host_page_bytes >> 10));
+		mgd_fail_errno(err, code, "region %u: mmap of %" PRIu64 " MiB in pages of %" PRIu64 " KiB", index,
+			       given->size_bytes >> 20, given->host_page_bytes >> 10);
 		if (err && code == ENOMEM)
 			err->kind = MGD_ERR_POOL;
 		return -1;
 	}
-	alias->memory = memory;
+	region->memory = memory;
 	/* Neither a child of ours nor a core file of ours may hold the guest's memory. */
-	(void)madvise(memory, region->size_bytes, MADV_DONTFORK);
-	(void)madvise(memory, region->size_bytes, MADV_DONTDUMP);
+	(void)madvise(memory, given->size_bytes, MADV_DONTFORK);
+	(void)madvise(memory, given->size_bytes, MADV_DONTDUMP);
 	return 0;
 }
 
@@ -110,20 +78,19 @@ static int take_back_claims(struct mgd_target *target, struct mgd_error *err)
 {
 	struct mgd_ledger *ledger = &target->ledger;
 
-	for (uint64_t page = mgd_ledger_next_known(ledger, 0, ledger->page_count); page < ledger->page_count;
-	     page = mgd_ledger_next_known(ledger, page + 1, ledger->page_count)) {
+	mgd_ledger_for_each_known (ledger, page) {
 		uint8_t byte = mgd_ledger_get(ledger, page);
-		struct mgd_alias *alias = mgd_target_alias_of(target, page);
+		struct target_region *region = target_region_of(target, page);
 
 		if (mgd_page_state(byte) != MGD_PAGE_STALE)
 			continue;
-		alias->stale_pages++;
+		region->stale_pages++;
 		if (!(byte & MGD_PAGE_RECEIVING))
 			continue;
 		if ((byte & MGD_PAGE_BLANK) &&
-		    fallocate(alias->memory_fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-			      (off_t)((page - alias->first) * alias->page_bytes), (off_t)alias->page_bytes) < 0)
-			return mgd_fail_errno(err, errno, "recover: fallocate: page %llu", (unsigned long long)page);
+		    fallocate(region->memory_fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+			      (off_t)((page - region->first) * region->page_bytes), (off_t)region->page_bytes))
+			return mgd_fail_errno(err, errno, "recover: fallocate: page %" PRIu64, page);
 		mgd_ledger_unclaim(ledger, page);
 	}
 	return 0;
@@ -134,32 +101,33 @@ static int build(struct mgd_target *target, const struct mgd_target_region *regi
 {
 	uint64_t first = 0;
 
-	for (uint32_t i = 0; i < target->alias_count; i++) {
-		struct mgd_alias *alias = &target->aliases[i];
+	for (uint32_t i = 0; i < target->region_count; i++) {
+		struct target_region *region = &target->regions[i];
 
-		alias->size_bytes = regions[i].size_bytes;
-		alias->page_bytes = regions[i].host_page_bytes;
-		alias->page_count = alias->size_bytes / alias->page_bytes;
-		alias->page_blocks = alias->page_bytes / MGD_BLOCK_BYTES;
-		alias->first = first;
-		first += alias->page_count;
-		target->bounds[i].block_count = alias->size_bytes / MGD_BLOCK_BYTES;
-		target->bounds[i].host_page_blocks = alias->page_blocks;
-		if (map_alias(alias, &regions[i], i, err) < 0)
+		region->size_bytes = regions[i].size_bytes;
+		region->page_bytes = regions[i].host_page_bytes;
+		region->page_count = region->size_bytes / region->page_bytes;
+		region->page_blocks = region->page_bytes / MGD_BLOCK_BYTES;
+		region->index = i;
+		region->first = first;
+		first += region->page_count;
+		target->bounds[i].block_count = region->size_bytes / MGD_BLOCK_BYTES;
+		target->bounds[i].host_page_blocks = region->page_blocks;
+		if (map_region(region, &regions[i], i, err))
 			return -1;
 	}
 	target->kick_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
 	if (target->kick_fd < 0)
 		return mgd_fail_errno(err, errno, "eventfd");
-	if (mgd_event_queue_init(&target->events, err) < 0 || mgd_waiting_init(&target->waiting, err) < 0 ||
-	    mgd_ledger_open(&target->ledger, ledger_fd, regions, target->alias_count, recover, err) < 0)
+	if (mgd_event_queue_init(&target->events, err) || mgd_waiting_init(&target->waiting, err) ||
+	    mgd_ledger_open(&target->ledger, ledger_fd, regions, target->region_count, recover, err))
 		return -1;
 	if (!recover)
 		return 0;
-	if (take_back_claims(target, err) < 0)
+	if (take_back_claims(target, err))
 		return -1;
-	if (mgd_ledger_phase(&target->ledger) == MGD_PHASE_SWITCHED && !atomic_load(&target->ledger.stale_pages))
-		mgd_target_all_current(target);
+	if (mgd_ledger_phase(&target->ledger) == MGD_PHASE_SWITCHED && !target->ledger.stale_pages)
+		target_tell_all_current(target);
 	return 0;
 }
 
@@ -168,32 +136,29 @@ int mgd_target_create(const struct mgd_target_region *regions, uint32_t region_c
 {
 	struct mgd_target *target;
 
-	if (mgd_guard_install(err) < 0)
+	if (mgd_guard_install(err))
 		return -1;
-	if (region_count == 0 || region_count > MGD_MAX_REGIONS)
-		return mgd_fail(err, MGD_ERR_ARGUMENT, "target: %u regions: 1 to %d are possible", region_count,
-				MGD_MAX_REGIONS);
-	if (stream_count == 0 || stream_count > MGD_MAX_STREAMS)
-		return mgd_fail(err, MGD_ERR_ARGUMENT, "target: %u streams: 1 to %d are possible", stream_count,
-				MGD_MAX_STREAMS);
+	if (!region_count || region_count > MGD_MAX_REGIONS || !stream_count || stream_count > MGD_MAX_STREAMS)
+		return mgd_misuse(err, "target: %u regions, %u streams: 1 to %d and 1 to %d are possible", region_count,
+				  stream_count, MGD_MAX_REGIONS, MGD_MAX_STREAMS);
 	for (uint32_t i = 0; i < region_count; i++)
-		if (check_region(&regions[i], i, err) < 0)
+		if (check_region(&regions[i], i, err))
 			return -1;
 	target = aligned_alloc(_Alignof(struct mgd_target), sizeof(*target));
 	if (!target)
 		return mgd_fail_errno(err, ENOMEM, "target");
 	memset(target, 0, sizeof(*target));
-	target->alias_count = region_count;
+	target->region_count = region_count;
 	target->stream_count = stream_count;
 	memcpy(target->secret, secret, MGD_SECRET_BYTES);
 	target->kick_fd = target->ledger.fd = target->events.fd = -1;
 	atomic_init(&target->uffd, -1);
 	for (uint32_t i = 0; i < MGD_MAX_REGIONS; i++)
-		target->aliases[i].memory_fd = -1;
+		target->regions[i].memory_fd = -1;
 	pthread_mutex_init(&target->barrier_lock, NULL);
 	pthread_mutex_init(&target->urgent_lock, NULL);
 	sem_init(&target->holes, 0, 0);
-	if (build(target, regions, ledger_fd, recover, err) < 0) {
+	if (build(target, regions, ledger_fd, recover, err)) {
 		mgd_target_destroy(target);
 		return -1;
 	}
@@ -206,20 +171,17 @@ void mgd_target_destroy(struct mgd_target *target)
 {
 	if (!target)
 		return;
-	mgd_populate_stop(target);
-	mgd_background_stop(target);
-	mgd_receiver_drop_all(target);
-	mgd_fault_stop(target);
-	if (atomic_load(&target->uffd) >= 0)
-		close(atomic_load(&target->uffd));
-	for (uint32_t i = 0; i < target->alias_count; i++) {
-		if (target->aliases[i].memory)
-			munmap(target->aliases[i].memory, target->aliases[i].size_bytes);
-		if (target->aliases[i].memory_fd >= 0)
-			close(target->aliases[i].memory_fd);
+	target_populate_stop(target);
+	target_background_stop(target);
+	target_receiver_drop_all(target);
+	target_fault_stop(target);
+	mgd_close(target->uffd);
+	for (uint32_t i = 0; i < target->region_count; i++) {
+		if (target->regions[i].memory)
+			munmap(target->regions[i].memory, target->regions[i].size_bytes);
+		mgd_close(target->regions[i].memory_fd);
 	}
-	if (target->kick_fd >= 0)
-		close(target->kick_fd);
+	mgd_close(target->kick_fd);
 	mgd_ledger_close(&target->ledger);
 	mgd_waiting_fini(&target->waiting);
 	mgd_event_queue_fini(&target->events);
@@ -244,12 +206,12 @@ int mgd_target_next_event(struct mgd_target *target, struct mgd_event *out)
 
 int mgd_target_add_stream(struct mgd_target *target, uint32_t stream, int fd, struct mgd_error *err)
 {
-	return mgd_receiver_start(target, stream, fd, err);
+	return target_receiver_start(target, stream, fd, err);
 }
 
 void mgd_target_drop_streams(struct mgd_target *target)
 {
-	mgd_receiver_drop_all(target);
+	target_receiver_drop_all(target);
 }
 
 /* ---- the guest's mappings */
@@ -257,18 +219,17 @@ void mgd_target_drop_streams(struct mgd_target *target)
 static int check_mapping(const struct mgd_target *target, const struct mgd_mapping *mapping, uint32_t index,
 			 struct mgd_error *err)
 {
-	const struct mgd_alias *alias;
+	const struct target_region *region;
 
-	if (mapping->region >= target->alias_count)
-		return mgd_fail(err, MGD_ERR_ARGUMENT, "arm: mapping %u: there is no region %u", index,
-				mapping->region);
-	alias = &target->aliases[mapping->region];
-	if (mapping->length_bytes == 0 || mapping->offset > alias->size_bytes ||
-	    mapping->length_bytes > alias->size_bytes - mapping->offset)
-		return mgd_fail(err, MGD_ERR_ARGUMENT, "arm: mapping %u: outside region %u", index, mapping->region);
-	if ((mapping->offset | mapping->length_bytes | mapping->address) & (alias->page_bytes - 1))
-		return mgd_fail(err, MGD_ERR_ARGUMENT, "arm: mapping %u: not aligned to pages of %llu bytes", index,
-				(unsigned long long)alias->page_bytes);
+	if (mapping->region >= target->region_count)
+		return mgd_misuse(err, "arm: mapping %u: there is no region %u", index, mapping->region);
+	region = &target->regions[mapping->region];
+	if (mapping->length_bytes == 0 || mapping->offset > region->size_bytes ||
+	    mapping->length_bytes > region->size_bytes - mapping->offset)
+		return mgd_misuse(err, "arm: mapping %u: outside region %u", index, mapping->region);
+	if ((mapping->offset | mapping->length_bytes | mapping->address) & (region->page_bytes - 1))
+		return mgd_misuse(err, "arm: mapping %u: not aligned to pages of %" PRIu64 " bytes", index,
+				  region->page_bytes);
 	return 0;
 }
 
@@ -277,33 +238,31 @@ int mgd_target_arm(struct mgd_target *target, int uffd, const struct mgd_mapping
 {
 	int own;
 
-	if (atomic_load(&target->uffd) >= 0)
-		return mgd_fail(err, MGD_ERR_ARGUMENT, "arm: done already");
+	if (target->uffd >= 0)
+		return mgd_misuse(err, "arm: done already");
 	if (mapping_count == 0)
-		return mgd_fail(err, MGD_ERR_ARGUMENT, "arm: no mapping given");
+		return mgd_misuse(err, "arm: no mapping given");
 	for (uint32_t i = 0; i < mapping_count; i++)
-		if (check_mapping(target, &mappings[i], i, err) < 0)
+		if (check_mapping(target, &mappings[i], i, err))
 			return -1;
+	free(target->mappings);
+	target->mappings = malloc(mapping_count * sizeof(*mappings));
+	if (!target->mappings)
+		return mgd_fail_errno(err, ENOMEM, "arm");
+	memcpy(target->mappings, mappings, mapping_count * sizeof(*mappings));
 	own = fcntl(uffd, F_DUPFD_CLOEXEC, 0);
 	if (own < 0)
 		return mgd_fail_errno(err, errno, "arm: userfaultfd: dup");
-	free(target->mappings);
-	target->mappings = malloc(mapping_count * sizeof(*mappings));
-	if (!target->mappings) {
-		close(own);
-		return mgd_fail_errno(err, ENOMEM, "arm");
-	}
-	memcpy(target->mappings, mappings, mapping_count * sizeof(*mappings));
 	target->mapping_count = mapping_count;
-	atomic_store(&target->uffd, own);
-	if (mgd_fault_start(target, err) < 0) {
-		atomic_store(&target->uffd, -1);
+	target->uffd = own;
+	if (target_fault_start(target, err)) {
+		target->uffd = -1;
 		close(own);
 		return -1;
 	}
 	/* Reports read by the process before us died with it; woken, the threads fault and are reported again. */
 	for (uint32_t i = 0; recovered && i < mapping_count; i++)
-		if (mgd_uffd_wake(own, mappings[i].address, mappings[i].length_bytes, err) < 0)
+		if (mgd_uffd_wake(own, mappings[i].address, mappings[i].length_bytes, err))
 			return -1;
 	return 0;
 }
@@ -314,25 +273,25 @@ void mgd_target_stats(const struct mgd_target *target, struct mgd_target_stats *
 	uint64_t away;
 
 	*out = (struct mgd_target_stats){
-		.wire_bytes = atomic_load_explicit(&target->wire_bytes, memory_order_relaxed),
-		.payload_bytes = atomic_load_explicit(&target->payload_bytes, memory_order_relaxed),
-		.frames = atomic_load_explicit(&target->frames, memory_order_relaxed),
+		.wire_bytes = target->wire_bytes,
+		.payload_bytes = target->payload_bytes,
+		.frames = target->frames,
 		.pages = ledger->page_count,
-		.stale_pages = atomic_load(&ledger->stale_pages),
-		.mapped_pages = atomic_load(&ledger->mapped_pages),
-		.discarded_frames = atomic_load_explicit(&target->discarded_frames, memory_order_relaxed),
-		.remove_events = atomic_load_explicit(&target->remove_events, memory_order_relaxed),
-		.faults_current = atomic_load_explicit(&target->faults_current, memory_order_relaxed),
-		.faults_stale = atomic_load_explicit(&target->faults_stale, memory_order_relaxed),
-		.faults_missing = atomic_load_explicit(&target->faults_missing, memory_order_relaxed),
-		.faults_duplicate = atomic_load_explicit(&target->faults_duplicate, memory_order_relaxed),
+		.stale_pages = ledger->stale_pages,
+		.mapped_pages = ledger->mapped_pages,
+		.discarded_frames = target->discarded_frames,
+		.remove_events = target->remove_events,
+		.faults_current = target->faults_current,
+		.faults_stale = target->faults_stale,
+		.faults_missing = target->faults_missing,
+		.faults_duplicate = target->faults_duplicate,
 		.faults_held = mgd_waiting_count((struct mgd_waiting *)&target->waiting),
-		.fault_thread_heartbeat_ns = atomic_load_explicit(&target->heartbeat_ns, memory_order_relaxed),
+		.fault_thread_heartbeat_ns = target->heartbeat_ns,
 	};
 	/* A page that has just come in may still be counted by its region. */
-	for (uint32_t i = 0; i < target->alias_count && out->stale_pages; i++)
-		out->stale_bytes += atomic_load(&target->aliases[i].stale_pages) * target->aliases[i].page_bytes;
-	away = out->stale_pages + out->mapped_pages + atomic_load(&ledger->poisoned_pages);
+	for (uint32_t i = 0; i < target->region_count && out->stale_pages; i++)
+		out->stale_bytes += target->regions[i].stale_pages * target->regions[i].page_bytes;
+	away = out->stale_pages + out->mapped_pages + ledger->poisoned_pages;
 	if (mgd_ledger_phase(ledger) == MGD_PHASE_SWITCHED && away < out->pages)
 		out->current_pages = out->pages - away;
 	mgd_histogram_read(&target->latency_current, &out->latency_current);

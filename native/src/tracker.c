@@ -2,9 +2,10 @@
 /*
  * Dirty tracking of another process, from outside.
  *
- * The guest's mappings are registered with userfaultfd for asynchronous write-protection: the first write to a protected
- * page lifts the protection by itself, without a message.  PAGEMAP_SCAN on the guest's pagemap says of each page whether
- * its page table entry is PRESENT, SWAPPED or neither (empty), and whether it is WRITTEN, that is, carries no protection.
+ * The guest's mappings are registered with userfaultfd for asynchronous write-protection: the first write to a
+ * protected page lifts the protection by itself, without a message.  PAGEMAP_SCAN on the guest's pagemap says of each
+ * page whether its page table entry is PRESENT, SWAPPED or neither (empty), and whether it is WRITTEN, that is, carries
+ * no protection.
  *
  * Four rules:
  *
@@ -21,15 +22,15 @@
  *
  * Shared memory is protected whole, absent pages included, so that only what was zapped is empty.  In a mapping that is
  * SPARSE, absent pages hold zeros, and there may be far more of them than memory: markers would fill the page tables of
- * memory that the guest never used.  There, only what is present or swapped is protected; one bit a page remembers which
- * pages ever were.  A page populated afterwards carries no protection, and so is WRITTEN at the next scan.  Nobody has read
- * it before that: only protected pages are reported, and only reported pages are read.
+ * memory that the guest never used.  There, only what is present or swapped is protected; one bit a page remembers
+ * which pages ever were.  A page populated afterwards carries no protection, and so is WRITTEN at the next scan.
+ * Nobody has read it before that: only protected pages are reported, and only reported pages are read.
  *
- * A step is scanned in two looks.  The first changes nothing: it asks for pages that are WRITTEN or not PRESENT, which costs
- * 3 ns for a small page that is neither, and 11 ns for one that is (6.18).  Empty pages are dealt with at once.  Only the
- * part that has written pages, if any, is looked at again to protect them: a look that may do so invalidates all of its
- * range in KVM's page tables, and on hugetlb it takes the file's lock for each page.  A page that is written and zapped
- * between the two is found empty by the next scan.
+ * A step is scanned in two looks.  The first changes nothing: it asks for pages that are WRITTEN or not PRESENT, which
+ * costs 3 ns for a small page that is neither, and 11 ns for one that is (6.18).  Empty pages are dealt with at once.
+ * Only the part that has written pages, if any, is looked at again to protect them: a look that may do so invalidates
+ * all of its range in KVM's page tables, and on hugetlb it takes the file's lock for each page.  A page that is written
+ * and zapped between the two is found empty by the next scan.
  *
  * What is asked of PAGEMAP_SCAN is narrower than what it offers, because kernels differ in the rest:
  *   - Whether an empty entry counts as WRITTEN depends on kernel, page size and masks (07b4377bdbe7, 40de8160ca7f).  It is
@@ -39,26 +40,25 @@
  *
  * What it does not see: writes other than through this process's page tables (other processes, devices, buffers pinned
  * before a scan and filled after it); the caller deals with those.  Memory whose content is dropped without having been
- * written since the last scan: reported where the mapping is SPARSE, but not always on shared memory or huge pages, where
- * a marker keeps the protection.  A process that has exited: a scan of it reports nothing and does not fail; the caller
- * watches the process.
+ * written since the last scan: reported where the mapping is SPARSE, but not always on shared memory or huge pages,
+ * where a marker keeps the protection.  A process that has exited: a scan of it reports nothing and does not fail; the
+ * caller watches the process.
  *
- * All of this runs beside a guest that maps and unmaps memory, and one that waits for its mmap_lock stands still.  So no
- * ioctl covers more than a step, about a millisecond of work.  The steps of a walk are shared among threads, because the
- * last scan is made while the guest is paused.
+ * All of this runs beside a guest that maps and unmaps memory, and one that waits for its mmap_lock stands still.  So
+ * no ioctl covers more than a step, about a millisecond of work.  The steps of a walk are shared among threads, because
+ * the last scan is made while the guest is paused.
  */
-#include <errno.h>
 #include <fcntl.h>
-#include <pthread.h>
-#include <signal.h>
+#include <inttypes.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
-#include <unistd.h>
 
 #include "bitmap.h"
 #include "pagemap.h"
 #include "processors.h"
+#include "thread.h"
 
 /* The most that one ioctl covers. */
 #define STEP_BYTES ((uint64_t)16 << 20)
@@ -112,7 +112,7 @@ struct walk {
 	struct mgd_tracker *tracker;
 	int (*visit)(struct walk *walk, const struct step *step, struct mgd_error *err);
 	uint64_t **bitmaps; /* [region], where pages are reported */
-	uint64_t bytes; /* reported; atomic */
+	_Atomic uint64_t bytes; /* reported */
 	pthread_mutex_t lock; /* for what follows */
 	uint32_t index;
 	uint64_t offset; /* where the next step begins, in mapping `index` */
@@ -120,7 +120,7 @@ struct walk {
 	struct mgd_error error; /* the first one */
 };
 
-/* ---------------------------------------------------------------- making and ending */
+/* ---- making and ending */
 
 static int check_mapping(const struct mgd_mapping *mapping, const uint64_t *page_bytes, uint32_t region_count,
 			 struct mgd_error *err)
@@ -128,21 +128,17 @@ static int check_mapping(const struct mgd_mapping *mapping, const uint64_t *page
 	uint64_t page;
 
 	if (mapping->region >= region_count)
-		return mgd_fail(err, MGD_ERR_ARGUMENT, "tracker: mapping of region %u of %u", mapping->region,
-				region_count);
+		return mgd_misuse(err, "tracker: mapping of region %u of %u", mapping->region, region_count);
 	page = page_bytes[mapping->region];
 	if (page < MGD_BLOCK_BYTES || (page & (page - 1)))
-		return mgd_fail(err, MGD_ERR_ARGUMENT, "tracker: region %u: page size %llu", mapping->region,
-				(unsigned long long)page);
+		return mgd_misuse(err, "tracker: region %u: page size %" PRIu64, mapping->region, page);
 	if (!mapping->length_bytes || ((mapping->address | mapping->offset | mapping->length_bytes) & (page - 1)) ||
 	    mapping->address + mapping->length_bytes < mapping->address ||
 	    mapping->offset + mapping->length_bytes < mapping->offset)
-		return mgd_fail(
-			err, MGD_ERR_ARGUMENT,
-			"tracker: region %u: mapping %#llx+%#llx at offset %#llx does not fit its page size %llu",
-			mapping->region, (unsigned long long)mapping->address,
-			(unsigned long long)mapping->length_bytes, (unsigned long long)mapping->offset,
-			(unsigned long long)page);
+		return mgd_misuse(err,
+				  "tracker: region %u: mapping %#" PRIx64 "+%#" PRIx64 " at offset %#" PRIx64
+				  " does not fit its page size %" PRIu64,
+				  mapping->region, mapping->address, mapping->length_bytes, mapping->offset, page);
 	return 0;
 }
 
@@ -158,12 +154,10 @@ int mgd_tracker_create(int pagemap_fd, int uffd, const struct mgd_mapping *mappi
 	struct mgd_tracker *tracker;
 
 	if (!mapping_count || !region_count || region_count > MGD_MAX_REGIONS)
-		return mgd_fail(err, MGD_ERR_ARGUMENT, "tracker: %u mappings of %u regions", mapping_count,
-				region_count);
-	for (uint32_t i = 0; i < mapping_count; i++) {
+		return mgd_misuse(err, "tracker: %u mappings of %u regions", mapping_count, region_count);
+	for (uint32_t i = 0; i < mapping_count; i++)
 		if (check_mapping(&mappings[i], page_bytes, region_count, err))
 			return -1;
-	}
 	tracker = calloc(1, sizeof(*tracker) + mapping_count * sizeof(tracker->tracked[0]));
 	if (!tracker)
 		return mgd_fail_errno(err, ENOMEM, "tracker");
@@ -196,41 +190,36 @@ void mgd_tracker_destroy(struct mgd_tracker *tracker)
 {
 	if (!tracker)
 		return;
-	if (tracker->pagemap_fd >= 0)
-		close(tracker->pagemap_fd);
-	if (tracker->uffd >= 0)
-		close(tracker->uffd);
+	mgd_close(tracker->pagemap_fd);
+	mgd_close(tracker->uffd);
 	for (uint32_t i = 0; i < tracker->count; i++)
 		mgd_unmap(tracker->tracked[i].armed, armed_bytes(&tracker->tracked[i]));
 	free(tracker);
 }
 
-/* ---------------------------------------------------------------- walking */
+/* ---- walking */
 
 /* Steps end at round addresses, so that they cut no transparent huge page. */
 static bool next_step(struct walk *walk, struct step *step)
 {
-	bool found;
+	MGD_HOLD(&walk->lock);
+	struct tracked *tracked = &walk->tracker->tracked[walk->index];
+	uint64_t end, size;
 
-	pthread_mutex_lock(&walk->lock);
-	found = walk->index < walk->tracker->count;
-	if (found) {
-		struct tracked *tracked = &walk->tracker->tracked[walk->index];
-		uint64_t end = tracked->mapping.address + tracked->mapping.length_bytes;
-		uint64_t size = tracked->page_bytes == MGD_BLOCK_BYTES ? STEP_BYTES : STEP_BYTES_HUGE;
-
-		size = size < tracked->page_bytes ? tracked->page_bytes : size;
-		*step = (struct step){.tracked = tracked, .start = tracked->mapping.address + walk->offset, .end = end};
-		if (end - step->start > size)
-			step->end = (step->start / size + 1) * size;
-		walk->offset = step->end - tracked->mapping.address;
-		if (step->end == end) {
-			walk->index++;
-			walk->offset = 0;
-		}
+	if (walk->index == walk->tracker->count)
+		return false;
+	end = tracked->mapping.address + tracked->mapping.length_bytes;
+	size = tracked->page_bytes == MGD_BLOCK_BYTES ? STEP_BYTES : STEP_BYTES_HUGE;
+	size = size < tracked->page_bytes ? tracked->page_bytes : size;
+	*step = (struct step){.tracked = tracked, .start = tracked->mapping.address + walk->offset, .end = end};
+	if (end - step->start > size)
+		step->end = (step->start / size + 1) * size;
+	walk->offset = step->end - tracked->mapping.address;
+	if (step->end == end) {
+		walk->index++;
+		walk->offset = 0;
 	}
-	pthread_mutex_unlock(&walk->lock);
-	return found;
+	return true;
 }
 
 /* Every step is tried, whatever became of the others; the first failure is reported. */
@@ -243,11 +232,10 @@ static void *walk_steps(void *argument)
 	while (next_step(walk, &step)) {
 		if (!walk->visit(walk, &step, &error))
 			continue;
-		pthread_mutex_lock(&walk->lock);
+		MGD_HOLD(&walk->lock);
 		if (!walk->result)
 			walk->error = error;
 		walk->result = -1;
-		pthread_mutex_unlock(&walk->lock);
 	}
 	return NULL;
 }
@@ -262,7 +250,7 @@ static uint64_t threads_wanted(const struct mgd_tracker *tracker)
 	if (count <= 1)
 		return 1;
 	most = mgd_processor_count();
-	most = most < THREADS_MAX ? most : THREADS_MAX;
+	most = mgd_min(most, THREADS_MAX);
 	return count > most ? most : count;
 }
 
@@ -271,14 +259,10 @@ static int walk_all(struct walk *walk, uint64_t threads, struct mgd_error *err)
 {
 	pthread_t started[THREADS_MAX];
 	uint64_t count = 0;
-	sigset_t all, before;
 
 	pthread_mutex_init(&walk->lock, NULL);
-	sigfillset(&all); /* signals are for the caller's threads */
-	pthread_sigmask(SIG_SETMASK, &all, &before);
-	while (count + 1 < threads && !pthread_create(&started[count], NULL, walk_steps, walk))
+	while (count + 1 < threads && !mgd_thread_start(&started[count], "mgd-tracker", walk_steps, walk, NULL))
 		count++;
-	pthread_sigmask(SIG_SETMASK, &before, NULL);
 	walk_steps(walk);
 	while (count)
 		pthread_join(started[--count], NULL);
@@ -288,7 +272,7 @@ static int walk_all(struct walk *walk, uint64_t threads, struct mgd_error *err)
 	return walk->result;
 }
 
-/* ---------------------------------------------------------------- what a step is made of */
+/* ---- what a step is made of */
 
 static int write_protect(const struct mgd_tracker *tracker, uint64_t start, uint64_t end, struct mgd_error *err)
 {
@@ -301,8 +285,7 @@ static int write_protect(const struct mgd_tracker *tracker, uint64_t start, uint
 		/* EAGAIN: the address space is being changed (mremap, madvise).  Doing it all again is harmless. */
 		if ((errno == EAGAIN || errno == EINTR) && tries < CHANGING_TRIES)
 			continue;
-		return mgd_fail_errno(err, errno, "UFFDIO_WRITEPROTECT: %#llx+%#llx", (unsigned long long)start,
-				      (unsigned long long)(end - start));
+		return mgd_fail_errno(err, errno, "UFFDIO_WRITEPROTECT: %#" PRIx64 "+%#" PRIx64, start, (end - start));
 	}
 	return 0;
 }
@@ -311,7 +294,7 @@ static int write_protect(const struct mgd_tracker *tracker, uint64_t start, uint
 static void set_bits(uint64_t *bitmap, uint64_t first, uint64_t end)
 {
 	for (uint64_t word = first / 64; word * 64 < end; word++)
-		__atomic_fetch_or(&bitmap[word], mgd_word_mask(word, first, end - first), __ATOMIC_RELAXED);
+		(void)mgd_word_set_atomic(&bitmap[word], mgd_word_mask(word, first, end - first));
 }
 
 /* The number of a page within its mapping. */
@@ -342,7 +325,7 @@ static void report(struct walk *walk, const struct tracked *tracked, uint64_t st
 
 	set_bits(walk->bitmaps[tracked->mapping.region], shift + page_of(tracked, start),
 		 shift + page_of(tracked, end));
-	__atomic_fetch_add(&walk->bytes, end - start, __ATOMIC_RELAXED);
+	atomic_fetch_add(&walk->bytes, end - start);
 }
 
 /* Fetch runs from the beginning of the step on; the step then begins where the next call has to go on. */
@@ -353,7 +336,7 @@ static int fetch(const struct mgd_tracker *tracker, struct step *step, const str
 				 out_count, err);
 }
 
-/* ---------------------------------------------------------------- arming */
+/* ---- arming */
 
 static int arm_step(struct walk *walk, const struct step *step, struct mgd_error *err)
 {
@@ -424,7 +407,7 @@ int mgd_tracker_disarm(struct mgd_tracker *tracker, struct mgd_error *err)
 	return result;
 }
 
-/* ---------------------------------------------------------------- scanning */
+/* ---- scanning */
 
 /* Pages whose entries are empty: rule 2. */
 static int scan_empty(struct walk *walk, const struct tracked *tracked, uint64_t start, uint64_t end,
@@ -516,8 +499,8 @@ int mgd_tracker_scan(struct mgd_tracker *tracker, uint64_t **bitmaps, uint64_t *
 
 /*
  * On shared memory, SWAPPED is a marker and no page: pages on swap are in the file's page cache, never in a page table.
- * Nothing else would be seen by it but a page that is being migrated at this moment; the source engine finds such a gap by
- * the size of the file.
+ * Nothing else would be seen by it but a page that is being migrated at this moment; the source engine finds such a gap
+ * by the size of the file.
  *
  * A SPARSE page populated since it was armed is left to the next scan, like anything that is not protected.
  */

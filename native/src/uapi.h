@@ -1,29 +1,15 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Kernel interfaces newer than the headers of the distributions we build on.  Whether the running kernel has them is found
- * out at run time (probe.c); numbers and layouts are those of include/uapi/linux/{userfaultfd,fs,ptrace}.h.
+ * Kernel interfaces newer than the headers of the distributions we build on (the oldest: Linux 6.1).  Whether the
+ * running kernel has them is found out at run time (mgd_probe); numbers and layouts are those of
+ * include/uapi/linux/{userfaultfd,fs,ptrace}.h.
  */
-#ifndef MGD_UAPI_H
-#define MGD_UAPI_H
+#pragma once
 
-#include <linux/ioctl.h>
-#include <linux/types.h>
 #include <linux/userfaultfd.h>
 
-#ifndef UFFD_USER_MODE_ONLY /* 5.11 */
-#define UFFD_USER_MODE_ONLY 1
-#endif
-#ifndef USERFAULTFD_IOC_NEW /* 6.1 */
-#define USERFAULTFD_IOC_NEW _IO(0xaa, 0x00)
-#endif
-#ifndef UFFD_FEATURE_WP_HUGETLBFS_SHMEM /* 5.19 */
-#define UFFD_FEATURE_WP_HUGETLBFS_SHMEM (1 << 12)
-#endif
 #ifndef UFFD_FEATURE_WP_UNPOPULATED /* 6.4 */
 #define UFFD_FEATURE_WP_UNPOPULATED (1 << 13)
-#endif
-#ifndef UFFDIO_CONTINUE_MODE_WP /* 6.4 */
-#define UFFDIO_CONTINUE_MODE_WP ((__u64)1 << 1)
 #endif
 #ifndef UFFD_FEATURE_POISON /* 6.6 */
 #define UFFD_FEATURE_POISON (1 << 14)
@@ -72,5 +58,3 @@ struct mgd_ptrace_rseq_configuration {
 	__u32 flags;
 	__u32 pad;
 };
-
-#endif

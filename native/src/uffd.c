@@ -1,14 +1,19 @@
 /* SPDX-License-Identifier: MIT */
-/* userfaultfd from our side of the descriptor: each function is one ioctl, checked and named. */
+/*
+ * userfaultfd from our side of the descriptor: each function is one ioctl, checked and named.  What this kernel can do
+ * is tried on throw-away descriptors; versions are never compared, since distributions carry features back and
+ * configurations leave them out.
+ */
 #include <errno.h>
 #include <fcntl.h>
-#include <string.h>
+#include <inttypes.h>
+#include <stdio.h>
 #include <sys/ioctl.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include "error.h"
-#include "uapi.h"
+#include "pagemap.h"
 
 #define FAULT_FEATURES                                                                                                 \
 	(UFFD_FEATURE_MISSING_HUGETLBFS | UFFD_FEATURE_MISSING_SHMEM | UFFD_FEATURE_MINOR_HUGETLBFS |                  \
@@ -55,6 +60,43 @@ int mgd_uffd_open(int user_mode_only, int *out_fd, struct mgd_error *err)
 	return 0;
 }
 
+int mgd_probe(struct mgd_features *out, struct mgd_error *err)
+{
+	struct uffdio_api api = {.api = UFFD_API};
+	int fd, limited;
+
+	*out = (struct mgd_features){
+		.has_userfaultfd = !mgd_uffd_open(0, &fd, NULL),
+		.has_user_mode_only = !mgd_uffd_open(1, &limited, NULL),
+		.pagemap_scan = mgd_pagemap_works(),
+	};
+	if (!out->has_userfaultfd && !out->has_user_mode_only)
+		return 0;
+	if (out->has_userfaultfd && out->has_user_mode_only)
+		close(limited);
+	if (!out->has_userfaultfd)
+		fd = limited;
+	if (ioctl(fd, UFFDIO_API, &api)) {
+		int reason = errno;
+
+		close(fd);
+		return mgd_fail_errno(err, reason, "UFFDIO_API");
+	}
+	close(fd);
+	out->raw_features = api.features;
+	out->minor_hugetlbfs = !!(api.features & UFFD_FEATURE_MINOR_HUGETLBFS);
+	out->minor_shmem = !!(api.features & UFFD_FEATURE_MINOR_SHMEM);
+	out->missing_hugetlbfs = !!(api.features & UFFD_FEATURE_MISSING_HUGETLBFS);
+	out->missing_shmem = !!(api.features & UFFD_FEATURE_MISSING_SHMEM);
+	out->wp_hugetlbfs_shmem = !!(api.features & UFFD_FEATURE_WP_HUGETLBFS_SHMEM);
+	out->wp_unpopulated = !!(api.features & UFFD_FEATURE_WP_UNPOPULATED);
+	out->wp_async = !!(api.features & UFFD_FEATURE_WP_ASYNC);
+	out->poison = !!(api.features & UFFD_FEATURE_POISON);
+	out->event_remove = !!(api.features & UFFD_FEATURE_EVENT_REMOVE);
+	out->exact_address = !!(api.features & UFFD_FEATURE_EXACT_ADDRESS);
+	return 0;
+}
+
 /* Name what this kernel lacks of `wanted`; a throw-away descriptor is asked, since UFFDIO_API works once on each. */
 static int fail_unsupported(uint64_t wanted, struct mgd_error *err)
 {
@@ -63,25 +105,14 @@ static int fail_unsupported(uint64_t wanted, struct mgd_error *err)
 	size_t used = 0;
 
 	if (mgd_probe(&features, NULL) || !features.raw_features)
-		return mgd_fail(err, MGD_ERR_UNSUPPORTED, "UFFDIO_API: this kernel does not offer features %#llx",
-				(unsigned long long)wanted);
-	for (size_t i = 0; i < sizeof(FEATURE_NAMES) / sizeof(FEATURE_NAMES[0]); i++) {
-		const char *text = FEATURE_NAMES[i].text;
-
-		if (!(wanted & FEATURE_NAMES[i].bit) || (features.raw_features & FEATURE_NAMES[i].bit))
-			continue;
-		if (used + strlen(text) + 3 > sizeof(names))
-			break;
-		if (used) {
-			memcpy(names + used, ", ", 3);
-			used += 2;
-		}
-		memcpy(names + used, text, strlen(text) + 1);
-		used += strlen(text);
-	}
+		return mgd_fail(err, MGD_ERR_UNSUPPORTED, "UFFDIO_API: this kernel does not offer features %#" PRIx64,
+				wanted);
+	for (size_t i = 0; i < sizeof(FEATURE_NAMES) / sizeof(FEATURE_NAMES[0]) && used < sizeof(names); i++)
+		if (wanted & ~features.raw_features & FEATURE_NAMES[i].bit)
+			used += (size_t)snprintf(names + used, sizeof(names) - used, "%s%s", used ? ", " : "",
+						 FEATURE_NAMES[i].text);
 	if (!used)
-		return mgd_fail(err, MGD_ERR_ARGUMENT,
-				"UFFDIO_API: done before on this descriptor, or not a userfaultfd");
+		return mgd_misuse(err, "UFFDIO_API: done before on this descriptor, or not a userfaultfd");
 	return mgd_fail(err, MGD_ERR_UNSUPPORTED, "userfaultfd: this kernel lacks %s", names);
 }
 
@@ -115,37 +146,35 @@ static int true_reason(int uffd, uint64_t start, uint64_t length_bytes, int reas
 
 int mgd_uffd_register(int uffd, uint64_t start, uint64_t length_bytes, int mode, struct mgd_error *err)
 {
-	struct uffdio_register arg = {.range = {.start = start, .len = length_bytes}};
+	struct uffdio_register arg = {.range = {start, length_bytes}, .mode = (uint64_t)mode};
 	uint64_t needed = (uint64_t)1 << _UFFDIO_WAKE;
 
+	_Static_assert(MGD_REGISTER_MISSING == UFFDIO_REGISTER_MODE_MISSING &&
+			       MGD_REGISTER_WP == UFFDIO_REGISTER_MODE_WP &&
+			       MGD_REGISTER_MINOR == UFFDIO_REGISTER_MODE_MINOR,
+		       "our modes are the kernel's");
 	if (mode <= 0 || (mode & ~(MGD_REGISTER_MISSING | MGD_REGISTER_WP | MGD_REGISTER_MINOR)))
-		return mgd_fail(err, MGD_ERR_ARGUMENT, "UFFDIO_REGISTER: mode %#x", (unsigned int)mode);
-	if (mode & MGD_REGISTER_MISSING)
-		arg.mode |= UFFDIO_REGISTER_MODE_MISSING;
-	if (mode & MGD_REGISTER_WP) {
-		arg.mode |= UFFDIO_REGISTER_MODE_WP;
+		return mgd_misuse(err, "UFFDIO_REGISTER: mode %#x", (unsigned int)mode);
+	if (mode & MGD_REGISTER_WP)
 		needed |= (uint64_t)1 << _UFFDIO_WRITEPROTECT;
-	}
-	if (mode & MGD_REGISTER_MINOR) {
-		arg.mode |= UFFDIO_REGISTER_MODE_MINOR;
+	if (mode & MGD_REGISTER_MINOR)
 		needed |= (uint64_t)1 << _UFFDIO_CONTINUE;
-	}
 	if (ioctl(uffd, UFFDIO_REGISTER, &arg)) {
 		int reason = true_reason(uffd, start, length_bytes, errno);
 
 		if (reason == EBUSY)
 			return mgd_fail_errno(err, reason,
-					      "UFFDIO_REGISTER: %#llx+%#llx: another userfaultfd has this memory",
-					      (unsigned long long)start, (unsigned long long)length_bytes);
-		return mgd_fail_errno(err, reason, "UFFDIO_REGISTER: %#llx+%#llx", (unsigned long long)start,
-				      (unsigned long long)length_bytes);
+					      "UFFDIO_REGISTER: %#" PRIx64 "+%#" PRIx64
+					      ": another userfaultfd has this memory",
+					      start, length_bytes);
+		return mgd_fail_errno(err, reason, "UFFDIO_REGISTER: %#" PRIx64 "+%#" PRIx64, start, length_bytes);
 	}
 	if ((arg.ioctls & needed) != needed) {
 		ioctl(uffd, UFFDIO_UNREGISTER, &arg.range);
 		return mgd_fail(err, MGD_ERR_UNSUPPORTED,
-				"UFFDIO_REGISTER: %#llx+%#llx: this kind of memory allows only ioctls %#llx of %#llx",
-				(unsigned long long)start, (unsigned long long)length_bytes,
-				(unsigned long long)arg.ioctls, (unsigned long long)needed);
+				"UFFDIO_REGISTER: %#" PRIx64 "+%#" PRIx64
+				": this kind of memory allows only ioctls %#" PRIx64 " of %#" PRIx64,
+				start, length_bytes, (uint64_t)arg.ioctls, needed);
 	}
 	return 0;
 }
@@ -155,8 +184,7 @@ int mgd_uffd_wake(int uffd, uint64_t start, uint64_t length_bytes, struct mgd_er
 	struct uffdio_range range = {.start = start, .len = length_bytes};
 
 	if (ioctl(uffd, UFFDIO_WAKE, &range))
-		return mgd_fail_errno(err, errno, "UFFDIO_WAKE: %#llx+%#llx", (unsigned long long)start,
-				      (unsigned long long)length_bytes);
+		return mgd_fail_errno(err, errno, "UFFDIO_WAKE: %#" PRIx64 "+%#" PRIx64, start, length_bytes);
 	return 0;
 }
 
@@ -166,8 +194,7 @@ int mgd_uffd_unregister(int uffd, uint64_t start, uint64_t length_bytes, struct 
 
 	if (ioctl(uffd, UFFDIO_UNREGISTER, &range))
 		return mgd_fail_errno(err, true_reason(uffd, start, length_bytes, errno),
-				      "UFFDIO_UNREGISTER: %#llx+%#llx", (unsigned long long)start,
-				      (unsigned long long)length_bytes);
+				      "UFFDIO_UNREGISTER: %#" PRIx64 "+%#" PRIx64, start, length_bytes);
 	/* Unregistering wakes threads waiting in missing faults, not those in minor faults. */
 	return mgd_uffd_wake(uffd, start, length_bytes, err);
 }

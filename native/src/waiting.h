@@ -1,9 +1,12 @@
 /* SPDX-License-Identifier: MIT */
-/* The pages guest threads wait for, and since when: an open-addressing table, small, behind a lock held for no call. */
-#ifndef MGD_WAITING_H
-#define MGD_WAITING_H
+/*
+ * The pages that guest threads wait for, since when and why, and how long those waited that have been answered.  There
+ * are as many entries as guest threads that wait, so a plain array under a lock is enough.
+ */
+#pragma once
 
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 
 #include "migrated.h"
@@ -16,16 +19,16 @@ enum mgd_waiting_for {
 };
 
 struct mgd_waiter {
-	uint64_t page; /* the ledger's number, plus 1: 0 is an empty slot */
+	uint64_t page; /* the ledger's number */
 	uint64_t since_ns;
-	uint32_t why;
+	enum mgd_waiting_for why;
 	bool was_stale, was_hole; /* it waited for that, too */
 };
 
 struct mgd_waiting {
 	pthread_mutex_t lock;
-	struct mgd_waiter *slots;
-	size_t count, capacity; /* a power of 2 */
+	struct mgd_waiter *waiters;
+	size_t count, capacity;
 };
 
 int mgd_waiting_init(struct mgd_waiting *waiting, struct mgd_error *err);
@@ -36,7 +39,14 @@ int mgd_waiting_add(struct mgd_waiting *waiting, uint64_t page, uint64_t since_n
 void mgd_waiting_change(struct mgd_waiting *waiting, uint64_t page, enum mgd_waiting_for why);
 bool mgd_waiting_take(struct mgd_waiting *waiting, uint64_t page, struct mgd_waiter *out);
 size_t mgd_waiting_count(struct mgd_waiting *waiting);
-/* A copy of all of them (page without the plus 1), to be freed; NULL and 0 when there are none or no memory. */
+/* A copy of all of them, to be freed; NULL and 0 when there are none or no memory. */
 struct mgd_waiter *mgd_waiting_list(struct mgd_waiting *waiting, size_t *out_count);
 
-#endif
+/* Latencies by powers of two of a microsecond: written by threads without a lock, read at any time. */
+struct mgd_histogram {
+	_Atomic uint64_t count, total_ns, max_ns;
+	_Atomic uint64_t buckets[MGD_HISTOGRAM_BUCKETS];
+};
+
+void mgd_histogram_add(struct mgd_histogram *histogram, uint64_t ns);
+void mgd_histogram_read(const struct mgd_histogram *histogram, struct mgd_fault_histogram *out);

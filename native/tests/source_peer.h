@@ -32,7 +32,7 @@ __attribute__((constructor)) static void peer_fill_secret(void)
 	fill_secret(peer_secret);
 }
 
-/* ---------------------------------------------------------------- the tracker, as the test wants it */
+/* ---- the tracker, as the test wants it */
 
 struct mgd_tracker {
 	uint64_t *report; /* of region 0: what the next scan says */
@@ -57,7 +57,7 @@ int mgd_tracker_present(struct mgd_tracker *tracker, uint64_t **bitmaps, uint64_
 	return mgd_tracker_scan(tracker, bitmaps, out_bytes, err);
 }
 
-/* ---------------------------------------------------------------- one guest and its receiver */
+/* ---- one guest and its receiver */
 
 struct peer;
 
@@ -307,7 +307,7 @@ static inline void peer_destroy(struct peer *peer)
 	free(peer);
 }
 
-/* ---------------------------------------------------------------- what the guest does */
+/* ---- what the guest does */
 
 /* Write a block that says where it is and how often it was written; report it to the next scan. */
 static inline void guest_write_quietly(struct peer *peer, uint64_t block, uint64_t version)
@@ -337,7 +337,7 @@ static inline void guest_zero(struct peer *peer, uint64_t block)
 	guest_report(peer, block);
 }
 
-/* ---------------------------------------------------------------- waiting for what must come */
+/* ---- waiting for what must come */
 
 static inline struct timespec peer_deadline(void)
 {

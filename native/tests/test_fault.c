@@ -94,7 +94,7 @@ static void while_a_hole_is_filled_other_faults_are_served(void)
 	struct pollfd poll_fd = {.events = POLLIN};
 	struct mgd_error err = {0};
 	struct uffdio_copy copy = {0};
-	struct mgd_alias *alias;
+	struct target_region *region;
 	struct uffd_msg message;
 	struct host host;
 	uint32_t waits;
@@ -103,10 +103,11 @@ static void while_a_hole_is_filled_other_faults_are_served(void)
 		return; /* filled at once */
 	open_host(&host);
 	switch_over(&host, 4, 1u << 2);
-	alias = &host.target->aliases[0];
+	region = &host.target->regions[0];
 	CHECK_OK(mgd_uffd_open(0, &poll_fd.fd, &err), err);
 	CHECK_OK(mgd_uffd_api(poll_fd.fd, 1, 0, &err), err);
-	CHECK_OK(mgd_uffd_register(poll_fd.fd, (uintptr_t)alias->memory, alias->size_bytes, MGD_REGISTER_MISSING, &err),
+	CHECK_OK(mgd_uffd_register(poll_fd.fd, (uintptr_t)region->memory, region->size_bytes, MGD_REGISTER_MISSING,
+				   &err),
 		 err);
 	waits = tell(&host.guest, READ_BLOCK, 9 * host.blocks, 0);
 	CHECK(poll(&poll_fd, 1, PATIENCE_MS) == 1);
@@ -117,11 +118,12 @@ static void while_a_hole_is_filled_other_faults_are_served(void)
 	CHECK_EQUAL(rig_demand(host.urgent, &host.bounds, 1).first_block, 2 * host.blocks);
 	send_page(&host, host.urgent, 2, MGD_FRAME_FINAL, 2);
 	CHECK_EQUAL(hear(&host.guest).value, 2);
-	copy = (struct uffdio_copy){.dst = (uintptr_t)alias->memory + 9 * alias->page_bytes, .len = alias->page_bytes};
+	copy = (struct uffdio_copy){.dst = (uintptr_t)region->memory + 9 * region->page_bytes,
+				    .len = region->page_bytes};
 	copy.src = (uintptr_t)mmap(NULL, copy.len, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	CHECK(ioctl(poll_fd.fd, UFFDIO_COPY, &copy) == 0);
 	CHECK_EQUAL(hear(&host.guest).id, waits);
-	CHECK_OK(mgd_uffd_unregister(poll_fd.fd, (uintptr_t)alias->memory, alias->size_bytes, &err), err);
+	CHECK_OK(mgd_uffd_unregister(poll_fd.fd, (uintptr_t)region->memory, region->size_bytes, &err), err);
 	munmap((void *)(uintptr_t)copy.src, copy.len);
 	close(poll_fd.fd);
 	close_host(&host);

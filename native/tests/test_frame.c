@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: MIT
+/* SPDX-License-Identifier: MIT */
 /* The page frame: what is encoded is decoded, and every field that is wrong is refused. */
 #include <string.h>
 

@@ -114,7 +114,7 @@ static void inject_often(pid_t pid)
 		CHECK_EQUAL(inject(pid, SYS_getppid, 0, 0, 0), getpid());
 }
 
-/* ---------------------------------------------------------------- blocked in a system call */
+/* ---- blocked in a system call */
 
 static int read_once(int pipe_fd)
 {
@@ -218,7 +218,7 @@ static void a_sigsuspend_keeps_both_its_masks(void)
 	finish(&child);
 }
 
-/* ---------------------------------------------------------------- running */
+/* ---- running */
 
 /* Integer and floating point registers hold the only copy of what is counted. */
 static int count(int pipe_fd)
@@ -357,7 +357,7 @@ static void no_signal_is_lost_or_doubled(void)
 	CHECK_EQUAL(board->sum_of_values, sum);
 }
 
-/* ---------------------------------------------------------------- answers */
+/* ---- answers */
 
 static void arguments_and_errors_come_through(void)
 {
@@ -489,7 +489,7 @@ static void our_own_wait_for_children_sees_nothing(void)
 	finish(&child);
 }
 
-/* ---------------------------------------------------------------- frozen by a control group */
+/* ---- frozen by a control group */
 
 /* How to freeze with each version of control groups, and where that may be mounted. */
 struct freezer {

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: MIT
+/* SPDX-License-Identifier: MIT */
 /* The source engine in pre-copy: what is sent, what is not, and that it is what the guest had. */
 #include "source_peer.h"
 

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: MIT
+/* SPDX-License-Identifier: MIT */
 /* The token bucket, with a clock of our own. */
 #include "bucket.h"
 #include "check.h"

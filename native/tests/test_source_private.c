@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: MIT
+/* SPDX-License-Identifier: MIT */
 /* The source engine reads private memory of a process: only what is there, and it says so when that is gone. */
 #include <fcntl.h>
 #include <poll.h>

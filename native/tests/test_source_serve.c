@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: MIT
+/* SPDX-License-Identifier: MIT */
 /* The source engine after the freeze: stale map, demands, drain, claims, reconnect. */
 #include "processors.h"
 #include "source_peer.h"

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: MIT
+/* SPDX-License-Identifier: MIT */
 /*
  * Source engine, dirty tracker and target engine together: two regions of our own memory move while a thread writes them,
  * and the digests agree.  Over ordinary pages, over 2 MiB pages where the pool has them, and from private memory to either.

@@ -589,7 +589,7 @@ static void populating_takes_no_memory_for_its_requests(void)
 	struct mallinfo2 before;
 	struct pollfd poll_fd;
 	struct bench bench;
-	struct mgd_alias *alias;
+	struct target_region *region;
 	int uffd;
 
 	CHECK(bits);
@@ -599,9 +599,10 @@ static void populating_takes_no_memory_for_its_requests(void)
 		return;
 	}
 	open_bench(&bench, MGD_BLOCK_BYTES, 8ull * PIECE_BYTES * MGD_BLOCK_BYTES);
-	alias = &bench.target->aliases[0];
+	region = &bench.target->regions[0];
 	CHECK_OK(mgd_uffd_api(uffd, 1, 0, &err), err);
-	CHECK_OK(mgd_uffd_register(uffd, (uintptr_t)alias->memory, alias->size_bytes, MGD_REGISTER_MISSING, &err), err);
+	CHECK_OK(mgd_uffd_register(uffd, (uintptr_t)region->memory, region->size_bytes, MGD_REGISTER_MISSING, &err),
+		 err);
 	bits[0] = 1;
 	CHECK_OK(mgd_target_populate(bench.target, 0, 0, bits, PIECE_BYTES, 1, &err), err);
 	poll_fd = (struct pollfd){.fd = uffd, .events = POLLIN};
@@ -610,7 +611,7 @@ static void populating_takes_no_memory_for_its_requests(void)
 	for (int i = 0; i < PIECES; i++)
 		CHECK_OK(mgd_target_populate(bench.target, 0, 0, bits, PIECE_BYTES, 1, &err), err);
 	CHECK(mallinfo2().uordblks + mallinfo2().hblkhd < before.uordblks + before.hblkhd + PIECE_BYTES);
-	CHECK_OK(mgd_uffd_unregister(uffd, (uintptr_t)alias->memory, alias->size_bytes, &err), err);
+	CHECK_OK(mgd_uffd_unregister(uffd, (uintptr_t)region->memory, region->size_bytes, &err), err);
 	CHECK_EQUAL(rig_event(bench.target, MGD_EVENT_POPULATED).error.kind, MGD_ERR_NONE);
 	close(uffd);
 	close_bench(&bench);

@@ -133,7 +133,7 @@ static inline int receive_fd(int socket, struct hello *hello)
 	return fd;
 }
 
-/* ---------------------------------------------------------------- in the guest */
+/* ---- in the guest */
 
 /* At a round address, so that transparent huge pages fit; MAP_FAILED where the pool is empty. */
 static inline char *map_memory(const struct guest *guest)
@@ -238,7 +238,7 @@ static inline void run_guest(const struct guest *guest, int socket)
 	_exit(0);
 }
 
-/* ---------------------------------------------------------------- in the test */
+/* ---- in the test */
 
 static inline int open_proc(const struct guest *guest, const char *name)
 {
@@ -431,7 +431,7 @@ static inline void disarm(struct guest *guest)
 	CHECK_OK(mgd_tracker_disarm(guest->tracker, &err), err);
 }
 
-/* ---------------------------------------------------------------- the list of tests */
+/* ---- the list of tests */
 
 #define ON(kind) (1u << (kind))
 #define ALL (ON(KINDS) - 1)

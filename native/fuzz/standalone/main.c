@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: MIT
+/* SPDX-License-Identifier: MIT */
 /*
  * A fuzzer's main where libFuzzer is not to be had: replays the files (or directories of files) it is given, then mutates
  * valid frames blindly.

@@ -5,7 +5,7 @@
 #include <unistd.h>
 
 #include "check.h"
-#include "latency.h"
+#include "thread.h"
 
 static int before, after;
 
@@ -13,7 +13,7 @@ static void *hint(void *argument)
 {
 	(void)argument;
 	before = getpriority(PRIO_PROCESS, 0);
-	mgd_latency_matters();
+	mgd_thread_low_latency();
 	after = getpriority(PRIO_PROCESS, 0);
 	return NULL;
 }

@@ -1,14 +1,39 @@
 /* SPDX-License-Identifier: MIT */
-#include "latency.h"
+/*
+ * Starting threads, and their place with the scheduler.  Each function says what becomes of a failure: only a thread
+ * that cannot be started is one.
+ */
+#include "thread.h"
 
 #include <sched.h>
-#include <stdint.h>
+#include <signal.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "error.h"
+
 #define NICE_BETTER 10
 #define SLICE_NS 100000 /* the least there is */
+
+int mgd_thread_start(pthread_t *thread, const char *name, void *(*run)(void *), void *argument, struct mgd_error *err)
+{
+	sigset_t blocked, before;
+	int code;
+
+	sigfillset(&blocked);
+	sigdelset(&blocked, SIGSEGV);
+	sigdelset(&blocked, SIGBUS);
+	sigdelset(&blocked, SIGFPE);
+	sigdelset(&blocked, SIGILL);
+	pthread_sigmask(SIG_SETMASK, &blocked, &before);
+	code = pthread_create(thread, NULL, run, argument);
+	pthread_sigmask(SIG_SETMASK, &before, NULL);
+	if (code)
+		return mgd_fail_errno(err, code, "pthread_create: %s", name);
+	(void)pthread_setname_np(*thread, name);
+	return 0;
+}
 
 /* struct sched_attr of sched_setattr(2), for which glibc has no name before 2.41. */
 struct attributes {
@@ -19,7 +44,7 @@ struct attributes {
 	uint64_t runtime_ns, deadline_ns, period_ns;
 };
 
-void mgd_latency_matters(void)
+void mgd_thread_low_latency(void)
 {
 	int nice = getpriority(PRIO_PROCESS, 0);
 	struct attributes attributes = {

@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: MIT */
-/* A connection's receiver: what receive.c (connection, frames), receive_pages.c (what a frame
- * does to pages) and receive_payload.c share. */
-#ifndef MGD_RECEIVE_H
-#define MGD_RECEIVE_H
+/*
+ * A connection's receiver, as target_receive.c (connection, frames, payload) and target_pages.c (what a frame does to
+ * pages) share it.  It belongs to the connection's thread.
+ */
+#pragma once
 
 #include <sys/uio.h>
 
@@ -17,7 +18,7 @@ enum hold {
 	HOLD_LARGE_PAGE, /* a page of several frames, some of which are in, if its route is not DROP */
 };
 
-struct mgd_receiver {
+struct target_receiver {
 	struct mgd_target *target;
 	uint32_t stream; /* or MGD_STREAM_URGENT */
 	struct mgd_channel *channel;
@@ -35,8 +36,8 @@ struct mgd_receiver {
 
 	/* The frame under way. */
 	struct mgd_frame frame;
-	struct mgd_alias *alias;
-	uint64_t first_page, page_count; /* of the alias; pages the frame touches */
+	struct target_region *region;
+	uint64_t first_page, page_count; /* of the region; pages the frame touches */
 	uint8_t route[MGD_CHUNK_BLOCKS]; /* enum route, by page of the frame */
 	bool torn; /* blocks of a FINAL frame may have been written in place, and are not checked */
 	uint32_t present_count;
@@ -49,12 +50,10 @@ struct mgd_receiver {
 };
 
 /* Header and bitmaps are in receiver->frame and checked, the payload is still in the socket: take it, and put it where it
- * belongs.  After an error mgd_receive_give_up puts things back. */
-int mgd_receive_frame_pages(struct mgd_receiver *receiver, struct mgd_error *err);
-/* receive_payload.c: read the payload to at[0 … present_count-1], unpacked, and fill in hashes. */
-int mgd_receive_payload(struct mgd_receiver *receiver, struct mgd_error *err);
-void mgd_receive_payload_fini(struct mgd_receiver *receiver);
+ * belongs.  After an error target_receive_give_up puts things back. */
+int target_receive_frame_pages(struct target_receiver *receiver, struct mgd_error *err);
+/* target_receive.c: read the payload to at[0 … present_count-1], unpacked, and fill in hashes. */
+int target_receive_payload(struct target_receiver *receiver, struct mgd_error *err);
+void target_receive_payload_fini(struct target_receiver *receiver);
 /* The connection ends: nothing of a FINAL frame that was not complete may stay, and its pages are anybody's again. */
-void mgd_receive_give_up(struct mgd_receiver *receiver);
-
-#endif
+void target_receive_give_up(struct target_receiver *receiver);

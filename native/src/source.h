@@ -1,42 +1,49 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The source engine, inside.
+ * The inside of the source engine: what its threads share, and what its files offer each other.  The agent sees none of
+ * it, but the functions of mgd_api.h.
  *
  * A guest is read and sent by stream threads: one for each bulk connection, one for the urgent one.  What they share:
  *
- *   marks          one bit a block: to be looked at by the next round; from the freeze on: the blocks that may differ from
- *                  what the target has (a mark may go when the block is found unchanged).  marked_chunks: a bit a chunk, so that nobody walks memory
- *                  that is not there.  Setting: mark, then chunk; taking: chunk, then mark.  So no mark is ever
- *                  missed, at worst a chunk is looked at for nothing.
+ *   marks          one bit a block: to be looked at by the next round; from the freeze on: the blocks that may differ
+ *                  from what the target has (a mark may go when the block is found unchanged).  marked_chunks: a bit a
+ *                  chunk, so that nobody walks memory that is not there.  Setting: mark, then chunk; taking: chunk, then
+ *                  mark.  So no mark is ever missed, at worst a chunk is looked at for nothing.
  *   table          keyed hash of what the target has of each block, 0: zeros.  Written only by the thread that sends the
  *                  block, while pre-copy lasts; mapped read-only from the freeze on.
  *   unclaimed      one bit a host page, from the freeze on: stale, and nobody sends it yet.  Whoever clears the bit owns
  *                  the page and sends it, all of it, on its own connection.  No other way to a FINAL frame exists.
  *
- * Frames are gathered in a batch (source_batch.c): small ones share a system call, large ones are read, hashed and written
- * while they are in the processor's cache.
+ * Frames are gathered in a batch (source_batch.c): small ones share a system call, large ones are read, hashed and
+ * written while they are in the processor's cache.
  *
- * The one rule that keeps the guest safe: a block that is sent is hashed in, and sent from, the thread's own copy of it.
- * The guest writes on meanwhile; what the table says was sent is what was sent.  That a block has not changed may be found
- * out in place (source_view.h).  Reading never fills a hole, and no fault of that memory can end us.
+ * The one rule that keeps the guest safe: a block that is sent is hashed in, and sent from, the thread's own copy of
+ * it.  The guest writes on meanwhile; what the table says was sent is what was sent.  That a block has not changed may
+ * be found out in place (source_memory.c).  Reading never fills a hole, and no fault of that memory can end us.
  *
  * Locks: source->lock for the orders to the threads; marks, claims and counters are atomic.  No lock is held while a
  * thread reads memory or writes to a connection.
  */
-#ifndef MGD_SOURCE_STATE_H
-#define MGD_SOURCE_STATE_H
+#pragma once
 
-#include <pthread.h>
+#include <errno.h>
+#include <inttypes.h>
+#include <stdatomic.h>
 #include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
 #include <sys/uio.h>
+#include <unistd.h>
 
 #include "bitmap.h"
 #include "bucket.h"
 #include "channel.h"
+#include "clock.h"
 #include "error.h"
 #include "event.h"
 #include "frame.h"
 #include "packer.h"
+#include "thread.h"
 
 #define SOURCE_CHUNK_WORDS MGD_FRAME_BITMAP_WORDS
 #define SOURCE_URGENT_SLOT MGD_MAX_STREAMS
@@ -67,10 +74,10 @@ struct source_region {
 	uint64_t *marks; /* a block */
 	uint64_t *marked_chunks; /* a chunk */
 	uint64_t *scanned; /* a page; scratch for the tracker, empty between calls */
-	uint64_t *unsettled; /* a page: reported since the last quiesced scan */
+	uint64_t *since_quiesced; /* a page: reported since the last quiesced scan */
 	uint64_t *stale; /* a host page: what was frozen, or is lacking after a reconnect */
 	uint64_t *unclaimed; /* a host page */
-	uint64_t *hurried; /* a host page: demanded while another thread was sending it */
+	uint64_t *urgent; /* a host page: demanded while another thread was sending it */
 };
 
 /* Host pages being sent in post-copy, by the thread that has claimed them. */
@@ -91,7 +98,7 @@ struct source_batch {
 	size_t heads_bytes;
 	uint32_t frame_count;
 	uint64_t began_ns; /* when its first frame was added */
-	uint64_t hurries_seen;
+	uint64_t urgent_seen;
 	struct iovec iov[2 * SOURCE_BATCH_FRAMES];
 	int iov_count;
 	struct source_claim claims[SOURCE_BATCH_FRAMES];
@@ -114,6 +121,13 @@ struct source_stream {
 	uint64_t hashes[MGD_CHUNK_BLOCKS]; /* of the present blocks of a frame, in order */
 };
 
+/* Of struct mgd_source_stats; counted by all threads. */
+struct source_counters {
+	_Atomic uint64_t wire_bytes, payload_bytes, header_bytes, read_bytes, table_bytes;
+	_Atomic uint64_t zero_blocks, unchanged_blocks, sent_blocks, compression_saved_bytes;
+	_Atomic uint64_t demanded_pages, demand_bytes, drain_bytes, throttled_ns;
+};
+
 enum source_phase { SOURCE_PRECOPY, SOURCE_FROZEN };
 
 struct mgd_source {
@@ -134,35 +148,24 @@ struct mgd_source {
 
 	pthread_mutex_t lock;
 	pthread_cond_t ordered;
-	bool stopping; /* also read without the lock, atomically */
-	bool serving, draining; /* likewise */
+	_Atomic bool stopping, serving, draining; /* written under the lock */
 	bool all_sent_told;
 	uint64_t round_generation, round;
 	uint32_t round_left; /* streams not through with the round */
 	uint64_t barrier_generation, barrier;
 
-	/* Atomic. */
-	int compression_level; /* 0: off */
 	bool whole; /* no hashes: every block of a page is told (set before any thread serves) */
-	uint64_t marked_blocks;
-	uint64_t unclaimed_pages, unclaimed_bytes; /* bytes: only for _stats */
-	uint64_t hurries; /* counts bits set in any region's `hurried` */
-	uint64_t unfinished_pages; /* unclaimed, or claimed and not written out yet */
-	uint64_t cursor; /* host page (numbered through) where the drain goes on */
-	struct mgd_source_stats counters;
+	_Atomic int compression_level; /* 0: off */
+	_Atomic uint64_t marked_blocks;
+	_Atomic uint64_t unclaimed_pages, unclaimed_bytes; /* bytes: only for _stats */
+	_Atomic uint64_t unfinished_pages; /* unclaimed, or claimed and not written out yet */
+	_Atomic uint64_t urgent_count; /* of bits set in any region's `urgent` */
+	_Atomic uint64_t cursor; /* host page (numbered through) where the drain goes on */
+	struct source_counters counters;
 };
 
-#define source_count(source, field, amount) __atomic_fetch_add(&(source)->counters.field, (amount), __ATOMIC_RELAXED)
-
-static inline bool source_flag(const bool *flag)
-{
-	return __atomic_load_n(flag, __ATOMIC_ACQUIRE);
-}
-
-static inline void source_set_flag(bool *flag, bool value)
-{
-	__atomic_store_n(flag, value, __ATOMIC_RELEASE);
-}
+#define source_count(source, field, amount)                                                                            \
+	atomic_fetch_add_explicit(&(source)->counters.field, (amount), memory_order_relaxed)
 
 /* source_marks.c */
 void source_mark_blocks(struct mgd_source *source, struct source_region *region, uint64_t first, uint64_t count);
@@ -185,23 +188,33 @@ void source_batch_close_claim(struct source_stream *stream);
 int source_batch_add(struct source_stream *stream, struct mgd_frame *frame, struct mgd_error *err);
 int source_batch_flush(struct source_stream *stream, struct mgd_error *err);
 
-/* source_refine.c */
-struct source_refinement;
-/* Have helpers take away the marks of blocks that have not changed, from the end of a claim on, if it is so much to look at
+/* source_search.c */
+struct source_search;
+/* Have helpers take away the marks of blocks that have not changed, from the end of a claim on, if it is so much to compare
  * that threads pay; NULL if not.  The pages are claimed by the caller, and the source is frozen. */
-struct source_refinement *source_refine_begin(struct mgd_source *source, const struct source_claim *claim);
+struct source_search *source_search_begin(struct mgd_source *source, const struct source_claim *claim);
 /* The caller is at this chunk.  NULL is allowed here and below. */
-void source_refine_reached(struct source_refinement *refinement, uint64_t chunk);
-void source_refine_end(struct source_refinement *refinement);
+void source_search_reached(struct source_search *search, uint64_t chunk);
+void source_search_end(struct source_search *search);
 
-/* source_read.c */
+/* source_memory.c */
+/* Map a region for reading if it is on huge pages.  Not being able to is no failure: everything is read with pread then. */
+void source_view_open(struct mgd_source *source, struct source_region *region);
+void source_view_close(struct source_region *region);
 /* Copy blocks first … first+count-1 of the region, as they are just now; holes are zeros. */
 int source_read(struct mgd_source *source, const struct source_region *region, uint64_t first, uint32_t count,
 		uint8_t *to, struct mgd_error *err);
-/* Which of the blocks first … first+count-1 (at most SOURCE_READ_BLOCKS) differ from the table (bit 0: the first), looked at
- * in place; the others are counted as unchanged.  False where that cannot be said without a copy. */
-bool source_differing(struct mgd_source *source, const struct source_region *region, uint64_t first, uint32_t count,
-		      uint64_t *out_differing);
+/* Which of the blocks first … first+count-1 (at most SOURCE_READ_BLOCKS) differ from the table (bit 0: the first), compared in
+ * place.  False where that cannot be said without a copy.  The guest may be writing them: what is found unchanged was
+ * so after the scan that had it marked, and a later write is reported by the next. */
+bool source_compare(const struct mgd_source *source, const struct source_region *region, uint64_t first, uint32_t count,
+		    uint64_t *out_differing);
+/* Blocks that were compared in place and are not going to be read again. */
+static inline void source_count_unchanged(struct mgd_source *source, uint64_t blocks)
+{
+	source_count(source, read_bytes, blocks * MGD_BLOCK_BYTES);
+	source_count(source, unchanged_blocks, blocks);
+}
 /* What the table holds for a block that looks like this. */
 uint64_t source_hash(const struct mgd_source *source, const uint8_t *block);
 
@@ -214,7 +227,7 @@ int source_send_chunk(struct source_stream *stream, struct source_region *region
 int source_send_pages(struct source_stream *stream, const struct source_claim *claim, struct mgd_error *err);
 int source_send_barrier(struct source_stream *stream, uint64_t barrier, struct mgd_error *err);
 
-/* source_claim.c */
+/* source_stale.c */
 /* Claim the page, and stale neighbours of it in the same `window_blocks`, in one contiguous run; false: it was not there
  * to be claimed. */
 bool source_claim(struct mgd_source *source, struct source_region *region, uint64_t page, uint64_t window_blocks,
@@ -229,5 +242,3 @@ void source_tell_all_sent(struct mgd_source *source);
 /* source_stream.c: thread bodies; the argument is the stream. */
 void *source_bulk_main(void *stream);
 void *source_urgent_main(void *stream);
-
-#endif

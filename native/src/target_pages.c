@@ -1,48 +1,41 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * What a frame does to pages.
+ * What a frame does to pages: it claims them, is written to memory, and makes them current.  What is not complete when
+ * a connection ends is taken back here, too.
  *
- * Pre-copy frames are read from the socket straight into the alias.  If one turns out damaged, the session ends, the guest
- * runs on at the source, and what was written here is thrown away with everything else.
+ * Pre-copy frames are read from the socket straight into the alias.  If one turns out damaged, the session ends, the
+ * guest runs on at the source, and what was written here is thrown away with everything else.
  *
- * After the switch-over a page that goes back to stale must be as it was: the source sends again only what changed since
- * pre-copy.  So a damaged frame (or one damaged in its own address) must not have written anything.  Payload of a page
- * that holds pre-copied data therefore goes through a scratch buffer and is copied once the check is right: it is
- * changed blocks only, a few.  A BLANK page, for which nothing came in pre-copy, is read in place, whole pages that they
- * usually are, and on failure zeroed again: all its other blocks are zeros or sent anew.
+ * After the switch-over a page that goes back to stale must be as it was: the source sends again only what changed
+ * since pre-copy.  So a damaged frame (or one damaged in its own address) must not have written anything.  Payload of a
+ * page that holds pre-copied data therefore goes through a scratch buffer and is copied once the check is right: it is
+ * changed blocks only, a few.  A BLANK page, for which nothing came in pre-copy, is read in place, whole pages that
+ * they usually are, and on failure zeroed again: all its other blocks are zeros or sent anew.
  *
  * A page claimed by nobody but us is written; for any other the payload is read and dropped.
  */
-#include <errno.h>
-#include <string.h>
+#include "target_receive.h"
 
-#include "error.h"
 #include "guard.h"
-#include "receive.h"
 
-static bool bit(const uint64_t *bitmap, uint32_t index)
+static uint32_t page_of(const struct target_receiver *receiver, uint32_t block)
 {
-	return bitmap[index / 64] >> (index % 64) & 1;
+	return (uint32_t)((receiver->frame.first_block + block) / receiver->region->page_blocks - receiver->first_page);
 }
 
-static uint32_t page_of(const struct mgd_receiver *receiver, uint32_t block)
+static uint8_t *block_address(const struct target_receiver *receiver, uint32_t block)
 {
-	return (uint32_t)((receiver->frame.first_block + block) / receiver->alias->page_blocks - receiver->first_page);
+	return receiver->region->memory + (receiver->frame.first_block + block) * MGD_BLOCK_BYTES;
 }
 
-static uint8_t *block_address(const struct mgd_receiver *receiver, uint32_t block)
+static uint64_t ledger_page(const struct target_receiver *receiver, uint64_t page)
 {
-	return receiver->alias->memory + (receiver->frame.first_block + block) * MGD_BLOCK_BYTES;
-}
-
-static uint64_t ledger_page(const struct mgd_receiver *receiver, uint64_t page)
-{
-	return receiver->alias->first + receiver->first_page + page;
+	return receiver->region->first + receiver->first_page + page;
 }
 
 /* ---- which pages a frame may write, and how */
 
-static enum route claim(struct mgd_receiver *receiver, uint64_t page)
+static enum route claim(struct target_receiver *receiver, uint64_t page)
 {
 	uint8_t before;
 
@@ -51,14 +44,14 @@ static enum route claim(struct mgd_receiver *receiver, uint64_t page)
 	return before & MGD_PAGE_BLANK ? ROUTE_IN_PLACE : ROUTE_SCRATCH;
 }
 
-static int route_large_page(struct mgd_receiver *receiver, struct mgd_error *err)
+static int route_large_page(struct target_receiver *receiver, struct mgd_error *err)
 {
 	uint64_t page = ledger_page(receiver, 0);
 
 	if (receiver->frame.sequence == 0) {
 		if (receiver->hold == HOLD_LARGE_PAGE)
-			return mgd_fail(err, MGD_ERR_PEER, "page frame: page %llu begins in the middle of another",
-					(unsigned long long)receiver->first_page);
+			return mgd_violation(err, "page frame: page %" PRIu64 " begins in the middle of another",
+					     receiver->first_page);
 		receiver->hold = HOLD_LARGE_PAGE;
 		receiver->large.page = page;
 		receiver->large.next_sequence = 0;
@@ -66,37 +59,37 @@ static int route_large_page(struct mgd_receiver *receiver, struct mgd_error *err
 	}
 	if (receiver->hold != HOLD_LARGE_PAGE || receiver->large.page != page ||
 	    receiver->frame.sequence != receiver->large.next_sequence)
-		return mgd_fail(err, MGD_ERR_PEER, "page frame: sequence %u of page %llu is out of order",
-				receiver->frame.sequence, (unsigned long long)receiver->first_page);
+		return mgd_violation(err, "page frame: sequence %u of page %" PRIu64 " is out of order",
+				     receiver->frame.sequence, receiver->first_page);
 	receiver->route[0] = (uint8_t)receiver->large.route;
 	return 0;
 }
 
-static int route_frame(struct mgd_receiver *receiver, struct mgd_error *err)
+static int route_frame(struct target_receiver *receiver, struct mgd_error *err)
 {
 	struct mgd_target *target = receiver->target;
 	const struct mgd_frame *frame = &receiver->frame;
 	uint64_t last = frame->first_block + frame->block_count - 1;
 	bool wanted = false;
 
-	receiver->alias = &target->aliases[frame->region];
-	receiver->first_page = frame->first_block / receiver->alias->page_blocks;
-	receiver->page_count = last / receiver->alias->page_blocks - receiver->first_page + 1;
+	receiver->region = &target->regions[frame->region];
+	receiver->first_page = frame->first_block / receiver->region->page_blocks;
+	receiver->page_count = last / receiver->region->page_blocks - receiver->first_page + 1;
 	if (!(frame->flags & MGD_FRAME_FINAL)) {
 		for (uint64_t i = 0; i < receiver->page_count; i++) {
 			if (mgd_page_state(mgd_ledger_get(&target->ledger, ledger_page(receiver, i))) == MGD_PAGE_STALE)
-				return mgd_fail(err, MGD_ERR_PEER, "page frame: page %llu comes after the stale map",
-						(unsigned long long)(receiver->first_page + i));
+				return mgd_violation(err, "page frame: page %" PRIu64 " comes after the stale map",
+						     (receiver->first_page + i));
 			receiver->route[i] = ROUTE_IN_PLACE;
 		}
 		return 0;
 	}
-	if (receiver->alias->page_blocks > MGD_CHUNK_BLOCKS) {
-		if (route_large_page(receiver, err) < 0)
+	if (receiver->region->page_blocks > MGD_CHUNK_BLOCKS) {
+		if (route_large_page(receiver, err))
 			return -1;
 		wanted = receiver->route[0] != ROUTE_DROP;
 	} else if (receiver->hold == HOLD_LARGE_PAGE) {
-		return mgd_fail(err, MGD_ERR_PEER, "page frame: another page in the middle of a large one");
+		return mgd_violation(err, "page frame: another page in the middle of a large one");
 	} else {
 		receiver->hold = HOLD_FRAME;
 		for (uint64_t i = 0; i < receiver->page_count; i++) {
@@ -105,13 +98,13 @@ static int route_frame(struct mgd_receiver *receiver, struct mgd_error *err)
 		}
 	}
 	if (!wanted)
-		atomic_fetch_add_explicit(&target->discarded_frames, 1, memory_order_relaxed);
+		target_count(target, discarded_frames, 1);
 	return 0;
 }
 
 /* Memory for every page the frame is going to write, before anything is read into it: an empty pool is an error of this
  * stream then, not a signal in the middle of a copy. */
-static int back_frame(struct mgd_receiver *receiver, struct mgd_error *err)
+static int back_frame(struct target_receiver *receiver, struct mgd_error *err)
 {
 	const struct mgd_frame *frame = &receiver->frame;
 	bool final = frame->flags & MGD_FRAME_FINAL;
@@ -125,15 +118,15 @@ static int back_frame(struct mgd_receiver *receiver, struct mgd_error *err)
 			continue;
 		byte = mgd_ledger_get(&receiver->target->ledger, ledger_page(receiver, page));
 		/* After the switch-over backed pages too: the guest may have punched them out meanwhile. */
-		if (bit(frame->present, block))
+		if (mgd_bit_test(frame->present, block))
 			written[page] = final || !(byte & MGD_PAGE_BACKED);
-		else if (bit(frame->zero, block))
+		else if (mgd_bit_test(frame->zero, block))
 			written[page] = final && (byte & MGD_PAGE_BACKED);
 	}
 	for (uint64_t page = 0, run; page < receiver->page_count; page += run) {
 		for (run = 0; page + run < receiver->page_count && written[page + run]; run++)
 			;
-		if (run && mgd_alias_back(receiver->target, receiver->alias, receiver->first_page + page, run, err) < 0)
+		if (run && target_back(receiver->target, receiver->region, receiver->first_page + page, run, err))
 			return -1;
 		if (!run)
 			run = 1;
@@ -144,14 +137,14 @@ static int back_frame(struct mgd_receiver *receiver, struct mgd_error *err)
 /* ---- payload */
 
 /* Where each present block is to be read to. */
-static void place_payload(struct mgd_receiver *receiver)
+static void place_payload(struct target_receiver *receiver)
 {
 	const struct mgd_frame *frame = &receiver->frame;
 	struct mgd_target *target = receiver->target;
 	uint32_t count = 0;
 
 	for (uint32_t block = 0; block < frame->block_count; block++) {
-		if (!bit(frame->present, block))
+		if (!mgd_bit_test(frame->present, block))
 			continue;
 		receiver->at[count] = receiver->route[page_of(receiver, block)] == ROUTE_IN_PLACE
 					      ? block_address(receiver, block)
@@ -163,24 +156,24 @@ static void place_payload(struct mgd_receiver *receiver)
 	receiver->present_count = count;
 }
 
-static int take_payload(struct mgd_receiver *receiver, struct mgd_error *err)
+static int take_payload(struct target_receiver *receiver, struct mgd_error *err)
 {
 	struct mgd_target *target = receiver->target;
 	const struct mgd_frame *frame = &receiver->frame;
 
 	place_payload(receiver);
-	if (mgd_receive_payload(receiver, err) < 0)
+	if (target_receive_payload(receiver, err))
 		return -1;
-	atomic_fetch_add_explicit(&target->wire_bytes, frame->payload_bytes, memory_order_relaxed);
-	atomic_fetch_add_explicit(&target->payload_bytes, frame->payload_bytes, memory_order_relaxed);
+	target_count(target, wire_bytes, frame->payload_bytes);
+	target_count(target, payload_bytes, frame->payload_bytes);
 	if (frame->check != mgd_frame_check(frame, receiver->hashes, target->secret))
-		return mgd_fail(err, MGD_ERR_PEER, "page frame: region %u, block %llu: check is wrong", frame->region,
-				(unsigned long long)frame->first_block);
+		return mgd_violation(err, "page frame: region %u, block %" PRIu64 ": check is wrong", frame->region,
+				     frame->first_block);
 	return 0;
 }
 
 /* The frame is good: what was read aside goes to its place, and zero blocks are zeroed where there is memory. */
-static void apply(struct mgd_receiver *receiver)
+static void apply(struct target_receiver *receiver)
 {
 	const struct mgd_frame *frame = &receiver->frame;
 	uint32_t count = 0;
@@ -188,11 +181,11 @@ static void apply(struct mgd_receiver *receiver)
 	for (uint32_t block = 0; block < frame->block_count; block++) {
 		uint32_t page = page_of(receiver, block);
 
-		if (bit(frame->present, block)) {
+		if (mgd_bit_test(frame->present, block)) {
 			if (receiver->route[page] == ROUTE_SCRATCH)
 				memcpy(block_address(receiver, block), receiver->at[count], MGD_BLOCK_BYTES);
 			count++;
-		} else if (bit(frame->zero, block) && receiver->route[page] != ROUTE_DROP) {
+		} else if (mgd_bit_test(frame->zero, block) && receiver->route[page] != ROUTE_DROP) {
 			uint8_t byte = mgd_ledger_get(&receiver->target->ledger, ledger_page(receiver, page));
 
 			if (byte & MGD_PAGE_BACKED)
@@ -202,7 +195,7 @@ static void apply(struct mgd_receiver *receiver)
 }
 
 struct taking {
-	struct mgd_receiver *receiver;
+	struct target_receiver *receiver;
 	struct mgd_error *err;
 	int result;
 };
@@ -218,7 +211,7 @@ static void take(void *argument)
 
 /* The payload, and what it does to memory.  The guest may punch out a page that is just being written (a balloon does), and
  * back_frame's memory with it: if the pool is empty then, the next touch is SIGBUS. */
-static int take_and_apply(struct mgd_receiver *receiver, struct mgd_error *err)
+static int take_and_apply(struct target_receiver *receiver, struct mgd_error *err)
 {
 	struct taking taking = {.receiver = receiver, .err = err};
 
@@ -228,28 +221,28 @@ static int take_and_apply(struct mgd_receiver *receiver, struct mgd_error *err)
 		return taking.result;
 	}
 	return mgd_fail(err, MGD_ERR_POOL,
-			"memory for page %llu of region %u: given back while it came in, and the pool is empty",
-			(unsigned long long)receiver->first_page, receiver->frame.region);
+			"memory for page %" PRIu64 " of region %u: given back while it came in, and the pool is empty",
+			receiver->first_page, receiver->frame.region);
 }
 
 /* ---- pages complete, or given up */
 
 /* Put the run of just settled pages into the guest; see to those a guest thread waits for. */
-static void map_run(struct mgd_receiver *receiver, uint64_t page, uint64_t count, const bool *requested)
+static void map_run(struct target_receiver *receiver, uint64_t page, uint64_t count, const bool *requested)
 {
 	struct mgd_target *target = receiver->target;
 	uint64_t end = page + count, done;
 
 	for (uint64_t at = page; at < end;) {
-		int code = mgd_resolve(target, receiver->alias, receiver->first_page + at, end - at, &done);
+		int code = target_map(target, receiver->region, receiver->first_page + at, end - at, &done);
 
 		at += done;
-		if (mgd_resolve_leaves(code)) {
+		if (target_map_leaves(code)) {
 			at++;
 			continue;
 		}
 		if (code == ESRCH)
-			mgd_resolve_report(target, receiver->alias, receiver->first_page + at, code);
+			target_report_unmapped(target, receiver->region, receiver->first_page + at, code);
 		if (code && code != EEXIST)
 			break;
 	}
@@ -257,15 +250,14 @@ static void map_run(struct mgd_receiver *receiver, uint64_t page, uint64_t count
 		if (!requested[at])
 			continue;
 		if (mgd_page_state(mgd_ledger_get(&target->ledger, ledger_page(receiver, at))) == MGD_PAGE_MAPPED) {
-			mgd_fault_answered(target, ledger_page(receiver, at));
+			target_fault_answered(target, ledger_page(receiver, at));
 			continue;
 		}
-		atomic_store(&target->look_again, true);
-		mgd_target_kick(target);
+		target_fault_look_again(target);
 	}
 }
 
-static void settle(struct mgd_receiver *receiver)
+static void settle(struct target_receiver *receiver)
 {
 	struct mgd_target *target = receiver->target;
 	bool requested[MGD_CHUNK_BLOCKS] = {false};
@@ -279,7 +271,7 @@ static void settle(struct mgd_receiver *receiver)
 		if (receiver->route[page] != ROUTE_DROP &&
 		    mgd_ledger_settle(&target->ledger, ledger_page(receiver, page), &before, &last)) {
 			requested[page] = before & MGD_PAGE_REQUESTED;
-			atomic_fetch_sub(&receiver->alias->stale_pages, 1);
+			atomic_fetch_sub(&receiver->region->stale_pages, 1);
 			any_last = any_last || last;
 			run++;
 			continue;
@@ -291,7 +283,7 @@ static void settle(struct mgd_receiver *receiver)
 	if (run)
 		map_run(receiver, receiver->page_count - run, run, requested);
 	if (any_last)
-		mgd_target_all_current(target);
+		target_tell_all_current(target);
 }
 
 static void zero_block(void *block)
@@ -300,12 +292,12 @@ static void zero_block(void *block)
 }
 
 /* A BLANK page whose blocks are not all right becomes blank again. */
-static void blank_torn_blocks(struct mgd_receiver *receiver)
+static void blank_torn_blocks(struct target_receiver *receiver)
 {
 	for (uint32_t block = 0; block < receiver->frame.block_count; block++) {
 		uint32_t page = page_of(receiver, block);
 
-		if (receiver->route[page] != ROUTE_IN_PLACE || !bit(receiver->frame.present, block))
+		if (receiver->route[page] != ROUTE_IN_PLACE || !mgd_bit_test(receiver->frame.present, block))
 			continue;
 		if (mgd_ledger_get(&receiver->target->ledger, ledger_page(receiver, page)) & MGD_PAGE_BACKED)
 			/* Or punched out meanwhile: that is zeros, too. */
@@ -313,7 +305,7 @@ static void blank_torn_blocks(struct mgd_receiver *receiver)
 	}
 }
 
-void mgd_receive_give_up(struct mgd_receiver *receiver)
+void target_receive_give_up(struct target_receiver *receiver)
 {
 	struct mgd_ledger *ledger = &receiver->target->ledger;
 
@@ -336,13 +328,13 @@ void mgd_receive_give_up(struct mgd_receiver *receiver)
 	receiver->hold = HOLD_NOTHING;
 }
 
-int mgd_receive_frame_pages(struct mgd_receiver *receiver, struct mgd_error *err)
+int target_receive_frame_pages(struct target_receiver *receiver, struct mgd_error *err)
 {
 	const struct mgd_frame *frame = &receiver->frame;
 
-	if (route_frame(receiver, err) < 0 || back_frame(receiver, err) < 0 || take_and_apply(receiver, err) < 0)
+	if (route_frame(receiver, err) || back_frame(receiver, err) || take_and_apply(receiver, err))
 		return -1;
-	atomic_fetch_add_explicit(&receiver->target->frames, 1, memory_order_relaxed);
+	target_count(receiver->target, frames, 1);
 	if (!(frame->flags & MGD_FRAME_FINAL))
 		return 0;
 	if (receiver->hold == HOLD_LARGE_PAGE) {

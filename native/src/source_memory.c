@@ -1,0 +1,230 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Reading guest memory: through a mapping of our own where there is one, with pread where not.  Comparing in place is
+ * four times as quick as copying through pread.
+ *
+ * Memory on huge pages is mapped, which the comments call the view: the same file, for reading.  Nothing is ever
+ * written through it, and nothing ever made: a hole stays a hole, because the view is registered with a userfaultfd of
+ * our own whose answer to a page that is not there is SIGBUS.  Each look is guarded against that signal, which also
+ * stands for a file cut short and for memory gone bad; pread follows, which knows holes as zeros and tells the other
+ * two by name.
+ *
+ * Memory on 4 KiB pages is not mapped: page tables would cost another 0.2 % of it, and there the kernel's report is
+ * exact.  Private memory cannot be mapped by anybody else.
+ */
+#include "source.h"
+
+#include <sys/ioctl.h>
+
+#include "guard.h"
+#include "uapi.h"
+
+#define DIGEST_PIECE_BYTES (256 * 1024)
+
+/* ---- the view */
+
+static bool forbid_filling(struct mgd_source *source, uint8_t *at, uint64_t bytes)
+{
+	struct uffdio_api api = {
+		.api = UFFD_API,
+		.features = UFFD_FEATURE_SIGBUS | UFFD_FEATURE_MISSING_HUGETLBFS | UFFD_FEATURE_MISSING_SHMEM,
+	};
+
+	if (source->view_uffd < 0) {
+		int uffd;
+
+		if (mgd_uffd_open(1, &uffd, NULL))
+			return false;
+		if (ioctl(uffd, UFFDIO_API, &api)) {
+			close(uffd);
+			return false;
+		}
+		source->view_uffd = uffd;
+	}
+	return !mgd_uffd_register(source->view_uffd, (uintptr_t)at, bytes, MGD_REGISTER_MISSING, NULL);
+}
+
+void source_view_open(struct mgd_source *source, struct source_region *region)
+{
+	void *at;
+
+	if (region->page_bytes <= MGD_BLOCK_BYTES || region->is_private || mgd_guard_install(NULL))
+		return;
+	/* NORESERVE: or the mapping would set huge pages aside for the holes. */
+	at = mmap(NULL, region->size_bytes, PROT_READ, MAP_SHARED | MAP_NORESERVE, region->fd,
+		  (off_t)region->file_offset);
+	if (at == MAP_FAILED)
+		return;
+	/* Neither a child of ours nor a core file of ours may hold the guest's memory. */
+	(void)madvise(at, region->size_bytes, MADV_DONTFORK);
+	(void)madvise(at, region->size_bytes, MADV_DONTDUMP);
+	if (forbid_filling(source, at, region->size_bytes))
+		region->view = at;
+	else
+		munmap(at, region->size_bytes);
+}
+
+void source_view_close(struct source_region *region)
+{
+	mgd_unmap((void *)region->view, region->size_bytes);
+	region->view = NULL;
+}
+
+/* A look that fails costs a signal, and the next piece of the same hole would fail as well: the page is remembered. */
+static bool try_look(const struct source_region *region, uint64_t first, void (*look)(void *), void *argument)
+{
+	uint64_t page = first / region->page_blocks;
+
+	if (!region->view || mgd_bit_test_atomic(region->unseen, page))
+		return false;
+	if (mgd_guarded(look, argument))
+		return true;
+	mgd_bit_set_atomic(region->unseen, page);
+	return false;
+}
+
+/* ---- copying */
+
+struct copying {
+	const uint8_t *from;
+	uint8_t *to;
+	size_t bytes;
+};
+
+static void copy(void *argument)
+{
+	const struct copying *copying = argument;
+
+	memcpy(copying->to, copying->from, copying->bytes);
+}
+
+/* *offset is moved on to where it failed; *out_reason: an errno, 0 for an end of file. */
+static bool pread_all(int fd, uint8_t *to, size_t bytes, uint64_t *offset, int *out_reason)
+{
+	while (bytes) {
+		ssize_t got = pread(fd, to, bytes, (off_t)*offset);
+
+		if (got < 0 && errno == EINTR)
+			continue;
+		if (got <= 0) {
+			*out_reason = got ? errno : 0;
+			return false;
+		}
+		to += got;
+		*offset += (uint64_t)got;
+		bytes -= (size_t)got;
+	}
+	return true;
+}
+
+static int fail_read(const struct source_region *region, int reason, uint64_t offset, struct mgd_error *err)
+{
+	uint64_t at = offset - region->file_offset;
+
+	if (region->is_private && !reason)
+		return mgd_fail(err, MGD_ERR_GUEST_GONE, "guest memory: region %u: the process has ended",
+				region->index);
+	if (region->is_private && (reason == EIO || reason == EFAULT))
+		return mgd_fail_errno(err, reason,
+				      "guest memory: region %u at %#" PRIx64
+				      ": no longer mapped by the process (address %#" PRIx64 "), or bad memory",
+				      region->index, at, offset);
+	if (!reason)
+		return mgd_fail(err, MGD_ERR_OS, "guest memory: region %u: the file ends at %#" PRIx64, region->index,
+				offset);
+	return mgd_fail_errno(err, reason, "guest memory: pread: region %u at %#" PRIx64, region->index, at);
+}
+
+int source_read(struct mgd_source *source, const struct source_region *region, uint64_t first, uint32_t count,
+		uint8_t *to, struct mgd_error *err)
+{
+	size_t bytes = (size_t)count * MGD_BLOCK_BYTES;
+	uint64_t offset = region->file_offset + first * MGD_BLOCK_BYTES;
+	int reason;
+	struct copying copying = {region->view + first * MGD_BLOCK_BYTES, to, bytes};
+
+	source_count(source, read_bytes, bytes);
+	if (try_look(region, first, copy, &copying))
+		return 0;
+	if (!pread_all(region->fd, to, bytes, &offset, &reason))
+		return fail_read(region, reason, offset, err);
+	return 0;
+}
+
+/* ---- comparing */
+
+uint64_t source_hash(const struct mgd_source *source, const uint8_t *block)
+{
+	return mgd_block_is_zero(block) ? 0 : mgd_block_hash(block, source->secret);
+}
+
+struct comparison {
+	const uint8_t *from, *secret;
+	const uint64_t *table;
+	uint32_t count;
+	uint64_t differing;
+};
+
+static void compare(void *argument)
+{
+	struct comparison *comparison = argument;
+
+	for (uint32_t block = 0; block < comparison->count; block++) {
+		const uint8_t *at = comparison->from + (size_t)block * MGD_BLOCK_BYTES;
+		uint64_t known = comparison->table[block];
+		bool same = known ? mgd_block_hash(at, comparison->secret) == known : mgd_block_is_zero(at);
+
+		comparison->differing |= (uint64_t)!same << block;
+	}
+}
+
+bool source_compare(const struct mgd_source *source, const struct source_region *region, uint64_t first, uint32_t count,
+		    uint64_t *out_differing)
+{
+	struct comparison comparison = {
+		.from = region->view + first * MGD_BLOCK_BYTES,
+		.secret = source->secret,
+		.table = region->table + first,
+		.count = count,
+	};
+
+	if (!try_look(region, first, compare, &comparison))
+		return false;
+	*out_differing = comparison.differing;
+	return true;
+}
+
+/* ---- digests, for tests and the final sweep: equal digests, equal bytes, whatever is a hole */
+
+static void unmap_piece(void *piece)
+{
+	mgd_unmap(*(void **)piece, DIGEST_PIECE_BYTES);
+}
+
+int mgd_digest(int memory_fd, uint64_t offset, uint64_t bytes, const uint8_t *secret, uint64_t *out,
+	       struct mgd_error *err)
+{
+	__attribute__((cleanup(unmap_piece))) uint8_t *piece = NULL;
+	uint64_t digest = 0, end = offset + bytes;
+	int reason;
+
+	if (offset % MGD_BLOCK_BYTES || bytes % MGD_BLOCK_BYTES)
+		return mgd_misuse(err, "digest: offset and length must be whole blocks");
+	piece = mgd_map_zeros(DIGEST_PIECE_BYTES, err);
+	if (!piece)
+		return -1;
+	while (offset < end) {
+		size_t count = end - offset < DIGEST_PIECE_BYTES ? (size_t)(end - offset) : DIGEST_PIECE_BYTES;
+
+		if (!pread_all(memory_fd, piece, count, &offset, &reason))
+			return reason ? mgd_fail_errno(err, reason, "digest: pread at %#" PRIx64, offset)
+				      : mgd_misuse(err, "digest: the file ends at %#" PRIx64, offset);
+		for (size_t at = 0; at < count; at += MGD_BLOCK_BYTES) {
+			uint64_t hash = mgd_block_hash(piece + at, secret);
+
+			digest = mgd_words_hash(digest, &hash, 1, secret);
+		}
+	}
+	*out = digest;
+	return 0;
+}
