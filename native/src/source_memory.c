@@ -70,6 +70,11 @@ void source_view_close(struct source_region *region)
 	region->view = NULL;
 }
 
+static const uint8_t *in_view(const struct source_region *region, uint64_t block)
+{
+	return region->view + block * MGD_BLOCK_BYTES;
+}
+
 /* A look that fails costs a signal, and the next piece of the same hole would fail as well: the page is remembered. */
 static bool try_look(const struct source_region *region, uint64_t first, void (*look)(void *), void *argument)
 {
@@ -86,7 +91,8 @@ static bool try_look(const struct source_region *region, uint64_t first, void (*
 /* ---- copying */
 
 struct copying {
-	const uint8_t *from;
+	const struct source_region *region;
+	uint64_t first;
 	uint8_t *to;
 	size_t bytes;
 };
@@ -95,7 +101,7 @@ static void copy(void *argument)
 {
 	const struct copying *copying = argument;
 
-	memcpy(copying->to, copying->from, copying->bytes);
+	memcpy(copying->to, in_view(copying->region, copying->first), copying->bytes);
 }
 
 /* *offset is moved on to where it failed; *out_reason: an errno, 0 for an end of file. */
@@ -141,7 +147,7 @@ int source_read(struct mgd_source *source, const struct source_region *region, u
 	size_t bytes = (size_t)count * MGD_BLOCK_BYTES;
 	uint64_t offset = region->file_offset + first * MGD_BLOCK_BYTES;
 	int reason;
-	struct copying copying = {region->view + first * MGD_BLOCK_BYTES, to, bytes};
+	struct copying copying = {region, first, to, bytes};
 
 	source_count(source, read_bytes, bytes);
 	if (try_look(region, first, copy, &copying))
@@ -159,8 +165,9 @@ uint64_t source_hash(const struct mgd_source *source, const uint8_t *block)
 }
 
 struct comparison {
-	const uint8_t *from, *secret;
-	const uint64_t *table;
+	const struct mgd_source *source;
+	const struct source_region *region;
+	uint64_t first;
 	uint32_t count;
 	uint64_t differing;
 };
@@ -169,24 +176,20 @@ static void compare(void *argument)
 {
 	struct comparison *comparison = argument;
 
-	for (uint32_t block = 0; block < comparison->count; block++) {
-		const uint8_t *at = comparison->from + (size_t)block * MGD_BLOCK_BYTES;
-		uint64_t known = comparison->table[block];
-		bool same = known ? mgd_block_hash(at, comparison->secret) == known : mgd_block_is_zero(at);
+	for (uint32_t i = 0; i < comparison->count; i++) {
+		const uint8_t *block = in_view(comparison->region, comparison->first + i);
+		uint64_t known = comparison->region->table[comparison->first + i];
+		bool same =
+			known ? mgd_block_hash(block, comparison->source->secret) == known : mgd_block_is_zero(block);
 
-		comparison->differing |= (uint64_t)!same << block;
+		comparison->differing |= (uint64_t)!same << i;
 	}
 }
 
 bool source_compare(const struct mgd_source *source, const struct source_region *region, uint64_t first, uint32_t count,
 		    uint64_t *out_differing)
 {
-	struct comparison comparison = {
-		.from = region->view + first * MGD_BLOCK_BYTES,
-		.secret = source->secret,
-		.table = region->table + first,
-		.count = count,
-	};
+	struct comparison comparison = {.source = source, .region = region, .first = first, .count = count};
 
 	if (!try_look(region, first, compare, &comparison))
 		return false;
