@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from migrated.errors import LocalProtocolError, RemoteProtocolError
 from migrated.protocol import bounds, framing, transitions
 from migrated.protocol.messages import AnyMessage, Hello, Ready, Resume, StateChunk, StateEnd
-from migrated.protocol.transitions import Role, State
+from migrated.protocol.transitions import Position, Role, State
 
 _BUG = "this is a bug: please report it"
 
@@ -40,7 +40,7 @@ class Session:
         self.role = role
         self.hello = hello
         self.ready = ready
-        self._state = state
+        self.position = Position(state)
         self._connected = state is State.IDLE
         if not self._connected and state not in transitions.RESUMABLE[role]:
             msg = f"a {role} session cannot be taken up in state {state}"
@@ -53,8 +53,8 @@ class Session:
 
     @property
     def state(self) -> State:
-        """Where it stands."""
-        return self._state
+        """The state of its position."""
+        return self.position.state
 
     @property
     def connected(self) -> bool:
@@ -64,12 +64,18 @@ class Session:
     @property
     def committed(self) -> bool:
         """Source: COMMIT was sent.  Target: it was received."""
-        return self._state in transitions.COMMITTED[self.role]
+        return self.position.committed
 
     @property
     def bound(self) -> bool:
         """Target: Loaded was sent, and the source has not said yet whether COMMIT was given."""
-        return self.role is Role.TARGET and self._state in transitions.BOUND
+        return self.role is Role.TARGET and self.position.bound
+
+    @property
+    def standing(self) -> str:
+        """Where the target stands, in the word of Resumed; only while the session is being resumed, else empty."""
+        words = transitions.STANDING[self.role].items()
+        return next((word for word, state in words if state is self.position.standing), "")
 
     @property
     def guest_may_run_here(self) -> bool:
@@ -85,12 +91,13 @@ class Session:
         if not self._connected or self.committed:
             return False
         # The target's Abort from resuming and refusing states turns down a reconnect: it ends nothing.
-        return transitions.TABLE[self.role][self._state].get("send abort") in {State.ABORTING, State.WITHDRAWING}
+        after = transitions.following(self.role, self.position, "send", "abort")
+        return after is not None and after.state in {State.ABORTING, State.WITHDRAWING}
 
     @property
     def settled(self) -> bool:
         """Nothing more needs to be said: aborted on both sides, or closed."""
-        return self._state in {State.ABORTED, State.CLOSED}
+        return self.position.settled
 
     @property
     def must_reconnect(self) -> bool:
@@ -126,7 +133,7 @@ class Session:
         Messages that an abort overtook are dropped, not given out.  The iterator of an earlier connection ends.
         """
         if not self._connected:
-            raise LocalProtocolError(f"bytes received in state {self._state}, without a connection", hint=_BUG)
+            raise LocalProtocolError(f"bytes received in state {self.state}, without a connection", hint=_BUG)
         messages = self._decoder.feed(data)
         return self._arrivals(self._decoder, messages)
 
@@ -144,7 +151,7 @@ class Session:
         """Make the step of a received message.  False: it was overtaken by an abort, and is dropped."""
         after = self._step("recv", message)
         if after is None:
-            absorbed = transitions.ABSORBED[self.role].get(self._state, frozenset())
+            absorbed = transitions.ABSORBED[self.role].get(self.state, frozenset())
             if transitions.event(message) in absorbed:
                 return False
             self._failure = RemoteProtocolError(self._complaint("recv", message), code="unexpected-message")
@@ -164,43 +171,43 @@ class Session:
         """
         if self._connected:
             self._connected = False
-            self._state = transitions.LOST[self.role].get(self._state, self._state)
+            self.position = transitions.lost(self.role, self.position)
             self._ended_ways = {"send", "recv"}
-        return self._state
+        return self.state
 
     def reconnected(self) -> None:
         """A new connection is there (call `connection_lost` for the old one first): the source now sends Resume.
 
         LocalProtocolError when still connected, or when the state has nothing to resume.
         """
-        if self._connected or self._state not in transitions.RESUMABLE[self.role]:
+        if self._connected or self.state not in transitions.RESUMABLE[self.role]:
             what = "connected" if self._connected else "over"
-            raise LocalProtocolError(f"reconnected in state {self._state}: the session is {what}", hint=_BUG)
+            raise LocalProtocolError(f"reconnected in state {self.state}: the session is {what}", hint=_BUG)
         self._connected = True
         self._decoder = framing.FrameDecoder()
         self._failure = None
 
     def commit_by_hand(self) -> None:
         """Target: somebody has decided in the place of a source that is gone.  As if COMMIT had come, then the loss."""
-        if self._connected or self._state is not State.WAITING:
-            raise LocalProtocolError(f"decided by hand in state {self._state}", hint=_BUG)
-        self._state = State.PAUSED
+        if self._connected or self.state is not State.WAITING:
+            raise LocalProtocolError(f"decided by hand in state {self.state}", hint=_BUG)
+        self.position = Position(State.PAUSED)
 
-    def _step(self, way: str, message: AnyMessage) -> State | None:
+    def _step(self, way: str, message: AnyMessage) -> Position | None:
         if not self._connected or (isinstance(message, StateChunk | StateEnd) and way in self._ended_ways):
             return None
-        return transitions.following(self.role, self._state, way, transitions.event(message))
+        return transitions.following(self.role, self.position, way, transitions.event(message))
 
     def _complaint(self, way: str, message: AnyMessage) -> str:
         word = transitions.event(message)
         if not self._connected:
-            return f"cannot send {word} in state {self._state}: not connected"
-        if transitions.following(self.role, self._state, way, word) is not None:
+            return f"cannot send {word} in state {self.state}: not connected"
+        if transitions.following(self.role, self.position, way, word) is not None:
             return f"{word} after state-end, or after the connection that carried the guest's state"
-        allowed = ", ".join(transitions.expected(self.role, self._state, way)) or "nothing"
+        allowed = ", ".join(transitions.expected(self.role, self.position, way)) or "nothing"
         if way == "send":
-            return f"cannot send {word} in state {self._state}: allowed are {allowed}"
-        return f"the peer sent {word} in state {self._state}: expected {allowed}"
+            return f"cannot send {word} in state {self.state}: allowed are {allowed}"
+        return f"the peer sent {word} in state {self.state}: expected {allowed}"
 
     def _check(self, message: AnyMessage) -> None:
         """What only the session knows: is it the same session, do page numbers fit its regions.  ValueError."""
@@ -217,7 +224,7 @@ class Session:
             case _:
                 pass
 
-    def _follow(self, way: str, message: AnyMessage, after: State) -> None:
+    def _follow(self, way: str, message: AnyMessage, after: Position) -> None:
         match message:
             case Hello():
                 self.hello = message
@@ -228,4 +235,4 @@ class Session:
                 self._ended_ways.add(way)
             case _:
                 pass
-        self._state = after
+        self.position = after

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from migrated.agent.record import State
 from migrated.errors import MigratedError
 from migrated.protocol.messages import GUEST_LOST, Abort, Aborted, Done, Lacking, LackingEnd, Released, Resume, Resumed
-from migrated.protocol.transitions import State as SessionState
 from migrated.waiting import end, within
 
 if TYPE_CHECKING:
@@ -20,13 +19,6 @@ if TYPE_CHECKING:
     from migrated.config import Timeouts
     from migrated.link.control_link import ControlLink
     from migrated.target.connection import SourceConnection
-
-#: What is answered to a Resume.
-STANDING = {
-    SessionState.RESUMING_LOADED: "loaded",
-    SessionState.RESUMING_RUNNING: "running",
-    SessionState.RESUMING_DONE: "done",
-}
 
 
 class Reconnect:
@@ -94,7 +86,7 @@ class Reconnect:
 
     async def _tell_standing(self, link: ControlLink) -> None:
         """Answer Resume."""
-        state = STANDING[self._session.state]
+        state = self._session.standing
         engine = self._connection.engine
         if engine is not None and not engine.alive:
             engine = None
@@ -124,7 +116,7 @@ class Reconnect:
             limit = self._timeouts.handshake
             resume = await link.expect(Resume, limit_seconds=limit, what="the source to resume the session")
             # The last page may have come without a source to say Done to: then that is said now.
-            if resume.committed and self.all_in and self._session.state in STANDING:
+            if resume.committed and self.all_in and self._session.standing:
                 await self._tell_standing(link)
                 if self._session.may_send(Done()):
                     await link.send(Done())

@@ -411,7 +411,7 @@ class World:
         word = transitions.event(message)
         if session.role is Role.SOURCE and way == "send" and word == "commit":
             self.committed = True
-        self.states.add(f"{session.role} {session.state}")
+        self.states.add(f"{session.role} {session.position}")
         self.note(f"{life.host.name} {way} {word}")
 
     def state_changed(self, migration: Migration, before: State) -> None:
