@@ -23,7 +23,7 @@ _BUG = "this is a bug: please report it"
 
 
 class Session:
-    """The state machine of one side, no I/O and no clock.
+    """The state machine of one side on one connection, no I/O and no clock.  Its `position` outlives it, see `resumed`.
 
     ``hello`` and ``ready`` are the messages as sent or received, None before.
     """
@@ -31,18 +31,18 @@ class Session:
     def __init__(
         self, role: Role, *, state: State = State.IDLE, hello: Hello | None = None, ready: Ready | None = None
     ) -> None:
-        """A new session; or one taken up again after a crash: ``state`` as journalled, not connected, with its first messages.
+        """A new session; or one whose connection is lost, with its first messages: in a state that this leaves behind.
 
-        After a crash a source is in UNSETTLED (COMMIT not sent) or PAUSED (sent, or about to be); a target in WAITING
-        (Loaded sent or about to be, no COMMIT), PAUSED (COMMIT received), CLOSED (Done), or ABORTED (nothing left of it:
-        also what answers for a session the target does not know).  Any other state: ValueError.
+        The source: UNSETTLED (COMMIT not sent) or PAUSED (sent, or about to be); the target: WAITING (Loaded sent or about to
+        be, no COMMIT), PAUSED (COMMIT received), CLOSED (Done), or ABORTED (nothing left of it: also what answers for a session
+        the target does not know).  Either: over, in CLOSED or ABORTED.  Any other state: ValueError.
         """
         self.role = role
         self.hello = hello
         self.ready = ready
         self.position = Position(state)
         self._connected = state is State.IDLE
-        if not self._connected and state not in transitions.RESUMABLE[role]:
+        if not self._connected and not self.position.settled and state not in transitions.RESUMABLE[role]:
             msg = f"a {role} session cannot be taken up in state {state}"
             raise ValueError(msg)
         self._geometry = bounds.Geometry.of(hello, ready) if hello and ready else None
@@ -50,6 +50,12 @@ class Session:
         self._failure: RemoteProtocolError | None = None
         # Guest state streams live and end with their connection.
         self._ended_ways: set[str] = set() if self._connected else {"send", "recv"}
+
+    @classmethod
+    def taken_up(cls, role: Role, stage: str, hello: Hello, page_bytes: tuple[int, ...]) -> Session:
+        """The session of a migration whose agent died, not connected; ``stage`` is what its journal says."""
+        ready = Ready(page_bytes) if page_bytes else None
+        return cls(role, state=transitions.TAKEN_UP[role][stage], hello=hello, ready=ready)
 
     @property
     def state(self) -> State:
@@ -130,15 +136,14 @@ class Session:
 
         Raises RemoteProtocolError (from the iterator) at a malformed or unexpected message, after all earlier ones; that
         message makes no step, and the connection is good for nothing but closing: every later call raises it again.
-        Messages that an abort overtook are dropped, not given out.  The iterator of an earlier connection ends.
+        Messages that an abort overtook are dropped, not given out.  When the connection is lost, the iterator ends.
         """
         if not self._connected:
             raise LocalProtocolError(f"bytes received in state {self.state}, without a connection", hint=_BUG)
-        messages = self._decoder.feed(data)
-        return self._arrivals(self._decoder, messages)
+        return self._arrivals(self._decoder.feed(data))
 
-    def _arrivals(self, decoder: framing.FrameDecoder, messages: Iterator[AnyMessage]) -> Iterator[AnyMessage]:
-        while self._connected and decoder is self._decoder:
+    def _arrivals(self, messages: Iterator[AnyMessage]) -> Iterator[AnyMessage]:
+        while self._connected:
             if self._failure is not None:
                 raise self._failure
             message = next(messages, None)
@@ -175,17 +180,17 @@ class Session:
             self._ended_ways = {"send", "recv"}
         return self.state
 
-    def reconnected(self) -> None:
-        """A new connection is there (call `connection_lost` for the old one first): the source now sends Resume.
+    def resumed(self) -> Session:
+        """This session on the connection that follows the lost one: the source now sends Resume.
 
         LocalProtocolError when still connected, or when the state has nothing to resume.
         """
         if self._connected or self.state not in transitions.RESUMABLE[self.role]:
             what = "connected" if self._connected else "over"
-            raise LocalProtocolError(f"reconnected in state {self.state}: the session is {what}", hint=_BUG)
-        self._connected = True
-        self._decoder = framing.FrameDecoder()
-        self._failure = None
+            raise LocalProtocolError(f"resumed in state {self.state}: the session is {what}", hint=_BUG)
+        following = Session(self.role, state=self.state, hello=self.hello, ready=self.ready)
+        following._connected = True
+        return following
 
     def commit_by_hand(self) -> None:
         """Target: somebody has decided in the place of a source that is gone.  As if COMMIT had come, then the loss."""

@@ -278,7 +278,7 @@ RESUMABLE: Final[dict[Role, frozenset[State]]] = {
 
 #: What a journal may say of a migration whose agent died, and the state in which its session is taken up again.
 TAKEN_UP: Final[dict[Role, dict[str, State]]] = {
-    Role.SOURCE: {"active": _S.UNSETTLED, "committed": _S.PAUSED, "released": _S.PAUSED},
+    Role.SOURCE: {"active": _S.UNSETTLED, "committed": _S.PAUSED, "released": _S.CLOSED},
     Role.TARGET: {"setup": _S.ABORTED, "loaded": _S.WAITING, "committed": _S.PAUSED, "running": _S.PAUSED},
 }
 

@@ -37,10 +37,8 @@ from migrated.protocol.transitions import Role
 from migrated.recovery import journal
 from migrated.recovery import state as survival
 from migrated.source import agent as source_agent
-from migrated.source import connection as source_connection
 from migrated.source import migration as source_migration
 from migrated.target import agent as target_agent
-from migrated.target import connection as target_connection
 from migrated.target import memory as target_memory
 from migrated.target import migration as target_migration
 from tests.simulation import engine, guest, machine, network
@@ -792,11 +790,10 @@ def seams(world: World) -> Iterator[None]:
             journal,
             survival,
             source_agent,
-            source_connection,
             source_migration,
             target_agent,
-            target_connection,
             target_memory,
+            target_migration,
         )
         if hasattr(module, "os")
     ]

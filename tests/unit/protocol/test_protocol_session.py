@@ -72,7 +72,7 @@ def session_at(role: Role, position: Position) -> Session:
     for way, message in ways[position]:
         if message is None:
             start.connection_lost()
-            start.reconnected()
+            start = start.resumed()
         elif way == "send":
             start.send(message)
         else:
@@ -430,9 +430,9 @@ def test_a_session_taken_up_again_knows_its_regions_and_secrets() -> None:
     target = Session(TARGET, state=State.PAUSED, hello=HELLO, ready=READY)
     assert not target.connected
     assert target.guest_may_run_here
-    target.reconnected()
-    with pytest.raises(LocalProtocolError, match="reconnected in state paused: the session is connected"):
-        target.reconnected()
+    target = target.resumed()
+    with pytest.raises(LocalProtocolError, match="resumed in state paused: the session is connected"):
+        target.resumed()
     list(target.receive(framing.encode(RESUME_COMMITTED)))
     target.send(Resumed("running", 1))
     with pytest.raises(LocalProtocolError, match="beyond region 0"):
@@ -443,7 +443,7 @@ def test_what_is_over_cannot_be_reconnected_by_the_source() -> None:
     pair = Pair().advance(State.DONE)
     assert pair.cut() == (State.CLOSED, State.CLOSED)
     with pytest.raises(LocalProtocolError, match="the session is over"):
-        pair.source.reconnected()
+        pair.source.resumed()
 
 
 def test_done_before_running_is_not_heard() -> None:

@@ -203,7 +203,7 @@ class Pair:
 
     def reconnect(self) -> None:
         for role in Role:
-            self.sides[role].reconnected()
+            self.sides[role] = self.sides[role].resumed()
 
     def settle(self) -> None:
         """Over good links, two sides that want to get to the end do: aborted on both, or closed on both."""
