@@ -24,7 +24,7 @@ from migrated import config as configuration
 from migrated import guests as drivers
 from migrated.agent import archive, host_agent
 from migrated.agent.migration import Migration
-from migrated.agent.record import State
+from migrated.agent.record import State, id_of
 from migrated.agent.requests import SetRequest, StartRequest
 from migrated.config import AgentConfig, Timeouts
 from migrated.errors import MigratedError
@@ -104,6 +104,8 @@ class World:
         self.healed = False
         self.healed_at = 0.0
         self.committed = False
+        self.given: set[str] = set()  # migrations whose COMMIT was sent
+        self.decided: set[str] = set()  # migrations that an operator has decided where the two sides could not
         self.guest_killed = False
         self.abandoned = False
         self.release_failed = False  # then the old process stays, and the record says so
@@ -288,6 +290,8 @@ class World:
         if agent is None or not host.life.alive or host.stop is None:
             return
         self.trace(f"operator on {host.name}: {name} {arguments}")
+        if name in {"force_run", "discard"}:
+            self.decided.add(arguments[0])
 
         async def ask() -> None:
             try:
@@ -409,6 +413,7 @@ class World:
         word = transitions.event(message)
         if session.role is Role.SOURCE and way == "send" and word == "commit":
             self.committed = True
+            self.given.add(id_of(session.hello.session))
         self.states.add(f"{session.role} {session.position}")
         self.note(f"{life.host.name} {way} {word}")
 
