@@ -407,13 +407,13 @@ class SourceMigration(Migration):
             ) from error
         if not isinstance(error, PeerError):
             return error
-        either = f"`migrated force-run {self.id}` runs it here, `migrated discard {self.id}` gives it up"
         if error.code == GUEST_LOST:
             raise FinalError(
                 MigratedError(
                     f"the target refuses to go on: {error.message}",
                     code="target-lost-guest",
-                    hint=f"COMMIT may have been obeyed: make sure the guest runs nowhere else, then {either}",
+                    hint="COMMIT may have been obeyed: make sure the guest runs nowhere else, then "
+                    f"`migrated force-run {self.id}` runs it here, `migrated discard {self.id}` gives it up",
                 )
             ) from error
         where = self._dialer.address
@@ -421,7 +421,7 @@ class SourceMigration(Migration):
             f"{where} refuses to go on: {error.message}",
             code="target-refuses",
             hint=f"is {where} where the guest is?  `migrated resume {self.id} --to HOST:PORT` asks elsewhere; if it is nowhere: "
-            f"{either}",
+            f"`migrated force-run {self.id}` runs it here, `migrated discard {self.id}` gives it up",
         )
 
     async def _say_farewell(self, connection: Connection) -> None:

@@ -413,6 +413,7 @@ class World:
         word = transitions.event(message)
         if session.role is Role.SOURCE and way == "send" and word == "commit":
             self.committed = True
+            assert session.hello is not None
             self.given.add(id_of(session.hello.session))
         self.states.add(f"{session.role} {session.position}")
         self.note(f"{life.host.name} {way} {word}")
