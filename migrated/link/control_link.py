@@ -153,10 +153,6 @@ class ControlLink:
         """Resolves when the session on this connection is over; only to be waited for."""
         return self._lost
 
-    async def wait_lost(self) -> MigratedError:
-        """Until the session on this connection is over; why."""
-        return await asyncio.shield(self._lost)
-
     async def explained(self, error: BaseException) -> BaseException:
         """Why it really ended: a peer that gives up closes its page connections, and may be heard of here a moment later."""
         if not isinstance(error, ConnectionLostError):

@@ -126,8 +126,7 @@ class SourceMigration(Migration):
         self._rounds_done: asyncio.Queue[int] = asyncio.Queue()
         self._switch_now = asyncio.Event()
         self._tries = Backoff(self._timeouts.reconnect_interval, self._timeouts.reconnect_interval_limit)
-        self._to_adopt: SourceEntry | None = None  # of a paused process that was not found yet
-        self._stuck = False  # the guest is here and does not run on: the next agent must find it
+        self._stuck = False  # its process is here and was not run on, or not ended: the next agent must find it
         self._released = False
         self._laps = Laps(self.record.downtime_breakdown)
         self._rates = Rates()
@@ -436,17 +435,15 @@ class SourceMigration(Migration):
     async def _end_old_guest(self) -> None:
         """A paused process that cannot be ended stays in the journal: it must never be moved, or run, again."""
         self._released = True
+        entry = self._stage.require_entry()
         try:
-            if self._to_adopt is not None:
-                await self._adopt(self._to_adopt)
+            if self._legacy is not None and process_lives(entry.pid, entry.pid_started):
+                await self._guest.adopt(entry.pid, entry.guest)
             await self._guest.release()
         except MigratedError as problem:
             self.log.warning("the old process of the guest is still here", error=str(problem))
-            entry = self._stage.entry
-            if entry is not None and process_lives(entry.pid, entry.pid_started):
-                await self._survival.let_go()
-                return
-        await self._survival.over()
+            self._stuck = process_lives(entry.pid, entry.pid_started)
+        await self._survival_over()
 
     # ------------------------------------------------------------ rollback: COMMIT was not sent
 
@@ -478,10 +475,8 @@ class SourceMigration(Migration):
 
     async def _withdraw_commit(self) -> None:
         """Until no journal says COMMIT the guest must stay paused: an agent that believed it would have it run there too."""
-        tries = Backoff(self._timeouts.reconnect_interval, self._timeouts.reconnect_interval_limit)
-        await tries.pause()
-        while not await self._stage.withdraw_commit():
-            await tries.pause()
+        while not await self._stage.withdraw_commit():  # noqa: ASYNC110 - each round is a try
+            await asyncio.sleep(self._timeouts.reconnect_interval)
 
     async def _write_again(self) -> None:
         """A next agent must find the guest that does not run, and the target that was not told."""
@@ -543,10 +538,7 @@ class SourceMigration(Migration):
         await self._survival_over()
 
     async def _survival_over(self) -> None:
-        if self._stuck:
-            await self._survival.let_go()
-        else:
-            await self._survival.over()
+        await (self._survival.let_go() if self._stuck else self._survival.over())
 
     # ------------------------------------------------------------ after an agent that died
 
@@ -567,20 +559,12 @@ class SourceMigration(Migration):
                 error = self._outcome(legacy.error, await self._run_on(self._guest.reclaim(entry.guest)))
             self.give_up(error)
             return error
-        self._to_adopt = entry
         if not self.session.position.done:
             self.record.page_size = max(entry.page_bytes)
             self.record.total_bytes = sum(region.size_bytes for region in legacy.memory.regions)
-            await quietly(self._adopt(entry), self.log, "find the paused guest")
             await in_thread(self._make_engine(legacy.memory, entry.page_bytes).freeze_whole)
             self.log.warning("the frozen memory is found again after a restart of the agent")
         return None
-
-    async def _adopt(self, entry: SourceEntry) -> None:
-        """Find the paused process again, unless its number is another's by now."""
-        if process_lives(entry.pid, entry.pid_started):
-            await self._guest.adopt(entry.pid, entry.guest)
-        self._to_adopt = None
 
     # ------------------------------------------------------------ the end
 

@@ -56,19 +56,24 @@ class JournalledStage:
         self._writing = asyncio.Lock()
         self._log = log
 
-    async def write(self, stage: str) -> None:
-        """Before the guest is touched (``active``), and before COMMIT is sent (``committed``).  HostError."""
+    def require_entry(self) -> SourceEntry:
+        """The entry, where the flow has made one."""
         if self.entry is None:
             raise MigratedError("nothing to note yet: this is a bug")
+        return self.entry
+
+    async def write(self, stage: str) -> None:
+        """Before the guest is touched (``active``), and before COMMIT is sent (``committed``).  HostError."""
+        entry = self.require_entry()
         async with self._writing:
-            before, self.entry.stage = self.entry.stage, stage
-            self.entry.guest = self._guest.memento()
-            self._note_options(self.entry)
+            before, entry.stage = entry.stage, stage
+            entry.guest = self._guest.memento()
+            self._note_options(entry)
             try:
-                await self._survival.write(self.entry)
+                await self._survival.write(entry)
             except JournalError as problem:
                 if not problem.replaced:
-                    self.entry.stage = before
+                    entry.stage = before
                 raise
             self.written = True
 

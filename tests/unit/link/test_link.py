@@ -138,7 +138,7 @@ async def test_a_ping_is_answered_with_its_number(ends: tuple[socket.socket, Str
 async def test_silence_ends_a_link(ends: tuple[socket.socket, Stranger]) -> None:
     async with source_with(ends, OFTEN) as link:
         async with asyncio.timeout(PATIENCE_SECONDS):
-            error = await link.wait_lost()
+            error = await asyncio.shield(link.ended)
         assert isinstance(error, ConnectionLostError)
         assert error.code == "peer-silent"
         assert "heartbeat_limit" in error.hint
@@ -173,7 +173,7 @@ async def test_a_flood_of_pings_is_not_hoarded(ends: tuple[socket.socket, Strang
 async def test_a_closed_connection_is_told_to_everybody_who_waits(links: tuple[ControlLink, ControlLink]) -> None:
     source, target = links
     waiting = [asyncio.ensure_future(source.receive()) for _ in range(2)]
-    ended = asyncio.ensure_future(source.wait_lost())
+    ended = asyncio.shield(source.ended)
     await target.close()
     async with asyncio.timeout(PATIENCE_SECONDS):
         results = await asyncio.gather(*waiting, return_exceptions=True)
@@ -187,7 +187,7 @@ async def test_what_came_before_the_end_is_still_received(links: tuple[ControlLi
     source, target = links
     await source.send(Round(1, 5))
     await source.close()
-    await target.wait_lost()
+    await asyncio.shield(target.ended)
     assert await target.receive() == Round(1, 5)
     with pytest.raises(ConnectionLostError):
         await target.receive()
@@ -202,7 +202,7 @@ async def test_garbage_ends_the_link_with_a_named_error(ends: tuple[socket.socke
     async with source_with(ends) as link:
         await ends[1].say(garbage)
         async with asyncio.timeout(PATIENCE_SECONDS):
-            error = await link.wait_lost()
+            error = await asyncio.shield(link.ended)
         assert isinstance(error, RemoteProtocolError)
         assert error.code not in {"", "internal"}
         with pytest.raises(RemoteProtocolError):
@@ -212,7 +212,7 @@ async def test_garbage_ends_the_link_with_a_named_error(ends: tuple[socket.socke
 async def test_a_message_out_of_turn_ends_the_link_after_those_in_turn(ends: tuple[socket.socket, Stranger]) -> None:
     async with source_with(ends) as link:
         await ends[1].say(BarrierAck(3), Aborted(), BarrierAck(4))
-        error = await link.wait_lost()
+        error = await asyncio.shield(link.ended)
         assert error.code == "unexpected-message"
         assert await link.receive() == BarrierAck(3)
         with pytest.raises(RemoteProtocolError, match="aborted"):
@@ -224,7 +224,7 @@ async def test_an_abort_is_told_once_and_can_still_be_answered(links: tuple[Cont
     await source.send(Abort("not-converging", "it writes too fast", "use hybrid"))
     abort = await target.receive()
     assert isinstance(abort, Abort)
-    error = await target.wait_lost()
+    error = await asyncio.shield(target.ended)
     assert isinstance(error, PeerError)
     assert (error.code, error.hint) == ("not-converging", "use hybrid")
     with pytest.raises(PeerError, match="writes too fast"):
@@ -367,7 +367,7 @@ async def test_state_that_has_arrived_survives_its_connection(
     await pipes[0].write(b"device state")
     await pipes[0].close_write()
     await links[0].close()
-    await links[1].wait_lost()
+    await asyncio.shield(links[1].ended)
     assert await read_all(pipes[1]) == b"device state"
 
 
@@ -406,7 +406,7 @@ async def test_a_stranger_cannot_send_state_after_its_end(ends: tuple[socket.soc
     async with source_with(ends) as link:
         messages: list[AnyMessage] = [StateChunk(b"one"), StateEnd(), StateChunk(b"two")]
         await ends[1].say(*messages)
-        error = await link.wait_lost()
+        error = await asyncio.shield(link.ended)
         assert isinstance(error, RemoteProtocolError)
         assert await read_all(link.pipe) == b"one"
 

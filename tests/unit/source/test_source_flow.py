@@ -45,6 +45,14 @@ class FakeGuest:
     def __init__(self) -> None:
         self.refuses: MigratedError | None = None
         self.ran = 0
+        self.adopted: list[int] = []
+        self.released = 0
+
+    async def adopt(self, pid: int, _: Memento) -> None:
+        self.adopted.append(pid)
+
+    async def release(self) -> None:
+        self.released += 1
 
     async def resume(self) -> None:
         if self.refuses is not None:
@@ -76,12 +84,19 @@ class Place:
     """A migration that is to be rolled back, and what is around it; its session has nothing to settle."""
 
     def __init__(
-        self, tmp_path: Path, *, pid: int, stage: str = "active", legacy: dict[str, Any] | None = None
+        self,
+        tmp_path: Path,
+        *,
+        pid: int,
+        stage: str = "active",
+        started: int | None = None,
+        legacy: dict[str, Any] | None = None,
     ) -> None:
         self.guest = FakeGuest()
         self.journal = Journal(tmp_path / "journal", SourceEntry)
         entry = copy(SOURCE)
-        entry.stage, entry.pid, entry.pid_started = stage, pid, process_started(os.getpid())
+        entry.stage, entry.pid = stage, pid
+        entry.pid_started = process_started(os.getpid()) if started is None else started
         self.journal.write(ID, entry)
         memory = SourceMemory(pid=pid, regions=(), mappings=(), memory_fds=(), file_offsets=())
         self.migration = source_migration(
@@ -90,6 +105,8 @@ class Place:
             legacy=None if legacy is None else Recovered(entry, memory, RESTARTED, **legacy),
         )
         if legacy is not None:
+            if self.migration.session.committed:
+                return
             self.migration.session = Session(Role.SOURCE, state=SessionState.ABORTED)
             return
         self.migration._stage.entry = entry
@@ -289,15 +306,12 @@ async def test_at_the_operators_limit_the_hint_names_what_goes_on(unreachable: U
 
 
 @pytest.mark.parametrize("same", [True, False])
-async def test_only_the_same_process_is_taken_for_the_paused_guest(same: bool) -> None:
-    adopted: list[int] = []
-
-    class Guest:
-        async def adopt(self, pid: int, memento: Any) -> None:
-            adopted.append(pid)
-
-    entry = copy(SOURCE)
-    entry.pid, entry.pid_started = os.getpid(), process_started(os.getpid()) + (not same)
-    migration = SimpleNamespace(_guest=Guest(), _to_adopt=entry)
-    await SourceMigration._adopt(cast("Any", migration), entry)
-    assert adopted == ([os.getpid()] if same else [])
+async def test_only_the_same_process_is_taken_for_the_paused_guest(tmp_path: Path, same: bool) -> None:
+    place = Place(
+        tmp_path, pid=os.getpid(), stage="released", started=process_started(os.getpid()) + (not same), legacy={}
+    )
+    await place.migration.run()
+    assert place.guest.adopted == ([os.getpid()] if same else [])
+    assert place.guest.released == 1
+    assert place.migration.record.state is State.COMPLETED
+    assert place.journal.load() == {}
