@@ -453,6 +453,8 @@ class SourceMigration(Migration):
         The order is what keeps the guest in one place: the session rules out COMMIT, then the journal does, then the guest runs
         on.  Nothing before that waits for the network.
         """
+        if not self.session.guest_may_run_here:
+            raise MigratedError("the guest was to run on after COMMIT: this is a bug")
         self.log.warning("giving up", error=str(error))
         if not connection.speaking:
             self.session.connection_lost()

@@ -364,6 +364,8 @@ class TargetMigration(Migration):
         """COMMIT was given: nobody else will ever run the guest.  Once."""
         if self._running is not None:
             return
+        if not self.session.guest_may_run_here:
+            raise MigratedError("the guest was to run before COMMIT: this is a bug")
         if self._unserved is not None:  # without its fault server it must not run: it waits, and all of it stays kept
             self._silent = True
             raise FinalError(self._unserved)

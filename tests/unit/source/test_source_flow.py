@@ -240,6 +240,20 @@ async def test_a_guest_that_stands_still_does_not_wait_for_the_network(tmp_path:
     assert steps == ["post abort", "run on, the journal says active", "wait for the network"]
 
 
+async def test_new_limits_and_a_new_address_are_journalled_at_once(tmp_path: Path) -> None:
+    """A source agent that is restarted goes on with them."""
+    place = Place(tmp_path, pid=os.getpid(), stage="committed")
+    migration = place.migration
+    migration._stage.written = True
+    migration.record.state = State.POSTCOPY_PAUSED
+    migration.options.max_bandwidth = 7
+    migration.limits_changed()
+    migration.resume(Address("host-d", 7441))
+    await asyncio.gather(*migration._background)
+    entry = place.journal.load()[ID]
+    assert (entry.stage, entry.target, entry.max_bandwidth) == ("committed", "host-d:7441", 7)
+
+
 # ---------------------------------------------------------------- dialling again
 
 
