@@ -136,9 +136,7 @@ class TargetMigration(Migration):
         self._guest_over: GuestError | None = None  # its process has ended: no connection mends that
         self._forced = False  # somebody has decided to run the guest here, in the place of a source that is gone
         self._unserved: MigratedError | None = None  # why the guest that was found after a restart cannot be served
-        self._silent = (
-            False  # say nothing when all is over: the source shall go on asking until the next agent is there
-        )
+        self._silent = False  # when all is over: the source shall go on asking until the next agent is there
         self._armed = asyncio.Event()  # the engine takes page connections
         self._mapped = asyncio.Event()
         self._running: asyncio.Task[None] | None = None  # COMMIT was given: `_run_guest`
@@ -283,12 +281,11 @@ class TargetMigration(Migration):
         self.log.info("guest state loaded")
 
     async def _until_commit(self, link: ControlLink) -> None:
-        engine = self._require_engine()
         while True:
             message = await link.receive()
             match message:
                 case Populated(region=region, first_page=first_page, bits=bits):
-                    engine.populate(region, first_page, bits, POPULATE_THREADS)
+                    self._require_engine().populate(region, first_page, bits, POPULATE_THREADS)
                 case Round(number=number, dirty_bytes=dirty_bytes):
                     self.record.round = number
                     self.record.remaining_bytes = dirty_bytes
@@ -297,8 +294,9 @@ class TargetMigration(Migration):
                     self.record.stale_pages = stale_pages
                     self.set_state(State.SWITCHOVER)
                 case StaleMap(region=region, first_page=first_page, bits=bits):
-                    engine.stale_map(region, first_page, bits)
+                    self._require_engine().stale_map(region, first_page, bits)
                 case StaleMapEnd():
+                    engine = self._require_engine()
                     engine.switchover()
                     self.record.stale_bytes = engine.stats().stale_bytes
                     self._mapped.set()
@@ -330,8 +328,8 @@ class TargetMigration(Migration):
             if stream != URGENT and stream >= self.hello.streams:
                 raise RemoteProtocolError(f"page connection {stream} of {self.hello.streams}")
             engine = self._require_engine()
-            if not engine.alive:
-                raise ConnectionLostError("a page connection came when the migration was over")
+            if not engine.alive or not self.session.connected:
+                raise ConnectionLostError("a page connection came without a control connection")
         except BaseException:
             os.close(fd)
             raise

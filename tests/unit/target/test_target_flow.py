@@ -71,6 +71,7 @@ class FakeGuest:
 class FakeEngine:
     """Lacks pages for ever; ``refuses`` is what arming it meets."""
 
+    missing = False
     refuses: MigratedError | None = None
     alive = True
 
@@ -121,6 +122,8 @@ class Flow(TargetMigration):
 
     def _make_engine(self, *, recover: bool) -> Any:
         del recover
+        if self.fake.missing:
+            raise MigratedError("no engine", code="native")
         self.engine = cast("Any", self.fake)
         return self.engine
 
@@ -268,11 +271,13 @@ async def dial(migration: Flow) -> tuple[asyncio.Task[None], Stranger]:
 RESUME = Resume(PROTOCOL_VERSION, HELLO.session, HELLO.token, committed=True)
 
 
+@pytest.mark.parametrize("missing", [True, False])
 async def test_a_guest_that_cannot_be_served_waits_for_the_sources_word(
-    guest: FakeGuest, journal: Journal[TargetEntry], tmp_path: Path
+    guest: FakeGuest, journal: Journal[TargetEntry], tmp_path: Path, missing: bool
 ) -> None:
     migration = flow("loaded", guest, journal, tmp_path)
     migration.fake.refuses = MigratedError("no userfaultfd", code="native")
+    migration.fake.missing = missing
     running = asyncio.ensure_future(migration.run())
     dialled, source = await dial(migration)
     await source.say(RESUME)
