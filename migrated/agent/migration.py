@@ -151,7 +151,7 @@ class Migration:
     async def _after_the_end(self) -> None:
         """What is still to be said once nothing of the migration is left."""
 
-    def give_up(self, error: BaseException) -> None:
+    def end_with(self, error: BaseException) -> None:
         """As aborted where somebody asked for it, here or on the other side, else as failed."""
         asked = named(error).code == AbortedError.default_code
         self.set_state(State.ABORTED if asked else State.FAILED, error)

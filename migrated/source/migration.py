@@ -472,7 +472,7 @@ class SourceMigration(Migration):
         await connection.close()
         if told or not self.session.must_reconnect:
             await self._survival_over()
-        self.give_up(error)
+        self.end_with(error)
         return error
 
     async def _withdraw_commit(self) -> None:
@@ -559,7 +559,7 @@ class SourceMigration(Migration):
                 )
             else:
                 error = self._outcome(legacy.error, await self._run_on(self._guest.reclaim(entry.guest)))
-            self.give_up(error)
+            self.end_with(error)
             return error
         if not self.session.position.done:
             self.record.page_size = max(entry.page_bytes)

@@ -453,7 +453,7 @@ class TargetMigration(Migration):
         if connection.speaking and self.session.may_send(Aborted()):
             with contextlib.suppress(MigratedError):
                 await connection.link.send(Aborted())
-        self.give_up(error)
+        self.end_with(error)
 
     async def _close_memory(self) -> None:
         if self.engine is not None:

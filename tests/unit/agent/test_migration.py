@@ -159,7 +159,7 @@ async def test_a_migration_lets_go_and_is_over() -> None:
     async def flow(migration: OneMigration) -> None:
         migration.background(asyncio.Event().wait())
         migration.set_state(State.PRECOPY)
-        migration.give_up(GuestError("it has died"))
+        migration.end_with(GuestError("it has died"))
 
     migration = Flow(flow)
     await migration.run()
@@ -211,7 +211,7 @@ async def test_what_nobody_foresaw_is_archived_too() -> None:
 async def test_an_end_whose_figures_fail_is_archived_too(monkeypatch: pytest.MonkeyPatch) -> None:
     async def flow(migration: OneMigration) -> None:
         monkeypatch.setattr(migration, "refresh", lambda: 1 / 0)
-        migration.give_up(GuestError("it has died"))
+        migration.end_with(GuestError("it has died"))
 
     migration = Flow(flow)
     archived: list[Record] = []
@@ -223,7 +223,7 @@ async def test_an_end_whose_figures_fail_is_archived_too(monkeypatch: pytest.Mon
 
 async def test_a_clean_up_that_fails_ends_the_migration_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     async def flow(migration: OneMigration) -> None:
-        migration.give_up(GuestError("it has died"))
+        migration.end_with(GuestError("it has died"))
 
     async def stuck() -> None:
         raise OSError("cannot let go")
@@ -263,7 +263,7 @@ async def test_a_cancelled_migration_lets_go_too() -> None:
     ],
 )
 async def test_aborted_is_what_somebody_asked_for(migration: OneMigration, error: Exception, state: State) -> None:
-    migration.give_up(error)
+    migration.end_with(error)
     assert migration.record.state is state
 
 
