@@ -1,11 +1,12 @@
-"""Every wait has a limit, every limit an error that names what was waited for."""
+"""Every wait has a limit and an error that names what was waited for; tasks that belong together fail together."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Callable, Coroutine
+from types import TracebackType
+from typing import Any, Self, TypeVar
 
 from migrated.errors import TimeoutExceededError
 
@@ -56,3 +57,104 @@ async def end(task: asyncio.Future[Any]) -> None:
     while not task.done():
         task.cancel()
         await asyncio.wait({task}, timeout=CANCEL_AGAIN_SECONDS)
+
+
+class Scope:
+    """A block, and tasks beside it, that fail together.
+
+        async with scope:
+            scope.spawn(read())
+            await write()
+
+    The first failure, reported by `fail` or raised by a task, cancels the block and is raised where the block ends, whatever
+    else broke because of it.  A block that has come to its end has succeeded, whatever failed meanwhile.  The tasks are over
+    when the block is left.
+
+    This is ``asyncio.TaskGroup`` but for three things: others may report a failure, also before the block is entered; one
+    exception is raised, not a group; and the block is cancelled again and again until it ends (see `end`).
+    """
+
+    def __init__(self) -> None:
+        self.failure: BaseException | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._block: asyncio.Task[Any] | None = None  # the task that executes the block, while it does
+        self._cancel_at: asyncio.Handle | None = None
+        self._cancelled = 0
+
+    def fail(self, error: BaseException) -> None:
+        """End the block with ``error``, or with the failure before it."""
+        if self.failure is None:
+            self.failure = error
+            if self._block is not None:
+                self._cancel_at = asyncio.get_running_loop().call_soon(self._cancel)
+
+    def check(self) -> None:
+        """Raise the failure, if there is one: the block is told a moment after `fail`."""
+        if self.failure is not None:
+            raise self.failure
+
+    def spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Run ``work`` beside the block."""
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.fail(error)
+
+    def _cancel(self) -> None:
+        if self._block is not None:
+            self._cancelled += 1
+            self._block.cancel()
+            self._cancel_at = asyncio.get_running_loop().call_later(CANCEL_AGAIN_SECONDS, self._cancel)
+
+    async def __aenter__(self) -> Self:
+        self._block = asyncio.current_task()
+        if self.failure is not None:
+            self._cancel_at = asyncio.get_running_loop().call_soon(self._cancel)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        block, self._block = self._block, None
+        if self._cancel_at is not None:
+            self._cancel_at.cancel()
+        from_outside = block is not None and block.cancelling() > self._cancelled
+        while block is not None and self._cancelled:
+            self._cancelled -= 1
+            block.uncancel()
+        await asyncio.gather(*(end(task) for task in set(self._tasks)))
+        if error is not None and self.failure is not None and not (kind is asyncio.CancelledError and from_outside):
+            raise self.failure
+
+
+class Backoff:
+    """Tries begin at least ``first`` seconds apart, and twice as far each time, up to ``limit``; `reset` after a success."""
+
+    def __init__(self, first: float, limit: float) -> None:
+        self.apart = first  # seconds from the beginning of a try to that of the next
+        self._first, self._following, self._limit = first, first, limit
+        self._next_at = 0.0
+        self._now = asyncio.Event()
+
+    async def pause(self) -> None:
+        """Until it is time for the next try, or `skip`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(self._next_at):
+                await self._now.wait()
+        self._now.clear()  # before the try: who asks while it is under way means the next one
+        self.apart = self._following
+        self._following = min(2 * self.apart, self._limit)
+        self._next_at = asyncio.get_running_loop().time() + self.apart
+
+    def skip(self) -> None:
+        """Begin the next try now."""
+        self._now.set()
+
+    def reset(self) -> None:
+        """A try has succeeded."""
+        self._following = self._first

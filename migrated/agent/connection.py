@@ -1,83 +1,81 @@
-"""A migration's connection to the other agent: the control link, the guest state inside it, and the page connections.
+"""One connection of a migration to the other agent, from its first byte to its end.
 
-A migration outlives its connections: after COMMIT one is followed by another, over the same session.  Here is what both
-sides do with each of them; who dials and who waits is in ``source/`` and ``target/``.
+A migration outlives its connections: after COMMIT one is followed by another.  A failed connection is closed and never used
+again; whatever reports a failure reports it to the connection that it belongs to.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Generic, TypeVar
+import asyncio
+from typing import TYPE_CHECKING, Self
 
 from migrated.errors import ConnectionLostError, MigratedError
-from migrated.link.control_link import ControlLink, StatePipe
-from migrated.memory.engine import SourceEngine, TargetEngine
-from migrated.waiting import in_thread
+from migrated.waiting import Scope, in_thread
 
 if TYPE_CHECKING:
     from migrated.agent.migration import Migration
-    from migrated.protocol.session import Session
-
-E = TypeVar("E", SourceEngine, TargetEngine)
+    from migrated.link.control_link import ControlLink
 
 
-class Connection(Generic[E]):
-    """Of one migration, now.  ``link`` is None until there is one; ``engine``, whose the page connections are, likewise."""
+class Connection:
+    """Its control link, and the page connections that the migration's engine has meanwhile.
 
-    def __init__(self, migration: Migration, session: Session) -> None:
-        self.session = session
-        self.pipe = StatePipe()
-        self.link: ControlLink | None = None
-        self.engine: E | None = None
+        async with connection:
+            async with connection.alive:
+                ...                      # ends when the connection fails
+            ...                          # the link may still carry last words
+
+    Leaving the outer block closes all of it, and its session is where a lost connection leaves it.
+    """
+
+    def __init__(self, migration: Migration, link: ControlLink | None = None) -> None:
+        self.alive = Scope()
         self._migration = migration
+        self._link = link
+        if link is not None:
+            self.attach(link)
 
-    def require_link(self) -> ControlLink:
-        """The control link, which has been there at least once."""
-        if self.link is None:
+    def attach(self, link: ControlLink) -> None:
+        """Go on over this link."""
+        self._link = link
+        link.ended.add_done_callback(self._ended)
+
+    def _ended(self, ended: asyncio.Future[MigratedError]) -> None:
+        if not ended.cancelled():
+            self.alive.fail(ended.result())
+
+    @property
+    def link(self) -> ControlLink:
+        """The control link.  ConnectionLostError where it has not been dialled."""
+        if self._link is None:
             raise ConnectionLostError("there is no connection")
-        return self.link
+        return self._link
 
-    def require_engine(self) -> E:
-        """The engine, where the flow has made one."""
-        if self.engine is None:
-            raise MigratedError("no engine yet: this is a bug")
-        return self.engine
+    @property
+    def speaking(self) -> bool:
+        """Whether something can still be said, although the session may be over."""
+        return self._link is not None and self._link.broken is None
 
-    def begin(self, link: ControlLink) -> None:
-        """Start this control link and go on over it: guest state travels on it, its end is a failure of the migration."""
-        self.link = link
-        self.pipe.attach(link)
-        link.start()
-        self.watch(link)
-
-    def watch(self, link: ControlLink) -> None:
-        """Report the end of ``link``, unless another one has taken its place by then."""
-        self._migration.background(self._watch(link))
-
-    async def _watch(self, link: ControlLink) -> None:
-        error = await link.wait_lost()
-        if link is self.link:
-            self._migration.failure.set(error)
+    async def explained(self, error: BaseException) -> BaseException:
+        """Why it ended with ``error``: the peer's own words, where it has said some."""
+        return error if self._link is None else await self._link.explained(error)
 
     async def drop_streams(self) -> None:
         """End the page connections; the engine can take others.  What it had to report of them is delivered."""
-        if self.engine is not None and self.engine.alive:
-            await in_thread(self.engine.drop_streams)
-            if self.engine.alive:
-                self.engine.flush()
+        engine = self._migration.engine
+        if engine is not None and engine.alive:
+            await in_thread(engine.drop_streams)
+            if engine.alive:
+                engine.flush()
 
-    async def close_link(self) -> None:
-        """End the control link alone.  It is ours no more, so its watcher does not report the end we made."""
-        link, self.link = self.link, None
-        if link is not None:
-            await link.close()
-
-    async def close_engine(self) -> None:
-        """End its threads and the page connections with them; for good."""
-        if self.engine is not None:
-            await self.engine.close()
-
-    async def disconnect(self) -> None:
-        """Let go of all of it; the session is where a lost connection leaves it.  Idempotent."""
+    async def close(self) -> None:
+        """End all of it.  Idempotent."""
         await self.drop_streams()
-        await self.close_link()
-        self.session.connection_lost()
+        if self._link is not None:
+            await self._link.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()

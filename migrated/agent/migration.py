@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from migrated.agent.connection import Connection
 from migrated.agent.record import NEXT, ErrorInfo, Record, State, StateChange
 from migrated.errors import AbortedError, MigratedError, hinted, named
 from migrated.memory.engine import Event, EventKind
 from migrated.waiting import end
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from migrated.memory.engine import SourceEngine, TargetEngine
 
 #: Figures are told to watchers at most this often.
 TICK_SECONDS = 0.5
@@ -22,52 +24,12 @@ TICK_SECONDS = 0.5
 TIMELINE_CHANGES = 200
 
 
-class Failure:
-    """The first thing that went wrong, whoever met it; waits end with it.
+class FinalError(Exception):
+    """What no later connection mends: the migration has failed with ``error``, and what is kept for the next agent stays."""
 
-    Monitors call `set`; the flow runs its waits through `guard`, which cancels the wait and raises the failure instead.
-    """
-
-    def __init__(self) -> None:
-        self._event = asyncio.Event()
-        self.error: BaseException | None = None
-
-    def set(self, error: BaseException) -> None:
-        """Keep the first one."""
-        if self.error is None:
-            self.error = error
-            self._event.set()
-
-    def clear(self) -> None:
-        """Start anew (a reconnect)."""
-        self.error = None
-        self._event.clear()
-
-    @property
-    def is_set(self) -> bool:
-        """Whether something failed."""
-        return self.error is not None
-
-    async def wait(self) -> BaseException:
-        """Until something fails."""
-        await self._event.wait()
-        if self.error is None:
-            raise MigratedError("the failure was cleared while somebody waited for it")
-        return self.error
-
-    async def guard(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run ``work``; if the failure comes first, cancel it, wait until it is really over, and raise the failure."""
-        task = asyncio.ensure_future(work)
-        failed = asyncio.ensure_future(self._event.wait())
-        try:
-            await asyncio.wait({task, failed}, return_when=asyncio.FIRST_COMPLETED)
-            await end(task)
-            if self.error is not None and (task.cancelled() or task.exception() is not None):
-                raise self.error
-            return task.result()
-        finally:
-            failed.cancel()
-            await end(task)
+    def __init__(self, error: MigratedError) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 class Migration:
@@ -78,10 +40,8 @@ class Migration:
     def __init__(self, record: Record) -> None:
         self.record = record
         self.log = structlog.get_logger(f"migrated.{self.role}").bind(migration=record.id, guest=record.guest)
-        self.failure = Failure()
-        self.rounds_done: asyncio.Queue[int] = asyncio.Queue()
-        self.all_sent = asyncio.Event()
-        self.all_current = asyncio.Event()
+        self.connection = Connection(self)  # the present one, or between two of them the one before
+        self.engine: SourceEngine | TargetEngine | None = None
         self.on_end: Callable[[Record], None] | None = None
         self._over = False
         self._watchers: set[asyncio.Event] = set()
@@ -128,8 +88,12 @@ class Migration:
         for watcher in self._watchers:
             watcher.set()
 
+    def fail(self, error: BaseException) -> None:
+        """End what is being done over the present connection."""
+        self.connection.alive.fail(error)
+
     def background(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        """Run beside the flow; kept alive, cancelled by `stop_background`; a crash is a failure of the migration."""
+        """Run beside the flow, over all connections; cancelled by `stop_background`; a crash ends the present connection."""
         task = asyncio.ensure_future(work)
         self._background.add(task)
         task.add_done_callback(self._background_done)
@@ -138,7 +102,7 @@ class Migration:
     def _background_done(self, task: asyncio.Task[Any]) -> None:
         self._background.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            self.failure.set(error)
+            self.fail(error)
 
     async def stop_background(self) -> None:
         """Cancel everything `background` still runs."""
@@ -162,6 +126,8 @@ class Migration:
         ticker = asyncio.ensure_future(self.tick())
         try:
             await self._migrate()
+        except FinalError as final:
+            self.set_state(State.FAILED, final.error)
         except Exception as error:  # noqa: BLE001 - the last resort
             self._fail_unforeseen(error)
         finally:
@@ -185,7 +151,7 @@ class Migration:
     async def _after_the_end(self) -> None:
         """What is still to be said once nothing of the migration is left."""
 
-    def end_before_commit(self, error: BaseException) -> None:
+    def end_with(self, error: BaseException) -> None:
         """As aborted where somebody asked for it, here or on the other side, else as failed."""
         asked = named(error).code == AbortedError.default_code
         self.set_state(State.ABORTED if asked else State.FAILED, error)
@@ -241,23 +207,12 @@ class Migration:
         finally:
             self._watchers.discard(changed)
 
-    # ------------------------------------------------------------ engine events common to both sides
-
     def on_engine_event(self, event: Event) -> None:
-        """Sort an engine's events; runs in the loop."""
-        match event.kind:
-            case EventKind.ROUND_DONE:
-                self.rounds_done.put_nowait(event.value)
-            case EventKind.ALL_SENT:
-                self.all_sent.set()
-            case EventKind.ALL_CURRENT:
-                self.all_current.set()
-            case EventKind.STREAM_LOST | EventKind.FAILED:
-                error = event.error or MigratedError(f"stream {event.stream} ended")
-                self.log.warning("engine", kind=event.kind.name, stream=event.stream, error=str(error))
-                self.failure.set(error)
-            case _:
-                pass
+        """What ends a connection, on both sides; runs in the loop."""
+        if event.kind in (EventKind.STREAM_LOST, EventKind.FAILED):
+            error = event.error or MigratedError(f"stream {event.stream} ended")
+            self.log.warning("engine", kind=event.kind.name, stream=event.stream, error=str(error))
+            self.fail(error)
 
 
 async def quietly(work: Coroutine[Any, Any, Any], log: Any, what: str) -> bool:

@@ -67,17 +67,12 @@ async def _next(queue: asyncio.Queue[T], end: asyncio.Future[MigratedError]) -> 
 
 
 class StatePipe:
-    """`StateChannel` over control messages; lives as long as the migration, whatever becomes of the link."""
+    """`StateChannel` over the control messages of one link."""
 
-    def __init__(self) -> None:
+    def __init__(self, link: ControlLink) -> None:
         self._incoming: asyncio.Queue[bytes] = asyncio.Queue(STATE_QUEUE_PIECES)
         self._ended = False
-        self._link: ControlLink | None = None
-
-    def attach(self, link: ControlLink) -> None:
-        """Bytes travel over this link from now on."""
         self._link = link
-        link.state_pipe = self
 
     async def feed(self, data: bytes) -> None:
         """From the link; ``b""`` is the end."""
@@ -87,33 +82,25 @@ class StatePipe:
         """See `StateChannel`."""
         if self._ended:
             return b""
-        link = self._link
-        if link is None:
-            raise ConnectionLostError("the guest state has no connection to travel on")
-        data = await _next(self._incoming, link.ended)
+        data = await _next(self._incoming, self._link.ended)
         self._ended = not data
         return data
 
     async def write(self, data: bytes) -> None:
         """See `StateChannel`."""
-        if self._link is None:
-            raise ConnectionLostError("the guest state has no connection to travel on")
         for start in range(0, len(data), STATE_PIECE_BYTES):
             await self._link.send(StateChunk(data[start : start + STATE_PIECE_BYTES]))
 
     async def close_write(self) -> None:
         """See `StateChannel`."""
-        if self._link is None:
-            raise ConnectionLostError("the guest state has no connection to travel on")
         await self._link.send(StateEnd())
 
 
 class ControlLink:
-    """One control connection; `start` after construction, `close` at the end."""
+    """One control connection; `start` it for a session that is nobody else's, `close` it at the end."""
 
     def __init__(
         self,
-        session: Session,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         *,
@@ -121,8 +108,8 @@ class ControlLink:
         received: bytes = b"",
     ) -> None:
         """Take bytes already ``received`` before reading any more."""
-        self.session = session
-        self.state_pipe: StatePipe | None = None
+        self.pipe = StatePipe(self)
+        self._session: Session | None = None
         self._reader = reader
         self._writer = writer
         self._heartbeat = heartbeat
@@ -137,8 +124,16 @@ class ControlLink:
         peer = writer.get_extra_info("peername")
         self.peer = str(Address(*peer[:2])) if isinstance(peer, tuple) else str(peer or "local")
 
-    def start(self) -> None:
-        """Begin reading and heart-beating."""
+    @property
+    def session(self) -> Session:
+        """Whose messages travel here."""
+        if self._session is None:
+            raise ConnectionLostError(f"nobody has begun to talk to {self.peer}")
+        return self._session
+
+    def start(self, session: Session) -> None:
+        """Begin reading and heart-beating; from now on until `close` this is the session's connection."""
+        self._session = session
         self._tasks = [asyncio.ensure_future(self._read()), asyncio.ensure_future(self._beat())]
 
     # ------------------------------------------------------------ the end of the connection
@@ -157,10 +152,6 @@ class ControlLink:
     def ended(self) -> asyncio.Future[MigratedError]:
         """Resolves when the session on this connection is over; only to be waited for."""
         return self._lost
-
-    async def wait_lost(self) -> MigratedError:
-        """Until the session on this connection is over; why."""
-        return await asyncio.shield(self._lost)
 
     async def explained(self, error: BaseException) -> BaseException:
         """Why it really ended: a peer that gives up closes its page connections, and may be heard of here a moment later."""
@@ -187,6 +178,8 @@ class ControlLink:
             async with asyncio.timeout(2):
                 await self._writer.wait_closed()
         self._lose(ConnectionLostError(f"the connection to {self.peer} was closed by us"))
+        if self._session is not None:
+            self._session.connection_lost()
 
     # ------------------------------------------------------------ sending
 
@@ -200,10 +193,17 @@ class ControlLink:
             raise ConnectionLostError(f"the connection to {self.peer} broke: {error}") from error
 
     def post(self, message: AnyMessage) -> None:
-        """Send one message without waiting for room, where something more urgent waits.  Errors as those of `send`."""
+        """Send one message without waiting for room, where something more urgent waits.
+
+        Where this raises, the session has made no step: what was sent counts as sent, whether its bytes ever leave or not.
+        """
         if self._broken.done():
             raise self._broken.result()
-        self._writer.write(self.session.send(message))
+        frame = self.session.send(message)
+        try:
+            self._writer.write(frame)
+        except Exception as error:  # noqa: BLE001 - whatever a transport says of it: its connection is over
+            self._lose(ConnectionLostError(f"the connection to {self.peer} broke: {error}"))
 
     # ------------------------------------------------------------ receiving
 
@@ -252,9 +252,9 @@ class ControlLink:
                 pass
             case StateChunk(data=data):
                 if data:
-                    await self._feed(data)
+                    await self._hand_over(self.pipe.feed(data))
             case StateEnd():
-                await self._feed(b"")
+                await self._hand_over(self.pipe.feed(b""))
             case Abort(code=code, message=text, hint=hint):
                 # Told to whoever waits, and to the one who receives (it may have to clean up and answer).
                 if not self._lost.done():
@@ -262,10 +262,6 @@ class ControlLink:
                 await self._hand_over(self._inbox.put(message))
             case _:
                 await self._hand_over(self._inbox.put(message))
-
-    async def _feed(self, data: bytes) -> None:
-        if self.state_pipe is not None:
-            await self._hand_over(self.state_pipe.feed(data))
 
     async def _hand_over(self, work: Coroutine[Any, Any, None]) -> None:
         """While the one who takes it is slow, nothing is read, and nobody is blamed for not being heard."""

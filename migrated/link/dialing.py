@@ -13,7 +13,6 @@ from migrated.errors import ConnectionLostError, TimeoutExceededError
 from migrated.link.control_link import ControlLink, tune
 from migrated.protocol.heartbeat import Heartbeat
 from migrated.protocol.preamble import Preamble, Purpose, encode
-from migrated.protocol.session import Session
 
 
 class Dialer:
@@ -61,15 +60,15 @@ class Dialer:
             sock.close()
         raise ConnectionLostError(f"{where} cannot be reached: {problem}", code="target-unreachable", hint=hint)
 
-    async def control(self, session: Session) -> ControlLink:
-        """A control connection around ``session``, not started yet."""
+    async def control(self) -> ControlLink:
+        """A control connection, not started yet."""
         sock = await self._connect(Preamble(Purpose.CONTROL, self._session_id, self._token))
         try:
             reader, writer = await asyncio.open_connection(sock=sock)
         except BaseException:
             sock.close()
             raise
-        return ControlLink(session, reader, writer, heartbeat=heartbeat(self._timeouts))
+        return ControlLink(reader, writer, heartbeat=heartbeat(self._timeouts))
 
     async def pages(self, bulk_count: int) -> tuple[list[int], int]:
         """The page connections: descriptors of ``bulk_count`` bulk ones and the urgent one.  All or none."""

@@ -17,13 +17,13 @@ from collections.abc import Iterator
 from migrated.errors import LocalProtocolError, RemoteProtocolError
 from migrated.protocol import bounds, framing, transitions
 from migrated.protocol.messages import AnyMessage, Hello, Ready, Resume, StateChunk, StateEnd
-from migrated.protocol.transitions import Role, State
+from migrated.protocol.transitions import Position, Role, State
 
 _BUG = "this is a bug: please report it"
 
 
 class Session:
-    """The state machine of one side, no I/O and no clock.
+    """The state machine of one side on one connection, no I/O and no clock.  Its `position` outlives it, see `resumed`.
 
     ``hello`` and ``ready`` are the messages as sent or received, None before.
     """
@@ -31,18 +31,18 @@ class Session:
     def __init__(
         self, role: Role, *, state: State = State.IDLE, hello: Hello | None = None, ready: Ready | None = None
     ) -> None:
-        """A new session; or one taken up again after a crash: ``state`` as journalled, not connected, with its first messages.
+        """A new session; or one whose connection is lost, with its first messages: in a state that this leaves behind.
 
-        After a crash a source is in UNSETTLED (COMMIT not sent) or PAUSED (sent, or about to be); a target in WAITING
-        (Loaded sent or about to be, no COMMIT), PAUSED (COMMIT received), CLOSED (Done), or ABORTED (nothing left of it:
-        also what answers for a session the target does not know).  Any other state: ValueError.
+        The source: UNSETTLED (COMMIT not sent) or PAUSED (sent, or about to be); the target: WAITING (Loaded sent or about to
+        be, no COMMIT), PAUSED (COMMIT received), CLOSED (Done), or ABORTED (nothing left of it: also what answers for a session
+        the target does not know).  Either: over, in CLOSED or ABORTED.  Any other state: ValueError.
         """
         self.role = role
         self.hello = hello
         self.ready = ready
-        self._state = state
+        self.position = Position(state)
         self._connected = state is State.IDLE
-        if not self._connected and state not in transitions.RESUMABLE[role]:
+        if not self._connected and not self.position.settled and state not in transitions.RESUMABLE[role]:
             msg = f"a {role} session cannot be taken up in state {state}"
             raise ValueError(msg)
         self._geometry = bounds.Geometry.of(hello, ready) if hello and ready else None
@@ -51,10 +51,16 @@ class Session:
         # Guest state streams live and end with their connection.
         self._ended_ways: set[str] = set() if self._connected else {"send", "recv"}
 
+    @classmethod
+    def taken_up(cls, role: Role, stage: str, hello: Hello, page_bytes: tuple[int, ...]) -> Session:
+        """The session of a migration whose agent died, not connected; ``stage`` is what its journal says."""
+        ready = Ready(page_bytes) if page_bytes else None
+        return cls(role, state=transitions.TAKEN_UP[role][stage], hello=hello, ready=ready)
+
     @property
     def state(self) -> State:
-        """Where it stands."""
-        return self._state
+        """The state of its position."""
+        return self.position.state
 
     @property
     def connected(self) -> bool:
@@ -64,12 +70,18 @@ class Session:
     @property
     def committed(self) -> bool:
         """Source: COMMIT was sent.  Target: it was received."""
-        return self._state in transitions.COMMITTED[self.role]
+        return self.position.committed
 
     @property
     def bound(self) -> bool:
         """Target: Loaded was sent, and the source has not said yet whether COMMIT was given."""
-        return self.role is Role.TARGET and self._state in transitions.BOUND
+        return self.role is Role.TARGET and self.position.bound
+
+    @property
+    def standing(self) -> str:
+        """Where the target stands, in the word of Resumed; only while the session is being resumed, else empty."""
+        words = transitions.STANDING[self.role].items()
+        return next((word for word, state in words if state is self.position.standing), "")
 
     @property
     def guest_may_run_here(self) -> bool:
@@ -85,12 +97,13 @@ class Session:
         if not self._connected or self.committed:
             return False
         # The target's Abort from resuming and refusing states turns down a reconnect: it ends nothing.
-        return transitions.TABLE[self.role][self._state].get("send abort") in {State.ABORTING, State.WITHDRAWING}
+        after = transitions.following(self.role, self.position, "send", "abort")
+        return after is not None and after.state in {State.ABORTING, State.WITHDRAWING}
 
     @property
     def settled(self) -> bool:
         """Nothing more needs to be said: aborted on both sides, or closed."""
-        return self._state in {State.ABORTED, State.CLOSED}
+        return self.position.settled
 
     @property
     def must_reconnect(self) -> bool:
@@ -123,15 +136,14 @@ class Session:
 
         Raises RemoteProtocolError (from the iterator) at a malformed or unexpected message, after all earlier ones; that
         message makes no step, and the connection is good for nothing but closing: every later call raises it again.
-        Messages that an abort overtook are dropped, not given out.  The iterator of an earlier connection ends.
+        Messages that an abort overtook are dropped, not given out.  When the connection is lost, the iterator ends.
         """
         if not self._connected:
-            raise LocalProtocolError(f"bytes received in state {self._state}, without a connection", hint=_BUG)
-        messages = self._decoder.feed(data)
-        return self._arrivals(self._decoder, messages)
+            raise LocalProtocolError(f"bytes received in state {self.state}, without a connection", hint=_BUG)
+        return self._arrivals(self._decoder.feed(data))
 
-    def _arrivals(self, decoder: framing.FrameDecoder, messages: Iterator[AnyMessage]) -> Iterator[AnyMessage]:
-        while self._connected and decoder is self._decoder:
+    def _arrivals(self, messages: Iterator[AnyMessage]) -> Iterator[AnyMessage]:
+        while self._connected:
             if self._failure is not None:
                 raise self._failure
             message = next(messages, None)
@@ -144,7 +156,7 @@ class Session:
         """Make the step of a received message.  False: it was overtaken by an abort, and is dropped."""
         after = self._step("recv", message)
         if after is None:
-            absorbed = transitions.ABSORBED[self.role].get(self._state, frozenset())
+            absorbed = transitions.ABSORBED[self.role].get(self.state, frozenset())
             if transitions.event(message) in absorbed:
                 return False
             self._failure = RemoteProtocolError(self._complaint("recv", message), code="unexpected-message")
@@ -164,43 +176,43 @@ class Session:
         """
         if self._connected:
             self._connected = False
-            self._state = transitions.LOST[self.role].get(self._state, self._state)
+            self.position = transitions.lost(self.role, self.position)
             self._ended_ways = {"send", "recv"}
-        return self._state
+        return self.state
 
-    def reconnected(self) -> None:
-        """A new connection is there (call `connection_lost` for the old one first): the source now sends Resume.
+    def resumed(self) -> Session:
+        """This session on the connection that follows the lost one: the source now sends Resume.
 
         LocalProtocolError when still connected, or when the state has nothing to resume.
         """
-        if self._connected or self._state not in transitions.RESUMABLE[self.role]:
+        if self._connected or self.state not in transitions.RESUMABLE[self.role]:
             what = "connected" if self._connected else "over"
-            raise LocalProtocolError(f"reconnected in state {self._state}: the session is {what}", hint=_BUG)
-        self._connected = True
-        self._decoder = framing.FrameDecoder()
-        self._failure = None
+            raise LocalProtocolError(f"resumed in state {self.state}: the session is {what}", hint=_BUG)
+        following = Session(self.role, state=self.state, hello=self.hello, ready=self.ready)
+        following._connected = True
+        return following
 
     def commit_by_hand(self) -> None:
         """Target: somebody has decided in the place of a source that is gone.  As if COMMIT had come, then the loss."""
-        if self._connected or self._state is not State.WAITING:
-            raise LocalProtocolError(f"decided by hand in state {self._state}", hint=_BUG)
-        self._state = State.PAUSED
+        if self._connected or self.state is not State.WAITING:
+            raise LocalProtocolError(f"decided by hand in state {self.state}", hint=_BUG)
+        self.position = Position(State.PAUSED)
 
-    def _step(self, way: str, message: AnyMessage) -> State | None:
+    def _step(self, way: str, message: AnyMessage) -> Position | None:
         if not self._connected or (isinstance(message, StateChunk | StateEnd) and way in self._ended_ways):
             return None
-        return transitions.following(self.role, self._state, way, transitions.event(message))
+        return transitions.following(self.role, self.position, way, transitions.event(message))
 
     def _complaint(self, way: str, message: AnyMessage) -> str:
         word = transitions.event(message)
         if not self._connected:
-            return f"cannot send {word} in state {self._state}: not connected"
-        if transitions.following(self.role, self._state, way, word) is not None:
+            return f"cannot send {word} in state {self.state}: not connected"
+        if transitions.following(self.role, self.position, way, word) is not None:
             return f"{word} after state-end, or after the connection that carried the guest's state"
-        allowed = ", ".join(transitions.expected(self.role, self._state, way)) or "nothing"
+        allowed = ", ".join(transitions.expected(self.role, self.position, way)) or "nothing"
         if way == "send":
-            return f"cannot send {word} in state {self._state}: allowed are {allowed}"
-        return f"the peer sent {word} in state {self._state}: expected {allowed}"
+            return f"cannot send {word} in state {self.state}: allowed are {allowed}"
+        return f"the peer sent {word} in state {self.state}: expected {allowed}"
 
     def _check(self, message: AnyMessage) -> None:
         """What only the session knows: is it the same session, do page numbers fit its regions.  ValueError."""
@@ -217,7 +229,7 @@ class Session:
             case _:
                 pass
 
-    def _follow(self, way: str, message: AnyMessage, after: State) -> None:
+    def _follow(self, way: str, message: AnyMessage, after: Position) -> None:
         match message:
             case Hello():
                 self.hello = message
@@ -228,4 +240,4 @@ class Session:
                 self._ended_ways.add(way)
             case _:
                 pass
-        self._state = after
+        self.position = after

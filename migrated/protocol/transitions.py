@@ -7,9 +7,9 @@ explains why these tables keep a guest from running twice; its diagrams are draw
     python -m migrated.protocol.transitions
 
 How to read them
-    A table maps a state to its steps, ``"send hello"`` or ``"recv ready"`` to the state that follows.  Words are those of
-    `event`: the message's tag, and for Resume and Resumed what they say (``resume-committed``, ``resumed-running``).
-    `CONVERSATION` is added to many states at once: messages that never change the state.
+    A table maps a `Position` to its steps, ``"send hello"`` or ``"recv ready"`` to the position that follows.  Words are those
+    of `event`: the message's tag, and for Resume and Resumed what they say (``resume-committed``, ``resumed-running``).
+    `CONVERSATION` is added to many states at once: messages that never change the position.
 
 The rules the tables are made of
     1. The source decides.  Until it sends Commit it may abort, and may run the guest; from then on neither, for good.
@@ -19,22 +19,20 @@ The rules the tables are made of
     3. A message overtaken by an abort is harmless.  Both sides may send until they have read the other's Abort, so those
        states take what may have been on its way (`ABSORBED`) and drop it.  After Commit there is no Abort to be overtaken
        by.
-    4. A lost connection is a step as well (`LOST`), and what follows depends only on what was sent, never on what the peer
+    4. A lost connection is a step as well (`lost`), and what follows depends only on what was sent, never on what the peer
        may have got.
     5. A new connection begins with Resume, by which the source says on which side of Commit it is.
 
 What is ugly
-    The same point of the conversation needs a state for each thing the target may have said it is at (resuming-loaded,
-    resuming-running, resuming-done), since a table cannot remember.  The source has two states for an abort: in ``aborting``
-    the target cannot have sent Loaded, and cleans up even if it never hears of us again; in ``withdrawing`` it may have, and
-    must be told.
+    The source has two states for an abort: in ``aborting`` the target cannot have sent Loaded, and cleans up even if it never
+    hears of us again; in ``withdrawing`` it may have, and must be told.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Mapping
-from typing import Final
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Final, NamedTuple
 
 from migrated.protocol.messages import AnyMessage, Resume, Resumed
 
@@ -66,19 +64,44 @@ class State(enum.StrEnum):
     SETTLING = "settling"  # Resume(committed=False) sent/received, Abort follows
     WAITING = "waiting"  # target: Loaded was sent, then the connection was lost: only the source knows
     PAUSED = "paused"  # Commit was sent/received, then the connection was lost
-    RESUMING = "resuming"  # source: Resume(committed=True) sent
+    RESUMING = "resuming"  # Resume(committed=True) sent/received
+    LISTING = "listing"  # Resumed sent/received, the map of lacking pages travels
     REFUSED = "refused"  # source: the target answered that with Abort; the guest stays paused here
     REFUSING = "refusing"  # target: received it, but nothing is left of the session
-    RESUMING_LOADED = "resuming-loaded"  # target: received it, and stands at loaded / running / done
-    RESUMING_RUNNING = "resuming-running"
-    RESUMING_DONE = "resuming-done"
-    LISTING_LOADED = "listing-loaded"  # Resumed sent/received, the map of lacking pages travels
-    LISTING_RUNNING = "listing-running"
-    LISTING_DONE = "listing-done"
     RECOMMITTING = "recommitting"  # source: the target still waits for Commit: it must be sent again
 
 
-Table = Mapping[State, Mapping[str, State]]
+class Position(NamedTuple):
+    """A state, and while a session is being resumed also where the target stands: the state it goes on in afterwards.
+
+    This is all that outlives a connection, and all that decides what may be done with the guest.
+    """
+
+    state: State
+    standing: State | None = None  # known to the target in RESUMING, to both sides in LISTING
+
+    @property
+    def committed(self) -> bool:
+        """Source: COMMIT was sent.  Target: it was received."""
+        return (self.standing or self.state) in _COMMITTED
+
+    @property
+    def bound(self) -> bool:
+        """Target: Loaded was sent, and the source has not said yet whether COMMIT was given: only its word ends this."""
+        return (self.standing or self.state) in _BOUND
+
+    @property
+    def done(self) -> bool:
+        """The target has every page, and both sides know it: source: it has said so; target: we have."""
+        return self.state in _DONE
+
+    @property
+    def settled(self) -> bool:
+        """Nothing more needs to be said: aborted on both sides, or closed."""
+        return self.state in _SETTLED
+
+
+Table = Mapping[Position, Mapping[str, Position]]
 
 
 def event(message: AnyMessage) -> str:
@@ -130,16 +153,7 @@ _SOURCE: Final[dict[State, dict[str, State]]] = {
     _S.UNSETTLED: {"send resume-aborted": _S.SETTLING},
     _S.SETTLING: {"send abort": _S.WITHDRAWING, "recv abort": _S.UNSETTLED},
     _S.PAUSED: {"send resume-committed": _S.RESUMING},
-    _S.RESUMING: {
-        "recv resumed-loaded": _S.LISTING_LOADED,
-        "recv resumed-running": _S.LISTING_RUNNING,
-        "recv resumed-done": _S.LISTING_DONE,
-        "recv abort": _S.REFUSED,
-    },
     _S.REFUSED: {},
-    _S.LISTING_LOADED: {"recv lacking": _S.LISTING_LOADED, "recv lacking-end": _S.RECOMMITTING},
-    _S.LISTING_RUNNING: {"recv lacking": _S.LISTING_RUNNING, "recv lacking-end": _S.POSTCOPY},
-    _S.LISTING_DONE: {"recv lacking-end": _S.DONE},
     _S.RECOMMITTING: {"send commit": _S.COMMITTED},
 }
 
@@ -169,19 +183,13 @@ _TARGET: Final[dict[State, dict[str, State]]] = {
     _S.COMMITTED: {"send running": _S.POSTCOPY},
     _S.POSTCOPY: {"send done": _S.DONE},
     _S.DONE: {"recv released": _S.CLOSED},
-    _S.CLOSED: {"recv resume-committed": _S.RESUMING_DONE},
+    _S.CLOSED: {},
     _S.ABORTING: {"send aborted": _S.ABORTED},
     _S.ABORTED: {"recv resume-aborted": _S.SETTLING, "recv resume-committed": _S.REFUSING},
     _S.SETTLING: {"recv abort": _S.ABORTING},
     _S.REFUSING: {"send abort": _S.ABORTED},
-    _S.WAITING: {"recv resume-aborted": _S.SETTLING, "recv resume-committed": _S.RESUMING_LOADED},
-    _S.PAUSED: {"recv resume-committed": _S.RESUMING_RUNNING},
-    _S.RESUMING_LOADED: {"send resumed-loaded": _S.LISTING_LOADED, "send abort": _S.WAITING},
-    _S.RESUMING_RUNNING: {"send resumed-running": _S.LISTING_RUNNING, "send abort": _S.PAUSED},
-    _S.RESUMING_DONE: {"send resumed-done": _S.LISTING_DONE, "send abort": _S.CLOSED},
-    _S.LISTING_LOADED: {"send lacking": _S.LISTING_LOADED, "send lacking-end": _S.LOADED},
-    _S.LISTING_RUNNING: {"send lacking": _S.LISTING_RUNNING, "send lacking-end": _S.POSTCOPY},
-    _S.LISTING_DONE: {"send lacking-end": _S.DONE},
+    _S.WAITING: {"recv resume-aborted": _S.SETTLING},
+    _S.PAUSED: {},
 }
 
 _CHAT = ("ping", "pong")
@@ -193,7 +201,11 @@ _SILENT = {_S.IDLE, _S.CLOSED, _S.ABORTED, _S.UNSETTLED, _S.WAITING, _S.PAUSED, 
 #: Loaded is said (a last StateEnd) goes on; a side that has nothing to add after it (Done) only listens.
 CONVERSATION: Final[dict[Role, dict[str, frozenset[State]]]] = {
     role: {
-        **{f"{way} {word}": frozenset(table.keys() - _SILENT) for way in ("send", "recv") for word in _CHAT},
+        **{
+            f"{way} {word}": frozenset({*table, _S.RESUMING, _S.LISTING} - _SILENT)
+            for way in ("send", "recv")
+            for word in _CHAT
+        },
         **{
             f"{way} {word}": frozenset(
                 {_S.PRECOPY, _S.SWITCHOVER, _S.MAPPED, _S.LOADED, _S.COMMITTED, _S.POSTCOPY}
@@ -234,23 +246,28 @@ ABSORBED: Final[dict[Role, dict[State, frozenset[str]]]] = {
 }
 
 #: What a lost connection makes of a state; a state that is not here stays.
-LOST: Final[dict[Role, dict[State, State]]] = {
+_LOST: Final[dict[Role, dict[State, State]]] = {
     Role.SOURCE: {
         # The target has not seen the end of the stale map: it cannot have promised anything, and aborts by itself.
         **dict.fromkeys((_S.IDLE, _S.HELLO, _S.PRECOPY, _S.SWITCHOVER, _S.ABORTING), _S.ABORTED),
         # It may have promised: it must hear from us, whenever that is.
         **dict.fromkeys((_S.MAPPED, _S.LOADED, _S.WITHDRAWING, _S.SETTLING), _S.UNSETTLED),
         **dict.fromkeys((_S.COMMITTED, _S.POSTCOPY, _S.RESUMING, _S.REFUSED, _S.RECOMMITTING), _S.PAUSED),
-        **dict.fromkeys((_S.LISTING_LOADED, _S.LISTING_RUNNING, _S.LISTING_DONE), _S.PAUSED),
         _S.DONE: _S.CLOSED,
     },
     Role.TARGET: {
         **dict.fromkeys((_S.IDLE, _S.HELLO, _S.PRECOPY, _S.SWITCHOVER, _S.MAPPED), _S.ABORTED),
         **dict.fromkeys((_S.ABORTING, _S.SETTLING, _S.REFUSING), _S.ABORTED),
-        **dict.fromkeys((_S.LOADED, _S.RESUMING_LOADED, _S.LISTING_LOADED), _S.WAITING),
-        **dict.fromkeys((_S.COMMITTED, _S.POSTCOPY, _S.RESUMING_RUNNING, _S.LISTING_RUNNING), _S.PAUSED),
-        **dict.fromkeys((_S.DONE, _S.RESUMING_DONE, _S.LISTING_DONE), _S.CLOSED),
+        _S.LOADED: _S.WAITING,
+        **dict.fromkeys((_S.COMMITTED, _S.POSTCOPY), _S.PAUSED),
+        _S.DONE: _S.CLOSED,
     },
+}
+
+#: Where the target stands when it is asked, in the word of Resumed, and the state in which a session so resumed goes on.
+STANDING: Final[dict[Role, dict[str, State]]] = {
+    Role.SOURCE: {"loaded": _S.RECOMMITTING, "running": _S.POSTCOPY, "done": _S.DONE},
+    Role.TARGET: {"loaded": _S.LOADED, "running": _S.POSTCOPY, "done": _S.DONE},
 }
 
 #: States from which a new connection may go on.
@@ -259,58 +276,87 @@ RESUMABLE: Final[dict[Role, frozenset[State]]] = {
     Role.TARGET: frozenset({_S.WAITING, _S.PAUSED, _S.CLOSED, _S.ABORTED}),
 }
 
-#: States in which Commit has been sent (source) or received (target).
-COMMITTED: Final[dict[Role, frozenset[State]]] = {
-    Role.SOURCE: frozenset(
-        {_S.COMMITTED, _S.POSTCOPY, _S.DONE, _S.CLOSED, _S.PAUSED, _S.RESUMING, _S.REFUSED, _S.RECOMMITTING}
-        | {_S.LISTING_LOADED, _S.LISTING_RUNNING, _S.LISTING_DONE}
-    ),
-    Role.TARGET: frozenset(
-        {_S.COMMITTED, _S.POSTCOPY, _S.DONE, _S.CLOSED, _S.PAUSED}
-        | {_S.RESUMING_RUNNING, _S.LISTING_RUNNING, _S.RESUMING_DONE, _S.LISTING_DONE}
-    ),
+#: What a journal may say of a migration whose agent died, and the state in which its session is taken up again.
+TAKEN_UP: Final[dict[Role, dict[str, State]]] = {
+    Role.SOURCE: {"active": _S.UNSETTLED, "committed": _S.PAUSED, "released": _S.CLOSED},
+    Role.TARGET: {"setup": _S.ABORTED, "loaded": _S.WAITING, "committed": _S.PAUSED, "running": _S.PAUSED},
 }
 
-#: States of a target that has sent Loaded and may neither run the guest nor give it up: only the source's word ends them.
-BOUND: Final = frozenset({_S.LOADED, _S.WAITING, _S.RESUMING_LOADED, _S.LISTING_LOADED})
+_COMMITTED = frozenset(
+    {_S.COMMITTED, _S.POSTCOPY, _S.DONE, _S.CLOSED, _S.PAUSED, _S.RESUMING, _S.REFUSED, _S.RECOMMITTING}
+)
+_BOUND = frozenset({_S.LOADED, _S.WAITING})
+_DONE = frozenset({_S.DONE, _S.CLOSED})
+_SETTLED = frozenset({_S.ABORTED, _S.CLOSED})
 
-TABLE: Final[dict[Role, Table]] = {Role.SOURCE: _SOURCE, Role.TARGET: _TARGET}
+
+def _listing(role: Role, way: str) -> Iterator[tuple[Position, dict[str, Position]]]:
+    """The end of a resumption: the list of what is lacking, of which there is none where nothing is."""
+    for after in STANDING[role].values():
+        listing = Position(_S.LISTING, after)
+        more = {} if after is _S.DONE else {f"{way} lacking": listing}
+        yield listing, {**more, f"{way} lacking-end": Position(after)}
 
 
-def following(role: Role, state: State, way: str, word: str) -> State | None:
-    """The state after sending (``way`` "send") or receiving ("recv") ``word``; None: not allowed (see also `ABSORBED`)."""
+def _source() -> Table:
+    table = {Position(state): {step: Position(after) for step, after in _SOURCE[state].items()} for state in _SOURCE}
+    table[Position(_S.RESUMING)] = {
+        **{f"recv resumed-{word}": Position(_S.LISTING, after) for word, after in STANDING[Role.SOURCE].items()},
+        "recv abort": Position(_S.REFUSED),
+    }
+    return table | dict(_listing(Role.SOURCE, "recv"))
+
+
+def _target() -> Table:
+    table = {Position(state): {step: Position(after) for step, after in _TARGET[state].items()} for state in _TARGET}
+    for word, after in STANDING[Role.TARGET].items():
+        apart, asked = Position(_LOST[Role.TARGET][after]), Position(_S.RESUMING, after)
+        table[apart]["recv resume-committed"] = asked
+        table[asked] = {f"send resumed-{word}": Position(_S.LISTING, after), "send abort": apart}
+    return table | dict(_listing(Role.TARGET, "send"))
+
+
+TABLE: Final[dict[Role, Table]] = {Role.SOURCE: _source(), Role.TARGET: _target()}
+
+
+def lost(role: Role, position: Position) -> Position:
+    """What a lost connection makes of it.  A target that was being asked where it stands stands there still."""
+    if position.standing is not None:
+        return Position(_S.PAUSED if role is Role.SOURCE else _LOST[role][position.standing])
+    return Position(_LOST[role].get(position.state, position.state))
+
+
+def following(role: Role, position: Position, way: str, word: str) -> Position | None:
+    """What follows sending (``way`` "send") or receiving ("recv") ``word``; None: not allowed (see also `ABSORBED`)."""
     step = f"{way} {word}"
-    found = TABLE[role][state].get(step)
-    if found is None and state in CONVERSATION[role].get(step, ()):
-        return state
+    found = TABLE[role][position].get(step)
+    if found is None and position.state in CONVERSATION[role].get(step, ()):
+        return position
     return found
 
 
-def expected(role: Role, state: State, way: str) -> list[str]:
+def expected(role: Role, position: Position, way: str) -> list[str]:
     """The words that may be sent or received now, for error messages."""
-    words = {step.partition(" ")[2] for step in TABLE[role][state] if step.startswith(f"{way} ")}
+    words = {step.partition(" ")[2] for step in TABLE[role][position] if step.startswith(f"{way} ")}
     words |= {
         step.partition(" ")[2]
         for step, states in CONVERSATION[role].items()
-        if state in states and step.startswith(way)
+        if position.state in states and step.startswith(way)
     }
     return sorted(words)
 
 
 def mermaid(role: Role) -> str:
-    """The role's table as a mermaid state diagram, lost connections included."""
-    lines = ["stateDiagram-v2", f"    [*] --> {_node(State.IDLE)}"]
-    for state, steps in TABLE[role].items():
-        merged: dict[State, list[str]] = {}
+    """The role's table as a mermaid state diagram, lost connections included.  Where the target stands is left out."""
+    edges: dict[tuple[State, State], dict[str, None]] = {}
+    for before, steps in TABLE[role].items():
         for step, after in steps.items():
-            merged.setdefault(after, []).append(step)
-        lines += [f"    {_node(state)} --> {_node(after)}: {', '.join(words)}" for after, words in merged.items()]
-    lines += [f"    {_node(before)} --> {_node(after)}: lost" for before, after in LOST[role].items()]
+            edges.setdefault((before.state, after.state), {})[step] = None
+        if (after := lost(role, before)) != before:
+            edges.setdefault((before.state, after.state), {})["lost"] = None
+    lines = ["stateDiagram-v2", f"    [*] --> {State.IDLE}"]
+    lines += [f"    {before} --> {after}: {', '.join(words)}" for (before, after), words in edges.items()]
     return "\n".join(lines) + "\n"
-
-
-def _node(state: State) -> str:
-    return state.value.replace("-", "_")
 
 
 def diagrams() -> str:

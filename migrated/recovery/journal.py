@@ -72,6 +72,7 @@ class SourceEntry(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit
     started_at: float = 0.0
     max_bandwidth: int = 0
     drain_bandwidth: int = 0
+    compression: str = "off"
     superseded: bool = False  # a later migration was begun: the guest is no longer this one's to run
 
 

@@ -164,6 +164,7 @@ class SourceAgent(HostAgent[SourceMigration]):
             streams=hello.streams,
             max_bandwidth=entry.max_bandwidth,
             drain_bandwidth=entry.drain_bandwidth,
+            compression=entry.compression,
         )
         return SourceMigration(
             guest_name=hello.guest,

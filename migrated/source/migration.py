@@ -1,42 +1,57 @@
-"""One migration, seen from the source: pre-copy, switch-over, commit, and serving what is still stale.
+"""One migration, seen from the source: pre-copy, switch-over, COMMIT, and serving what is still stale.
 
-The order of things is what keeps the guest safe, so the flow is written down in one place, `SourceMigration._migrate`:
-
-    until loaded   everything that can be undone.  Any failure cancels it and leads to rollback.py: the guest runs on here.
-    COMMIT         one message.  `Session.committed` turns true before its first byte leaves, and from then on nothing on
-                   this side may make the guest run here.
-    until done     only serving.  Any failure pauses it; reconnect.py dials until the same session goes on.
-
-Waiting is done under `Failure.guard`: the engine's threads, the connection and the guest's process each report into one
-`Failure`, and the first one ends whatever is being waited for.
+until COMMIT   one connection.  Any failure ends it and leads to `SourceMigration._roll_back`: the guest runs on here.
+COMMIT         one message.  `Session.committed` turns true before its first byte leaves, and from then on nothing on
+this side may make the guest run here.
+until Done     only serving, over as many connections as it takes: each that fails is followed by another one.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any
 
 from migrated import __version__
-from migrated.agent.migration import Migration, quietly
+from migrated.agent import figures
+from migrated.agent.connection import Connection
+from migrated.agent.migration import FinalError, Migration, quietly
 from migrated.agent.rates import Rates
 from migrated.agent.record import Laps, Record, State, id_of
-from migrated.errors import AbortedError, ConflictError, GuestError, MigratedError, PeerError
+from migrated.errors import (
+    AbortedError,
+    ConflictError,
+    GuestError,
+    MigratedError,
+    PeerError,
+    RemoteProtocolError,
+    TimeoutExceededError,
+    named,
+)
 from migrated.guests.access.pidfd import process_lives, process_started
 from migrated.link.dialing import Dialer
-from migrated.memory.engine import Event, EventKind, SourceEngine
+from migrated.memory.engine import URGENT, Event, EventKind, SourceEngine
 from migrated.memory.native import lib
 from migrated.memory.tracker import Tracker
+from migrated.protocol.bounds import abort_of
 from migrated.protocol.messages import (
+    GUEST_LOST,
     PROTOCOL_VERSION,
+    Aborted,
     Commit,
     Done,
     Hello,
+    Lacking,
+    LackingEnd,
     Loaded,
     Ready,
     RegionInfo,
     Released,
+    Resume,
+    Resumed,
     Running,
     StaleMap,
     StaleMapEnd,
@@ -44,24 +59,21 @@ from migrated.protocol.messages import (
 )
 from migrated.protocol.session import Session
 from migrated.protocol.transitions import Role
-from migrated.protocol.transitions import State as SessionState
 from migrated.recovery.journal import SourceEntry
-from migrated.source import figures
-from migrated.source.connection import TargetConnection
 from migrated.source.precopy import PreCopy
-from migrated.source.reconnect import Reconnect
-from migrated.source.rollback import Rollback
 from migrated.source.stage import JournalledStage
-from migrated.source.tracking import Tracking
-from migrated.waiting import in_thread, within
+from migrated.waiting import Backoff, in_thread, within
 
 #: Of zstd: the fastest that still finds what a guest's memory repeats.
 COMPRESSION_LEVEL = 1
+#: A process that is dying closes its connections first, and is there until its memory is freed.
+DYING_SECONDS = 1.0
 
 if TYPE_CHECKING:
     from migrated.address import Address
     from migrated.config import AgentConfig
     from migrated.guests.driver import SourceGuest
+    from migrated.link.control_link import ControlLink
     from migrated.memory.regions import SourceMemory
     from migrated.recovery.state import Survival
     from migrated.source.options import Options
@@ -72,6 +84,7 @@ class SourceMigration(Migration):
     """Construct, then `run` once; the verbs may be called meanwhile."""
 
     role = "source"
+    engine: SourceEngine | None
 
     def __init__(
         self,
@@ -85,7 +98,7 @@ class SourceMigration(Migration):
         survival: Survival[SourceEntry],
         legacy: Recovered | None = None,
     ) -> None:
-        self.session_id = session_id
+        self.session = legacy.session() if legacy is not None else Session(Role.SOURCE)
         super().__init__(
             Record(
                 id=id_of(session_id),
@@ -95,9 +108,10 @@ class SourceMigration(Migration):
                 peer=str(options.target),
                 driver=driver,
                 max_bandwidth_bytes_per_second=options.max_bandwidth,
-                state=State.POSTCOPY_PAUSED if legacy is not None and legacy.committed else State.SETUP,
+                state=State.POSTCOPY_PAUSED if self.session.committed else State.SETUP,
             )
         )
+        self.session_id = session_id
         self.options = options
         self._guest = guest
         self._timeouts = config.timeouts
@@ -105,77 +119,75 @@ class SourceMigration(Migration):
         self._legacy = legacy
         self._token = legacy.entry.hello.token if legacy is not None else os.urandom(32)
         self._secret = legacy.entry.hello.block_secret if legacy is not None else os.urandom(lib.MGD_SECRET_BYTES)
-        self._session = legacy.session() if legacy is not None else Session(Role.SOURCE)
-        dialer = Dialer(options.target, session_id=session_id, token=self._token, timeouts=config.timeouts)
-        self._connection = TargetConnection(self, self._session, dialer, bulk_streams=options.streams)
-        self._tracking = Tracking(guest, self.log)
-        self._stage = JournalledStage(
-            survival, guest, dialer, log=self.log, entry=legacy.entry if legacy is not None else None
-        )
-        self._reconnect = Reconnect(self, self._connection, config.timeouts)
-        self._rollback = Rollback(
-            self,
-            self._connection,
-            guest,
-            tracking=self._tracking,
-            stage=self._stage,
-            survival=survival,
-            timeouts=config.timeouts,
-        )
-        self._laps = Laps(self.record.downtime_breakdown)
-        self._to_adopt: SourceEntry | None = None  # of a paused process that was not found yet
-        self._released = False
-        self._memory_lost: GuestError | None = None
-        self._running_there = False
-        self._all_there = False
+        self._dialer = Dialer(options.target, session_id=session_id, token=self._token, timeouts=config.timeouts)
+        entry = legacy.entry if legacy is not None else None
+        self._stage = JournalledStage(survival, guest, self._dialer, options, log=self.log, entry=entry)
+        self._tracker: Tracker | None = None  # while the guest is tracked
+        self._rounds_done: asyncio.Queue[int] = asyncio.Queue()
         self._switch_now = asyncio.Event()
+        self._tries = Backoff(self._timeouts.reconnect_interval, self._timeouts.reconnect_interval_limit)
+        self._stuck = False  # its process is here and was not run on, or not ended: the next agent must find it
+        self._released = False
+        self._laps = Laps(self.record.downtime_breakdown)
         self._rates = Rates()
 
     # ------------------------------------------------------------ the flow
 
     async def _migrate(self) -> None:
+        reason: BaseException | None = None
         if self._legacy is not None:
-            await self._after_restart(self._legacy)
-            return
-        try:
-            await self.failure.guard(self._until_loaded())
-            await self._stage.write("committed")
-            if self.failure.error is not None:  # while that was written
-                raise self.failure.error
-            await self._connection.require_link().send(Commit())
-            self._laps.lap("commit")
-        except Exception as error:  # noqa: BLE001 - whatever it is, the guest must be brought to a safe place
-            if not self._session.committed:
-                await self._rollback.run(self.failure.error or error)
-                return
-            self.failure.set(error)
-        await self._after_commit()
+            reason = await self._take_up(self._legacy)
+        else:
+            async with self.connection as connection:
+                try:
+                    async with connection.alive:
+                        await self._until_loaded(connection)
+                        await self._stage.write("committed")
+                        connection.alive.check()
+                        connection.link.post(Commit())  # nothing may follow: here the guest ceases to be ours
+                except Exception as error:  # noqa: BLE001 - COMMIT was not sent: whatever it was, the guest runs on here
+                    reason = await self._roll_back(error, connection)
+                else:
+                    self._laps.lap("commit")
+                    await self._serve(connection)
+        if reason is None:
+            await self._until_done()
+            await self._end_old_guest()
+            self.record.error = None
+            self.set_state(State.COMPLETED)
+        else:
+            await self._settle(reason)
 
-    async def _until_loaded(self) -> None:
-        """Everything before COMMIT."""
+    # ------------------------------------------------------------ until COMMIT
+
+    async def _until_loaded(self, connection: Connection) -> None:
         memory = await self._guest.open()
         self.record.total_bytes = sum(region.size_bytes for region in memory.regions)
         self.background(self._watch_guest())
-        host_pages = await self._greet(memory)
+        host_pages = await self._greet(connection, memory)
         engine = self._make_engine(memory, host_pages)
-        if self.options.compression != "off":
-            engine.set_compression(COMPRESSION_LEVEL)
-        await self._connection.open_streams()
+        await self._open_streams(engine)
         self.set_state(State.PRECOPY)
-        precopy = await self._track(memory, engine)
+        precopy = await self._track(connection.link, memory, engine)
         finish = await precopy.run() if self.options.mode != "postcopy" else False
-        await self._switch_over(engine, precopy, finish=finish)
+        await self._switch_over(connection.link, engine, precopy, finish=finish)
+
+    def _require_engine(self) -> SourceEngine:
+        if self.engine is None:
+            raise MigratedError("no engine yet: this is a bug")
+        return self.engine
 
     def _make_engine(self, memory: SourceMemory, host_pages: tuple[int, ...]) -> SourceEngine:
-        engine = self._connection.engine = SourceEngine(memory, host_pages, self.options.streams, self._secret)
+        engine = self.engine = SourceEngine(memory, host_pages, self.options.streams, self._secret)
         engine.watch(asyncio.get_running_loop(), self.on_engine_event)
         engine.set_bandwidth(self.options.max_bandwidth, self.options.drain_bandwidth)
+        if self.options.compression != "off":
+            engine.set_compression(COMPRESSION_LEVEL)
         return engine
 
-    async def _greet(self, memory: SourceMemory) -> tuple[int, ...]:
+    async def _greet(self, connection: Connection, memory: SourceMemory) -> tuple[int, ...]:
         """Hello → Ready; returns the target's page sizes."""
-        link = await self._connection.dial()
-        self._connection.begin(link)
+        link = await self._dial(connection)
         hello = Hello(
             version=PROTOCOL_VERSION,
             session=self.session_id,
@@ -199,8 +211,7 @@ class SourceMigration(Migration):
             pid=memory.pid,
             pid_started=process_started(memory.pid),
             started_at=self.record.started_at,
-            max_bandwidth=self.options.max_bandwidth,
-            drain_bandwidth=self.options.drain_bandwidth,
+            compression=self.options.compression,
         )
         await link.send(hello)
         ready = await link.expect(
@@ -210,23 +221,23 @@ class SourceMigration(Migration):
         entry.page_bytes = ready.page_bytes
         return ready.page_bytes
 
-    async def _track(self, memory: SourceMemory, engine: SourceEngine) -> PreCopy:
+    async def _track(self, link: ControlLink, memory: SourceMemory, engine: SourceEngine) -> PreCopy:
         """Attach dirty tracking; from here on the guest is touched."""
         await self._survival.hold(memory.memory_fds)
         await self._stage.write("active")
         await self._survival.supersede_others(self.record.guest)
         uffd = await self._guest.tracking_uffd()
         await self._stage.write("active")  # with what the driver has left in the guest
-        tracker = self._tracking.tracker = Tracker(memory, uffd)
+        tracker = self._tracker = Tracker(memory, uffd)
         precopy = PreCopy(
             engine=engine,
             tracker=tracker,
             guest=self._guest,
-            link=self._connection.require_link(),
+            link=link,
             options=self.options,
             record=self.record,
             rates=self._rates,
-            rounds_done=self.rounds_done,
+            rounds_done=self._rounds_done,
             switch_now=self._switch_now,
             barrier_seconds=self._timeouts.switchover,
             log=self.log,
@@ -234,12 +245,11 @@ class SourceMigration(Migration):
         await precopy.arm()
         return precopy
 
-    async def _switch_over(self, engine: SourceEngine, precopy: PreCopy, *, finish: bool) -> None:
+    async def _switch_over(self, link: ControlLink, engine: SourceEngine, precopy: PreCopy, *, finish: bool) -> None:
         """Pause, last scan, stale map, guest state; returns when the target has loaded it."""
-        link = self._connection.require_link()
         self.set_state(State.SWITCHOVER)
         started = time.monotonic()
-        await self._guest.pause(self._connection.pipe)
+        await self._guest.pause(link.pipe)
         self._laps.start(self._guest.paused_at or started)
         self._laps.lap("stop", self._guest.stopped_at)
         self._laps.lap("save")
@@ -261,141 +271,326 @@ class SourceMigration(Migration):
         engine.serve(drain=False)
         self._laps.lap("map")
         self.log.info("paused", stale_pages=stale, steps=self.record.downtime_breakdown)
-        await self._guest.send_state(self._connection.pipe)
+        await self._guest.send_state(link.pipe)
         await link.expect(Loaded, limit_seconds=self._timeouts.guest_state, what="the guest state to be loaded")
         self._laps.lap("load")
 
+    # ------------------------------------------------------------ connections
+
+    def _next_connection(self) -> Connection:
+        self.connection = Connection(self)
+        return self.connection
+
+    async def _dial(self, connection: Connection) -> ControlLink:
+        """Have a control link: a new session's, or the one on which the session goes on."""
+        link = await self._dialer.control()
+        if not self.session.connected:
+            self.session = self.session.resumed()
+        link.start(self.session)
+        connection.attach(link)
+        return link
+
+    def _resume(self, *, committed: bool) -> Resume:
+        """What a session that goes on opens with; ``committed``: whether COMMIT was sent, or may have been."""
+        return Resume(PROTOCOL_VERSION, self.session_id, self._token, committed=committed)
+
+    async def _open_streams(self, engine: SourceEngine) -> None:
+        """Page connections: all or none."""
+        bulk, urgent = await self._dialer.pages(self.options.streams)
+        waiting = [(URGENT, urgent), *reversed(list(enumerate(bulk)))]
+        try:
+            while waiting:
+                engine.add_stream(*waiting.pop())  # takes the descriptor, whatever comes of it
+        finally:
+            for _, fd in waiting:
+                os.close(fd)
+
     # ------------------------------------------------------------ after COMMIT
 
-    async def _after_commit(self, *, connected: bool = True) -> None:
-        """Serve, over as many connections as it takes, until the target needs nothing more."""
-        while not (connected and await self._serve()):
-            if self._memory_lost is not None:  # no connection brings it back
-                await self._survival.over()
-                self.set_state(State.FAILED, self._memory_lost)
-                return
-            try:
-                resumed = await self._reconnect.run()
-            except Exception as error:  # noqa: BLE001 - only a refusal or the operator's limit leads here
-                self.set_state(State.FAILED, error)
-                return
-            if resumed is None:
-                break
-            self._running_there = resumed.state != "loaded"
-            self._all_there = resumed.state == "done"
-            connected = True
-        await self._say_farewell()
-        await self._connection.disconnect()
-        await self._end_old_guest()
-        self.record.error = None
-        self.set_state(State.COMPLETED)
+    async def _until_done(self) -> None:
+        """Dial until the target has everything."""
+        limit, lost_at = self._timeouts.reconnect, time.monotonic()
+        while not self.session.position.done:
+            await self._tries.pause()
+            async with self._next_connection() as connection:
+                if await self._serve(connection, resume=True):
+                    lost_at = time.monotonic()
+                    continue
+            if limit and time.monotonic() - lost_at > limit:
+                raise FinalError(
+                    TimeoutExceededError(
+                        f"{self._dialer.address} could not be reached for {limit:g} s; the guest waits there",
+                        hint="once it can be reached again, start the source agent anew: it goes on with what is kept; "
+                        "timeouts.reconnect = 0 never gives up",
+                    )
+                )
 
-    async def _say_farewell(self) -> None:
+    async def _serve(self, connection: Connection, *, resume: bool = False) -> bool:
+        """Serve over this connection, until Done or its end, which pauses the migration; whether the session went on over it."""
+        on = not resume
+        try:
+            async with connection.alive:
+                standing = "loaded"
+                if resume:
+                    standing = await self._resume_session(connection)
+                    on = True
+                await self._until_all_sent(connection.link, standing)
+        except Exception as error:  # noqa: BLE001 - after COMMIT every failure means the same: the next connection
+            if not on:
+                self.log.info("reconnect failed", error=str(error), next_try_seconds=self._tries.apart)
+            if not self.session.position.done:  # Done may have been read, and not yet been taken from the queue
+                self.set_state(State.POSTCOPY_PAUSED, await self._judged(error))
+        if self.session.position.done:
+            await self._say_farewell(connection)
+        return on
+
+    async def _resume_session(self, connection: Connection) -> str:
+        """Hear where the target stands and what it lacks, and serve that; where it stands."""
+        link = await self._dial(connection)
+        self.set_state(State.RECOVERING)
+        await link.send(self._resume(committed=True))
+        limit = self._timeouts.switchover
+        resumed = await link.expect(Resumed, limit_seconds=limit, what="the target to say where it stands")
+        engine = self._require_engine()
+        engine.lacking_begin()
+        lacking = resumed.lacking_pages > 0
+        while True:
+            async with within(limit, "the map of lacking pages"):
+                message = await link.receive()
+            if isinstance(message, LackingEnd):
+                break
+            if not isinstance(message, Lacking):
+                raise RemoteProtocolError(f"{type(message).__name__} among the lacking pages")
+            engine.lacking(message.region, message.first_page, message.bits)
+            lacking = True
+        self.record.stale_pages, self.record.stale_bytes = resumed.lacking_pages, engine.stats().stale_bytes_left
+        if lacking:  # a target that has everything may have closed its side: it only wants to say Done
+            await self._open_streams(engine)
+            engine.serve(drain=True)
+        if resumed.state == "loaded":
+            await link.send(Commit())
+        self.log.info("reconnected", target=resumed.state, lacking_pages=resumed.lacking_pages)
+        self._tries.reset()
+        self.record.error = None
+        return resumed.state
+
+    async def _until_all_sent(self, link: ControlLink, standing: str) -> None:
+        """Serve until the target, which stands there, has everything.
+
+        What has arrived is taken from the messages, never from the session's state: that may be several messages ahead.
+        """
+        if standing == "loaded":
+            await link.expect(Running, limit_seconds=self._timeouts.switchover, what="the guest to run there")
+        if self.record.downtime_seconds is None and self._laps.total is not None:
+            self._laps.lap("run")
+            self.record.downtime_seconds = self._laps.total
+            self.log.info("downtime", seconds=self.record.downtime_seconds, steps=self.record.downtime_breakdown)
+        self.set_state(State.POSTCOPY)
+        if standing != "done":
+            self._require_engine().serve(drain=True)
+            message = await link.receive()  # no limit: a slow drain may take hours, and heartbeats watch the peer
+            if not isinstance(message, Done):
+                raise RemoteProtocolError(f"{type(message).__name__} came instead of Done")
+
+    async def _judged(self, error: Exception) -> Exception:
+        """What the record says of the end of a connection.  Raises FinalError where no other one can help."""
+        if isinstance(error, GuestError) and error.code == "guest-gone":  # the engine met it
+            await self._survival.over()
+            raise FinalError(
+                GuestError(
+                    f"the paused process of {self.record.guest} has ended, and with it pages that had not been sent",
+                    code="guest-memory-lost",
+                    hint="private memory goes with its process.  The guest waits on the target: `migrated abandon` there gives "
+                    "it a memory error where it touches one of these pages",
+                )
+            ) from error
+        if not isinstance(error, PeerError):
+            return error
+        if error.code == GUEST_LOST:
+            raise FinalError(
+                MigratedError(
+                    f"the target refuses to go on: {error.message}",
+                    code="target-lost-guest",
+                    hint="COMMIT may have been obeyed: make sure the guest runs nowhere else, then "
+                    f"`migrated force-run {self.id}` runs it here, `migrated discard {self.id}` gives it up",
+                )
+            ) from error
+        where = self._dialer.address
+        return MigratedError(
+            f"{where} refuses to go on: {error.message}",
+            code="target-refuses",
+            hint=f"is {where} where the guest is?  `migrated resume {self.id} --to HOST:PORT` asks elsewhere; if it is nowhere: "
+            f"`migrated force-run {self.id}` runs it here, `migrated discard {self.id}` gives it up",
+        )
+
+    async def _say_farewell(self, connection: Connection) -> None:
         """Released, once the journal says so: the target forgets this session, and a next agent must not ask for it."""
         try:
             await self._stage.write("released")
-            link = self._connection.link
-            if link is not None and self._session.may_send(Released()):
-                await link.send(Released())
+            if self.session.may_send(Released()):
+                await connection.link.send(Released())
         except MigratedError as problem:  # the target goes on without it
             self.log.info("the farewell was not said", error=str(problem))
 
     async def _end_old_guest(self) -> None:
         """A paused process that cannot be ended stays in the journal: it must never be moved, or run, again."""
         self._released = True
+        entry = self._stage.require_entry()
         try:
-            if self._to_adopt is not None:
-                await self._adopt(self._to_adopt)
+            if self._legacy is not None and process_lives(entry.pid, entry.pid_started):
+                await self._guest.adopt(entry.pid, entry.guest)
             await self._guest.release()
         except MigratedError as problem:
             self.log.warning("the old process of the guest is still here", error=str(problem))
-            entry = self._stage.entry
-            if entry is not None and process_lives(entry.pid, entry.pid_started):
-                await self._survival.let_go()
-                return
-        await self._survival.over()
+            self._stuck = process_lives(entry.pid, entry.pid_started)
+        await self._survival_over()
 
-    async def _serve(self) -> bool:
-        """Whether it came to the end over this connection; otherwise the migration is paused."""
+    # ------------------------------------------------------------ rollback: COMMIT was not sent
+
+    async def _roll_back(self, error: BaseException, connection: Connection) -> BaseException:
+        """The guest runs on here, untracked; the target is told, if it still can be; returns what it was told.
+
+        The order is what keeps the guest in one place: the session rules out COMMIT, then the journal does, then the guest runs
+        on.  Nothing before that waits for the network.
+        """
+        if not self.session.guest_may_run_here:
+            raise MigratedError("the guest was to run on after COMMIT: this is a bug")
+        self.log.warning("giving up", error=str(error))
+        if not connection.speaking:
+            self.session.connection_lost()
+        elif self.session.abort_allowed:
+            with contextlib.suppress(MigratedError):
+                connection.link.post(abort_of(named(error)))
+        await self._withdraw_commit()
+        problem = await self._run_on(self._guest.resume()) if self._tracker is not None else None
+        if self._stuck:
+            await self._write_again()
+        error = self._outcome(await connection.explained(error), problem)
+        await connection.drop_streams()
+        await self._stop_tracking()
+        told = connection.speaking and await self._confirmed(connection.link)
+        await connection.close()
+        if told or not self.session.must_reconnect:
+            await self._survival_over()
+        self.end_with(error)
+        return error
+
+    async def _withdraw_commit(self) -> None:
+        """Until no journal says COMMIT the guest must stay paused: an agent that believed it would have it run there too."""
+        while not await self._stage.withdraw_commit():  # noqa: ASYNC110 - each round is a try
+            await asyncio.sleep(self._timeouts.reconnect_interval)
+
+    async def _write_again(self) -> None:
+        """A next agent must find the guest that does not run, and the target that was not told."""
+        if not self._stage.written:
+            await quietly(self._stage.write("active"), self.log, "write the journal")
+
+    async def _run_on(self, work: Coroutine[Any, Any, None]) -> Exception | None:
+        """Have the guest run here; why it does not, although it is there."""
         try:
-            await self.failure.guard(self._until_done())
-        except Exception as error:  # noqa: BLE001 - after COMMIT every failure means the same: pause and reconnect
-            reason = self.failure.error or error
-            # Done may have been read and not yet been taken from the queue when the failure came: it counts.
-            if not self._all_there and self._session.state not in (SessionState.DONE, SessionState.CLOSED):
-                if isinstance(reason, GuestError) and reason.code == "guest-gone":  # the engine met it
-                    self._memory_lost = GuestError(
-                        f"the paused process of {self.record.guest} has ended, and with it pages that had not been sent",
-                        code="guest-memory-lost",
-                        hint="private memory goes with its process.  The guest waits on the target: `migrated abandon` there gives "
-                        "it a memory error where it touches one of these pages",
-                    )
-                self.set_state(State.POSTCOPY_PAUSED, reason)
-                return False
+            await work
+        except Exception as problem:  # noqa: BLE001 - the rest is undone all the same
+            self.log.error("the guest does not run on here", error=str(problem))  # noqa: TRY400 - expected: no traceback
+            entry = self._stage.entry
+            if entry is None or await _ends(entry):
+                return None  # its end is no news, or is told by who watches it
+            self._stuck = True
+            return problem
+        return None
+
+    @staticmethod
+    def _outcome(error: BaseException, problem: Exception | None) -> BaseException:
+        """The error to end with: ``error``, or that the guest does not run."""
+        if problem is None:
+            return error
+        why = named(problem)
+        return GuestError(
+            f"{named(error).message}; and the guest does not run on here: {why.message}",
+            code="guest-not-resumed",
+            hint=why.hint
+            if why.code == "guest-not-resumed" and why.hint
+            else "it is here and may be paused: start the source agent again, which tries again, or let it run by hand",
+        )
+
+    async def _confirmed(self, link: ControlLink) -> bool:
+        """Whether the target says that nothing of the guest is left there."""
+        try:
+            async with within(self._timeouts.abort, "the target to clean up"):
+                while not isinstance(await link.receive(after_abort=True), Aborted):
+                    pass
+        except Exception as problem:  # noqa: BLE001 - then it is settled later
+            self.log.warning("the target did not confirm the abort", error=str(problem))
+            return False
         return True
 
-    async def _until_done(self) -> None:
-        """Serve until the target has everything.
+    async def _settle(self, error: BaseException) -> None:
+        """The target may hold a loaded guest that waits for our word: keep trying to say that it is over."""
+        while self.session.must_reconnect:
+            await self._write_again()
+            await self._tries.pause()
+            async with self._next_connection() as connection:
+                try:
+                    link = await self._dial(connection)
+                    await link.send(self._resume(committed=False))
+                    await link.send(abort_of(named(error)))
+                    if await self._confirmed(link):
+                        self.log.info("settled: nothing is left on the target")
+                except Exception as problem:  # noqa: BLE001 - tried again
+                    self.log.info("cannot settle yet", error=str(problem), next_try_seconds=self._tries.apart)
+        await self._survival_over()
 
-        What has arrived is taken from the messages, never from the session's state: that may be several messages ahead.
-        """
-        link = self._connection.require_link()
-        if not self._running_there:
-            await link.expect(Running, limit_seconds=self._timeouts.switchover, what="the guest to run there")
-            self._running_there = True
-        if self.record.downtime_seconds is None and self._laps.total is not None:
-            self._laps.lap("run")
-            self.record.downtime_seconds = self._laps.total
-            self.log.info("downtime", seconds=self.record.downtime_seconds, steps=self.record.downtime_breakdown)
-        self.set_state(State.POSTCOPY)
-        if not self._all_there:
-            self._connection.require_engine().serve(drain=True)
-            message = await link.receive()  # no limit: a slow drain may take hours, and heartbeats watch the peer
-            if not isinstance(message, Done):
-                raise PeerError(f"{type(message).__name__} came instead of Done", code="protocol-remote")
-            self._all_there = True
+    async def _survival_over(self) -> None:
+        await (self._survival.let_go() if self._stuck else self._survival.over())
 
     # ------------------------------------------------------------ after an agent that died
 
-    async def _after_restart(self, legacy: Recovered) -> None:
-        """Go on where the agent before us was: undo, or serve the frozen memory again."""
-        if legacy.entry.stage == "released":
-            self._to_adopt = legacy.entry
-            await self._end_old_guest()
-            self.set_state(State.COMPLETED)
-            return
-        if not legacy.committed:
-            await self._rollback.after_restart(legacy.entry.guest, legacy.error, superseded=legacy.superseded)
-            return
-        self.record.page_size = max(legacy.entry.page_bytes)
-        self.record.total_bytes = sum(region.size_bytes for region in legacy.memory.regions)
-        self._to_adopt = legacy.entry
-        await quietly(self._adopt(legacy.entry), self.log, "find the paused guest")
-        engine = self._make_engine(legacy.memory, legacy.entry.page_bytes)
-        await in_thread(engine.freeze_whole)
-        self.log.warning("the frozen memory is found again after a restart of the agent")
-        await self._after_commit(connected=False)
-
-    async def _adopt(self, entry: SourceEntry) -> None:
-        """Find the paused process again, unless its number is another's by now."""
-        if process_lives(entry.pid, entry.pid_started):
-            await self._guest.adopt(entry.pid, entry.guest)
-        self._to_adopt = None
+    async def _take_up(self, legacy: Recovered) -> BaseException | None:
+        """Go on where the agent before us was: undo (returns why), or serve the frozen memory again."""
+        entry = legacy.entry
+        if not self.session.committed:
+            if not process_lives(entry.pid, entry.pid_started):
+                error: BaseException = GuestError(
+                    "the source agent was restarted before COMMIT; the guest has ended", code="guest-died"
+                )
+            elif legacy.superseded:  # only the target of this one is still to be told
+                error = MigratedError(
+                    "the source agent was restarted before COMMIT; a later migration has the guest",
+                    code="agent-restarted",
+                )
+            else:
+                error = self._outcome(legacy.error, await self._run_on(self._guest.reclaim(entry.guest)))
+            self.end_with(error)
+            return error
+        if not self.session.position.done:
+            self.record.page_size = max(entry.page_bytes)
+            self.record.total_bytes = sum(region.size_bytes for region in legacy.memory.regions)
+            await in_thread(self._make_engine(legacy.memory, entry.page_bytes).freeze_whole)
+            self.log.warning("the frozen memory is found again after a restart of the agent")
+        return None
 
     # ------------------------------------------------------------ the end
 
+    async def _stop_tracking(self) -> None:
+        """Take dirty tracking off, before the guest runs on here.  Also where it was only being attached."""
+        tracker, self._tracker = self._tracker, None
+        if tracker is not None:
+            await quietly(in_thread(tracker.disarm), self.log, "disarm dirty tracking")
+            tracker.close()
+        await quietly(self._guest.release_tracking(), self.log, "release dirty tracking")
+
     async def _let_go(self) -> None:
         await self.stop_background()
-        if self._tracking.tracker is not None and self._session.guest_may_run_here:
-            await self._connection.drop_streams()
-            await self._tracking.stop()
-        self._tracking.close()
-        await self._connection.close_engine()
+        await self.connection.close()
+        if self._tracker is not None and self.session.guest_may_run_here:
+            await self._stop_tracking()
+        elif self._tracker is not None:  # what is in the guest stays, since the guest does not run here any more
+            self._tracker.close()
+        if self.engine is not None:
+            await self.engine.close()
         legacy, self._legacy = self._legacy, None
         if legacy is not None:  # what was kept for us is ours, not the driver's
             for fd in legacy.memory.memory_fds:
                 os.close(fd)
-        await self._connection.close_link()
         await quietly(self._guest.close(), self.log, "close the guest's connections")
 
     # ------------------------------------------------------------ watching
@@ -404,10 +599,10 @@ class SourceMigration(Migration):
         how = await self._guest.died()
         if self._released:
             return
-        if self._session.committed:
+        if self.session.committed:
             self.log.warning("the paused guest's process has ended; only its shared memory is still there", how=how)
             return
-        self.failure.set(
+        self.fail(
             GuestError(
                 f"guest {self.record.guest} {how} while it was being moved",
                 code="guest-died",
@@ -417,24 +612,24 @@ class SourceMigration(Migration):
 
     def on_engine_event(self, event: Event) -> None:
         """After Done the page connections end: that is no failure."""
-        over = self._session.state in (SessionState.DONE, SessionState.CLOSED)
-        if event.kind is EventKind.STREAM_LOST and over:
-            return
-        super().on_engine_event(event)
+        if event.kind is EventKind.ROUND_DONE:
+            self._rounds_done.put_nowait(event.value)
+        elif event.kind is not EventKind.STREAM_LOST or not self.session.position.done:
+            super().on_engine_event(event)
 
     # ------------------------------------------------------------ verbs
 
     def abort(self) -> None:
         """Before COMMIT only."""
-        if self._session.committed or self.record.ended:
+        if self.session.committed or self.record.ended:
             raise ConflictError(
                 f"migration {self.id} is {self.record.state} and cannot be aborted any more",
                 state=self.record.state.value,
                 hint="the guest belongs to the target now: let it finish, or `migrated resume` if it is paused"
-                if self._session.committed
+                if self.session.committed
                 else "it is over",
             )
-        self.failure.set(AbortedError(f"migration {self.id} was aborted on request"))
+        self.fail(AbortedError(f"migration {self.id} was aborted on request"))
 
     def switchover(self) -> None:
         """End pre-copy after the round under way."""
@@ -451,27 +646,32 @@ class SourceMigration(Migration):
             raise ConflictError(
                 f"migration {self.id} is {self.record.state}, not postcopy-paused", state=self.record.state.value
             )
-        self._reconnect.now(address)
         if address is not None:
+            self._dialer.address = address
             self.record.peer = str(address)
-            self.background(quietly(self._stage.write("committed"), self.log, "write the journal"))
+            self.background(quietly(self._stage.rewrite(), self.log, "write the journal"))
+        self._tries.skip()
 
     def limits_changed(self) -> None:
         """Options were changed while running."""
         self.record.max_bandwidth_bytes_per_second = self.options.max_bandwidth
-        engine = self._connection.engine
-        if engine is not None and engine.alive:
-            engine.set_bandwidth(self.options.max_bandwidth, self.options.drain_bandwidth)
-        entry = self._stage.entry
-        if entry is not None:  # the next write has it
-            entry.max_bandwidth, entry.drain_bandwidth = self.options.max_bandwidth, self.options.drain_bandwidth
+        if self.engine is not None and self.engine.alive:
+            self.engine.set_bandwidth(self.options.max_bandwidth, self.options.drain_bandwidth)
+        self.background(quietly(self._stage.rewrite(), self.log, "write the journal"))
         self.notify()
 
     # ------------------------------------------------------------ figures
 
     def refresh(self) -> None:
         """From the engine's counters."""
-        engine = self._connection.engine
-        if engine is None or not engine.alive:
-            return
-        figures.update(self.record, engine.stats(), self._rates, frozen=self._session.committed)
+        if self.engine is not None and self.engine.alive:
+            figures.of_source(self.record, self.engine.stats(), self._rates, frozen=self.session.committed)
+
+
+async def _ends(entry: SourceEntry) -> bool:
+    """Whether the guest's process has ended, or does so within `DYING_SECONDS`."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DYING_SECONDS):
+            while process_lives(entry.pid, entry.pid_started):  # noqa: ASYNC110 - it need not be a child of ours
+                await asyncio.sleep(0.02)
+    return not process_lives(entry.pid, entry.pid_started)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from migrated.errors import MigratedError
-from migrated.protocol.messages import Ready
 from migrated.protocol.session import Session
-from migrated.protocol.transitions import Role, State
+from migrated.protocol.transitions import Role
 from migrated.recovery.journal import JournalError
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from migrated.memory.regions import SourceMemory
     from migrated.recovery.journal import SourceEntry
     from migrated.recovery.state import Survival
+    from migrated.source.options import Options
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -28,16 +29,9 @@ class Recovered:
     error: MigratedError  # what to say of it, if the guest runs on here
     superseded: bool = False  # a later migration of the same guest is left, too: this one's must not touch the guest
 
-    @property
-    def committed(self) -> bool:
-        """Whether COMMIT was sent, or may have been."""
-        return self.entry.stage != "active"
-
     def session(self) -> Session:
         """The session as it stood."""
-        state = State.PAUSED if self.committed else State.UNSETTLED
-        ready = Ready(self.entry.page_bytes) if self.entry.page_bytes else None
-        return Session(Role.SOURCE, state=state, hello=self.entry.hello, ready=ready)
+        return Session.taken_up(Role.SOURCE, self.entry.stage, self.entry.hello, self.entry.page_bytes)
 
 
 class JournalledStage:
@@ -48,31 +42,51 @@ class JournalledStage:
         survival: Survival[SourceEntry],
         guest: SourceGuest,
         dialer: Dialer,
+        options: Options,
         *,
         log: Any,
         entry: SourceEntry | None = None,
     ) -> None:
         self.entry = entry
-        self.struck = False  # removed, since it could not be changed, and not written again since
+        self.written = entry is not None  # and not removed since, because it could not be changed
         self._survival = survival
         self._guest = guest
         self._dialer = dialer
+        self._options = options
+        self._writing = asyncio.Lock()
         self._log = log
+
+    def require_entry(self) -> SourceEntry:
+        """The entry, where the flow has made one."""
+        if self.entry is None:
+            raise MigratedError("nothing to note yet: this is a bug")
+        return self.entry
 
     async def write(self, stage: str) -> None:
         """Before the guest is touched (``active``), and before COMMIT is sent (``committed``).  HostError."""
-        if self.entry is None:
-            raise MigratedError("nothing to note yet: this is a bug")
-        before, self.entry.stage = self.entry.stage, stage
-        self.entry.target = str(self._dialer.address)
-        self.entry.guest = self._guest.memento()
-        try:
-            await self._survival.write(self.entry)
-        except JournalError as problem:
-            if not problem.replaced:
-                self.entry.stage = before
-            raise
-        self.struck = False
+        entry = self.require_entry()
+        async with self._writing:
+            before, entry.stage = entry.stage, stage
+            entry.guest = self._guest.memento()
+            self._note_options(entry)
+            try:
+                await self._survival.write(entry)
+            except JournalError as problem:
+                if not problem.replaced:
+                    entry.stage = before
+                raise
+            self.written = True
+
+    async def rewrite(self) -> None:
+        """The target's address or the limits have changed, and nothing else.  HostError."""
+        async with self._writing:  # a stage that is being written may be taken back
+            if self.entry is not None and self.written:
+                self._note_options(self.entry)
+                await self._survival.write(self.entry)
+
+    def _note_options(self, entry: SourceEntry) -> None:
+        entry.target = str(self._dialer.address)
+        entry.max_bandwidth, entry.drain_bandwidth = self._options.max_bandwidth, self._options.drain_bandwidth
 
     async def withdraw_commit(self) -> bool:
         """Make sure that no journal says COMMIT before the guest runs on: the next agent would believe it.
@@ -85,8 +99,9 @@ class JournalledStage:
             await self.write("active")
         except MigratedError as problem:
             try:
-                await self._survival.strike()
-                self.struck = True
+                async with self._writing:
+                    await self._survival.strike()
+                    self.written = False
             except OSError:
                 self._log.error(
                     "the guest stays paused: the journal says COMMIT, which was not sent, and cannot be changed",

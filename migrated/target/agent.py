@@ -35,23 +35,14 @@ from migrated.memory.engine import URGENT
 from migrated.memory.regions import Region, TargetMemory
 from migrated.protocol.bounds import abort_of
 from migrated.protocol.framing import FrameDecoder
-from migrated.protocol.messages import (
-    Abort,
-    Aborted,
-    AnyMessage,
-    Hello,
-    LackingEnd,
-    Ready,
-    Released,
-    Resume,
-    Resumed,
-)
+from migrated.protocol.messages import Aborted, AnyMessage, Hello, Ready, Resume
 from migrated.protocol.preamble import PREAMBLE_BYTES, Preamble, Purpose, VersionMismatchError, decode, refusal
 from migrated.protocol.session import Session
 from migrated.protocol.transitions import Role
 from migrated.protocol.transitions import State as SessionState
 from migrated.recovery.journal import Journal, TargetEntry
 from migrated.recovery.state import Legacy, Survival
+from migrated.target.late import answer
 from migrated.target.memory import GuestMemory, users_of
 from migrated.target.migration import TargetMigration
 from migrated.target.stage import Recovered
@@ -238,13 +229,11 @@ class TargetAgent(HostAgent[TargetMigration]):
                 )
         guest = self._residents.target_guest(hello.guest)
         faults = await guest.adopt(entry.pid, uffd, memory, entry.guest)
-        state = SessionState.WAITING if entry.stage == "loaded" else SessionState.PAUSED
-        session = Session(Role.TARGET, state=state, hello=hello, ready=Ready(entry.page_bytes))
         migration = TargetMigration(
             hello,
             guest=guest,
             page_bytes=None,
-            session=session,
+            session=Session.taken_up(Role.TARGET, entry.stage, hello, entry.page_bytes),
             link=None,
             config=self.config,
             survival=survival,
@@ -340,7 +329,7 @@ class TargetAgent(HostAgent[TargetMigration]):
         if migration is None or migration.record.ended:
             raise RemoteProtocolError("a page connection for a session that is not known here")
         stream = URGENT if preamble.purpose is Purpose.URGENT else preamble.stream
-        await migration.connection.add_stream(stream, sock.detach())
+        await migration.add_stream(stream, sock.detach())
 
     def _known(self, session: bytes) -> bool:
         return (
@@ -360,8 +349,7 @@ class TargetAgent(HostAgent[TargetMigration]):
         # The transport owns the descriptor from here on; our caller closes an empty shell.
         reader, writer = await asyncio.open_connection(sock=socket.socket(fileno=sock.detach()))
         if known is not None:
-            link = ControlLink(known.session, reader, writer, heartbeat=heartbeat(self.config.timeouts))
-            await known.dialled(link)
+            await known.dialled(ControlLink(reader, writer, heartbeat=heartbeat(self.config.timeouts)))
             return
         try:
             async with within(self.config.timeouts.handshake, "the first message"):
@@ -373,25 +361,15 @@ class TargetAgent(HostAgent[TargetMigration]):
         except BaseException:
             writer.transport.abort()
             raise
-        done = await self._done(first) if isinstance(first, Resume) else None
-        if done is not None:
-            session = Session(Role.TARGET, state=SessionState.CLOSED, hello=done.hello, ready=Ready(done.page_bytes))
-        else:
-            state = SessionState.IDLE if isinstance(first, Hello) else SessionState.ABORTED
-            session = Session(Role.TARGET, state=state)
-        if isinstance(first, Resume):
-            session.reconnected()
-        link = ControlLink(session, reader, writer, heartbeat=heartbeat(self.config.timeouts), received=data)
-        link.start()
-        if isinstance(first, Resume) and first.session in self._waiting_for_next:
+        link = ControlLink(reader, writer, heartbeat=heartbeat(self.config.timeouts), received=data)
+        if isinstance(first, Hello):
+            link.start(Session(Role.TARGET))
+            await self._take_in(link)
+        elif first.session in self._waiting_for_next:
             log.warning("a source asks for a guest that waits for the next agent", peer=link.peer)
             await link.close()  # it goes on asking
-        elif done is not None:
-            await self._say_done(link, done)
-        elif isinstance(first, Resume):
-            await self._nothing_left(link, first)
         else:
-            await self._take_in(link)
+            await self._answer(link, first)
 
     async def _done(self, resume: Resume) -> TargetEntry | None:
         """What an agent before us left for the source of a guest that needs it no more, if this is that source."""
@@ -401,32 +379,18 @@ class TargetAgent(HostAgent[TargetMigration]):
         same = hmac.compare_digest(resume.session + resume.token, entry.hello.session + entry.hello.token)
         return entry if same else None
 
-    async def _say_done(self, link: ControlLink, entry: TargetEntry) -> None:
-        limit = self.config.timeouts.handshake
-        try:
-            await link.expect(Resume, limit_seconds=limit, what="Resume")
-            await link.send(Resumed("done", 0))
-            await link.send(LackingEnd())
-            await link.expect(Released, limit_seconds=limit, what="the farewell")
-        finally:
-            await link.close()
-        log.info("a source has heard that its guest needs it no more", guest=entry.hello.guest, peer=link.peer)
-        await Survival(self._journal, self._keeper, id_of(entry.hello.session)).over()
-
-    async def _nothing_left(self, link: ControlLink, resume: Resume) -> None:
-        """Resume of a session of which nothing is (any more) here."""
-        limit = self.config.timeouts.handshake
-        try:
-            await link.expect(Resume, limit_seconds=limit, what="Resume")
-            if resume.committed:
-                await link.send(Abort("unknown-session", "nothing of this guest is left here"))
-            else:
-                async with within(limit, "Abort"):
-                    await link.receive(after_abort=True)
-                await link.send(Aborted())
+    async def _answer(self, link: ControlLink, resume: Resume) -> None:
+        """A session of which nothing is here any more, but perhaps the word that all is in."""
+        done, limit = await self._done(resume), self.config.timeouts.handshake
+        if done is None:
+            session = Session(Role.TARGET, state=SessionState.ABORTED)
+            await answer(link, session, limit_seconds=limit)
             log.info("answered for a session not known here", peer=link.peer, committed=resume.committed)
-        finally:
-            await link.close()
+        else:
+            session = Session(Role.TARGET, state=SessionState.CLOSED, hello=done.hello, ready=Ready(done.page_bytes))
+            if await answer(link, session, limit_seconds=limit, all_in=True):
+                log.info("a source has heard that its guest needs it no more", guest=done.hello.guest, peer=link.peer)
+                await Survival(self._journal, self._keeper, id_of(done.hello.session)).over()
 
     async def _take_in(self, link: ControlLink) -> None:
         launched = False

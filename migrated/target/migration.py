@@ -1,10 +1,10 @@
 """One migration, seen from the target: memory, fault server, guest process, switch-over, and the last page.
 
-until committed   everything that can be undone.  A failure before `Loaded` was sent leads to rollback.py: nothing of the
-                  guest is left here.  After `Loaded` only the source knows whether COMMIT was given: a lost connection
-                  then means waiting for it to come back (state postcopy-paused), with the guest paused and kept.
-after COMMIT      the guest runs.  The engine's threads serve its faults whatever happens to our tasks; a lost connection
-                  makes it wait for the pages that are missing, until the source dials again (reconnect.py).
+until Loaded   one connection.  Any failure leads to `TargetMigration._give_up`: nothing of the guest is left here.
+until COMMIT   the guest is loaded and bound: only the source knows whether COMMIT was given.  A connection that fails is
+waited for (state postcopy-paused), with the guest paused and kept.
+until Done     the guest runs.  The engine's threads serve its faults whatever happens to our tasks; a connection that fails
+makes it wait for the pages that are missing, until the source dials again.
 """
 
 from __future__ import annotations
@@ -12,10 +12,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import os
 import time
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
-from migrated.agent.migration import Failure, Migration, quietly
+from migrated.agent import figures
+from migrated.agent.connection import Connection
+from migrated.agent.migration import FinalError, Migration, quietly
 from migrated.agent.rates import Rates
 from migrated.agent.record import Laps, Record, State, id_of
 from migrated.errors import (
@@ -30,18 +34,24 @@ from migrated.errors import (
 )
 from migrated.guests.access.pidfd import process_started
 from migrated.guests.driver import TargetGuest
-from migrated.memory.engine import Event, EventKind, TargetEngine
+from migrated.memory.engine import URGENT, Event, EventKind, TargetEngine
 from migrated.memory.regions import Region
+from migrated.protocol.bounds import abort_of
 from migrated.protocol.messages import (
     Abort,
+    Aborted,
     BarrierAck,
     Commit,
     Done,
     Hello,
+    Lacking,
+    LackingEnd,
     Loaded,
     Populated,
     Ready,
     Released,
+    Resume,
+    Resumed,
     Round,
     Running,
     StaleMap,
@@ -50,13 +60,9 @@ from migrated.protocol.messages import (
 )
 from migrated.protocol.transitions import State as SessionState
 from migrated.recovery.journal import TargetEntry
-from migrated.target import figures
-from migrated.target.connection import SourceConnection
+from migrated.target.late import answer
 from migrated.target.memory import GuestMemory
-from migrated.target.reconnect import Reconnect
-from migrated.target.rollback import Rollback
-from migrated.target.stage import JournalledStage
-from migrated.waiting import in_thread
+from migrated.waiting import in_thread, within
 
 if TYPE_CHECKING:
     from migrated.config import AgentConfig
@@ -73,12 +79,15 @@ GUEST_OVER = frozenset({"guest-died", "guest-gone"})
 RESUME_PAUSE_SECONDS = 0.2
 #: Between two tries to write to the journal that COMMIT was given.
 NOTE_PAUSE_SECONDS = 1.0
+#: How long a page connection may wait for the engine it belongs to.
+STREAM_WAIT_SECONDS = 10.0
 
 
 class TargetMigration(Migration):
-    """Construct with the Hello, then `run` once."""
+    """Construct with the Hello and the link that brought it, or with what an agent that died has left; then `run` once."""
 
     role = "target"
+    engine: TargetEngine | None
 
     def __init__(
         self,
@@ -114,23 +123,30 @@ class TargetMigration(Migration):
         self._survival = survival
         self._legacy = legacy
         if legacy is not None:
-            entry, self._memory = legacy.entry, legacy.memory
+            self._entry, self._memory = legacy.entry, legacy.memory
         else:
-            entry = TargetEntry(hello=hello, stage="setup", peer=self.record.peer, started_at=self.record.started_at)
+            self._entry = TargetEntry(
+                hello=hello, stage="setup", peer=self.record.peer, started_at=self.record.started_at
+            )
             self._memory = GuestMemory()
-        self._stage = JournalledStage(survival, entry, self.record)
-        self.connection = SourceConnection(self, session, link, bulk_streams=hello.streams)
-        self._reconnect = Reconnect(self, self.connection, config.timeouts)
-        self._rollback = Rollback(self, self.connection, guest, self._memory, self._stage)
-        self._mapped = asyncio.Event()
-        self._laps = Laps(self.record.downtime_breakdown)  # from the Switchover message on
-        self._guest_over = Failure()  # its process has ended: unlike `failure`, no reconnect mends that
-        self._decided = Failure()  # somebody has decided to run the guest here, in the place of a source that is gone
+        self._next: Connection | None = None  # that the source has dialled, and the flow has not begun with
+        if link is not None:
+            self._next = self.connection = Connection(self, link)
+        self._changed = asyncio.Event()  # something that ends the wait for the source, see `_next_connection`
+        self._guest_over: GuestError | None = None  # its process has ended: no connection mends that
+        self._forced = False  # somebody has decided to run the guest here, in the place of a source that is gone
         self._unserved: MigratedError | None = None  # why the guest that was found after a restart cannot be served
-        self._ran_before = entry.stage == "running"  # it was run by an agent before us
-        self._noted: asyncio.Task[None] | None = None
+        self._silent = False  # when all is over: the source shall go on asking until the next agent is there
+        self._armed = asyncio.Event()  # the engine takes page connections
+        self._mapped = asyncio.Event()
+        self._running: asyncio.Task[None] | None = None  # COMMIT was given: `_run_guest`
+        self._ran_before = self._entry.stage == "running"  # it was run by an agent before us
+        self._runs = asyncio.Event()
+        self._noted = asyncio.Event()  # the journal says that the guest is ours
+        self._all_current = asyncio.Event()
         self._released = False  # the source has heard that all is in
         self._abandoned = 0  # pages poisoned since their source is lost
+        self._laps = Laps(self.record.downtime_breakdown)  # from the Switchover message on
         self._rates = Rates()
 
     def authentic(self, token: bytes) -> bool:
@@ -140,23 +156,79 @@ class TargetMigration(Migration):
     # ------------------------------------------------------------ the flow
 
     async def _migrate(self) -> None:
-        try:
-            if self._legacy is not None:
-                await self._take_up(self._legacy)
-            else:
-                self.connection.watch(self._link)
-                await self.failure.guard(self._until_committed())
-        except Exception as error:  # noqa: BLE001 - whatever it is, it ends in a named state
-            reason = self.failure.error or error
-            if not self.session.committed and not await self._wait_for_word(reason):
-                return
-        if self._unserved is None:
-            await self._after_commit()
-        else:  # a guest must not run without its fault server: it waits, and what is kept for the next agent stays kept
-            self._reconnect.silent = True
-            self.set_state(State.FAILED, self._unserved)
+        if self._legacy is not None:
+            await self._take_up(self._legacy)
+        while (connection := await self._next_connection()) is not None:
+            async with connection:
+                try:
+                    async with connection.alive:
+                        await self._converse(connection.link)
+                except FinalError:
+                    raise
+                except Exception as error:  # noqa: BLE001 - this connection is over; what follows is what was promised
+                    if not self._promised:
+                        await self._give_up(error, connection)
+                        return
+                    if not self._all_in:
+                        self.set_state(State.POSTCOPY_PAUSED, error)
+        if self._guest_over is not None:
+            await self._give_up(self._guest_over, self.connection)
+        else:
+            await self._finish()
 
-    async def _until_committed(self) -> None:
+    @property
+    def _promised(self) -> bool:
+        """Whether the guest must be kept for its source: it is bound, or ours, and has not ended."""
+        return self._guest_over is None and (self.session.bound or self.session.committed)
+
+    @property
+    def _all_in(self) -> bool:
+        """Whether the guest runs, and the journal says so, and it needs nobody any more."""
+        return self._runs.is_set() and self._noted.is_set() and self._all_current.is_set()
+
+    async def _next_connection(self) -> Connection | None:
+        """Wait for the source to dial; None when nobody is needed any more, or the guest has ended."""
+        while True:
+            self._changed.clear()
+            if self._guest_over is not None or self._all_in:
+                return None
+            if self._forced and self.session.bound:
+                self.session.commit_by_hand()
+            if self.session.committed:  # also by a COMMIT that was read, but not taken, when its connection was lost
+                self._run_here()
+            if self._next is not None:
+                self.connection, self._next = self._next, None
+                return self.connection
+            if self.session.bound:
+                self.log.warning("the guest is loaded and waits here: only the source knows whether COMMIT was given")
+            await self._changed.wait()
+
+    async def _converse(self, link: ControlLink) -> None:
+        """Obey the source, over one connection, from where we stand to the farewell."""
+        if self.session.state is SessionState.HELLO:
+            await self._set_up(link)
+            committed = False
+        else:
+            committed = await self._resume(link)
+        if not committed:
+            await self._until_commit(link)
+            self._run_here()
+        await self._runs.wait()
+        if self.session.state is SessionState.COMMITTED:
+            await link.send(Running())
+        self.set_state(State.POSTCOPY)
+        await self._all_current.wait()
+        await self._noted.wait()
+        if self.session.state is SessionState.POSTCOPY:
+            await link.send(Done())
+        with contextlib.suppress(MigratedError):
+            await link.expect(Released, limit_seconds=self._timeouts.release, what="the farewell")
+            self._released = True
+
+    # ------------------------------------------------------------ until COMMIT
+
+    async def _set_up(self, link: ControlLink) -> None:
+        """Memory, a process that uses it, and a server for its faults; Ready."""
         hello = self.hello
         regions = tuple(Region(r.name, r.size_bytes, r.page_bytes, r.device) for r in hello.regions)
         await self._guest.check(regions, hello.description)
@@ -164,81 +236,56 @@ class TargetMigration(Migration):
         await memory.allocate(regions, self._page_bytes, reserve=self._reserve)
         self.record.page_size = max(memory.page_bytes)
         engine = self._make_engine(recover=False)
-        entry = self._stage.entry
+        entry = self._entry
         entry.page_bytes, entry.memory_inodes = memory.page_bytes, memory.inodes
-        await self._stage.write("setup")  # should we die from here on, the next agent finds a process by its memory
+        await self._write("setup")  # should we die from here on, the next agent finds a process by its memory
         faults = await self._guest.start(memory.pieces)  # its own limit: it can say what the guest wrote meanwhile
         entry.pid, entry.pid_started = faults.pid, process_started(faults.pid)
-        await self._stage.write("setup")
+        await self._write("setup")
         # Only now: a process that holds the memory is the guest's, as long as the journal names none.
         await self._survival.hold([faults.uffd, *memory.fds])
         engine.arm(faults.uffd, faults.mappings)
         self.background(self._watch_guest())
-        load = self.background(self._load_state())
-        self.connection.streams_wanted.set()
-        await self._link.send(Ready(memory.page_bytes))
+        self.connection.alive.spawn(self._load_state(link))
+        self._armed.set()
+        await link.send(Ready(memory.page_bytes))
         self.set_state(State.PRECOPY)
-        try:
-            await self._converse()
-        finally:
-            if not self.session.committed:
-                load.cancel()
 
     def _make_engine(self, *, recover: bool) -> TargetEngine:
         hello, memory = self.hello, self._memory
-        engine = self.connection.engine = TargetEngine(
+        engine = self.engine = TargetEngine(
             memory.pieces, hello.streams, memory.ledger_fd, hello.block_secret, recover=recover
         )
         engine.watch(asyncio.get_running_loop(), self.on_engine_event)
         return engine
 
-    async def _load_state(self) -> None:
-        await self._guest.load_state(self.connection.pipe)
+    def _require_engine(self) -> TargetEngine:
+        if self.engine is None:
+            raise MigratedError("no engine yet: this is a bug")
+        return self.engine
+
+    async def _write(self, stage: str) -> None:
+        """See `TargetEntry` for the stages.  HostError."""
+        self._entry.stage = stage
+        self._entry.peer = self.record.peer
+        await self._survival.write(self._entry)
+
+    async def _load_state(self, link: ControlLink) -> None:
+        await self._guest.load_state(link.pipe)
         await self._mapped.wait()
         self._laps.lap("load")
-        self._stage.entry.guest = self._guest.memento()
-        await self._stage.write("loaded")
-        await self._link.send(Loaded())
+        self._entry.guest = self._guest.memento()
+        await self._write("loaded")
+        await link.send(Loaded())
         self._laps.lap("journal")
         self.log.info("guest state loaded")
 
-    async def _recover(self, legacy: Recovered) -> None:
-        """Take the guest back from an agent that died: its memory, its ledger, its faults; then go on where that one was."""
-        self.record.page_size = max(legacy.entry.page_bytes)
-        self.background(self._watch_guest())
-        engine = self._make_engine(recover=True)
-        engine.arm(legacy.faults.uffd, legacy.faults.mappings, recovered=True)
-        self._mapped.set()
-        self.connection.streams_wanted.set()
-        self.refresh()
-        self.log.warning("taken back after a restart of the agent", stage=legacy.entry.stage)
-
-    async def _take_up(self, legacy: Recovered) -> None:
-        """`_recover`; a guest that cannot be served is noted.  Raises before COMMIT: the source must be waited for."""
-        try:
-            await self._recover(legacy)
-        except Exception as error:
-            problem = named(error)
-            if isinstance(problem, GuestError) and problem.code in GUEST_OVER:
-                self._guest_over.set(problem)
-            else:
-                self._unserved = MigratedError(
-                    f"{self.record.guest} is here and its faults cannot be served: {problem.message}",
-                    code=problem.code,
-                    hint="the guest waits; start the target agent again, which tries again",
-                )
-                self.log.exception("not taken back")
-        if not self.session.committed:
-            raise self._unserved or ConnectionLostError("the agent was restarted", code="agent-restarted")
-
-    async def _converse(self) -> None:
-        """Obey the source until it says COMMIT."""
-        engine = self.connection.require_engine()
+    async def _until_commit(self, link: ControlLink) -> None:
         while True:
-            message = await self._link.receive()
+            message = await link.receive()
             match message:
                 case Populated(region=region, first_page=first_page, bits=bits):
-                    engine.populate(region, first_page, bits, POPULATE_THREADS)
+                    self._require_engine().populate(region, first_page, bits, POPULATE_THREADS)
                 case Round(number=number, dirty_bytes=dirty_bytes):
                     self.record.round = number
                     self.record.remaining_bytes = dirty_bytes
@@ -247,160 +294,135 @@ class TargetMigration(Migration):
                     self.record.stale_pages = stale_pages
                     self.set_state(State.SWITCHOVER)
                 case StaleMap(region=region, first_page=first_page, bits=bits):
-                    engine.stale_map(region, first_page, bits)
+                    self._require_engine().stale_map(region, first_page, bits)
                 case StaleMapEnd():
+                    engine = self._require_engine()
                     engine.switchover()
                     self.record.stale_bytes = engine.stats().stale_bytes
                     self._mapped.set()
                 case Commit():
                     return
                 case Abort(code=code, message=text, hint=hint):
-                    raise PeerError(f"{self._link.peer}: {text}", code=code, hint=hint)
+                    raise PeerError(f"{link.peer}: {text}", code=code, hint=hint)
                 case _:
                     raise RemoteProtocolError(f"{type(message).__name__} before COMMIT")
 
-    async def _wait_for_word(self, error: BaseException) -> bool:
-        """Before COMMIT something failed.  True: COMMIT was given after all (by reconnect); False: all is cleaned up."""
-        while self.session.bound and not self._guest_over.is_set:
-            self.set_state(State.POSTCOPY_PAUSED, error)
-            self.log.warning("the guest is loaded and waits here: only the source knows whether COMMIT was given")
-            try:
-                await self._decided.guard(self._guest_over.guard(self._reconnect.once()))
-                if self.session.committed:  # COMMIT had been read, but not taken, when the connection was lost
-                    return True
-                await self._decided.guard(self.failure.guard(self._converse()))
-            except Exception as again:  # noqa: BLE001 - wait on, or clean up
-                error = self.failure.error or again
-            if self._decided.is_set and self.session.bound:
-                await self.connection.disconnect()
-                self.session.commit_by_hand()
-            if self.session.committed:
-                return True
-        if self._guest_over.error is not None:
-            self._note_lost(self._guest_over.error)
-        await self._rollback.run(self._guest_over.error or error)
-        return False
+    # ------------------------------------------------------------ a connection that follows another
+
+    async def dialled(self, link: ControlLink) -> None:
+        """The agent has a new control link for this session, not started, its first message a Resume."""
+        if self.over:
+            await self._answer_late(link)
+            return
+        former, self._next = self._next, Connection(self, link)
+        self._changed.set()
+        self.fail(MigratedError(f"{link.peer} dials again", code="reconnected"))
+        if former is not None:
+            await former.close()
+
+    async def add_stream(self, stream: int, fd: int) -> None:
+        """A page connection that showed our token; the descriptor is ours now."""
+        try:
+            async with within(STREAM_WAIT_SECONDS, "memory for a page connection"):
+                await self._armed.wait()
+            if stream != URGENT and stream >= self.hello.streams:
+                raise RemoteProtocolError(f"page connection {stream} of {self.hello.streams}")
+            engine = self._require_engine()
+            if not engine.alive or not self.session.connected:
+                raise ConnectionLostError("a page connection came without a control connection")
+        except BaseException:
+            os.close(fd)
+            raise
+        engine.add_stream(stream, fd)
+
+    async def _resume(self, link: ControlLink) -> bool:
+        """Tell the source where we stand and what is lacking; whether COMMIT was given before.  It may send Abort instead."""
+        self.session = self.session.resumed()
+        link.start(self.session)
+        self.set_state(State.RECOVERING)
+        self.record.peer = link.peer
+        limit = self._timeouts.handshake
+        resume = await link.expect(Resume, limit_seconds=limit, what="the source to resume the session")
+        if not resume.committed:
+            return False
+        state = self.session.standing
+        engine = self.engine if self.engine is not None and self.engine.alive else None
+        lacking = engine.stats().stale_pages if engine is not None else 0
+        self.log.info("the source is back", state=state, lacking_pages=lacking)
+        await link.send(Resumed(state, lacking))
+        if engine is not None:
+            for region, first_page, bits in engine.lacking_maps():
+                await link.send(Lacking(region, first_page, bits))
+        await link.send(LackingEnd())
+        return state != "loaded"
 
     # ------------------------------------------------------------ after COMMIT
 
-    async def _after_commit(self) -> None:
-        if self._guest_over.error is not None:  # before it could run here
-            await self._lost_guest(self._guest_over.error)
+    def _run_here(self) -> None:
+        """COMMIT was given: nobody else will ever run the guest.  Once."""
+        if self._running is not None:
             return
+        if not self.session.guest_may_run_here:
+            raise MigratedError("the guest was to run before COMMIT: this is a bug")
+        if self._unserved is not None:  # without its fault server it must not run: it waits, and all of it stays kept
+            self._silent = True
+            raise FinalError(self._unserved)
         self._laps.lap("commit")
-        engine = self.connection.require_engine()
-        self._noted = self.background(self._note_commit())
-        running = self.background(self._run_guest())
-        engine.background()
-        while True:
-            try:
-                if self._guest_over.error is not None:
-                    raise self._guest_over.error
-                await self.failure.guard(self._until_current(running))
-                if self.session.state is SessionState.POSTCOPY:
-                    await self._link.send(Done())
-                    with contextlib.suppress(MigratedError):
-                        await self._link.expect(Released, limit_seconds=self._timeouts.release, what="the farewell")
-                        self._released = True
-                break
-            except Exception as error:  # noqa: BLE001 - after COMMIT every failure means the same: wait for the source
-                reason = self._reason(error)
-                if isinstance(reason, GuestError) and reason.code in GUEST_OVER:
-                    await self._lost_guest(reason)
-                    return
-                if running.done() and self._noted.done() and self.all_current.is_set():
-                    break  # nobody is needed any more; a source that asks again is told so
-                self.set_state(State.POSTCOPY_PAUSED, reason)
-                with contextlib.suppress(GuestError):  # its end, told of above
-                    if not await self._guest_over.guard(self._reconnect.until_back_or(self._until_all_in(running))):
-                        break
-        await self._finish()
-
-    def _reason(self, error: BaseException) -> BaseException:
-        """What is to be said of a wait that ended with ``error``."""
-        return self._guest_over.error or self.failure.error or error
-
-    async def _lost_guest(self, error: BaseException) -> None:
-        """There is nothing any more that a next agent could go on with."""
-        self._note_lost(error)
-        gone = await quietly(self._guest.kill(), self.log, "see the guest process end")
-        await self._stage.end(gone=gone)
-        self.set_state(State.FAILED, error)
-
-    def _note_lost(self, error: BaseException) -> None:
-        """What a source is told that asks for the guest."""
-        self._reconnect.lost = f"{self.record.guest} was here and has ended: {named(error).message}"
+        self.background(self._note_commit())
+        self._running = self.background(self._run_guest())
+        self._require_engine().background()
 
     async def _run_guest(self) -> None:
-        """Run the guest, and go on trying: what it first touches may be a page that waits for a broken network."""
+        """What the guest first touches may be a page that waits for a broken network."""
         if not self._ran_before:
-            while True:
-                try:
-                    await self._guest.resume()
-                    break
-                except Exception as error:  # noqa: BLE001 - COMMIT was given: nobody else will ever run it
-                    self.log.warning("the guest does not run yet", error=str(error))
-                    await asyncio.sleep(RESUME_PAUSE_SECONDS)
+            await self._insist(self._guest.resume, "the guest does not run yet", RESUME_PAUSE_SECONDS)
             self._laps.lap("run")
             self.log.info("the guest runs here")
-            self.background(self._note_run())
         if self.record.downtime_seconds is None:
             self.record.downtime_seconds = self._laps.total
-
-    async def _until_current(self, running: asyncio.Task[None]) -> None:
-        """Until every page is here; the engine does the work."""
-        await asyncio.shield(running)
-        if self.session.state is SessionState.COMMITTED:
-            await self._link.send(Running())
-        if self.session.connected:
-            self.set_state(State.POSTCOPY)
-        await self._until_all_in(running)
-
-    async def _until_all_in(self, running: asyncio.Task[None]) -> None:
-        """Until the guest runs and needs nobody any more."""
-        await asyncio.shield(running)
-        await self.all_current.wait()
-        if self._noted is not None:
-            await asyncio.shield(self._noted)
+        self._runs.set()
+        self._changed.set()
+        await self._noted.wait()
+        if not self._ran_before:
+            await quietly(self._write("running"), self.log, "write the journal")
 
     async def _note_commit(self) -> None:
-        """Have the journal say that the guest is ours, and go on trying.
+        """Have the journal say that the guest is ours.
 
         This runs beside the guest's start, which waits for nothing.  Until it is written a restarted agent would ask the
         source, which would say COMMIT once more: so the source is not told Done before.
         """
-        if self._ran_before:
-            return
+        if not self._ran_before:
+            complaint = "the journal does not say yet that the guest is here"
+            await self._insist(lambda: self._write("committed"), complaint, NOTE_PAUSE_SECONDS)
+        self._noted.set()
+        self._changed.set()
+
+    async def _insist(self, act: Callable[[], Awaitable[None]], complaint: str, pause: float) -> None:
+        """Try until it is done."""
         while True:
             try:
-                await self._stage.write("committed")
-                return
-            except MigratedError as error:
-                self.log.warning("the journal does not say yet that the guest is here", error=str(error))
-                await asyncio.sleep(NOTE_PAUSE_SECONDS)
-
-    async def _note_run(self) -> None:
-        if self._noted is not None:
-            await asyncio.shield(self._noted)
-        await quietly(self._stage.write("running"), self.log, "write the journal")
+                return await act()
+            except Exception as error:  # noqa: BLE001 - COMMIT was given: nobody else will ever do it
+                self.log.warning(complaint, error=str(error))
+                await asyncio.sleep(pause)
 
     async def _finish(self) -> None:
         """Set the guest free of us."""
-        engine = self.connection.require_engine()
-        await self.connection.disconnect()
         self.refresh()
-        self._reconnect.all_in = True
         try:
-            await in_thread(engine.release)
+            await in_thread(self._require_engine().release)
         except MigratedError as problem:
             # A guest that ended at this very moment.  Anything else leaves it registered with nobody to answer: then what
             # is kept stays kept, so that a restarted agent serves it and tries again.
             if problem.code in GUEST_OVER:
                 await self._survival.over()
-            self.set_state(State.FAILED, problem)
-            return
+            raise FinalError(problem) from problem
         await quietly(self._guest.release(), self.log, "release the guest")
-        await self._leave_word()
+        if self._released:
+            await self._survival.over()
+        else:  # a source that has not heard that all is in will ask
+            await self._survival.leave_word()
         self.record.error = None
         if self._abandoned:
             error = MigratedError(
@@ -412,59 +434,108 @@ class TargetMigration(Migration):
         else:
             self.set_state(State.COMPLETED)
 
-    async def _leave_word(self) -> None:
-        """A next agent need not keep anything, but for the word that all is in: a source that has not heard it will ask."""
-        if self._released:
+    # ------------------------------------------------------------ giving up
+
+    async def _give_up(self, error: BaseException, connection: Connection) -> None:
+        """No process, memory or descriptor of this guest stays here; then the source is told so, where it still listens."""
+        error = await connection.explained(error)
+        self.log.warning("giving up", error=str(error))
+        if connection.speaking and self.session.abort_allowed:
+            with contextlib.suppress(MigratedError):
+                await connection.link.send(abort_of(named(error)))
+        await self.stop_background()
+        gone = await quietly(self._guest.kill(), self.log, "end the guest process")
+        await self._close_memory()
+        if gone:
             await self._survival.over()
-        else:
-            await self._survival.leave_word()
+        elif await quietly(self._write("setup"), self.log, "write the journal"):  # the next agent is to end it
+            await self._survival.let_go()
+        if connection.speaking and self.session.may_send(Aborted()):
+            with contextlib.suppress(MigratedError):
+                await connection.link.send(Aborted())
+        self.end_with(error)
 
-    # ------------------------------------------------------------ connections that come later
-
-    async def dialled(self, link: ControlLink) -> None:
-        """The agent has a new control link for this session, not started, its first message a Resume."""
-        if not self.over:
-            self._reconnect.dialled(link)
-        elif await self._reconnect.answer_late(link):
-            await self._survival.over()
-
-    # ------------------------------------------------------------ the end
+    async def _close_memory(self) -> None:
+        if self.engine is not None:
+            await self.engine.close()
+        self._memory.close()
 
     async def _let_go(self) -> None:
         await self.stop_background()
         if not self.record.ended:
             self.refresh()
-        await self.connection.close_engine()
-        self._memory.close()
-        await self.connection.close_link()
+        await self._close_memory()
+        await self.connection.close()
         self.session.connection_lost()
         await quietly(self._guest.close(), self.log, "close the guest's connections")
 
     async def _after_the_end(self) -> None:
-        while (late := self._reconnect.waiting()) is not None:
-            await quietly(self.dialled(late), self.log, "answer a source that dialled at the end")
+        if (late := self._next) is not None:
+            await quietly(self._answer_late(late.link), self.log, "answer a source that dialled at the end")
+
+    async def _answer_late(self, link: ControlLink) -> None:
+        if self._silent:
+            await link.close()
+            return
+        lost = f"{self.record.guest} was here and has ended: {self._guest_over.message}" if self._guest_over else ""
+        all_in, limit = self._all_in and not lost, self._timeouts.handshake
+        if await answer(link, self.session, limit_seconds=limit, all_in=all_in, lost=lost):
+            await self._survival.over()
+
+    # ------------------------------------------------------------ after an agent that died
+
+    async def _take_up(self, legacy: Recovered) -> None:
+        """Take the guest back: its memory, its ledger, its faults.  One that cannot be served waits for the next agent."""
+        self.record.page_size = max(legacy.entry.page_bytes)
+        self.background(self._watch_guest())
+        try:
+            engine = self._make_engine(recover=True)
+            engine.arm(legacy.faults.uffd, legacy.faults.mappings, recovered=True)
+        except Exception as error:
+            problem = named(error)
+            if isinstance(problem, GuestError) and problem.code in GUEST_OVER:
+                self._end_of_guest(problem)
+                return
+            self._unserved = MigratedError(
+                f"{self.record.guest} is here and its faults cannot be served: {problem.message}",
+                code=problem.code,
+                hint="the guest waits; start the target agent again, which tries again",
+            )
+            self.log.exception("not taken back")
+            return
+        self._mapped.set()
+        self._armed.set()
+        self.refresh()
+        self.log.warning("taken back after a restart of the agent", stage=legacy.entry.stage)
 
     # ------------------------------------------------------------ watching
 
     async def _watch_guest(self) -> None:
         how = await self._guest.died()
-        error = GuestError(f"the incoming process of {self.record.guest} {how}", code="guest-died", hint="see its log")
-        self._guest_over.set(error)
-        self.failure.set(error)
+        text = f"the incoming process of {self.record.guest} {how}"
+        self._end_of_guest(GuestError(text, code="guest-died", hint="see its log"))
+
+    def _end_of_guest(self, error: GuestError) -> None:
+        if self._guest_over is None:
+            self._guest_over = error
+        self._changed.set()
+        self.fail(error)
 
     def on_engine_event(self, event: Event) -> None:
         """Barriers are answered; page connections that end when nothing is lacking are no failure."""
-        if event.kind is EventKind.BARRIER:
-            self.background(self._acknowledge(event.value))
-            return
-        if event.kind is EventKind.FAILED and isinstance(event.error, GuestError) and event.error.code in GUEST_OVER:
-            self._guest_over.set(event.error)
-        if event.kind is not EventKind.STREAM_LOST or not self.all_current.is_set():
-            super().on_engine_event(event)
-
-    async def _acknowledge(self, barrier: int) -> None:
-        with contextlib.suppress(MigratedError):
-            await self._link.send(BarrierAck(barrier))
+        match event:
+            case Event(kind=EventKind.BARRIER, value=barrier):
+                with contextlib.suppress(MigratedError):
+                    self.connection.link.post(BarrierAck(barrier))
+            case Event(kind=EventKind.ALL_CURRENT):
+                self._all_current.set()
+                self._changed.set()
+            case Event(kind=EventKind.FAILED, error=GuestError() as error) if error.code in GUEST_OVER:
+                self._end_of_guest(error)
+            case Event(kind=EventKind.STREAM_LOST) if self._all_current.is_set():
+                pass
+            case _:
+                super().on_engine_event(event)
 
     # ------------------------------------------------------------ verbs
 
@@ -480,12 +551,12 @@ class TargetMigration(Migration):
                 if self.session.committed
                 else "only the source knows whether COMMIT was given: abort it there",
             )
-        self.failure.set(AbortedError(f"migration {self.id} was aborted on the target"))
+        self.fail(AbortedError(f"migration {self.id} was aborted on the target"))
 
     async def abandon(self) -> None:
         """The source is lost for good: what is missing becomes a memory error in the guest."""
         self.check_abandon()
-        self._abandoned = await in_thread(self.connection.require_engine().poison_stale)
+        self._abandoned = await in_thread(self._require_engine().poison_stale)
         self.log.error("abandoned", poisoned_pages=self._abandoned)
 
     def check_abandon(self) -> None:
@@ -498,14 +569,16 @@ class TargetMigration(Migration):
 
     async def force_run(self) -> None:
         """The source is gone, and with it the word whether COMMIT was given: run the guest."""
-        if not self.session.bound or self._unserved is not None or self._guest_over.is_set:
+        if not self._promised or self.session.committed or self._unserved is not None:
             raise ConflictError(
                 f"migration {self.id} is {self.record.state}: no guest waits here for COMMIT",
                 state=self.record.state.value,
             )
-        await self._stage.write("committed")
+        await self._write("committed")
         self.log.error("the guest is made to run here on request")
-        self._decided.set(MigratedError("decided on request", code="forced"))
+        self._forced = True
+        self._changed.set()
+        self.fail(MigratedError("decided on request", code="forced"))
 
     async def discard(self) -> None:
         """The guest is not to run here, whatever the source has said of it."""
@@ -515,28 +588,19 @@ class TargetMigration(Migration):
                 state=self.record.state.value,
             )
         self.log.error("discarded on request")
-        self._guest_over.set(GuestError("discarded on request", code="guest-died"))
+        self._end_of_guest(GuestError("discarded on request", code="guest-died"))
         await self._guest.kill()
 
     # ------------------------------------------------------------ figures
 
     def refresh(self) -> None:
         """From the engine's counters."""
-        engine = self.connection.engine
-        if engine is None or not engine.alive:
-            return
-        figures.update(self.record, engine.stats(), self._rates, mapped=self._mapped.is_set())
+        if self.engine is not None and self.engine.alive:
+            figures.of_target(self.record, self.engine.stats(), self._rates, mapped=self._mapped.is_set())
 
     def fault_server_alive(self, now_ns: int, limit_ns: int) -> bool:
         """Whether the fault thread has turned lately (it does at least every second)."""
-        engine = self.connection.engine
-        if engine is None or not engine.alive or not self.connection.streams_wanted.is_set():
+        if self.engine is None or not self.engine.alive or not self._armed.is_set() or self._guest_over is not None:
             return True
-        if self._guest_over.is_set or (self.failure.error is not None and named(self.failure.error).code in GUEST_OVER):
-            return True  # the thread has ended with the guest
-        heartbeat = engine.stats().fault_thread_heartbeat_ns
+        heartbeat = self.engine.stats().fault_thread_heartbeat_ns
         return heartbeat == 0 or now_ns - heartbeat <= limit_ns
-
-    @property
-    def _link(self) -> ControlLink:
-        return self.connection.require_link()

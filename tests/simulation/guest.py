@@ -43,6 +43,7 @@ class Process:
         self.memory = memory
         self.state = state  # running, paused, moved, incoming, loaded, dead
         self.pid, self.started = world.new_pid()
+        self.migration = ""  # that brings it here
         self.tracked = False
         self.registered = state == "incoming"  # its faults wait for an agent
         self.holds_uffd = self.registered
@@ -75,6 +76,12 @@ class Process:
         """Touch a few pages when the guest starts to run here."""
         for where in self.world.choose_pages(self, 2):
             self.touch(where)
+
+    def kill(self) -> None:
+        """An agent ends it.  What COMMIT was sent for is not an agent's to end."""
+        if self.alive and self.migration in self.world.given - self.world.decided:
+            self.world.violation(f"an agent ends {self}, and COMMIT was sent")
+        self.die()
 
     def die(self) -> None:
         if self.state == "dead":
@@ -152,7 +159,7 @@ class SimPidHandle:
     async def kill(self, limit_seconds: float) -> None:
         del limit_seconds
         await asyncio.sleep(0.001)
-        self._process.die()
+        self._process.kill()
 
     def close(self) -> None: ...
 
@@ -293,6 +300,7 @@ class TargetDriver(TargetGuest):
         self._process = Process(
             self._world, self._host, [current().fds[piece.memory_fd] for piece in memory], "incoming"
         )
+        self._process.migration = next(m.id for m in self._host.agent._roster if m._guest is self)
         await self._host.command("started")
         self._uffd = current().open(Uffd())
         mappings = tuple(Mapping(index, 0, 0, piece.region.size_bytes) for index, piece in enumerate(memory))
@@ -325,7 +333,7 @@ class TargetDriver(TargetGuest):
     async def kill(self) -> None:
         if self._process is not None:
             await asyncio.sleep(self._world.command_seconds())
-            self._process.die()
+            self._process.kill()
 
     def memento(self) -> dict[str, Any]:
         return {}

@@ -59,6 +59,12 @@ FOUND = {
         Action("disk", "s", "", "ENOSPC", 3.0, note="s recv loaded", steps=0),
         Action("kill", "s", note="s guest resume", steps=5),
     ),
+    # COMMIT was journalled and never sent.
+    "aborted-between-the-journal-and-commit": (
+        Action("block", "t1", "", "both", 9.0, note="s recv loaded", steps=0),
+        Action("verb", "s", "abort", note="s recv loaded", steps=1),
+        Action("kill", "s", note="s guest resume", steps=9),
+    ),
     # Only an operator can decide these; there are commands for it.
     "the-source-host-is-gone-at-loaded": (Action("burn", "s", note="t1 send loaded", steps=0),),
     "the-source-host-is-gone-after-commit": (Action("burn", "s", note="t1 recv commit", steps=9),),

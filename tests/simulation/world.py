@@ -24,7 +24,7 @@ from migrated import config as configuration
 from migrated import guests as drivers
 from migrated.agent import archive, host_agent
 from migrated.agent.migration import Migration
-from migrated.agent.record import State
+from migrated.agent.record import State, id_of
 from migrated.agent.requests import SetRequest, StartRequest
 from migrated.config import AgentConfig, Timeouts
 from migrated.errors import MigratedError
@@ -37,10 +37,8 @@ from migrated.protocol.transitions import Role
 from migrated.recovery import journal
 from migrated.recovery import state as survival
 from migrated.source import agent as source_agent
-from migrated.source import connection as source_connection
 from migrated.source import migration as source_migration
 from migrated.target import agent as target_agent
-from migrated.target import connection as target_connection
 from migrated.target import memory as target_memory
 from migrated.target import migration as target_migration
 from tests.simulation import engine, guest, machine, network
@@ -106,6 +104,8 @@ class World:
         self.healed = False
         self.healed_at = 0.0
         self.committed = False
+        self.given: set[str] = set()  # migrations whose COMMIT was sent
+        self.decided: set[str] = set()  # migrations that an operator has decided where the two sides could not
         self.guest_killed = False
         self.abandoned = False
         self.release_failed = False  # then the old process stays, and the record says so
@@ -290,6 +290,8 @@ class World:
         if agent is None or not host.life.alive or host.stop is None:
             return
         self.trace(f"operator on {host.name}: {name} {arguments}")
+        if name in {"force_run", "discard"}:
+            self.decided.add(arguments[0])
 
         async def ask() -> None:
             try:
@@ -411,7 +413,9 @@ class World:
         word = transitions.event(message)
         if session.role is Role.SOURCE and way == "send" and word == "commit":
             self.committed = True
-        self.states.add(f"{session.role} {session.state}")
+            assert session.hello is not None
+            self.given.add(id_of(session.hello.session))
+        self.states.add(f"{session.role} {session.position}")
         self.note(f"{life.host.name} {way} {word}")
 
     def state_changed(self, migration: Migration, before: State) -> None:
@@ -792,11 +796,10 @@ def seams(world: World) -> Iterator[None]:
             journal,
             survival,
             source_agent,
-            source_connection,
             source_migration,
             target_agent,
-            target_connection,
             target_memory,
+            target_migration,
         )
         if hasattr(module, "os")
     ]

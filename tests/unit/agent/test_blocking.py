@@ -157,14 +157,15 @@ async def test_a_journal_that_is_slow_to_take_commit_back(
     survival = Survival(journal, cast("Any", None), "m")
     guest = cast("Any", SimpleNamespace(memento=dict))
     entry = msgspec.structs.replace(SOURCE, stage="committed")
-    stage = JournalledStage(survival, guest, cast("Any", SimpleNamespace(address="b:1")), log=None, entry=entry)
+    dialer, options = SimpleNamespace(address="b:1"), SimpleNamespace(max_bandwidth=0, drain_bandwidth=0)
+    stage = JournalledStage(survival, guest, cast("Any", dialer), cast("Any", options), log=None, entry=entry)
 
     def full(*_: Any) -> None:
         raise JournalError("no room", replaced=False, hint="")
 
     monkeypatch.setattr(journal, "write", full)
     assert await disk.during(stage.withdraw_commit())
-    assert stage.struck
+    assert not stage.written
 
 
 async def test_who_has_the_monitors_other_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,100 +1,109 @@
-"""A migration's connection and its successors: only the end of the one in use is a failure."""
+"""A connection of a migration: what ends it, and what ends with it."""
 
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
+from typing import Any, cast
 
 import pytest
 
 from migrated.agent.connection import Connection
 from migrated.agent.migration import Migration
 from migrated.agent.record import Record
-from migrated.errors import ConnectionLostError, RemoteProtocolError
+from migrated.errors import ConnectionLostError, MigratedError
 from migrated.link.control_link import ControlLink
-from migrated.memory.engine import SourceEngine
 from migrated.protocol.session import Session
 from migrated.protocol.transitions import Role
-from migrated.target.connection import SourceConnection
 from tests.unit.link.ends import PATIENCE_SECONDS, link_on, sockets
+
+
+class FakeEngine:
+    """Notes what is done with its page connections."""
+
+    alive = True
+
+    def __init__(self) -> None:
+        self.steps: list[str] = []
+
+    def drop_streams(self) -> None:
+        self.steps.append("dropped")
+
+    def flush(self) -> None:
+        self.steps.append("flushed")
 
 
 @pytest.fixture
 def migration() -> Migration:
-    return Migration(Record(id="0123456789ab", guest="vm1", role="source", mode="hybrid"))
+    made = Migration(Record(id="0123456789ab", guest="vm1", role="source", mode="hybrid"))
+    made.engine = cast("Any", FakeEngine())
+    return made
 
 
-@pytest.fixture
-def connection(migration: Migration) -> Connection[SourceEngine]:
-    return Connection(migration, Session(Role.SOURCE))
-
-
-async def begun(connection: Connection[SourceEngine]) -> tuple[ControlLink, socket.socket]:
+async def begun(migration: Migration) -> tuple[Connection, ControlLink, socket.socket]:
     ours, theirs = sockets()
-    link = await link_on(ours, Role.SOURCE)
-    connection.begin(link)
-    return link, theirs
+    link = await link_on(ours)
+    link.start(Session(Role.SOURCE))
+    return Connection(migration, link), link, theirs
 
 
-async def test_its_end_is_a_failure_of_the_migration(
-    migration: Migration, connection: Connection[SourceEngine]
-) -> None:
-    _, theirs = await begun(connection)
+async def wait_in(connection: Connection) -> None:
+    async with connection, connection.alive:
+        await asyncio.Event().wait()
+
+
+async def test_the_end_of_its_link_ends_what_is_done_over_it(migration: Migration) -> None:
+    connection, link, theirs = await begun(migration)
     theirs.close()
-    async with asyncio.timeout(PATIENCE_SECONDS):
-        assert isinstance(await migration.failure.wait(), ConnectionLostError)
-    await connection.disconnect()
+    with pytest.raises(ConnectionLostError):
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            await wait_in(connection)
+    assert not link.session.connected
+    assert cast("Any", migration.engine).steps == ["dropped", "flushed"]
 
 
-async def test_the_end_of_one_that_was_replaced_is_none(
-    migration: Migration, connection: Connection[SourceEngine]
-) -> None:
-    before, theirs_before = await begun(connection)
-    watching = set(migration._background)
-    now, theirs_now = await begun(connection)
+async def test_the_end_of_one_is_nothing_to_its_successor(migration: Migration) -> None:
+    before, _, theirs_before = await begun(migration)
+    async with before:
+        pass
+    now, link, theirs_now = await begun(migration)
+    migration.connection = now
     theirs_before.close()
-    async with asyncio.timeout(PATIENCE_SECONDS):
-        await asyncio.wait(watching)
-    assert before.lost is not None
-    assert connection.link is now
-    assert not migration.failure.is_set
-    for end in (before, now):
-        await end.close()
+    before.alive.fail(MigratedError("a page connection of that one ended"))
+    async with now, now.alive:
+        await asyncio.sleep(0)
+    assert now.alive.failure is None
+    assert isinstance(link.lost, ConnectionLostError)  # by us, when it was closed
     theirs_now.close()
 
 
-async def test_disconnected_it_can_be_disconnected_again(connection: Connection[SourceEngine]) -> None:
-    await connection.disconnect()
+async def test_when_it_has_failed_it_may_still_carry_last_words(migration: Migration) -> None:
+    connection, _, theirs = await begun(migration)
+    migration.connection = connection
+    migration.fail(MigratedError("enough"))
+    async with connection:
+        with pytest.raises(MigratedError, match="enough"):
+            async with connection.alive:
+                await asyncio.Event().wait()
+        speaking = connection.speaking
+    assert speaking
+    assert not connection.speaking
+    theirs.close()
+
+
+async def test_closed_it_can_be_closed_again(migration: Migration) -> None:
+    connection, link, theirs = await begun(migration)
+    await connection.close()
+    await connection.close()
+    assert not link.session.connected
+    theirs.close()
+
+
+async def test_one_that_was_never_dialled_says_so(migration: Migration) -> None:
+    connection = Connection(migration)
+    assert not connection.speaking
     with pytest.raises(ConnectionLostError):
-        connection.require_link()
-    _, theirs = await begun(connection)
-    await connection.disconnect()
-    await connection.disconnect()
-    assert not connection.session.connected
-    theirs.close()
-
-
-async def test_a_page_connection_that_was_not_agreed_on_is_closed(migration: Migration) -> None:
-    connection = SourceConnection(migration, Session(Role.TARGET), None, bulk_streams=2)
-    connection.streams_wanted.set()
-    ours, theirs = sockets()
-    with pytest.raises(RemoteProtocolError, match="2 of 2"):
-        await connection.add_stream(2, ours.detach())
-    theirs.setblocking(True)
-    assert theirs.recv(1) == b""
-    theirs.close()
-
-
-async def test_a_page_connection_without_memory_to_fill_is_closed(
-    migration: Migration, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("migrated.target.connection.STREAM_WAIT_SECONDS", 0.01)
-    connection = SourceConnection(migration, Session(Role.TARGET), None, bulk_streams=2)
-    ours, theirs = sockets()
-    fd = ours.detach()
-    with pytest.raises(Exception, match="memory for a page connection"):
-        await connection.add_stream(0, fd)
-    with pytest.raises(OSError, match="Bad file descriptor"):
-        os.fstat(fd)
-    theirs.close()
+        _ = connection.link
+    reason = MigratedError("the target cannot be reached")
+    assert await connection.explained(reason) is reason
+    await connection.close()

@@ -1,4 +1,4 @@
-"""What both sides share: the first failure ends every wait, background work is kept, watchers see every change."""
+"""What both sides share: background work is kept, watchers see every change, and every end is named."""
 
 from __future__ import annotations
 
@@ -10,144 +10,12 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from migrated.agent.migration import TIMELINE_CHANGES, Failure, Migration, quietly
+from migrated.agent.migration import TIMELINE_CHANGES, FinalError, Migration, quietly
 from migrated.agent.record import Record, State
 from migrated.errors import AbortedError, GuestError, MigratedError, NativeError, PeerError
 from migrated.memory.engine import Event, EventKind
 
 PATIENCE_SECONDS = 30.0
-
-
-class Work:
-    """A wait that says how it ended, and takes its time to do so."""
-
-    def __init__(self) -> None:
-        self.begun = asyncio.Event()
-        self.proceed = asyncio.Event()
-        self.stopped = asyncio.Event()  # done or cancelled
-        self.cleaned = asyncio.Event()
-        self.steps: list[str] = []
-
-    async def __call__(self) -> str:
-        self.begun.set()
-        try:
-            await self.proceed.wait()
-            self.steps.append("done")
-            self.stopped.set()
-            return "result"
-        except asyncio.CancelledError:
-            self.steps.append("cancelled")
-            self.stopped.set()
-            await self.cleaned.wait()
-            self.steps.append("cleaned")
-            raise
-
-
-@pytest.fixture
-def failure() -> Failure:
-    return Failure()
-
-
-@pytest.fixture
-def work() -> Work:
-    return Work()
-
-
-async def begun(failure: Failure, work: Work) -> asyncio.Task[str]:
-    guarded = asyncio.ensure_future(failure.guard(work()))
-    await work.begun.wait()
-    return guarded
-
-
-# ---------------------------------------------------------------- Failure
-
-
-async def test_work_that_succeeds_gives_its_result(failure: Failure, work: Work) -> None:
-    work.proceed.set()
-    assert await failure.guard(work()) == "result"
-    assert not failure.is_set
-
-
-async def test_a_failure_cancels_the_work_and_waits_for_its_end(failure: Failure, work: Work) -> None:
-    guarded = await begun(failure, work)
-    failure.set(AbortedError("enough"))
-    await work.stopped.wait()
-    assert not guarded.done()
-    work.cleaned.set()
-    with pytest.raises(AbortedError, match="enough"):
-        await guarded
-    assert work.steps == ["cancelled", "cleaned"]
-
-
-async def test_a_result_that_is_there_wins(failure: Failure, work: Work) -> None:
-    guarded = await begun(failure, work)
-    work.proceed.set()
-    await work.stopped.wait()
-    failure.set(AbortedError("too late"))
-    assert await guarded == "result"
-
-
-async def test_work_that_cannot_be_stopped_any_more_wins(failure: Failure) -> None:
-    started = asyncio.Event()
-
-    async def stubborn() -> str:
-        started.set()
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.Event().wait()
-        return "done all the same"
-
-    guarded = asyncio.ensure_future(failure.guard(stubborn()))
-    await started.wait()
-    failure.set(AbortedError("enough"))
-    assert await guarded == "done all the same"
-
-
-async def test_the_failure_is_told_where_the_work_failed_of_it(failure: Failure) -> None:
-    """The link is lost: the work sees a broken pipe, the user is told why."""
-
-    async def broken() -> None:
-        failure.set(GuestError("the guest has died", code="guest-died"))
-        raise OSError("broken pipe")
-
-    with pytest.raises(GuestError, match="has died"):
-        await failure.guard(broken())
-
-
-async def test_work_that_fails_by_itself_says_why(failure: Failure) -> None:
-    async def broken() -> None:
-        raise MigratedError("no")
-
-    with pytest.raises(MigratedError, match="no"):
-        await failure.guard(broken())
-
-
-async def test_a_failure_from_before_ends_the_next_wait_at_once(failure: Failure, work: Work) -> None:
-    failure.set(AbortedError("enough"))
-    work.cleaned.set()
-    with pytest.raises(AbortedError):
-        await failure.guard(work())
-    failure.clear()
-    work.proceed.set()
-    assert await failure.guard(work()) == "result"
-
-
-async def test_cancelled_from_outside_the_work_is_over_too(failure: Failure, work: Work) -> None:
-    guarded = await begun(failure, work)
-    guarded.cancel()
-    await work.stopped.wait()
-    assert not guarded.done()
-    work.cleaned.set()
-    with pytest.raises(asyncio.CancelledError):
-        await guarded
-    assert work.steps == ["cancelled", "cleaned"]
-
-
-async def test_the_first_failure_is_kept(failure: Failure) -> None:
-    waiting = asyncio.ensure_future(failure.wait())
-    first = GuestError("first")
-    failure.set(first)
-    failure.set(AbortedError("second"))
-    assert await waiting is failure.error is first
 
 
 # ---------------------------------------------------------------- Migration
@@ -216,13 +84,14 @@ async def test_figures_are_refreshed_and_told_while_it_runs(migration: OneMigrat
     ticking.cancel()
 
 
-async def test_background_work_that_crashes_is_a_failure_of_the_migration(migration: OneMigration) -> None:
+async def test_background_work_that_crashes_ends_the_connection(migration: OneMigration) -> None:
     async def crash() -> None:
         raise ValueError("a bug")
 
     migration.background(crash())
-    async with asyncio.timeout(PATIENCE_SECONDS):
-        assert isinstance(await migration.failure.wait(), ValueError)
+    with pytest.raises(ValueError, match="a bug"):
+        async with asyncio.timeout(PATIENCE_SECONDS), migration.connection.alive:
+            await asyncio.Event().wait()
 
 
 async def test_background_work_is_ended_at_the_end(migration: OneMigration) -> None:
@@ -240,39 +109,25 @@ async def test_background_work_is_ended_at_the_end(migration: OneMigration) -> N
     await asyncio.sleep(0)
     await migration.stop_background()
     assert steps == ["over"] * 3
-    assert not migration.failure.is_set
+    assert migration.connection.alive.failure is None
 
 
 def event(kind: EventKind, value: int = 0, error: MigratedError | None = None) -> Event:
     return Event(kind, 1, value, error)
 
 
-async def test_what_the_engine_tells_is_sorted(migration: OneMigration) -> None:
-    migration.on_engine_event(event(EventKind.ROUND_DONE, 7))
-    assert await migration.rounds_done.get() == 7
-    for kind, flag in (
-        (EventKind.ALL_SENT, migration.all_sent),
-        (EventKind.ALL_CURRENT, migration.all_current),
-    ):
-        assert not flag.is_set()
-        migration.on_engine_event(event(kind))
-        assert flag.is_set()
-    migration.on_engine_event(event(EventKind.POPULATED))
-    assert not migration.failure.is_set
-
-
 @pytest.mark.parametrize("kind", [EventKind.STREAM_LOST, EventKind.FAILED])
-async def test_what_an_engine_cannot_live_with_is_a_failure(migration: OneMigration, kind: EventKind) -> None:
+async def test_what_an_engine_cannot_live_with_ends_the_connection(migration: OneMigration, kind: EventKind) -> None:
     reason = NativeError("stream 1: reset", kind=1)
     with capture_logs() as logs:
         migration.on_engine_event(event(kind, error=reason))
-    assert migration.failure.error is reason
+    assert migration.connection.alive.failure is reason
     assert logs[0]["error"] == "stream 1: reset"
 
 
 async def test_a_stream_that_ends_without_a_word_is_named(migration: OneMigration) -> None:
     migration.on_engine_event(event(EventKind.STREAM_LOST))
-    assert "stream 1 ended" in str(migration.failure.error)
+    assert "stream 1 ended" in str(migration.connection.alive.failure)
 
 
 # ---------------------------------------------------------------- begin and end
@@ -304,7 +159,7 @@ async def test_a_migration_lets_go_and_is_over() -> None:
     async def flow(migration: OneMigration) -> None:
         migration.background(asyncio.Event().wait())
         migration.set_state(State.PRECOPY)
-        migration.end_before_commit(GuestError("it has died"))
+        migration.end_with(GuestError("it has died"))
 
     migration = Flow(flow)
     await migration.run()
@@ -327,6 +182,20 @@ async def test_a_mistake_of_ours_ends_in_a_named_state() -> None:
     assert migration.steps == ENDED
 
 
+async def test_what_no_connection_mends_is_the_end() -> None:
+    async def flow(_: OneMigration) -> None:
+        raise FinalError(GuestError("it is gone", code="guest-gone"))
+
+    migration = Flow(flow)
+    with capture_logs() as logs:
+        await migration.run()
+    assert migration.record.state is State.FAILED
+    assert migration.record.error is not None
+    assert migration.record.error.code == "guest-gone"
+    assert [line["log_level"] for line in logs] == ["warning"]
+    assert migration.steps == ENDED
+
+
 async def test_what_nobody_foresaw_is_archived_too() -> None:
     async def flow(_: OneMigration) -> None:
         raise ValueError("a bug")
@@ -342,7 +211,7 @@ async def test_what_nobody_foresaw_is_archived_too() -> None:
 async def test_an_end_whose_figures_fail_is_archived_too(monkeypatch: pytest.MonkeyPatch) -> None:
     async def flow(migration: OneMigration) -> None:
         monkeypatch.setattr(migration, "refresh", lambda: 1 / 0)
-        migration.end_before_commit(GuestError("it has died"))
+        migration.end_with(GuestError("it has died"))
 
     migration = Flow(flow)
     archived: list[Record] = []
@@ -354,7 +223,7 @@ async def test_an_end_whose_figures_fail_is_archived_too(monkeypatch: pytest.Mon
 
 async def test_a_clean_up_that_fails_ends_the_migration_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     async def flow(migration: OneMigration) -> None:
-        migration.end_before_commit(GuestError("it has died"))
+        migration.end_with(GuestError("it has died"))
 
     async def stuck() -> None:
         raise OSError("cannot let go")
@@ -394,7 +263,7 @@ async def test_a_cancelled_migration_lets_go_too() -> None:
     ],
 )
 async def test_aborted_is_what_somebody_asked_for(migration: OneMigration, error: Exception, state: State) -> None:
-    migration.end_before_commit(error)
+    migration.end_with(error)
     assert migration.record.state is state
 
 
@@ -421,29 +290,6 @@ async def test_a_clean_up_can_still_be_cancelled() -> None:
     stepping.cancel()
     with pytest.raises(asyncio.CancelledError):
         await stepping
-
-
-async def test_work_that_loses_its_cancellation_is_cancelled_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("migrated.waiting.CANCEL_AGAIN_SECONDS", 0.01)
-    failure = Failure()
-    swallowed = 0
-
-    async def work() -> None:
-        nonlocal swallowed
-        while True:
-            try:
-                await asyncio.Event().wait()
-            except asyncio.CancelledError:
-                swallowed += 1
-                if swallowed > 1:
-                    raise
-
-    guarded = asyncio.ensure_future(failure.guard(work()))
-    await asyncio.sleep(0)
-    failure.set(MigratedError("enough"))
-    with pytest.raises(MigratedError, match="enough"):
-        await guarded
-    assert swallowed == 2
 
 
 async def test_background_work_that_loses_its_cancellation_is_cancelled_again(

@@ -9,8 +9,6 @@ from migrated.link.control_link import ControlLink
 from migrated.protocol import framing
 from migrated.protocol.heartbeat import Heartbeat
 from migrated.protocol.messages import PROTOCOL_VERSION, AnyMessage, Hello, Ready, RegionInfo
-from migrated.protocol.session import Session
-from migrated.protocol.transitions import Role
 
 HELLO = Hello(
     version=PROTOCOL_VERSION,
@@ -37,14 +35,12 @@ def sockets() -> tuple[socket.socket, socket.socket]:
     return pair
 
 
-async def link_on(
-    sock: socket.socket, role: Role, received: bytes = b"", beat: tuple[float, float] = (5.0, 30.0)
-) -> ControlLink:
+async def link_on(sock: socket.socket, received: bytes = b"", beat: tuple[float, float] = (5.0, 30.0)) -> ControlLink:
     """A link, not started; ``beat``: interval and limit of its heartbeat, in seconds."""
     reader, writer = await asyncio.open_connection(sock=sock)
     now = asyncio.get_running_loop().time()
     heartbeat = Heartbeat(*beat, now)
-    return ControlLink(Session(role), reader, writer, heartbeat=heartbeat, received=received)
+    return ControlLink(reader, writer, heartbeat=heartbeat, received=received)
 
 
 class Stranger:

@@ -32,6 +32,7 @@ from migrated.protocol.messages import (
     StateChunk,
     StateEnd,
 )
+from migrated.protocol.session import Session
 from migrated.protocol.transitions import Role, State
 from tests.unit.link.ends import HELLO, PATIENCE_SECONDS, READY, Stranger, link_on, sockets
 
@@ -43,9 +44,9 @@ OFTEN = (INTERVAL_SECONDS, LIMIT_SECONDS)
 async def links() -> AsyncIterator[tuple[ControlLink, ControlLink]]:
     """Source and target, greeted."""
     left, right = sockets()
-    source, target = await link_on(left, Role.SOURCE), await link_on(right, Role.TARGET)
-    for link in (source, target):
-        link.start()
+    source, target = await link_on(left), await link_on(right)
+    source.start(Session(Role.SOURCE))
+    target.start(Session(Role.TARGET))
     await source.send(HELLO)
     assert isinstance(await target.receive(), Hello)
     await target.send(READY)
@@ -67,8 +68,8 @@ async def source_with(
     ends: tuple[socket.socket, Stranger], beat: tuple[float, float] = (5.0, 30.0)
 ) -> AsyncIterator[ControlLink]:
     """A source link that has said Hello to the stranger and was told Ready."""
-    link = await link_on(ends[0], Role.SOURCE, beat=beat)
-    link.start()
+    link = await link_on(ends[0], beat=beat)
+    link.start(Session(Role.SOURCE))
     try:
         await link.send(HELLO)
         await ends[1].hear(Hello)
@@ -90,8 +91,8 @@ async def test_messages_arrive_in_order(links: tuple[ControlLink, ControlLink]) 
 
 
 async def test_bytes_read_before_the_link_was_made_count(ends: tuple[socket.socket, Stranger]) -> None:
-    link = await link_on(ends[0], Role.TARGET, framing.encode(HELLO)[:-3])
-    link.start()
+    link = await link_on(ends[0], framing.encode(HELLO)[:-3])
+    link.start(Session(Role.TARGET))
     await ends[1].say(framing.encode(HELLO)[-3:])
     assert await link.receive() == HELLO
     await link.close()
@@ -137,7 +138,7 @@ async def test_a_ping_is_answered_with_its_number(ends: tuple[socket.socket, Str
 async def test_silence_ends_a_link(ends: tuple[socket.socket, Stranger]) -> None:
     async with source_with(ends, OFTEN) as link:
         async with asyncio.timeout(PATIENCE_SECONDS):
-            error = await link.wait_lost()
+            error = await asyncio.shield(link.ended)
         assert isinstance(error, ConnectionLostError)
         assert error.code == "peer-silent"
         assert "heartbeat_limit" in error.hint
@@ -150,11 +151,9 @@ async def test_silence_ends_a_link(ends: tuple[socket.socket, Stranger]) -> None
 async def test_silence_ends_a_link_whose_peer_reads_nothing(ends: tuple[socket.socket, Stranger]) -> None:
     """A sender that waits for room must not keep the heartbeat from noticing."""
     async with source_with(ends, OFTEN) as link:
-        pipe = StatePipe()
-        pipe.attach(link)
         async with asyncio.timeout(PATIENCE_SECONDS):
             with pytest.raises(ConnectionLostError, match="nothing was heard"):
-                await pipe.write(bytes(256 << 20))
+                await link.pipe.write(bytes(256 << 20))
 
 
 async def test_a_flood_of_pings_is_not_hoarded(ends: tuple[socket.socket, Stranger]) -> None:
@@ -174,7 +173,7 @@ async def test_a_flood_of_pings_is_not_hoarded(ends: tuple[socket.socket, Strang
 async def test_a_closed_connection_is_told_to_everybody_who_waits(links: tuple[ControlLink, ControlLink]) -> None:
     source, target = links
     waiting = [asyncio.ensure_future(source.receive()) for _ in range(2)]
-    ended = asyncio.ensure_future(source.wait_lost())
+    ended = asyncio.shield(source.ended)
     await target.close()
     async with asyncio.timeout(PATIENCE_SECONDS):
         results = await asyncio.gather(*waiting, return_exceptions=True)
@@ -188,7 +187,7 @@ async def test_what_came_before_the_end_is_still_received(links: tuple[ControlLi
     source, target = links
     await source.send(Round(1, 5))
     await source.close()
-    await target.wait_lost()
+    await asyncio.shield(target.ended)
     assert await target.receive() == Round(1, 5)
     with pytest.raises(ConnectionLostError):
         await target.receive()
@@ -203,7 +202,7 @@ async def test_garbage_ends_the_link_with_a_named_error(ends: tuple[socket.socke
     async with source_with(ends) as link:
         await ends[1].say(garbage)
         async with asyncio.timeout(PATIENCE_SECONDS):
-            error = await link.wait_lost()
+            error = await asyncio.shield(link.ended)
         assert isinstance(error, RemoteProtocolError)
         assert error.code not in {"", "internal"}
         with pytest.raises(RemoteProtocolError):
@@ -213,7 +212,7 @@ async def test_garbage_ends_the_link_with_a_named_error(ends: tuple[socket.socke
 async def test_a_message_out_of_turn_ends_the_link_after_those_in_turn(ends: tuple[socket.socket, Stranger]) -> None:
     async with source_with(ends) as link:
         await ends[1].say(BarrierAck(3), Aborted(), BarrierAck(4))
-        error = await link.wait_lost()
+        error = await asyncio.shield(link.ended)
         assert error.code == "unexpected-message"
         assert await link.receive() == BarrierAck(3)
         with pytest.raises(RemoteProtocolError, match="aborted"):
@@ -225,7 +224,7 @@ async def test_an_abort_is_told_once_and_can_still_be_answered(links: tuple[Cont
     await source.send(Abort("not-converging", "it writes too fast", "use hybrid"))
     abort = await target.receive()
     assert isinstance(abort, Abort)
-    error = await target.wait_lost()
+    error = await asyncio.shield(target.ended)
     assert isinstance(error, PeerError)
     assert (error.code, error.hint) == ("not-converging", "use hybrid")
     with pytest.raises(PeerError, match="writes too fast"):
@@ -287,10 +286,7 @@ async def test_a_lost_page_connection_without_a_word_is_just_that(links: tuple[C
 
 @pytest.fixture
 def pipes(links: tuple[ControlLink, ControlLink]) -> tuple[StatePipe, StatePipe]:
-    made = StatePipe(), StatePipe()
-    for pipe, link in zip(made, links, strict=True):
-        pipe.attach(link)
-    return made
+    return links[0].pipe, links[1].pipe
 
 
 async def read_all(pipe: StatePipe) -> bytes:
@@ -319,12 +315,9 @@ async def test_guest_state_travels_both_ways_at_once(pipes: tuple[StatePipe, Sta
 
 async def test_a_slow_reader_holds_the_writer_back_and_no_heartbeat_blames_it() -> None:
     left, right = sockets()
-    source = await link_on(left, Role.SOURCE, beat=OFTEN)
-    target = await link_on(right, Role.TARGET, beat=OFTEN)
-    pipes = StatePipe(), StatePipe()
-    for link, pipe in zip((source, target), pipes, strict=True):
-        pipe.attach(link)
-        link.start()
+    source, target = await link_on(left, beat=OFTEN), await link_on(right, beat=OFTEN)
+    source.start(Session(Role.SOURCE))
+    target.start(Session(Role.TARGET))
     await source.send(HELLO)
     await target.receive()
     await target.send(READY)
@@ -334,9 +327,9 @@ async def test_a_slow_reader_holds_the_writer_back_and_no_heartbeat_blames_it() 
     async def write() -> None:
         nonlocal written
         for _ in range(90):
-            await pipes[0].write(bytes(1 << 18))
+            await source.pipe.write(bytes(1 << 18))
             written += 1
-        await pipes[0].close_write()
+        await source.pipe.close_write()
 
     writing = asyncio.ensure_future(write())
     loop = asyncio.get_running_loop()
@@ -349,7 +342,7 @@ async def test_a_slow_reader_holds_the_writer_back_and_no_heartbeat_blames_it() 
     assert not writing.done()
     assert written < 90
     async with asyncio.timeout(PATIENCE_SECONDS):
-        received = await read_all(pipes[1])
+        received = await read_all(target.pipe)
         await writing
     assert len(received) == 90 << 18
     await source.close()
@@ -374,26 +367,48 @@ async def test_state_that_has_arrived_survives_its_connection(
     await pipes[0].write(b"device state")
     await pipes[0].close_write()
     await links[0].close()
-    await links[1].wait_lost()
+    await asyncio.shield(links[1].ended)
     assert await read_all(pipes[1]) == b"device state"
 
 
-async def test_a_pipe_without_a_connection_says_so() -> None:
-    pipe = StatePipe()
-    for call in (pipe.read(), pipe.write(b"x"), pipe.close_write()):
-        with pytest.raises(ConnectionLostError, match="no connection"):
+async def test_a_link_that_was_not_started_says_so(ends: tuple[socket.socket, Stranger]) -> None:
+    link = await link_on(ends[0])
+    for call in (link.send(HELLO), link.pipe.write(b"x"), link.pipe.close_write()):
+        with pytest.raises(ConnectionLostError, match="nobody has begun"):
             await call
+    await link.close()
+
+
+async def test_a_step_that_was_made_is_no_error_whatever_the_transport_says(
+    links: tuple[ControlLink, ControlLink], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who posts COMMIT must know: an exception means that it was not sent."""
+    source, _ = links
+
+    def closed(_: bytes) -> None:
+        raise RuntimeError("the transport is closed")
+
+    monkeypatch.setattr(source._writer, "write", closed)
+    source.post(Round(1, 0))
+    assert isinstance(source.lost, ConnectionLostError)
+    with pytest.raises(ConnectionLostError, match="the transport is closed"):
+        source.post(Round(2, 0))
+
+
+async def test_a_closed_link_leaves_its_session_lost(links: tuple[ControlLink, ControlLink]) -> None:
+    source, _ = links
+    await source.close()
+    assert source.session.state is State.ABORTED
+    assert not source.session.connected
 
 
 async def test_a_stranger_cannot_send_state_after_its_end(ends: tuple[socket.socket, Stranger]) -> None:
     async with source_with(ends) as link:
-        pipe = StatePipe()
-        pipe.attach(link)
         messages: list[AnyMessage] = [StateChunk(b"one"), StateEnd(), StateChunk(b"two")]
         await ends[1].say(*messages)
-        error = await link.wait_lost()
+        error = await asyncio.shield(link.ended)
         assert isinstance(error, RemoteProtocolError)
-        assert await read_all(pipe) == b"one"
+        assert await read_all(link.pipe) == b"one"
 
 
 # ---------------------------------------------------------------- sockets
@@ -435,7 +450,7 @@ async def test_the_peer_is_named_as_an_address_one_can_dial(host: str, shown: st
             pytest.skip(f"{host}: {error.strerror}")
         listener.listen()
         port = listener.getsockname()[1]
-        link = await link_on(socket.create_connection((host, port)), Role.SOURCE)
+        link = await link_on(socket.create_connection((host, port)))
         assert link.peer == shown.format(port)
         await link.close()
 

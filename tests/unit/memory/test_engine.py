@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
+from migrated.agent import figures
 from migrated.agent.rates import Rates
 from migrated.agent.record import Record, State
 from migrated.errors import ConnectionLostError, MigratedError, RemoteProtocolError
@@ -26,8 +27,6 @@ from migrated.memory.engine import (
 )
 from migrated.memory.native import lib
 from migrated.memory.regions import Region, SourceMemory, TargetMemory
-from migrated.source import figures as source_figures
-from migrated.target import figures as target_figures
 
 PAGE = 4096
 SECRET = hashlib.shake_256(b"any key").digest(lib.MGD_SECRET_BYTES)
@@ -268,10 +267,10 @@ def test_what_remains_is_counted_in_bytes_where_pages_differ_in_size(make: Calla
     both.target.switchover()
 
     source = Record(id="1", guest="vm", role="source", mode="hybrid", state=State.POSTCOPY, page_size=large)
-    source_figures.update(source, both.source.stats(), Rates(), frozen=True)
+    figures.of_source(source, both.source.stats(), Rates(), frozen=True)
     assert source.remaining_bytes == stale
     target = Record(id="1", guest="vm", role="target", mode="hybrid", state=State.POSTCOPY, page_size=large)
-    target_figures.update(target, both.target.stats(), Rates(), mapped=True)
+    figures.of_target(target, both.target.stats(), Rates(), mapped=True)
     assert target.remaining_bytes == stale
     again = TargetEngine(both.target_memory, both.streams, both.ledger_fd, SECRET, recover=True)
     assert again.stats().stale_bytes == stale
@@ -280,7 +279,7 @@ def test_what_remains_is_counted_in_bytes_where_pages_differ_in_size(make: Calla
     # The connection is lost: what has left the source may not have arrived.
     source.state, source.stale_bytes = State.POSTCOPY_PAUSED, stale
     both.source.lacking_begin()
-    source_figures.update(source, both.source.stats(), Rates(), frozen=True)
+    figures.of_source(source, both.source.stats(), Rates(), frozen=True)
     assert source.remaining_bytes == stale
 
 

@@ -13,7 +13,7 @@ from migrated.errors import RemoteProtocolError
 from migrated.protocol.messages import AnyMessage, Commit, Done
 from migrated.protocol.session import Session
 from migrated.protocol.transitions import Role, State
-from tests.unit.protocol.wired_sessions import NEXT_WORD, STRAIGHT, VOCABULARY, Pair, other
+from tests.unit.protocol.wired_sessions import STRAIGHT, VOCABULARY, Pair, next_word, other
 
 roles = st.sampled_from(Role)
 EVERY = range(len(STRAIGHT))
@@ -142,7 +142,7 @@ class LossyLink(RuleBasedStateMachine):
         """Say what leads to the end, if anything; what the other side said has arrived before."""
         for role in turns:
             self.arrive(other(role), 1.0)
-            message = NEXT_WORD[role].get(self.pair.sides[role].state)
+            message = next_word(self.pair.sides[role])
             if message is not None and self.pair.sides[role].may_send(message):
                 self.pair.say(role, message)
 

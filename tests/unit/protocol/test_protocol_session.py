@@ -30,7 +30,7 @@ from migrated.protocol.messages import (
     Switchover,
 )
 from migrated.protocol.session import Session
-from migrated.protocol.transitions import Role, State
+from migrated.protocol.transitions import Position, Role, State
 from tests.unit.protocol.wired_sessions import (
     ABORT,
     HELLO,
@@ -50,73 +50,75 @@ BEFORE_LOADED = (State.HELLO, State.PRECOPY, State.SWITCHOVER, State.MAPPED)
 AFTER_COMMIT = (State.COMMITTED, State.POSTCOPY)
 
 
-def session_in(role: Role, state: State) -> Session:
-    """A connected session in any state, by the shortest way the tables know."""
+def session_at(role: Role, position: Position) -> Session:
+    """A connected session anywhere, by the shortest way the tables know."""
     start = Session(role)
-    ways: dict[State, list[tuple[str, AnyMessage | None]]] = {start.state: []}
-    queue = [start.state]
+    ways: dict[Position, list[tuple[str, AnyMessage | None]]] = {start.position: []}
+    queue = [start.position]
     while queue:
         before = queue.pop(0)
-        steps: list[tuple[str, AnyMessage | None, State]] = [
+        steps: list[tuple[str, AnyMessage | None, Position]] = [
             (way, message, after)
             for way, message in itertools.product(("send", "recv"), VOCABULARY)
             if (after := transitions.following(role, before, way, transitions.event(message))) is not None
         ]
-        lost = transitions.LOST[role].get(before, before)
-        if lost in transitions.RESUMABLE[role]:
+        lost = transitions.lost(role, before)
+        if lost.state in transitions.RESUMABLE[role]:
             steps.append(("lost", None, lost))
         for way, message, after in steps:
             if after not in ways:
                 ways[after] = [*ways[before], (way, message)]
                 queue.append(after)
-    for way, message in ways[state]:
+    for way, message in ways[position]:
         if message is None:
             start.connection_lost()
-            start.reconnected()
+            start = start.resumed()
         elif way == "send":
             start.send(message)
         else:
             list(start.receive(framing.encode(message)))
-    assert start.state is state
+    assert start.position == position
     return start
 
 
-ALL = [(role, state) for role in Role for state in transitions.TABLE[role]]
+ALL = [(role, position) for role in Role for position in transitions.TABLE[role]]
 
 
-@pytest.mark.parametrize(("role", "state"), ALL)
-def test_what_the_table_does_not_know_is_refused_and_changes_nothing(role: Role, state: State) -> None:
+@pytest.mark.parametrize(("role", "position"), ALL)
+def test_what_the_table_does_not_know_is_refused_and_changes_nothing(role: Role, position: Position) -> None:
     for message in VOCABULARY:
         word = transitions.event(message)
-        session = session_in(role, state)
-        wanted = transitions.following(role, state, "send", word)
+        session = session_at(role, position)
+        wanted = transitions.following(role, position, "send", word)
         assert session.may_send(message) is (wanted is not None)
         if wanted is None:
-            with pytest.raises(LocalProtocolError, match=f"cannot send {word} in state {state}"):
+            with pytest.raises(LocalProtocolError, match=f"cannot send {word} in state {position.state}"):
                 session.send(message)
-            assert session.state is state
+            assert session.position == position
         else:
             assert list(framing.FrameDecoder().feed(session.send(message))) == [message]
-            assert session.state is wanted
+            assert session.position == wanted
 
-        session = session_in(role, state)
-        wanted = transitions.following(role, state, "recv", word)
+        session = session_at(role, position)
+        wanted = transitions.following(role, position, "recv", word)
         frame = framing.encode(message)
         if wanted is not None:
             assert list(session.receive(frame)) == [message]
-            assert session.state is wanted
-        elif word in transitions.ABSORBED[role].get(state, ()):
+            assert session.position == wanted
+        elif word in transitions.ABSORBED[role].get(position.state, ()):
             assert list(session.receive(frame)) == []
-            assert session.state is state
+            assert session.position == position
         else:
-            with pytest.raises(RemoteProtocolError, match=f"the peer sent {word} in state {state}"):
+            with pytest.raises(RemoteProtocolError, match=f"the peer sent {word} in state {position.state}"):
                 list(session.receive(frame))
-            assert session.state is state
+            assert session.position == position
 
 
-@pytest.mark.parametrize(("role", "state"), ALL)
-def test_every_state_has_a_way_out_and_a_lost_connection_is_final_or_can_be_resumed(role: Role, state: State) -> None:
-    session = session_in(role, state)
+@pytest.mark.parametrize(("role", "position"), ALL)
+def test_every_state_has_a_way_out_and_a_lost_connection_is_final_or_can_be_resumed(
+    role: Role, position: Position
+) -> None:
+    session = session_at(role, position)
     follows = session.connection_lost()
     assert follows is session.connection_lost()
     assert session.settled or session.must_reconnect
@@ -129,17 +131,22 @@ def test_every_state_has_a_way_out_and_a_lost_connection_is_final_or_can_be_resu
         session.receive(b"")
 
 
-#: How far a side has come: the states beyond each mark.
-FAR: dict[Role, dict[str, set[State]]] = {
-    SOURCE: {
-        "commit": transitions.TABLE[SOURCE].keys() & transitions.COMMITTED[SOURCE],
-        "end": {State.DONE, State.CLOSED},
-    },
+def positions(role: Role, *states: State) -> set[Position]:
+    """Those in one of the states, and those that were in one and go on in it once they are resumed."""
+    return {at for at in transitions.TABLE[role] if (at.standing or at.state) in states}
+
+
+def committed(role: Role) -> set[Position]:
+    return {at for at in transitions.TABLE[role] if at.committed}
+
+
+#: How far a side has come: the positions beyond each mark.
+FAR: dict[Role, dict[str, set[Position]]] = {
+    SOURCE: {"commit": committed(SOURCE), "end": {Position(State.DONE), Position(State.CLOSED)}},
     TARGET: {
-        "loaded": {State.LOADED, State.WAITING, State.RESUMING_LOADED, State.LISTING_LOADED}
-        | (transitions.TABLE[TARGET].keys() & transitions.COMMITTED[TARGET]),
-        "commit": transitions.TABLE[TARGET].keys() & transitions.COMMITTED[TARGET],
-        "end": {State.DONE, State.CLOSED, State.RESUMING_DONE, State.LISTING_DONE},
+        "loaded": positions(TARGET, State.LOADED, State.WAITING) | committed(TARGET),
+        "commit": committed(TARGET),
+        "end": positions(TARGET, State.DONE, State.CLOSED),
     },
 }
 #: The only words that lead there, and those that lead back (the source withdrew before it committed).
@@ -158,12 +165,12 @@ def test_how_far_it_came_is_never_forgotten_and_never_made_up(role: Role, mark: 
     """No step but the named ones crosses the line, either way, and no lost connection does."""
     beyond = FAR[role][mark]
     there, back = CROSSING[role][mark]
-    for state, steps in transitions.TABLE[role].items():
+    for before, steps in transitions.TABLE[role].items():
         for step, after in steps.items():
-            crosses = (state in beyond) - (after in beyond)
-            assert crosses == 0 or step in (back if crosses > 0 else there), (state, step, after)
-        after = transitions.LOST[role].get(state, state)
-        assert (after in beyond) is (state in beyond), (state, "lost", after)
+            crosses = (before in beyond) - (after in beyond)
+            assert crosses == 0 or step in (back if crosses > 0 else there), (before, step, after)
+        after = transitions.lost(role, before)
+        assert (after in beyond) is (before in beyond), (before, "lost", after)
 
 
 def test_a_migration_without_trouble() -> None:
@@ -423,9 +430,9 @@ def test_a_session_taken_up_again_knows_its_regions_and_secrets() -> None:
     target = Session(TARGET, state=State.PAUSED, hello=HELLO, ready=READY)
     assert not target.connected
     assert target.guest_may_run_here
-    target.reconnected()
-    with pytest.raises(LocalProtocolError, match="reconnected in state paused: the session is connected"):
-        target.reconnected()
+    target = target.resumed()
+    with pytest.raises(LocalProtocolError, match="resumed in state paused: the session is connected"):
+        target.resumed()
     list(target.receive(framing.encode(RESUME_COMMITTED)))
     target.send(Resumed("running", 1))
     with pytest.raises(LocalProtocolError, match="beyond region 0"):
@@ -436,7 +443,7 @@ def test_what_is_over_cannot_be_reconnected_by_the_source() -> None:
     pair = Pair().advance(State.DONE)
     assert pair.cut() == (State.CLOSED, State.CLOSED)
     with pytest.raises(LocalProtocolError, match="the session is over"):
-        pair.source.reconnected()
+        pair.source.resumed()
 
 
 def test_done_before_running_is_not_heard() -> None:

@@ -128,14 +128,16 @@ NEXT_WORD: dict[Role, dict[State, AnyMessage]] = {
         State.COMMITTED: Running(),
         State.POSTCOPY: Done(),
         State.ABORTING: Aborted(),
-        State.RESUMING_LOADED: Resumed("loaded", 3),
-        State.RESUMING_RUNNING: Resumed("running", 3),
-        State.RESUMING_DONE: Resumed("done", 0),
-        State.LISTING_LOADED: LackingEnd(),
-        State.LISTING_RUNNING: LackingEnd(),
-        State.LISTING_DONE: LackingEnd(),
+        State.LISTING: LackingEnd(),
     },
 }
+
+
+def next_word(session: Session) -> AnyMessage | None:
+    """What it says next on its way to the end, if it is its turn."""
+    if session.role is Role.TARGET and session.state is State.RESUMING:
+        return Resumed(session.standing, 0 if session.standing == "done" else 3)
+    return NEXT_WORD[session.role].get(session.state)
 
 
 def other(role: Role) -> Role:
@@ -201,7 +203,7 @@ class Pair:
 
     def reconnect(self) -> None:
         for role in Role:
-            self.sides[role].reconnected()
+            self.sides[role] = self.sides[role].resumed()
 
     def settle(self) -> None:
         """Over good links, two sides that want to get to the end do: aborted on both, or closed on both."""
@@ -214,7 +216,7 @@ class Pair:
                 self.cut()
                 self.reconnect()
             for role in Role:
-                message = NEXT_WORD[role].get(self.sides[role].state)
+                message = next_word(self.sides[role])
                 if message is not None and self.sides[role].connected:
                     self.say(role, message)
                 if self.sides[other(role)].connected:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from copy import copy
 from pathlib import Path
 from typing import cast
@@ -14,9 +15,10 @@ from migrated.config import Timeouts
 from migrated.errors import HostError
 from migrated.guests.driver import Memento, SourceGuest
 from migrated.link.dialing import Dialer
-from migrated.recovery.journal import Journal, SourceEntry
+from migrated.recovery.journal import Journal, JournalError, SourceEntry
 from migrated.recovery.state import Survival
 from migrated.recovery.store import HolderKeeper
+from migrated.source.options import Options
 from migrated.source.stage import JournalledStage
 from tests.unit.recovery.entries import HELLO, SOURCE
 
@@ -35,11 +37,13 @@ def journal(tmp_path: Path) -> Journal[SourceEntry]:
 
 @pytest.fixture
 def stage(journal: Journal[SourceEntry], tmp_path: Path) -> JournalledStage:
-    dialer = Dialer(Address("host-c", 7440), session_id=HELLO.session, token=HELLO.token, timeouts=Timeouts())
+    address = Address("host-c", 7440)
+    dialer = Dialer(address, session_id=HELLO.session, token=HELLO.token, timeouts=Timeouts())
     return JournalledStage(
         Survival(journal, HolderKeeper(tmp_path), ID),
         cast("SourceGuest", QuietGuest()),
         dialer,
+        Options(address, "hybrid", 0.3, 30, streams=1, max_bandwidth=5, drain_bandwidth=0),
         log=structlog.get_logger(),
         entry=copy(SOURCE),
     )
@@ -51,6 +55,49 @@ async def test_a_stage_is_written_with_where_the_target_is_now_and_what_the_gues
     await stage.write("committed")
     entry = journal.load()[ID]
     assert (entry.stage, entry.target, entry.guest) == ("committed", "host-c:7440", {"runs": True})
+
+
+async def test_a_new_address_and_new_limits_are_written_and_nothing_else(
+    journal: Journal[SourceEntry], stage: JournalledStage
+) -> None:
+    await stage.write("committed")
+    stage._dialer.address = Address("host-d", 7441)
+    stage._options.max_bandwidth = 7
+    await stage.rewrite()
+    entry = journal.load()[ID]
+    assert (entry.stage, entry.target, entry.max_bandwidth) == ("committed", "host-d:7441", 7)
+
+
+async def test_before_the_guest_is_touched_new_limits_make_no_entry(
+    journal: Journal[SourceEntry], stage: JournalledStage
+) -> None:
+    """It would take the place of one that promises to run the guest."""
+    stage.written = False
+    await stage.rewrite()
+    assert journal.load() == {}
+
+
+async def test_a_stage_that_is_taken_back_is_not_written_with_new_limits(
+    stage: JournalledStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+    full = asyncio.Event()
+
+    async def write(entry: SourceEntry) -> None:
+        if not full.is_set():
+            await full.wait()
+            raise JournalError("the disk is full", replaced=False, hint="")
+        written.append(entry.stage)
+
+    monkeypatch.setattr(stage._survival, "write", write)
+    writing = asyncio.ensure_future(stage.write("committed"))
+    rewriting = asyncio.ensure_future(stage.rewrite())
+    await asyncio.sleep(0)
+    full.set()
+    with pytest.raises(HostError):
+        await writing
+    await rewriting
+    assert written == ["active"]
 
 
 async def test_a_commit_that_was_not_sent_is_taken_back(journal: Journal[SourceEntry], stage: JournalledStage) -> None:

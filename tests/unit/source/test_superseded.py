@@ -95,3 +95,16 @@ async def test_a_process_that_was_given_away_and_has_ended_is_in_nobodys_way(tmp
     agent, begun = agent_of(tmp_path)
     await agent.start(StartRequest(guest=HELLO.guest, to="127.0.0.1:7440"))
     assert len(begun) == 1
+
+
+async def test_what_was_asked_for_survives_the_agent(tmp_path: Path) -> None:
+    asked = {"target": "host-d:7441", "max_bandwidth": 7, "drain_bandwidth": 3, "compression": "zstd"}
+    entry = ours(stage="committed", **asked)
+    agent, _ = agent_of(tmp_path)
+    fds = [os.open(tmp_path, os.O_RDONLY) for _ in HELLO.regions]
+    try:
+        migration = agent._revive(entry, fds, Survival(Journal(tmp_path, SourceEntry), HolderKeeper(tmp_path), "m"))
+    finally:
+        for fd in fds:
+            os.close(fd)
+    assert {name: str(getattr(migration.options, name)) for name in asked} == {k: str(v) for k, v in asked.items()}

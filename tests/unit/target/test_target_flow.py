@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -17,7 +18,8 @@ from migrated.guests.access.pidfd import process_started
 from migrated.guests.driver import FaultSource, TargetGuest
 from migrated.link.control_link import ControlLink
 from migrated.memory.engine import Event, EventKind
-from migrated.protocol.messages import Ready
+from migrated.protocol import framing
+from migrated.protocol.messages import GUEST_LOST, PROTOCOL_VERSION, Abort, Commit, LackingEnd, Ready, Resume, Resumed
 from migrated.protocol.session import Session
 from migrated.protocol.transitions import Role
 from migrated.protocol.transitions import State as SessionState
@@ -27,6 +29,7 @@ from migrated.recovery.store import HolderKeeper
 from migrated.target.memory import GuestMemory
 from migrated.target.migration import TargetMigration
 from migrated.target.stage import Recovered
+from tests.unit.link.ends import Stranger, link_on, sockets
 from tests.unit.recovery.entries import HELLO
 
 ID = HELLO.session.hex()
@@ -42,8 +45,10 @@ class FakeGuest:
         self.killed = 0
         self.mistakes = 0
         self.stuck = False  # in the kernel: it is not gone within the limit
+        self.watched = 0
 
     async def died(self) -> str:
+        self.watched += 1
         await self.end.wait()
         return "was killed by signal 9"
 
@@ -66,6 +71,7 @@ class FakeGuest:
 class FakeEngine:
     """Lacks pages for ever; ``refuses`` is what arming it meets."""
 
+    missing = False
     refuses: MigratedError | None = None
     alive = True
 
@@ -83,6 +89,15 @@ class FakeEngine:
     def drop_streams(self) -> None:
         pass
 
+    def flush(self) -> None:
+        pass
+
+    def stats(self) -> Any:
+        return SimpleNamespace(stale_pages=0, stale_bytes=0)
+
+    def lacking_maps(self) -> tuple[()]:
+        return ()
+
     async def close(self) -> None:
         pass
 
@@ -96,18 +111,20 @@ class LateLink:
     async def close(self) -> None:
         self.closed = True
 
-    def start(self) -> None:
+    def start(self, _: Session) -> None:
         raise AssertionError("nothing is to be said")
 
 
 class Flow(TargetMigration):
     """Taken back after a restart; its engine is a fake."""
 
-    engine: FakeEngine
+    fake: FakeEngine
 
     def _make_engine(self, *, recover: bool) -> Any:
         del recover
-        self.connection.engine = cast("Any", self.engine)
+        if self.fake.missing:
+            raise MigratedError("no engine", code="native")
+        self.engine = cast("Any", self.fake)
         return self.engine
 
     def refresh(self) -> None:
@@ -140,7 +157,7 @@ def flow(stage: str, guest: FakeGuest, journal: Journal[TargetEntry], tmp_path: 
         survival=Survival(journal, HolderKeeper(tmp_path), ID),
         legacy=Recovered(entry, Memory(), FaultSource(1, -1, ())),
     )
-    made.engine = FakeEngine()
+    made.fake = FakeEngine()
     return made
 
 
@@ -172,10 +189,10 @@ async def test_a_guest_that_ends_while_the_link_is_down_is_missed_at_once(
     migration = flow(stage, guest, journal, tmp_path)
     running = asyncio.ensure_future(migration.run())
     try:
-        await asyncio.sleep(0.05)
-        migration.failure.set(MigratedError("the connection was lost"))
-        await asyncio.sleep(0.05)
         await until(migration, State.POSTCOPY_PAUSED)
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while guest.watched == 0:  # noqa: ASYNC110 - it is that already, or will be after a few turns
+                await asyncio.sleep(0.01)
         guest.end.set()
         async with asyncio.timeout(PATIENCE_SECONDS):
             await asyncio.shield(running)
@@ -193,7 +210,6 @@ async def test_the_fault_servers_word_that_the_guest_is_gone_outlives_a_lost_lin
     guest: FakeGuest, journal: Journal[TargetEntry], tmp_path: Path
 ) -> None:
     migration = flow("running", guest, journal, tmp_path)
-    migration.failure.set(MigratedError("the connection was lost"))
     migration.on_engine_event(Event(EventKind.FAILED, 0, 0, GuestError("it is gone", code="guest-gone")))
     await over(migration)
     assert migration.record.error is not None
@@ -209,7 +225,7 @@ async def test_a_process_that_does_not_end_stays_in_the_journal_for_the_next_age
 ) -> None:
     """SIGKILL has been sent, and it waits in the kernel: its memory is not free, and nobody else knows of it."""
     migration = flow(stage, guest, journal, tmp_path)
-    entry = migration._stage.entry
+    entry = migration._entry
     entry.pid, entry.pid_started = os.getpid(), process_started(os.getpid())
     guest.stuck = True
     running = asyncio.ensure_future(migration.run())
@@ -231,7 +247,7 @@ async def test_a_guest_that_cannot_be_served_after_a_restart_is_not_run(
     stage: str, guest: FakeGuest, journal: Journal[TargetEntry], tmp_path: Path
 ) -> None:
     migration = flow(stage, guest, journal, tmp_path)
-    migration.engine.refuses = MigratedError("no userfaultfd", code="native")
+    migration.fake.refuses = MigratedError("no userfaultfd", code="native")
     await over(migration)
     assert guest.runs == 0
     assert guest.killed == 0
@@ -245,17 +261,33 @@ async def test_a_guest_that_cannot_be_served_after_a_restart_is_not_run(
     assert late.closed, "the source goes on asking"
 
 
+async def dial(migration: Flow) -> tuple[asyncio.Task[None], Stranger]:
+    """A source's connection, which the agent hands over."""
+    ours, theirs = sockets()
+    link = await link_on(ours)
+    return asyncio.ensure_future(migration.dialled(link)), Stranger(theirs)
+
+
+RESUME = Resume(PROTOCOL_VERSION, HELLO.session, HELLO.token, committed=True)
+
+
+@pytest.mark.parametrize("missing", [True, False])
 async def test_a_guest_that_cannot_be_served_waits_for_the_sources_word(
-    guest: FakeGuest, journal: Journal[TargetEntry], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    guest: FakeGuest, journal: Journal[TargetEntry], tmp_path: Path, missing: bool
 ) -> None:
     migration = flow("loaded", guest, journal, tmp_path)
-    migration.engine.refuses = MigratedError("no userfaultfd", code="native")
-
-    async def word(_: BaseException) -> bool:
-        return True  # COMMIT
-
-    monkeypatch.setattr(migration, "_wait_for_word", word)
-    await over(migration)
+    migration.fake.refuses = MigratedError("no userfaultfd", code="native")
+    migration.fake.missing = missing
+    running = asyncio.ensure_future(migration.run())
+    dialled, source = await dial(migration)
+    await source.say(RESUME)
+    assert await source.hear(Resumed) == Resumed("loaded", 0)
+    await source.hear(LackingEnd)
+    await until(migration, State.RECOVERING)
+    await source.say(Commit())
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        await asyncio.gather(running, dialled)
+    source.sock.close()
     assert guest.runs == 0
     assert migration.record.state is State.FAILED
     assert journal.load()[ID].stage == "loaded"
@@ -265,11 +297,59 @@ async def test_a_guest_gone_before_it_was_taken_back_is_over(
     guest: FakeGuest, journal: Journal[TargetEntry], tmp_path: Path
 ) -> None:
     migration = flow("committed", guest, journal, tmp_path)
-    migration.engine.refuses = GuestError("it is gone", code="guest-gone")
+    migration.fake.refuses = GuestError("it is gone", code="guest-gone")
     await over(migration)
     assert migration.record.error is not None
     assert migration.record.error.code == "guest-gone"
     assert journal.load() == {}
+
+
+# ---------------------------------------------------------------- when all is over
+
+
+async def test_sources_that_ask_late_at_once_do_not_meet(
+    guest: FakeGuest, journal: Journal[TargetEntry], tmp_path: Path
+) -> None:
+    """One that has said half a word keeps no other from its answer, and gets its own."""
+    migration = flow("committed", guest, journal, tmp_path)
+    migration.fake.refuses = GuestError("it is gone", code="guest-gone")
+    await over(migration)
+    slow, first = await dial(migration)
+    frame = framing.encode(RESUME)
+    await first.say(frame[:-7])
+    quick, second = await dial(migration)
+    await second.say(RESUME)
+    answers = [await second.hear(Abort)]
+    await first.say(frame[-7:])
+    answers.append(await first.hear(Abort))
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        await asyncio.gather(slow, quick)
+    for source in (first, second):
+        source.sock.close()
+    assert [answer.code for answer in answers if isinstance(answer, Abort)] == [GUEST_LOST] * 2
+
+
+async def test_one_that_dials_while_another_waits_takes_its_place(
+    guest: FakeGuest, journal: Journal[TargetEntry], tmp_path: Path
+) -> None:
+    migration = flow("loaded", guest, journal, tmp_path)
+    running = asyncio.ensure_future(migration.run())
+    await until(migration, State.POSTCOPY_PAUSED)
+    former, first = await dial(migration)
+    await former
+    await first.say(RESUME)
+    assert await first.hear(Resumed) == Resumed("loaded", 0)
+    latter, second = await dial(migration)
+    await latter
+    await second.say(RESUME)
+    assert await second.hear(Resumed) == Resumed("loaded", 0)
+    with pytest.raises(EOFError):
+        await first.hear(Commit)
+    guest.end.set()
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        await running
+    for source in (first, second):
+        source.sock.close()
 
 
 # ---------------------------------------------------------------- after COMMIT nobody else runs it
