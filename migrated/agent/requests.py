@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
+from typing import Any, Self
+
 import msgspec
+from pydantic import Field, model_validator
+
+from migrated.options import Limits, MigrationOptions, TargetAddress
+from migrated.settings import Table, refuse
 
 
-class StartRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """Body of ``POST /v1/migrations``; ``None``: take the configuration's default."""
-
-    guest: str
-    to: str  # HOST:PORT
-    mode: str | None = None
-    downtime_limit_ms: float | None = None
-    max_rounds: int | None = None
-    streams: int | None = None
-    max_bandwidth: str | None = None  # "0", "10Gbit", "500MB" (a second)
-    drain_bandwidth: str | None = None
-    compression: str | None = None  # "off", "zstd"
+class _Request(Table):
+    @model_validator(mode="before")
+    @classmethod
+    def _null_means_left_out(cls, values: Any) -> Any:
+        return (
+            {key: value for key, value in values.items() if value is not None} if isinstance(values, dict) else values
+        )
 
 
-class SetRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """Body of ``POST /v1/migrations/ID/set``: what may change while running."""
+class StartRequest(_Request, MigrationOptions):
+    """Body of ``POST /v1/migrations``; what is left out is the configuration's."""
 
-    max_bandwidth: str | None = None
-    drain_bandwidth: str | None = None
-    downtime_limit_ms: float | None = None
-    max_rounds: int | None = None
+    guest: str = Field(description="the guest's name in the source's configuration")
+    to: TargetAddress = Field(description="where the target agent listens")
+
+
+class SetRequest(_Request, Limits):
+    """Body of ``POST /v1/migrations/ID/set``."""
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> Self:
+        if not self.model_fields_set:
+            refuse("nothing to set", f"give at least one of {', '.join(Limits.model_fields)}")
+        return self
 
 
 class Health(msgspec.Struct, kw_only=True):

@@ -143,9 +143,9 @@ def _check_peer(pid: int, qmp: str, peer: int) -> None:
 
 async def _open_guest(pid: int, qmp: str) -> SourceMemory:
     """What the source's driver finds.  Raises GuestRefusedError with its reason if it cannot migrate the guest."""
-    from migrated.config import Timeouts
     from migrated.guests.qemu.config import QemuSourceConfig
     from migrated.guests.qemu.source import QemuSource
+    from migrated.settings import Timeouts
 
     guest = QemuSource(str(pid), QemuSourceConfig(qmp=qmp), STATE_DIRECTORY, Timeouts())
     try:

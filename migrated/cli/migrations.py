@@ -6,44 +6,68 @@ import asyncio
 import functools
 import sys
 import time
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+import typing
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, cast
 
 import click
 import msgspec
 
-from migrated import units
-from migrated.address import parse_address
+from migrated import settings, units
 from migrated.agent.record import Record
+from migrated.agent.requests import StartRequest
 from migrated.cli import failure
 from migrated.cli.client import Client
-from migrated.config import COMPRESSIONS, MODES
 from migrated.errors import ConfigError, MigratedError, TimeoutExceededError
+from migrated.options import Limits, MigrationOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
+
+    from pydantic.fields import FieldInfo
 
 F = TypeVar("F", bound="Callable[..., Any]")
 
 _WATCH_SECONDS: Final = 1.0
 
 
-class _Parsed(click.ParamType[str]):
-    """A text checked by a parser of ours, and handed on as it was typed: the agent parses it again."""
+class _Value(click.ParamType[Any]):
+    """The value of a key: checked here as the agent will check it, and handed on as JSON has it."""
 
-    def __init__(self, name: str, parse: Callable[[str], object]) -> None:
-        self.name = name
-        self._parse = parse
+    def __init__(self, field: FieldInfo) -> None:
+        text = settings.text_of(field)
+        self.name = text.name if text is not None else {int: "n", float: "ms"}[cast("type", field.annotation)]
+        self._field = field
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         try:
-            self._parse(value)
+            return settings.parse_argument(self._field, value)
         except ConfigError as error:
-            self.fail(f"{error.message}; {error.hint}" if error.hint else error.message, param, ctx)
-        return value
+            self.fail(f"{error.message}; {error.hint}", param, ctx)
 
 
-RATE: Final = _Parsed("rate", units.parse_rate)
-ADDRESS: Final = _Parsed("host:port", parse_address)
+def options(table: type[settings.Table], *names: str) -> Callable[[F], F]:
+    """Add a flag for each key of the table, or for those of these names."""
+
+    def add(function: F) -> F:
+        for name in reversed(names or tuple(table.model_fields)):
+            field = table.model_fields[name]
+            values = typing.get_args(field.annotation)
+            function = click.option(
+                f"--{name.removesuffix('_ms').replace('_', '-')}",
+                name,
+                type=click.Choice(values) if typing.get_origin(field.annotation) is Literal else _Value(field),
+                required=field.is_required(),
+                help=_help(field),
+            )(function)
+        return function
+
+    return add
+
+
+def _help(field: FieldInfo) -> str:
+    """What a key is for, and which values it may have."""
+    text = field.description or ""
+    return f"{text[:1].upper()}{text[1:]} ({settings.allowed(field)})."
 
 
 def agent_verb(function: Callable[..., Coroutine[Any, Any, int]]) -> Callable[..., int]:
@@ -93,19 +117,13 @@ def print_json(value: Any) -> None:
 
 @click.command()
 @click.argument("guest")
-@click.option("--to", required=True, type=ADDRESS, metavar="HOST:PORT", help="The target agent.")
-@click.option("--mode", type=click.Choice(MODES), help="How (default: the configuration's).")
-@click.option("--downtime-limit", "downtime_limit_ms", type=click.FloatRange(min=0, min_open=True), metavar="MS")
-@click.option("--max-rounds", type=click.IntRange(min=1), metavar="N", help="Pre-copy rounds at most.")
-@click.option("--streams", type=click.IntRange(1, 16), metavar="N", help="Bulk connections.")
-@click.option("--max-bandwidth", type=RATE, metavar="RATE", help="Such as 10Gbit or 500MB (a second); 0: no limit.")
-@click.option("--drain-bandwidth", type=RATE, metavar="RATE", help="Limit of the drain after the switch-over.")
-@click.option("--compression", type=click.Choice(COMPRESSIONS), help="Of bulk data, where it pays.")
+@options(StartRequest, "to")
+@options(MigrationOptions)
 @click.option("--wait", is_flag=True, help="Stay until it is over, with progress.")
 @json_flag
 @agent_verb
 async def start(client: Client, *, wait: bool, as_json: bool, **request: Any) -> int:
-    """Move GUEST to another host; prints the migration's id."""
+    """Move GUEST to another host; prints the migration's id.  Options left out are the configuration's."""
     record = await client.start({key: value for key, value in request.items() if value is not None})
     if not wait:
         print_json(record) if as_json else print(record.id)
@@ -265,7 +283,9 @@ async def switchover(client: Client, *, id: str, as_json: bool) -> int:
 
 @click.command()
 @click.argument("id")
-@click.option("--to", type=ADDRESS, metavar="HOST:PORT", help="Where the target agent is now, if it has moved.")
+@click.option(
+    "--to", type=_Value(StartRequest.model_fields["to"]), help="Where the target agent is now, if it has moved."
+)
 @json_flag
 @agent_verb
 async def resume(client: Client, *, id: str, to: str | None, as_json: bool) -> int:
@@ -276,87 +296,79 @@ async def resume(client: Client, *, id: str, to: str | None, as_json: bool) -> i
 
 @click.command("set")
 @click.argument("id")
-@click.option("--max-bandwidth", type=RATE, metavar="RATE", help="Such as 10Gbit or 500MB (a second); 0: no limit.")
-@click.option("--drain-bandwidth", type=RATE, metavar="RATE", help="Limit of the drain after the switch-over.")
-@click.option("--downtime-limit", "downtime_limit_ms", type=click.FloatRange(min=0, min_open=True), metavar="MS")
-@click.option("--max-rounds", type=click.IntRange(min=1), metavar="N", help="Pre-copy rounds at most.")
+@options(Limits)
 @json_flag
 @agent_verb
 async def set_(client: Client, *, id: str, as_json: bool, **values: Any) -> int:
     """Change limits of a migration under way."""
     body = {key: value for key, value in values.items() if value is not None}
     if not body:
-        message = (
-            "nothing to set: give at least one of --max-bandwidth, --drain-bandwidth, --downtime-limit, --max-rounds"
-        )
+        flags = [flag for parameter in click.get_current_context().command.params for flag in parameter.opts]
+        message = f"nothing to set: give at least one of {', '.join(flags)}"
         raise click.UsageError(message, click.get_current_context())
     return _done(await client.verb(id, "set", body), as_json=as_json, word="set")
 
 
-@click.command()
-@click.argument("id")
-@click.option("--confirm", metavar="GUEST", help="The guest's name, instead of being asked for it.")
-@json_flag
-@agent_verb
-async def abandon(client: Client, *, id: str, confirm: str | None, as_json: bool) -> int:
-    """Give up a source that is lost for good: memory it had not sent is LOST.
+def _confirmed_verb(verb: str, *, word: str, risk: str, warning: Callable[[Record], str], text: str) -> click.Command:
+    """Make a command that does harm where it is wrong, and asks for the guest's name first."""
+
+    @click.command(verb, help=text)
+    @click.argument("id")
+    @click.option("--confirm", metavar="GUEST", help="The guest's name, instead of being asked for it.")
+    @json_flag
+    @agent_verb
+    async def command(client: Client, *, id: str, confirm: str | None, as_json: bool) -> int:
+        record = await client.migration(id)
+        if confirm is None:
+            if as_json or not sys.stdin.isatty():
+                message = f"{verb} {risk} and must be confirmed"
+                raise ConfigError(message, code="not-confirmed", hint=f"give --confirm {record.guest}")
+            click.echo(warning(record))
+            # Blocks the loop, which has nothing else to do.
+            confirm = str(click.prompt(f"Type the guest's name ({record.guest}) to go on"))
+        if confirm != record.guest:
+            message = f"{confirm!r} is not the guest's name: nothing was done"
+            raise ConfigError(message, code="not-confirmed", hint=f"the guest is {record.guest}")
+        return _done(await client.verb(record.id, verb, {"confirm": confirm}), as_json=as_json, word=word)
+
+    return command
+
+
+abandon = _confirmed_verb(
+    "abandon",
+    word="abandoned",
+    risk="destroys guest memory",
+    warning=lambda record: (
+        f"{format_loss(record)}\nThis cannot be undone. If the source can come back, wait for it instead."
+    ),
+    text="""Give up a source that is lost for good: memory it had not sent is LOST.
 
     Pages that never arrived are poisoned: the guest gets a memory error where it touches one, instead of waiting for ever.
-    """
-    record = await client.migration(id)
-    warning = f"{format_loss(record)}\nThis cannot be undone. If the source can come back, wait for it instead."
-    confirm = _confirmed(record, confirm, warning=warning, as_json=as_json, risk="abandon destroys guest memory")
-    return _done(await client.verb(record.id, "abandon", {"confirm": confirm}), as_json=as_json, word="abandoned")
-
-
-@click.command("force-run")
-@click.argument("id")
-@click.option("--confirm", metavar="GUEST", help="The guest's name, instead of being asked for it.")
-@json_flag
-@agent_verb
-async def force_run(client: Client, *, id: str, confirm: str | None, as_json: bool) -> int:
-    """Run the guest on this host because the other host is gone for good.
-
-    Only the other host knows whether the guest runs there. If it does, the guest runs twice and destroys its disks.
-    """
-    record = await client.migration(id)
-    warning = (
+    """,
+)
+force_run = _confirmed_verb(
+    "force-run",
+    word="runs here",
+    risk="can run a guest twice",
+    warning=lambda record: (
         f"Guest {record.guest} is {record.state.value} here, and may run at {record.peer or 'the other host'}.\n"
         "If it does, it runs twice and destroys its disks. Make sure that the other host is off."
-    )
-    confirm = _confirmed(record, confirm, warning=warning, as_json=as_json, risk="force-run can run a guest twice")
-    return _done(await client.verb(record.id, "force-run", {"confirm": confirm}), as_json=as_json, word="runs here")
+    ),
+    text="""Run the guest on this host because the other host is gone for good.
 
-
-@click.command()
-@click.argument("id")
-@click.option("--confirm", metavar="GUEST", help="The guest's name, instead of being asked for it.")
-@json_flag
-@agent_verb
-async def discard(client: Client, *, id: str, confirm: str | None, as_json: bool) -> int:
-    """End what is left of a guest on this host because it runs on the other host or is not wanted any more.
+    Only the other host knows whether the guest runs there. If it does, the guest runs twice and destroys its disks.
+    """,
+)
+discard = _confirmed_verb(
+    "discard",
+    word="discarded",
+    risk="destroys guest memory",
+    warning=lambda record: f"Guest {record.guest} is {record.state.value} here. What this host has of it will be LOST.",
+    text="""End what is left of a guest on this host because it runs on the other host or is not wanted any more.
 
     The guest's memory on this host is LOST. If the other host does not have all of it, so is the guest.
-    """
-    record = await client.migration(id)
-    warning = f"Guest {record.guest} is {record.state.value} here. What this host has of it will be LOST."
-    confirm = _confirmed(record, confirm, warning=warning, as_json=as_json, risk="discard destroys guest memory")
-    return _done(await client.verb(record.id, "discard", {"confirm": confirm}), as_json=as_json, word="discarded")
-
-
-def _confirmed(record: Record, confirm: str | None, *, warning: str, as_json: bool, risk: str) -> str:
-    """The guest's name, as the user typed it.  ConfigError ``not-confirmed``."""
-    if confirm is None:
-        if as_json or not sys.stdin.isatty():
-            message = f"{risk} and must be confirmed"
-            raise ConfigError(message, code="not-confirmed", hint=f"give --confirm {record.guest}")
-        click.echo(warning)
-        # Blocks the loop, which has nothing else to do.
-        confirm = str(click.prompt(f"Type the guest's name ({record.guest}) to go on"))
-    if confirm != record.guest:
-        message = f"{confirm!r} is not the guest's name: nothing was done"
-        raise ConfigError(message, code="not-confirmed", hint=f"the guest is {record.guest}")
-    return confirm
+    """,
+)
 
 
 def format_loss(record: Record) -> str:

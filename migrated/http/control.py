@@ -5,40 +5,52 @@ Whoever may open the socket (mode 0600) may do everything; there is no other rig
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+import functools
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, TypeVar
 
-import msgspec
 from aiohttp import web
+from pydantic import ValidationError
 
 from migrated.agent.host_agent import HostAgent
+from migrated.agent.record import Record
 from migrated.agent.requests import SetRequest, StartRequest
 from migrated.http.errors import BadRequestError, errors_as_json, json_answer
 from migrated.http.reading import ABOUT, AGENT, add_reading_routes, agent_of
-
-if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-
-    from migrated.agent.record import Record
+from migrated.options import TargetAddress
+from migrated.settings import Table, explain
 
 MAX_BODY_BYTES: Final = 64 * 1024
 
-Body = TypeVar("Body", bound=msgspec.Struct)
+Body = TypeVar("Body", bound=Table)
 
 
-class EmptyBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """Body of ``abort`` and ``switchover``: nothing."""
+class EmptyBody(Table):
+    """Nothing."""
 
 
-class ResumeBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """Body of ``resume``; ``to``: HOST:PORT where the target is now, if it has moved."""
+class ResumeBody(Table):
+    """``to``: where the target is now, if it has moved."""
 
-    to: str | None = None
+    to: TargetAddress | None = None
 
 
-class ConfirmBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """Body of ``abandon``, ``force-run`` and ``discard``; ``confirm`` is the guest's name."""
+class ConfirmBody(Table):
+    """``confirm``: the guest's name."""
 
     confirm: str
+
+
+#: Each verb of a migration: the body it takes, and what it asks of the agent.
+_VERBS: Final[dict[str, tuple[type[Table], Callable[[HostAgent[Any], str, Any], Awaitable[Record]]]]] = {
+    "abort": (EmptyBody, lambda agent, migration, _: agent.abort(migration)),
+    "switchover": (EmptyBody, lambda agent, migration, _: agent.switchover(migration)),
+    "resume": (ResumeBody, lambda agent, migration, body: agent.resume(migration, body.to and str(body.to))),
+    "set": (SetRequest, lambda agent, migration, body: agent.set(migration, body)),
+    "abandon": (ConfirmBody, lambda agent, migration, body: agent.abandon(migration, confirm=body.confirm)),
+    "force-run": (ConfirmBody, lambda agent, migration, body: agent.force_run(migration, confirm=body.confirm)),
+    "discard": (ConfirmBody, lambda agent, migration, body: agent.discard(migration, confirm=body.confirm)),
+}
 
 
 def control_app(agent: HostAgent[Any], about: dict[str, Any]) -> web.Application:
@@ -48,13 +60,8 @@ def control_app(agent: HostAgent[Any], about: dict[str, Any]) -> web.Application
     app[ABOUT] = about
     add_reading_routes(app)
     app.router.add_post("/v1/migrations", _post_migration)
-    app.router.add_post("/v1/migrations/{id}/abort", _post_abort)
-    app.router.add_post("/v1/migrations/{id}/switchover", _post_switchover)
-    app.router.add_post("/v1/migrations/{id}/resume", _post_resume)
-    app.router.add_post("/v1/migrations/{id}/set", _post_set)
-    app.router.add_post("/v1/migrations/{id}/abandon", _post_abandon)
-    app.router.add_post("/v1/migrations/{id}/force-run", _post_force_run)
-    app.router.add_post("/v1/migrations/{id}/discard", _post_discard)
+    for verb, (kind, ask) in _VERBS.items():
+        app.router.add_post(f"/v1/migrations/{{id}}/{verb}", functools.partial(_post_verb, kind, ask))
     return app
 
 
@@ -65,54 +72,20 @@ async def _post_migration(request: web.Request) -> web.Response:
     return answer
 
 
-async def _post_abort(request: web.Request) -> web.Response:
-    await _body(request, EmptyBody)
-    return await _verb(request, agent_of(request).abort)
-
-
-async def _post_switchover(request: web.Request) -> web.Response:
-    await _body(request, EmptyBody)
-    return await _verb(request, agent_of(request).switchover)
-
-
-async def _post_resume(request: web.Request) -> web.Response:
-    body = await _body(request, ResumeBody)
-    return await _verb(request, lambda migration: agent_of(request).resume(migration, body.to))
-
-
-async def _post_set(request: web.Request) -> web.Response:
-    body = await _body(request, SetRequest)
-    if all(value is None for value in msgspec.structs.asdict(body).values()):
-        message = "nothing to set"
-        raise BadRequestError(message, hint=f"give at least one of {', '.join(SetRequest.__struct_fields__)}")
-    return await _verb(request, lambda migration: agent_of(request).set(migration, body))
-
-
-async def _post_abandon(request: web.Request) -> web.Response:
-    body = await _body(request, ConfirmBody)
-    return await _verb(request, lambda migration: agent_of(request).abandon(migration, confirm=body.confirm))
-
-
-async def _post_force_run(request: web.Request) -> web.Response:
-    body = await _body(request, ConfirmBody)
-    return await _verb(request, lambda migration: agent_of(request).force_run(migration, confirm=body.confirm))
-
-
-async def _post_discard(request: web.Request) -> web.Response:
-    body = await _body(request, ConfirmBody)
-    return await _verb(request, lambda migration: agent_of(request).discard(migration, confirm=body.confirm))
-
-
-async def _verb(request: web.Request, verb: Callable[[str], Awaitable[Record]]) -> web.Response:
+async def _post_verb(
+    kind: type[Table], ask: Callable[[HostAgent[Any], str, Any], Awaitable[Record]], request: web.Request
+) -> web.Response:
+    body = await _body(request, kind)
+    agent = agent_of(request)
     # The agent looks the migration up: an id, a prefix of one, or the guest's name, so that all ways in agree.
-    record = agent_of(request).record(request.match_info["id"])
-    return json_answer(await verb(record.id))
+    record = agent.record(request.match_info["id"])
+    return json_answer(await ask(agent, record.id, body))
 
 
 async def _body(request: web.Request, kind: type[Body]) -> Body:
     """Decode the body, an absent one as ``{}``.  Raises BadRequestError."""
     try:
-        return msgspec.json.decode(await request.read() or b"{}", type=kind)
-    except (msgspec.ValidationError, msgspec.DecodeError) as error:
-        message = f"the body of {request.method} {request.path}: {error}"
-        raise BadRequestError(message, hint=f"fields: {', '.join(kind.__struct_fields__) or 'none'}") from error
+        return kind.model_validate_json(await request.read() or b"{}")
+    except ValidationError as error:
+        problem, hint = explain(error, kind)
+        raise BadRequestError(f"the body of {request.method} {request.path}: {problem}", hint=hint) from error

@@ -8,11 +8,11 @@ import socket
 import time
 
 from migrated.address import Address
-from migrated.config import Timeouts
 from migrated.errors import ConnectionLostError, TimeoutExceededError
 from migrated.link.control_link import ControlLink, tune
 from migrated.protocol.heartbeat import Heartbeat
 from migrated.protocol.preamble import Preamble, Purpose, encode
+from migrated.settings import Timeouts
 
 
 class Dialer:

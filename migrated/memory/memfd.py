@@ -23,7 +23,7 @@ from pathlib import Path
 import structlog
 
 from migrated.errors import ConfigError, HostError, PoolError
-from migrated.units import format_size, parse_size
+from migrated.units import format_size
 
 BASE_PAGE_BYTES = 4096
 DEFAULT_PAGE_BYTES = 2 << 20
@@ -101,13 +101,11 @@ def page_sizes() -> tuple[int, ...]:
     return (BASE_PAGE_BYTES, *(pool.page_bytes for pool in pools()))
 
 
-def parse_page_size(text: str) -> int:
-    """Bytes of ``"4K"``, ``"2M"``, ``"1G"``.  ConfigError if this is no page size of this host."""
-    size = parse_size(text)
-    if size not in page_sizes():
+def require_page_size(page_bytes: int) -> None:
+    """Raises ConfigError if this host has no pages of this size."""
+    if page_bytes not in page_sizes():
         offered = ", ".join(format_size(size) for size in page_sizes())
-        raise ConfigError(f"{text!r} is not a page size of this host", hint=f"it offers {offered}")
-    return size
+        raise ConfigError(f"{format_size(page_bytes)} is not a page size of this host", hint=f"it offers {offered}")
 
 
 def allocate(size_bytes: int, page_bytes: int, name: str, *, reserved: bool = True) -> int:

@@ -68,7 +68,7 @@ class SourceAgent(HostAgent[SourceMigration]):
         session_id = os.urandom(16)
         migration = SourceMigration(
             guest_name=request.guest,
-            driver=table["driver"],
+            driver=table.driver,
             guest=guest,
             options=options,
             config=self.config,
@@ -156,15 +156,16 @@ class SourceAgent(HostAgent[SourceMigration]):
             error = MigratedError(
                 f"{hello.guest} was made to run here on request", code="forced", hint="the guest runs on here"
             )
-        options = Options(
-            target=parse_address(entry.target),
-            mode=hello.mode,
-            downtime_limit_seconds=self.config.migration.downtime_limit_ms / 1000,
-            max_rounds=self.config.migration.max_rounds,
-            streams=hello.streams,
-            max_bandwidth=entry.max_bandwidth,
-            drain_bandwidth=entry.drain_bandwidth,
-            compression=entry.compression,
+        options = Options.model_construct(
+            **{
+                **dict(self.config.migration),
+                "target": parse_address(entry.target),
+                "mode": hello.mode,
+                "streams": hello.streams,
+                "max_bandwidth": entry.max_bandwidth,
+                "drain_bandwidth": entry.drain_bandwidth,
+                "compression": entry.compression,
+            }
         )
         return SourceMigration(
             guest_name=hello.guest,

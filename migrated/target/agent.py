@@ -12,7 +12,6 @@ import time
 
 import structlog
 
-from migrated import guests
 from migrated.address import Address
 from migrated.agent.host_agent import HostAgent
 from migrated.agent.record import Record, failed_record, id_of
@@ -42,6 +41,7 @@ from migrated.protocol.transitions import Role
 from migrated.protocol.transitions import State as SessionState
 from migrated.recovery.journal import Journal, TargetEntry
 from migrated.recovery.state import Legacy, Survival
+from migrated.settings import MemoryTable
 from migrated.target.late import answer
 from migrated.target.memory import GuestMemory, users_of
 from migrated.target.migration import TargetMigration
@@ -420,9 +420,9 @@ class TargetAgent(HostAgent[TargetMigration]):
                 code="unknown-guest",
                 hint=f"add [guests.{hello.guest}] to {self.config.path} there; it has: {known}",
             )
-        if table["driver"] != hello.driver:
+        if table.driver != hello.driver:
             raise GuestRefusedError(
-                f"{hello.guest} has driver {hello.driver!r} on the source and {table['driver']!r} on the target",
+                f"{hello.guest} has driver {hello.driver!r} on the source and {table.driver!r} on the target",
                 code="drivers-differ",
                 hint="use the same driver in both configurations",
             )
@@ -440,11 +440,12 @@ class TargetAgent(HostAgent[TargetMigration]):
             )
         if len(self._roster.active) >= self.config.limits.max_migrations:
             raise ConflictError("the target takes no more migrations at once", code="too-many")
+        assert isinstance(table, MemoryTable)
         return TargetMigration(
             hello,
             guest=self._residents.target_guest(hello.guest),
-            page_bytes=guests.page_bytes(table, where=f"{self.config.path}: guests.{hello.guest}"),
-            reserve=guests.reserves(table),
+            page_bytes=table.page_size,
+            reserve=table.reserve,
             session=link.session,
             link=link,
             config=self.config,

@@ -24,7 +24,6 @@ from typing import Any
 
 import pytest
 
-from migrated.config import Timeouts
 from migrated.demo.console import GuestConsole
 from migrated.demo.images import build_bootsector
 from migrated.demo.qemu_guest import QEMU
@@ -34,7 +33,7 @@ from migrated.guests.access.pidfd import PidHandle, open_files
 from migrated.guests.driver import FaultSource
 from migrated.guests.qemu import source as qemu_source
 from migrated.guests.qemu.command import check_command
-from migrated.guests.qemu.config import Description, QemuSourceConfig, QemuTargetConfig, decode_config
+from migrated.guests.qemu.config import Description, QemuSourceConfig, QemuTargetConfig
 from migrated.guests.qemu.qmp import Monitor
 from migrated.guests.qemu.source import QemuSource
 from migrated.guests.qemu.target import QemuTarget
@@ -42,6 +41,7 @@ from migrated.memory import memfd as memory_memfd
 from migrated.memory.native import uffd_register, uffd_unregister
 from migrated.memory.regions import Region, SourceMemory, TargetMemory
 from migrated.memory.smaps import residences
+from migrated.settings import Timeouts, read
 
 MIB = 1 << 20
 TIMEOUTS = Timeouts()
@@ -109,7 +109,7 @@ class Qemu:
 
     def source(self, folder: Path, **options: str) -> QemuSource:
         table = {"driver": "qemu", "qmp": str(self.qmp), **options}
-        return QemuSource("vm", decode_config("vm", table, QemuSourceConfig), folder, TIMEOUTS)
+        return QemuSource("vm", read(QemuSourceConfig, table, "vm"), folder, TIMEOUTS)
 
     async def status(self) -> str:
         monitor = await Monitor.connect("probe", self.qmp)
@@ -176,7 +176,7 @@ async def refused(source: QemuSource) -> GuestError:
 )
 def test_a_wrong_configuration_is_refused_by_key(table: dict[str, object], kind: type, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        decode_config("vm", table, kind)
+        read(kind, table, "vm")
 
 
 # ---------------------------------------------------------------- inspection

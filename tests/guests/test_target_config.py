@@ -26,11 +26,12 @@ from migrated.demo.qemu_guest import QEMU
 from migrated.errors import GuestError
 from migrated.guests.access.pidfd import PidHandle
 from migrated.guests.qemu.command import check_command, command_line
-from migrated.guests.qemu.config import QemuTargetConfig, decode_config
+from migrated.guests.qemu.config import QemuTargetConfig
 from migrated.guests.qemu.options import Properties, parse_options, parse_size
 from migrated.guests.qemu.qmp import Monitor
 from migrated.memory import memfd
 from migrated.memory.regions import Region, TargetMemory
+from migrated.settings import read
 from tests.rig import supervisor
 from tests.rig.guest import MIB, moving_guest
 
@@ -175,7 +176,7 @@ async def test_the_printed_table_starts_the_same_machine(directory: Path, shape:
     qmp = directory / "here.qmp"
     async with qemu([*PLAIN, *arguments, "-qmp", f"unix:{qmp},server=on,wait=off"], qmp) as source:
         printed = await inspected(source.peer_pid(), "--target-config", "--name", "vm")
-        table = decode_config("vm", tomllib.loads(printed)["guests"]["vm"], QemuTargetConfig)
+        table = read(QemuTargetConfig, tomllib.loads(printed)["guests"]["vm"], "vm")
         assert "{qmp}" in " ".join(table.command)
         assert table.command[0] == Path(QEMU).name
         # QEMU may be a script that starts the program of that name from another distribution's tree.

@@ -20,13 +20,12 @@ from typing import Any, Final, cast
 
 import structlog
 
-from migrated import config as configuration
 from migrated import guests as drivers
 from migrated.agent import archive, host_agent
 from migrated.agent.migration import Migration
 from migrated.agent.record import State, id_of
 from migrated.agent.requests import SetRequest, StartRequest
-from migrated.config import AgentConfig, Timeouts
+from migrated.config import AgentConfig, SourceConfig, TargetConfig
 from migrated.errors import MigratedError
 from migrated.guests.access import pidfd
 from migrated.link import dialing
@@ -36,6 +35,7 @@ from migrated.protocol.session import Session
 from migrated.protocol.transitions import Role
 from migrated.recovery import journal
 from migrated.recovery import state as survival
+from migrated.settings import Timeouts, read
 from migrated.source import agent as source_agent
 from migrated.source import migration as source_migration
 from migrated.target import agent as target_agent
@@ -76,12 +76,18 @@ class Violation(Exception):  # noqa: N818 - the name of a result, not of an erro
     """A rule was broken."""
 
 
-class SimConfig(AgentConfig, kw_only=True, frozen=True):
+class SimSourceConfig(SourceConfig):
     """A configuration whose state directory is on a simulated disk."""
 
     @property
     def state_dir(self) -> Any:
         return machine.SimPath(current().host, "/state")
+
+
+class SimTargetConfig(TargetConfig):
+    """Likewise."""
+
+    state_dir = SimSourceConfig.state_dir
 
 
 class World:
@@ -211,19 +217,18 @@ class World:
     # ------------------------------------------------------------ agents
 
     def config(self, host: machine.Host) -> AgentConfig:
-        empty = configuration._File(limits=configuration.LimitsSection(max_records=self.max_records))
-        return SimConfig(
-            role=host.role,  # type: ignore[arg-type]
-            path=f"{host.role}.toml",
-            agent=configuration.AgentSection(state_dir="/state", name=host.name),
-            listen=configuration.ListenSection(address="0.0.0.0:7440"),
-            http=empty.http,
-            tls=empty.tls,
-            migration=configuration.MigrationSection(mode=self.mode, max_rounds=3),  # type: ignore[arg-type]
-            timeouts=self.timeouts,
-            limits=empty.limits,
-            guests={GUEST: {"driver": "process"}},
-        )
+        source = host.role == "source"
+        guest = {"driver": "process", **({"socket": "/guest.sock"} if source else {"command": ["guest"]})}
+        table = {
+            "agent": {"name": host.name},
+            "tls": {"insecure": True},
+            "migration": {"mode": self.mode, "max_rounds": 3},
+            "timeouts": self.timeouts,
+            "limits": {"max_records": self.max_records},
+            "guests": {GUEST: guest},
+        }
+        path = f"{host.role}.toml"
+        return read(SimSourceConfig if source else SimTargetConfig, table, path, path=path)
 
     def boot(self, host: machine.Host) -> None:
         if host.burned or (host.life is not None and host.life.alive):
@@ -393,14 +398,14 @@ class World:
     def _do_verb(self, action: Action, host: Any) -> None:
         match action.what:
             case "start":
-                self.verb(host, "start", StartRequest(guest=GUEST, to=f"{action.how}:7440"))
+                self.verb(host, "start", StartRequest.model_validate({"guest": GUEST, "to": f"{action.how}:7440"}))
             case "resume":
                 self.verb(host, "resume", GUEST, f"{action.how}:7440" if action.how else None)
             case "abandon":
                 self.abandoned = True
                 self.verb(host, "abandon", GUEST, confirm=GUEST)
             case "set":
-                self.verb(host, "set", GUEST, SetRequest(max_bandwidth="1Gbit"))
+                self.verb(host, "set", GUEST, SetRequest.model_validate({"max_bandwidth": "1Gbit"}))
             case other:
                 self.verb(host, other, GUEST)
 
@@ -639,7 +644,7 @@ class World:
         self._recover()
 
     def begin(self) -> None:
-        self.verb(self.hosts["s"], "start", StartRequest(guest=GUEST, to="t1:7440"))
+        self.verb(self.hosts["s"], "start", StartRequest.model_validate({"guest": GUEST, "to": "t1:7440"}))
 
     def _at(self, action: Action) -> None:
         heapq.heappush(self.due, (self.loop.steps, self.schedule.actions.index(action), action))

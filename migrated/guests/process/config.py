@@ -13,14 +13,14 @@ import socket
 import stat
 import struct
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Literal
 
-import msgspec
 import structlog
-from msgspec import Meta
+from pydantic import Field
 
-from migrated.errors import ConfigError, GuestError, TimeoutExceededError
+from migrated.errors import GuestError, TimeoutExceededError
 from migrated.guests.process.wire import HEADER, MAX_REGIONS, Header, Hello, Kind, WireError, message
+from migrated.settings import Command, MemoryTable, OptionalSocketPath, SocketPath
 
 #: After a failure to accept.
 ACCEPT_AGAIN_SECONDS = 0.1
@@ -30,55 +30,25 @@ _PEER = struct.Struct("3i")
 _log = structlog.get_logger(__name__)
 
 
-class ProcessSourceConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """``[guests.NAME]`` of a source: where the guest connects, and on which pages it gets its memory.
-
-    ``reserve``: false where the host has less than all of it (see memory/memfd.py).
-    """
+class ProcessSourceConfig(MemoryTable):
+    """``[guests.NAME]`` of a source: where the guest connects, and on which pages it gets its memory."""
 
     driver: Literal["process"] = "process"
-    socket: Annotated[str, Meta(description="an absolute path of at most 107 bytes")]
-    page_size: Annotated[str, Meta(description='"4K", "2M" or "1G"')] | None = None
-    reserve: Annotated[bool, Meta(description="true or false")] = True
-
-    def __post_init__(self) -> None:
-        _check_socket(self.socket)
+    socket: SocketPath = Field(description="where the guest connects")
 
 
-class ProcessTargetConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """``[guests.NAME]`` of a target: how to start the guest; MIGRATED_SOCKET is added to its environment.
-
-    ``next_socket``: the socket of a source agent on this host, where the guest connects once it has arrived whole, so that
-    it can be moved on.  Empty: it goes its own way.
-    """
+class ProcessTargetConfig(MemoryTable):
+    """``[guests.NAME]`` of a target: how to start the guest."""
 
     driver: Literal["process"] = "process"
-    command: Annotated[list[str], Meta(description="a list: the guest's program and its arguments")]
-    page_size: Annotated[str, Meta(description='"4K", "2M" or "1G"')] | None = None
-    reserve: Annotated[bool, Meta(description="true or false")] = True
-    next_socket: Annotated[str, Meta(description="an absolute path of at most 107 bytes")] = ""
-
-    def __post_init__(self) -> None:
-        if not self.command:
-            raise ValueError("command must name the guest's program and its arguments")
-        if self.next_socket:
-            _check_socket(self.next_socket)
-
-
-def _check_socket(path: str) -> None:
-    if not path.startswith("/") or len(path.encode()) > 107:
-        raise ValueError("a socket must be an absolute path of at most 107 bytes")
-
-
-C = TypeVar("C", ProcessSourceConfig, ProcessTargetConfig)
-
-
-def decode_config(name: str, table: dict[str, Any], kind: type[C]) -> C:
-    """A guest's table of the configuration.  Raises ConfigError naming the key."""
-    try:
-        return msgspec.convert(table, kind)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"guests.{name}: {error}") from error
+    command: Command = Field(
+        description="the guest's program and its arguments; MIGRATED_SOCKET is added to its environment"
+    )
+    next_socket: OptionalSocketPath = Field(
+        default="",
+        description="the socket of a source agent on this host, where the guest connects once it has arrived whole, so that it "
+        "can be moved on",
+    )
 
 
 def listen(path: str) -> socket.socket:

@@ -18,7 +18,6 @@ from typing import Any, Self
 
 import structlog
 
-from migrated.config import Timeouts
 from migrated.errors import GuestError, GuestRefusedError, MigratedError, TimeoutExceededError
 from migrated.guests.access.pidfd import PidHandle, process_started
 from migrated.guests.driver import Memento, SourceGuest, StateChannel
@@ -38,6 +37,7 @@ from migrated.memory import memfd
 from migrated.memory.maps import areas, file_key, mapped_elsewhere
 from migrated.memory.native import uffd_api
 from migrated.memory.regions import Mapping, Region, SourceMemory
+from migrated.settings import Timeouts
 
 #: After a failure to listen.
 LISTEN_AGAIN_SECONDS = 5.0
@@ -76,12 +76,13 @@ class Resident:
 class ProcessHub:
     """Listens for one configured guest while it is entered; ``resident`` is the guest once it is connected."""
 
-    def __init__(self, name: str, table: dict[str, Any], run_dir: Path, timeouts: Timeouts) -> None:
+    def __init__(self, name: str, config: process.ProcessSourceConfig, run_dir: Path, timeouts: Timeouts) -> None:
         self.name = name
         self.timeouts = timeouts
         self.resident: Resident | None = None
-        self._config = process.decode_config(name, table, process.ProcessSourceConfig)
-        self._page_bytes = None if self._config.page_size is None else memfd.parse_page_size(self._config.page_size)
+        self._config = config
+        if config.page_size is not None:
+            memfd.require_page_size(config.page_size)
         self._run_dir = run_dir
         self._tasks: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Condition()
@@ -221,7 +222,7 @@ class ProcessHub:
                     fd, page = await asyncio.to_thread(
                         memfd.reserve,
                         region.size_bytes,
-                        self._page_bytes,
+                        self._config.page_size,
                         name=region.name,
                         reserved=self._config.reserve,
                     )

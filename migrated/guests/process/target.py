@@ -15,7 +15,6 @@ from pathlib import Path
 
 import structlog
 
-from migrated.config import Timeouts
 from migrated.errors import GuestError, GuestRefusedError, MigratedError, TimeoutExceededError
 from migrated.guests import guest_log
 from migrated.guests.access.pidfd import PidHandle, process_started
@@ -33,6 +32,7 @@ from migrated.guests.process.wire import (
 from migrated.memory.maps import find_mappings
 from migrated.memory.native import uffd_api, uffd_register
 from migrated.memory.regions import Mapping, Region, TargetMemory
+from migrated.settings import Timeouts
 from migrated.waiting import within
 
 _log = structlog.get_logger(__name__)

@@ -6,56 +6,37 @@ regions of the migration (memory.py).  Only the devices' state does (state.py). 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal
 
 import msgspec
-from msgspec import Meta
+from pydantic import Field
 
-from migrated.errors import ConfigError, RemoteProtocolError
+from migrated.errors import RemoteProtocolError
+from migrated.settings import Command, GuestTable, MemoryTable, SocketPath
 
 
-class QemuSourceConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """``[guests.NAME]`` of a source: an existing QEMU, by its QMP socket.
-
-    ``on_release``: what becomes of the QEMU that is left when the guest runs elsewhere.  Its process still holds the old
-    memory, and one `cont` would run the guest twice: so it quits, unless told to ``keep``.
-    """
+class QemuSourceConfig(GuestTable):
+    """``[guests.NAME]`` of a source: an existing QEMU, by its QMP socket."""
 
     driver: Literal["qemu"] = "qemu"
-    qmp: Annotated[str, Meta(description="the absolute path of the guest's QMP socket")]
-    on_release: Annotated[Literal["quit", "keep"], Meta(description="quit or keep")] = "quit"
+    qmp: SocketPath = Field(description="the guest's QMP socket")
+    #: The process still holds the old memory, and one `cont` would run the guest twice: so it quits by default.
+    on_release: Literal["quit", "keep"] = Field(
+        default="quit", description="what becomes of the QEMU that is left when the guest runs elsewhere"
+    )
 
-    def __post_init__(self) -> None:
-        if not self.qmp.startswith("/"):
-            raise ValueError("qmp must be the absolute path of the guest's QMP socket")
 
-
-class QemuTargetConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+class QemuTargetConfig(MemoryTable):
     """``[guests.NAME]`` of a target: how to start the incoming QEMU.
 
-    ``reserve``: false where the host has less than all of its memory; its backends need ``reserve=off`` then.
-    ``command``: ``{memory:ID}`` becomes the path of the memory made for backend ID, ``{qmp}`` that of the QMP socket.
+    With ``reserve = false``, the memory backends of the command need ``reserve=off``.
     """
 
     driver: Literal["qemu"] = "qemu"
-    command: Annotated[list[str], Meta(description="a list: the QEMU program and its arguments")]
-    page_size: Annotated[str, Meta(description='"4K", "2M" or "1G"')] = "2M"
-    reserve: Annotated[bool, Meta(description="true or false")] = True
-
-    def __post_init__(self) -> None:
-        if not self.command:
-            raise ValueError("command must name the QEMU program and its arguments")
-
-
-C = TypeVar("C", QemuSourceConfig, QemuTargetConfig)
-
-
-def decode_config(name: str, table: dict[str, Any], kind: type[C]) -> C:
-    """A guest's table of the configuration.  Raises ConfigError naming the key."""
-    try:
-        return msgspec.convert(table, kind)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"guests.{name}: {error}") from error
+    command: Command = Field(
+        description="the QEMU program and its arguments. `{memory:ID}` becomes the path of the memory made for backend ID, "
+        "`{qmp}` that of the QMP socket"
+    )
 
 
 class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

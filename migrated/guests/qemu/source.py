@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from migrated.config import Timeouts
 from migrated.errors import GuestError, GuestRefusedError, MigratedError, TimeoutExceededError
 from migrated.guests.access import injection
 from migrated.guests.access.pidfd import PidHandle
@@ -30,6 +29,7 @@ from migrated.memory.maps import mapped_elsewhere, open_area
 from migrated.memory.regions import SourceMemory
 from migrated.memory.smaps import residences
 from migrated.protocol.bounds import MAX_REGIONS
+from migrated.settings import Timeouts
 
 #: Run states of a guest that can be migrated; all but the first arrive paused.
 _MOVABLE = frozenset({"running", "paused", "prelaunch"})

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import structlog
 
-from migrated.config import Timeouts
 from migrated.errors import GuestError, GuestRefusedError, MigratedError, RemoteProtocolError
 from migrated.guests import guest_log
 from migrated.guests.access import injection
@@ -35,6 +34,7 @@ from migrated.memory.maps import Area, areas, file_key, mapped_elsewhere
 from migrated.memory.native import uffd_register
 from migrated.memory.regions import Mapping, Region, TargetMemory
 from migrated.memory.smaps import residences
+from migrated.settings import Timeouts
 from migrated.waiting import end, in_thread
 
 log = structlog.get_logger("migrated.qemu")

@@ -17,12 +17,12 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from migrated.config import GUEST_NAME
 from migrated.errors import GuestError, GuestRefusedError, UsageError
 from migrated.guests.qemu import memory as qemu_memory
 from migrated.guests.qemu.host_parts import doubts
 from migrated.guests.qemu.options import Option, Properties, format_size, parse_options, parse_size
 from migrated.guests.qemu.qmp import Monitor
+from migrated.settings import GUEST_NAME
 
 _DEFAULT_MEMORY_BYTES = 128 << 20
 _DEFAULT_PAGE_BYTES = 2 << 20

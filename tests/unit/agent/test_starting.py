@@ -78,7 +78,7 @@ async def test_an_order_that_comes_too_soon_is_refused_and_changes_nothing(
             async with asyncio.timeout(PATIENCE_SECONDS):
                 await taking.wait()
         order = (
-            agent.start(StartRequest(guest=HELLO.guest, to="b:1"))
+            agent.start(StartRequest.model_validate({"guest": HELLO.guest, "to": "b:1"}))
             if verb == "start"
             else getattr(agent, verb)(ID, confirm=HELLO.guest)
         )

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from migrated.config import Timeouts
 from migrated.errors import TimeoutExceededError
 from migrated.guests.process.config import ProcessTargetConfig
 from migrated.guests.process.source import ProcessSource
@@ -15,6 +14,7 @@ from migrated.guests.process.target import ProcessTarget
 from migrated.guests.qemu.config import QemuSourceConfig, QemuTargetConfig
 from migrated.guests.qemu.source import QemuSource
 from migrated.guests.qemu.target import QemuTarget
+from migrated.settings import Timeouts
 
 #: Each another, so that a limit says which one it is.
 TIMEOUTS = Timeouts(guest_start=101, guest_command=102, guest_pause=103, guest_state=104, abort=105, release=106)

@@ -15,7 +15,6 @@ from migrated.agent.host_agent import HostAgent
 from migrated.agent.record import Faults, FaultSeconds, Record, State, StateChange
 from migrated.agent.requests import Health, SetRequest, StartRequest
 from migrated.errors import ConflictError, GuestRefusedError, NotFoundError
-from migrated.units import parse_rate
 
 GUEST = "vm1"
 
@@ -56,8 +55,8 @@ class FakeAgent(HostAgent[Any]):
             id=f"{len(self.all):012x}",
             guest=request.guest,
             role=self.role,
-            mode=request.mode or "hybrid",
-            peer=request.to,
+            mode=request.mode,
+            peer=str(request.to),
             driver="process",
             page_size=1 << 21,
             total_bytes=1 << 30,
@@ -127,8 +126,7 @@ class FakeAgent(HostAgent[Any]):
 
     async def set(self, migration_id: str, request: SetRequest) -> Record:
         record = self.record(migration_id)
-        if request.max_bandwidth is not None:
-            record.max_bandwidth_bytes_per_second = parse_rate(request.max_bandwidth)
+        record.max_bandwidth_bytes_per_second = request.max_bandwidth
         await self.tell()
         return record
 

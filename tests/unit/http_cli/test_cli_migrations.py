@@ -22,6 +22,8 @@ from tests.unit.http_cli.served import Served
 
 pytest_plugins = ["tests.unit.http_cli.served_fixtures"]
 
+START = StartRequest.model_validate({"guest": "vm1", "to": "b:1"})
+
 
 def one_object(text: str) -> dict[str, Any]:
     """All of stdout is one JSON object."""
@@ -65,7 +67,7 @@ async def test_start_wait_ends_with_the_summary_and_the_result_as_exit_code(
 
 
 async def test_wait_json_prints_only_the_end(source: Served) -> None:
-    await source.agent.start(StartRequest(guest="vm1", to="b:1"))
+    await source.agent.start(START)
     await source.agent.abort("vm1")
     code, out, err = await source.cli("wait", "vm1", "--json")
     assert (code, err) == (3, "")
@@ -73,7 +75,7 @@ async def test_wait_json_prints_only_the_end(source: Served) -> None:
 
 
 async def test_wait_has_a_limit(source: Served) -> None:
-    await source.agent.start(StartRequest(guest="vm1", to="b:1"))
+    await source.agent.start(START)
     code, _, err = await source.cli("wait", "vm1", "--timeout", "0.1", "--quiet")
     assert code == 1
     assert "is not over after 0.1 s" in err
@@ -82,13 +84,13 @@ async def test_wait_has_a_limit(source: Served) -> None:
 
 async def test_verbs(source: Served) -> None:
     agent = source.agent
-    record = await agent.start(StartRequest(guest="vm1", to="b:1"))
+    record = await agent.start(START)
     assert (await source.cli("set", record.id, "--max-bandwidth", "500MB"))[0] == 0
     assert record.max_bandwidth_bytes_per_second == 500_000_000
     assert (await source.cli("switchover", record.id))[:2] == (0, f"{record.id} vm1: switching over (postcopy)\n")
     code, out, _ = await source.cli("resume", "vm1", "--to", "c:7440", "--json")
     assert (code, one_object(out)["peer"]) == (0, "c:7440")
-    await agent.start(StartRequest(guest="vm1", to="b:1"))
+    await agent.start(START)
     assert (await source.cli("abort", "vm1"))[0] == 0
     assert agent.all[-1].state is State.ABORTED
 
@@ -111,7 +113,7 @@ def test_abandon_says_how_much_would_be_lost() -> None:
 
 @pytest.mark.parametrize("verb", ["abandon", "force-run", "discard"])
 async def test_what_may_destroy_a_guest_is_asked_twice(source: Served, verb: str) -> None:
-    await source.agent.start(StartRequest(guest="vm1", to="b:1"))
+    await source.agent.start(START)
     code, _, err = await source.cli(verb, "vm1")
     assert code == 2
     assert "must be confirmed" in err
@@ -125,7 +127,7 @@ async def test_what_may_destroy_a_guest_is_asked_twice(source: Served, verb: str
 async def test_list_shows_what_is_under_way_and_all_on_request(source: Served) -> None:
     code, out, _ = await source.cli("list")
     assert (code, out) == (0, "no migration is under way; --all shows those that are over\n")
-    record = await source.agent.start(StartRequest(guest="vm1", to="b:1"))
+    record = await source.agent.start(START)
     assert record.id in (await source.cli("list"))[1]
     await source.agent.abort("vm1")
     assert one_object((await source.cli("list", "--json"))[1]) == {"migrations": []}
@@ -136,7 +138,7 @@ async def test_status_of_the_agent_and_of_one_migration(source: Served) -> None:
     code, out, _ = await source.cli("status")
     assert code == 0
     assert out.startswith("source host-a, version ")
-    record = await source.agent.start(StartRequest(guest="vm1", to="b:1"))
+    record = await source.agent.start(START)
     assert record.id in (await source.cli("status"))[1]
     everything = one_object((await source.cli("status", "--json"))[1])
     assert (everything["role"], everything["migrations"][0]["id"]) == ("source", record.id)
@@ -146,7 +148,7 @@ async def test_status_of_the_agent_and_of_one_migration(source: Served) -> None:
 
 
 async def test_status_watch_follows_to_the_end(source: Served) -> None:
-    record = await source.agent.start(StartRequest(guest="vm1", to="b:1"))
+    record = await source.agent.start(START)
     process = await source.cli_process("status", "vm1", "--watch", "--json")
     assert process.stdout is not None
     assert json.loads(await process.stdout.readline())["state"] == "precopy"
@@ -156,7 +158,7 @@ async def test_status_watch_follows_to_the_end(source: Served) -> None:
 
 
 async def test_an_agent_is_picked_by_url_for_looking_only(source: Served) -> None:
-    await source.agent.start(StartRequest(guest="vm1", to="b:1"))
+    await source.agent.start(START)
     assert (await source.cli("status", "vm1", agent=source.status_url))[0] == 0
     code, _, err = await source.cli("abort", "vm1", agent=source.status_url)
     assert code == 2
@@ -191,7 +193,7 @@ async def test_errors_name_what_is_wrong_and_what_to_do(
 
 
 async def test_an_error_is_one_object_too_where_json_is_asked_for(source: Served) -> None:
-    record = await source.agent.start(StartRequest(guest="vm1", to="b:1"))
+    record = await source.agent.start(START)
     await source.agent.switchover(record.id)
     code, out, err = await source.cli("abort", "vm1", "--json")
     assert code == 2
@@ -211,7 +213,7 @@ async def test_no_agent_there(source: Served) -> None:
 
 
 async def test_interrupting_wait_ends_the_watching_only(source: Served) -> None:
-    record = await source.agent.start(StartRequest(guest="vm1", to="b:1"))
+    record = await source.agent.start(START)
     process = await source.cli_process("wait", "vm1")
     assert process.stderr is not None
     await process.stderr.readline()  # the first progress line: it watches

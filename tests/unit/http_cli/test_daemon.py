@@ -283,7 +283,9 @@ async def test_a_wrong_guest_table_is_status_2_and_names_file_table_and_key(shor
         stdin=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.PIPE,
     )
-    log = await ended(process)
+    _, err = await process.communicate()
     assert process.returncode == 2
-    assert log[-1]["message"] == f"{path}: guests.vm1.qpm: no such key"
-    assert log[-1]["hint"] == "did you mean 'qmp'? allowed here: driver, qmp, on_release"
+    assert err.decode().splitlines() == [
+        f"error: {path}: guests.vm1.qpm: no such key",
+        "  hint: did you mean 'qmp'? allowed here: driver, qmp, on_release",
+    ]

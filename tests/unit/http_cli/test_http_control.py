@@ -50,7 +50,7 @@ async def test_start_answers_202_with_the_record_and_where_it_is(source: Served)
         ("/v1/migrations/other/switchover", b"{}", 409, "conflict"),
         ("/v1/migrations/vm1/resume", b"", 409, "conflict"),
         ("/v1/migrations/vm1/set", b"", 400, "bad-request"),
-        ("/v1/migrations/vm1/set", b'{"max_bandwidth":"fast"}', 400, "bad-configuration"),
+        ("/v1/migrations/vm1/set", b'{"max_bandwidth":"fast"}', 400, "bad-request"),
         ("/v1/migrations/vm1/abandon", b"", 400, "bad-request"),
         ("/v1/migrations/vm1/abandon", b'{"confirm":"vm2"}', 409, "conflict"),
         ("/v1/migrations/vm1/force-run", b"", 400, "bad-request"),
@@ -175,7 +175,7 @@ async def test_events_of_an_unknown_migration_are_404(client: Client) -> None:
 
 
 async def test_a_watcher_that_goes_away_leaves_nothing_behind(source: Served) -> None:
-    await source.agent.start(msgspec.convert(START, StartRequest))
+    await source.agent.start(StartRequest.model_validate(START))
     async with source.control() as http, http.get("/v1/migrations/vm1/events") as answer:
         await answer.content.readline()
     async with source.control() as http, http.get("/v1/migrations/vm1/events") as answer:
@@ -184,7 +184,7 @@ async def test_a_watcher_that_goes_away_leaves_nothing_behind(source: Served) ->
 
 async def test_stopping_ends_open_event_streams(source: Served) -> None:
     """The fixture's end would wait for this one otherwise: the test's own time limit is the assertion."""
-    await source.agent.start(msgspec.convert(START, StartRequest))
+    await source.agent.start(StartRequest.model_validate(START))
     async with Client(str(source.settings.control_socket)) as client:
         assert (await anext(aiter(client.events("vm1")))).state is State.PRECOPY
 

@@ -15,6 +15,8 @@ from tests.unit.http_cli.served import Served, settings_for
 
 pytest_plugins = ["tests.unit.http_cli.served_fixtures"]
 
+START = StartRequest.model_validate({"guest": "vm1", "to": "b:1"})
+
 
 async def metrics(served: Served) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
     async with served.status() as http, http.get("/metrics") as answer:
@@ -29,7 +31,7 @@ async def metrics(served: Served) -> dict[tuple[str, tuple[tuple[str, str], ...]
 
 
 async def test_status_says_who_how_and_what(source: Served) -> None:
-    record = await source.agent.start(StartRequest(guest="vm1", to="b:1"))
+    record = await source.agent.start(START)
     async with source.status() as http, http.get("/status") as answer:
         status = await answer.json()
     assert (status["name"], status["role"], status["version"]) == ("host-a", "source", __version__)
@@ -71,7 +73,7 @@ async def test_addresses_and_the_names_of_this_host_are_answered(source: Served,
 @pytest.mark.parametrize("path", ["/v1/migrations", "/v1/migrations/vm1/abort", "/status", "/", "/nothing"])
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH"])
 async def test_nothing_can_be_changed_over_the_status_site(source: Served, method: str, path: str) -> None:
-    await source.agent.start(StartRequest(guest="vm1", to="b:1"))
+    await source.agent.start(START)
     async with source.status() as http, http.request(method, path, json={}) as answer:
         assert answer.status == 405
         assert "read-only" in (await answer.json())["error"]["hint"]
@@ -79,7 +81,7 @@ async def test_nothing_can_be_changed_over_the_status_site(source: Served, metho
 
 
 async def test_reading_half_of_the_api_is_there(source: Served) -> None:
-    await source.agent.start(StartRequest(guest="vm1", to="b:1"))
+    await source.agent.start(START)
     await source.agent.abort("vm1")
     async with source.status() as http:
         async with http.get("/v1/migrations?ended=false") as answer:
@@ -93,7 +95,7 @@ async def test_reading_half_of_the_api_is_there(source: Served) -> None:
 
 
 async def test_a_head_request_opens_no_event_stream(source: Served) -> None:
-    await source.agent.start(StartRequest(guest="vm1", to="b:1"))
+    await source.agent.start(START)
     async with source.status() as http, http.head("/v1/migrations/vm1/events") as answer:
         assert answer.status == 405
 
@@ -102,7 +104,7 @@ async def test_event_streams_are_few_on_the_status_site_and_unlimited_on_the_con
     source: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reading, "MAX_WATCHERS", 1)
-    await source.agent.start(StartRequest(guest="vm1", to="b:1"))
+    await source.agent.start(START)
     events = "/v1/migrations/vm1/events"
     async with source.status() as http, http.get(events) as first, http.get(events) as second:
         assert (first.status, second.status) == (200, 503)
@@ -125,7 +127,7 @@ async def test_health_and_readiness(source: Served) -> None:
 
 async def test_metrics_follow_a_migration(source: Served) -> None:
     agent = source.agent
-    record = await agent.start(StartRequest(guest="vm1", to="b:1"))
+    record = await agent.start(START)
     now = await metrics(source)
     labels = (("guest", "vm1"), ("migration", record.id))
     assert now["migrated_agent_info", (("name", "host-a"), ("role", "source"), ("version", __version__))] == 1
@@ -155,7 +157,7 @@ async def test_metrics_follow_a_migration(source: Served) -> None:
 async def test_counters_never_fall_when_the_agent_forgets_a_record(source: Served) -> None:
     agent = source.agent
     for runs in (1, 2):
-        record = await agent.start(StartRequest(guest="vm1", to="b:1"))
+        record = await agent.start(START)
         await agent.switchover(record.id)
         await agent.resume(record.id)
         record.id = f"{runs:012x}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
@@ -11,28 +10,36 @@ from hypothesis import strategies as st
 
 from migrated.address import parse_address
 from migrated.agent.requests import SetRequest, StartRequest
-from migrated.config import MigrationSection
 from migrated.errors import ConfigError
+from migrated.options import MigrationOptions
+from migrated.settings import read
 from migrated.source.options import Options
+
+HERE = {"guest": "vm1", "to": "host-b:7440"}
 
 
 def options(**request: Any) -> Options:
-    return Options.of(StartRequest(**{"guest": "vm1", "to": "host-b:7440", **request}), MigrationSection())
+    return Options.of(read(StartRequest, {**HERE, **request}, "request"), MigrationOptions())
+
+
+def changes(**request: Any) -> SetRequest:
+    return read(SetRequest, request, "request")
 
 
 def test_what_is_not_said_is_the_configurations() -> None:
-    defaults = MigrationSection(
-        mode="precopy", downtime_limit_ms=75, max_rounds=3, streams=5, max_bandwidth="8Mbit", drain_bandwidth="1MB"
-    )
-    assert Options.of(StartRequest(guest="vm1", to="host-b:7440"), defaults) == Options(
-        target=parse_address("host-b:7440"),
-        mode="precopy",
-        downtime_limit_seconds=0.075,
-        max_rounds=3,
-        streams=5,
-        max_bandwidth=1_000_000,
-        drain_bandwidth=1_000_000,
-    )
+    table = {
+        "mode": "precopy",
+        "downtime_limit_ms": 75,
+        "max_rounds": 3,
+        "streams": 5,
+        "max_bandwidth": "8Mbit",
+        "drain_bandwidth": "1MB",
+    }
+    defaults = read(MigrationOptions, table, "defaults")
+    one = Options.of(read(StartRequest, {**HERE, "streams": None}, "request"), defaults)
+    assert one.target == parse_address("host-b:7440")
+    assert {name: getattr(one, name) for name in MigrationOptions.model_fields} == dict(defaults)
+    assert (one.downtime_limit_seconds, one.max_bandwidth) == (0.075, 1_000_000)
 
 
 def test_what_is_said_counts() -> None:
@@ -45,16 +52,16 @@ def test_what_is_said_counts() -> None:
         drain_bandwidth="5MB",
         compression="zstd",
     )
-    assert one == Options(
-        target=parse_address("host-b:7440"),
-        mode="postcopy",
-        downtime_limit_seconds=0.001,
-        max_rounds=1,
-        streams=16,
-        max_bandwidth=1_250_000_000,
-        drain_bandwidth=5_000_000,
-        compression="zstd",
-    )
+    assert one.model_dump() == {
+        "target": parse_address("host-b:7440"),
+        "mode": "postcopy",
+        "downtime_limit_ms": 1,
+        "max_rounds": 1,
+        "streams": 16,
+        "max_bandwidth": 1_250_000_000,
+        "drain_bandwidth": 5_000_000,
+        "compression": "zstd",
+    }
 
 
 @pytest.mark.parametrize(
@@ -90,50 +97,63 @@ def test_what_makes_no_sense_is_refused_with_what_is_allowed(wrong: dict[str, An
 
 def test_limits_change() -> None:
     one = options()
-    one.apply(SetRequest(max_bandwidth="1GB", drain_bandwidth="2GB", downtime_limit_ms=10, max_rounds=99))
+    one.apply(changes(max_bandwidth="1GB", drain_bandwidth="2GB", downtime_limit_ms=10, max_rounds=99))
     assert (one.max_bandwidth, one.drain_bandwidth, one.downtime_limit_seconds, one.max_rounds) == (
         1_000_000_000,
         2_000_000_000,
         0.01,
         99,
     )
-    one.apply(SetRequest(max_bandwidth="0"))
+    one.apply(changes(max_bandwidth="0"))
     assert (one.max_bandwidth, one.drain_bandwidth) == (0, 2_000_000_000)
 
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"max_bandwidth": "never"}, {"drain_bandwidth": "x"}, {"downtime_limit_ms": 0.0}, {"max_rounds": 0}],
+    [
+        {"max_bandwidth": "never"},
+        {"drain_bandwidth": "x"},
+        {"downtime_limit_ms": 0.0},
+        {"max_rounds": 0},
+        {"streams": 3},
+    ],
     ids=str,
 )
 def test_a_change_is_taken_whole_or_not_at_all(wrong: dict[str, Any]) -> None:
-    one = options()
-    before = dataclasses.replace(one)
     right: dict[str, Any] = {
         "max_bandwidth": "1GB",
         "drain_bandwidth": "1GB",
         "downtime_limit_ms": 9.0,
         "max_rounds": 9,
     }
-    with pytest.raises(ConfigError):
-        one.apply(SetRequest(**{**right, **wrong}))
-    assert one == before
+    with pytest.raises(ConfigError) as caught:
+        changes(**{**right, **wrong})
+    assert next(iter(wrong)) in caught.value.message
+
+
+def test_a_change_of_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match="nothing to set") as caught:
+        changes(max_rounds=None)
+    assert "max_bandwidth" in caught.value.hint
 
 
 @given(
-    st.builds(
-        SetRequest,
-        max_bandwidth=st.none() | st.text(max_size=12),
-        downtime_limit_ms=st.none() | st.floats(),
-        max_rounds=st.none() | st.integers(),
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "max_bandwidth": st.none() | st.text(max_size=12),
+            "downtime_limit_ms": st.none() | st.floats(),
+            "max_rounds": st.none() | st.integers(),
+        },
     )
 )
-def test_no_change_leaves_what_would_be_refused(request: SetRequest) -> None:
+def test_no_change_leaves_what_would_be_refused(request: dict[str, Any]) -> None:
     one = options()
-    before = dataclasses.replace(one)
+    before = one.model_copy()
     try:
-        one.apply(request)
+        one.apply(changes(**request))
     except ConfigError:
         assert one == before
-    one.check()
+    assert 0 < one.downtime_limit_ms <= 60_000
+    assert 1 <= one.max_rounds <= 1000
     assert 0 <= one.max_bandwidth < 1 << 64

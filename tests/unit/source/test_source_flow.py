@@ -15,7 +15,7 @@ import pytest
 from migrated.address import Address
 from migrated.agent.migration import FinalError
 from migrated.agent.record import State
-from migrated.config import AgentConfig, Timeouts
+from migrated.config import AgentConfig
 from migrated.errors import AbortedError, ConnectionLostError, GuestError, MigratedError, TimeoutExceededError
 from migrated.guests.access.pidfd import process_started
 from migrated.guests.driver import Memento, SourceGuest
@@ -28,6 +28,7 @@ from migrated.protocol.transitions import State as SessionState
 from migrated.recovery.journal import Journal, SourceEntry
 from migrated.recovery.state import Survival
 from migrated.recovery.store import HolderKeeper
+from migrated.settings import Timeouts, read
 from migrated.source.migration import SourceMigration
 from migrated.source.options import Options
 from migrated.source.stage import Recovered
@@ -129,7 +130,7 @@ def source_migration(
         guest_name=HELLO.guest,
         driver=HELLO.driver,
         guest=cast("SourceGuest", guest),
-        options=Options(Address("host-c", 7440), "hybrid", 0.3, 30, streams=1, max_bandwidth=0, drain_bandwidth=0),
+        options=read(Options, {"target": "host-c:7440", "streams": 1}, "options"),
         config=cast("AgentConfig", SimpleNamespace(timeouts=timeouts or Timeouts())),
         session_id=HELLO.session,
         survival=survival,

@@ -11,13 +11,13 @@ import pytest
 import structlog
 
 from migrated.address import Address
-from migrated.config import Timeouts
 from migrated.errors import HostError
 from migrated.guests.driver import Memento, SourceGuest
 from migrated.link.dialing import Dialer
 from migrated.recovery.journal import Journal, JournalError, SourceEntry
 from migrated.recovery.state import Survival
 from migrated.recovery.store import HolderKeeper
+from migrated.settings import Timeouts, read
 from migrated.source.options import Options
 from migrated.source.stage import JournalledStage
 from tests.unit.recovery.entries import HELLO, SOURCE
@@ -43,7 +43,7 @@ def stage(journal: Journal[SourceEntry], tmp_path: Path) -> JournalledStage:
         Survival(journal, HolderKeeper(tmp_path), ID),
         cast("SourceGuest", QuietGuest()),
         dialer,
-        Options(address, "hybrid", 0.3, 30, streams=1, max_bandwidth=5, drain_bandwidth=0),
+        read(Options, {"target": str(address), "streams": 1, "max_bandwidth": "5B"}, "options"),
         log=structlog.get_logger(),
         entry=copy(SOURCE),
     )

@@ -19,6 +19,8 @@ from migrated.recovery.store import HolderKeeper
 from migrated.source.agent import SourceAgent
 from tests.unit.recovery.entries import HELLO, SOURCE
 
+START = StartRequest.model_validate({"guest": HELLO.guest, "to": "127.0.0.1:7440"})
+
 
 def entry(**changes: Any) -> SourceEntry:
     return msgspec.structs.replace(SOURCE, **changes)
@@ -59,7 +61,7 @@ async def test_a_start_that_does_not_get_as_far_as_the_guest_changes_no_promise(
     journal = Journal(tmp_path / "journal", SourceEntry)
     journal.write("stuck", ours())
     agent, begun = agent_of(tmp_path)
-    await agent.start(StartRequest(guest=HELLO.guest, to="127.0.0.1:7440"))
+    await agent.start(START)
     assert len(begun) == 1  # and it is refused, by a QEMU that does not answer
     again, revived = agent_of(tmp_path)
     await again._take_back()  # what `run` begins with
@@ -85,7 +87,7 @@ async def test_a_guest_that_was_given_away_is_not_moved_again(tmp_path: Path, st
     Journal(tmp_path / "journal", SourceEntry).write("gone", ours(stage=stage))
     agent, begun = agent_of(tmp_path)
     with pytest.raises(ConflictError, match="COMMIT was sent") as refusal:
-        await agent.start(StartRequest(guest=HELLO.guest, to="127.0.0.1:7440"))
+        await agent.start(START)
     assert refusal.value.code == "guest-committed"
     assert begun == []
 
@@ -93,7 +95,7 @@ async def test_a_guest_that_was_given_away_is_not_moved_again(tmp_path: Path, st
 async def test_a_process_that_was_given_away_and_has_ended_is_in_nobodys_way(tmp_path: Path) -> None:
     Journal(tmp_path / "journal", SourceEntry).write("gone", entry(stage="committed"))
     agent, begun = agent_of(tmp_path)
-    await agent.start(StartRequest(guest=HELLO.guest, to="127.0.0.1:7440"))
+    await agent.start(START)
     assert len(begun) == 1
 
 

@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 
 from migrated.agent.record import State
-from migrated.config import AgentConfig, Timeouts
+from migrated.config import AgentConfig
 from migrated.errors import GuestError, MigratedError, TimeoutExceededError
 from migrated.guests.access.pidfd import process_started
 from migrated.guests.driver import FaultSource, TargetGuest
@@ -26,6 +26,7 @@ from migrated.protocol.transitions import State as SessionState
 from migrated.recovery.journal import Journal, TargetEntry
 from migrated.recovery.state import Survival
 from migrated.recovery.store import HolderKeeper
+from migrated.settings import Timeouts
 from migrated.target.memory import GuestMemory
 from migrated.target.migration import TargetMigration
 from migrated.target.stage import Recovered

@@ -14,13 +14,13 @@ from typing import Any, cast
 
 import pytest
 
-from migrated.config import Timeouts
 from migrated.errors import GuestError
 from migrated.guests.process import config as process
 from migrated.guests.process import source as process_source
-from migrated.guests.process.config import GuestConnection
+from migrated.guests.process.config import GuestConnection, ProcessSourceConfig
 from migrated.guests.process.source import ProcessHub, Resident
 from migrated.guests.process.wire import HEADER, Header, Hello, HelloRegion, Kind, message
+from migrated.settings import Timeouts, read
 
 PATIENCE_SECONDS = 10.0
 
@@ -61,8 +61,7 @@ class Arriving:
 
 
 def hub(tmp_path: Path, former: Former) -> ProcessHub:
-    table = {"driver": "process", "socket": str(tmp_path / "vm1.sock"), "page_size": "4K"}
-    made = ProcessHub("vm1", table, tmp_path, Timeouts())
+    made = ProcessHub("vm1", table(tmp_path / "vm1.sock"), tmp_path, Timeouts())
     made.resident = Resident(cast("GuestConnection", former), (), (), (), direct_io=False)
     return made
 
@@ -125,8 +124,8 @@ def short() -> Iterator[Path]:
         yield Path(name)
 
 
-def table(path: Path) -> dict[str, Any]:
-    return {"driver": "process", "socket": str(path), "page_size": "4K"}
+def table(path: Path) -> ProcessSourceConfig:
+    return read(ProcessSourceConfig, {"driver": "process", "socket": str(path), "page_size": "4K"}, "p")
 
 
 def hello_of(path: Path) -> socket.socket:

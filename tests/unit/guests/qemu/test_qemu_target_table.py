@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from migrated.config import load
 from migrated.errors import GuestError, GuestRefusedError, UsageError
 from migrated.guests.qemu.command import check_command
-from migrated.guests.qemu.config import QemuTargetConfig, decode_config
+from migrated.guests.qemu.config import QemuTargetConfig
 from migrated.guests.qemu.options import Properties, format_size, parse_options, parse_size
 from migrated.guests.qemu.target_table import Answers, Running, TargetTable, read_running, target_table
 from migrated.memory.regions import Region
+from migrated.settings import read
 
 MIB = 1 << 20
 PROGRAM = "/usr/bin/qemu-system-x86_64"
@@ -31,9 +32,8 @@ def derive(line: str | list[str], *, qmp: str = "", answers: Answers | None = No
     running = Running(4711, ("qemu-system-x86_64", *words), PROGRAM, "/home/user", 0)
     table = target_table(running, name=name, qmp=qmp, answers=answers)
     decoded = tomllib.loads(str(table))["guests"][table.name]
-    assert decode_config(table.name, decoded, QemuTargetConfig) == QemuTargetConfig(
-        command=table.command, page_size=table.page_size
-    )
+    read_back = read(QemuTargetConfig, decoded, table.name)
+    assert (read_back.command, read_back.page_size) == (table.command, parse_size(table.page_size))
     return table
 
 
@@ -403,7 +403,9 @@ def test_the_agent_loads_the_printed_table(tmp_path: Path) -> None:
     path = tmp_path / "target.toml"
     path.write_text(f"[tls]\ninsecure = true\n[agent]\nstate_dir = '{tmp_path}'\n\n{derive(LIBVIRT, name='a.b')}")
     config = load(path, "target")
-    assert decode_config("a.b", config.guests["a.b"], QemuTargetConfig).command[0] == "qemu-system-x86_64"
+    guest = config.guests["a.b"]
+    assert isinstance(guest, QemuTargetConfig)
+    assert guest.command[0] == "qemu-system-x86_64"
 
 
 @settings(deadline=None)

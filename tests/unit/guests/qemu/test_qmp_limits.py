@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from migrated.config import Timeouts
 from migrated.errors import GuestError
 from migrated.guests.qemu.config import QemuSourceConfig
 from migrated.guests.qemu.source import QemuSource
+from migrated.settings import Timeouts
 
 GREETING = {"QMP": {"version": {"qemu": {"major": 7, "minor": 2, "micro": 0}, "package": ""}, "capabilities": []}}
 

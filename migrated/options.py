@@ -1,0 +1,52 @@
+"""The options of a migration, declared once: configuration, command line, requests and running migrations use these."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from migrated.address import Address, parse_address
+from migrated.settings import Rate, Table, Text
+
+Mode = Literal["hybrid", "precopy", "postcopy"]
+Compression = Literal["off", "zstd"]
+TargetAddress = Annotated[Address, Text(parse_address, "host:port", "HOST:PORT, IPv6 in brackets")]
+
+
+class Limits(Table):
+    """Options that may be changed while a migration runs."""
+
+    downtime_limit_ms: Annotated[float, Field(gt=0, le=60_000)] = Field(
+        default=50.0, description="switch over when the rest takes no longer than this"
+    )
+    max_rounds: Annotated[int, Field(ge=1, le=1000)] = Field(default=8, description="pre-copy rounds at most")
+    max_bandwidth: Rate = Field(default=0, description="limit over all streams; demanded pages are exempt")
+    drain_bandwidth: Rate = Field(
+        default=0, description="limit of the background transfer after the switch-over, below the common one"
+    )
+
+    @property
+    def downtime_limit_seconds(self) -> float:
+        """In the unit that everything but people uses."""
+        return self.downtime_limit_ms / 1000
+
+    def given(self) -> dict[str, Any]:
+        """The options that were set, rather than left to their defaults."""
+        return {name: getattr(self, name) for name in self.model_fields_set & MigrationOptions.model_fields.keys()}
+
+
+class MigrationOptions(Limits):
+    """``[migration]``: the defaults of ``migrated start``."""
+
+    mode: Mode = Field(
+        default="hybrid",
+        description="hybrid: pre-copy, then post-copy. precopy: the guest never runs on the target before everything is there. "
+        "postcopy: switch over at once",
+    )
+    streams: Annotated[int, Field(ge=1, le=16)] = Field(
+        default=2, description="bulk connections; the urgent one comes on top"
+    )
+    compression: Compression = Field(
+        default="off", description="zstd compresses bulk data, each stream by itself and only while it pays"
+    )

@@ -1,0 +1,272 @@
+"""Tables of keys: the base class of the configuration's tables and of requests, and the kinds of value they share.
+
+A key is declared once, as a field.  Its type is what the validation enforces, what errors call allowed, and what the command
+line parses; its default and its description are those of docs/configuration.md and of ``--help``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import re
+import reprlib
+import typing
+from collections.abc import Callable
+from typing import Annotated, Any, Final, Literal, NoReturn, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic.fields import FieldInfo
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from migrated import units
+from migrated.errors import ConfigError
+
+T = TypeVar("T", bound="Table")
+
+_DAY: Final = 86400
+GUEST_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
+_SOCKET_PATH_MAX_BYTES: Final = 107  # sockaddr_un.sun_path has 108, with the NUL
+#: How errors and documentation write the bounds of a number.
+_BOUNDS: Final = {"gt": "above", "ge": "from", "le": "to"}
+
+
+class Table(BaseModel):
+    """A table of keys.  Unknown keys are refused: a misspelt limit that is silently ignored would be worse."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Text:
+    """Annotates a value that is written as text.  ``parse`` raises ConfigError; ``name`` is the value's in ``--help``."""
+
+    parse: Callable[[str], Any]
+    name: str
+    allowed: str
+    write: Callable[[Any], str] = str
+
+    def __get_pydantic_core_schema__(self, _source: Any, _handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Tell pydantic how to read and write it."""
+        written = core_schema.plain_serializer_function_ser_schema(self.write, when_used="json")
+        return core_schema.no_info_plain_validator_function(self._read, serialization=written)
+
+    def _read(self, value: object) -> Any:
+        if not isinstance(value, str):
+            refuse(f"{value!r} is not a text", f"allowed: {self.allowed}")
+        try:
+            return self.parse(value)
+        except ConfigError as error:
+            refuse(error.message, error.hint or f"allowed: {self.allowed}")
+
+
+def refuse(problem: str, hint: str) -> NoReturn:
+    """Refuse a value in a validator: `explain` passes both texts on."""
+    raise PydanticCustomError("refused", "{problem}", {"problem": problem, "hint": hint})
+
+
+def _parse_socket_path(text: str) -> str:
+    if not text.startswith("/") or len(text.encode()) > _SOCKET_PATH_MAX_BYTES:
+        raise ConfigError(f"{text!r} is not an absolute path of at most {_SOCKET_PATH_MAX_BYTES} bytes")
+    return text
+
+
+def _check_guest_name(name: str) -> str:
+    if GUEST_NAME.fullmatch(name) is None:
+        allowed = "up to 64 letters, digits, '.', '_' and '-', the first a letter or digit"
+        refuse(f"{name!r} cannot be a guest's name", f"allowed: {allowed}")
+    return name
+
+
+Seconds = Annotated[float, Field(gt=0, le=_DAY)]
+SecondsOrNever = Annotated[float, Field(ge=0, le=30 * _DAY)]
+Rate = Annotated[
+    int, Text(units.parse_rate, "rate", units.RATE_EXAMPLES, lambda rate: f"{rate}B" if rate else "0")
+]  # bytes a second; 0: no limit
+PageSize = Annotated[int, Text(units.parse_size, "size", '"4K", "2M" or "1G"', lambda size: f"{size}")]  # bytes
+SocketPath = Annotated[
+    str, Text(_parse_socket_path, "path", f"an absolute path of at most {_SOCKET_PATH_MAX_BYTES} bytes")
+]
+OptionalSocketPath = Annotated[
+    str, Text(lambda text: text and _parse_socket_path(text), "path", 'an absolute path of at most 107 bytes, or ""')
+]
+GuestName = Annotated[str, AfterValidator(_check_guest_name)]
+Command = Annotated[list[str], Field(min_length=1)]
+
+
+class Timeouts(Table):
+    """``[timeouts]``: limits of every wait, in seconds."""
+
+    connect: Seconds = Field(default=10.0, description="one attempt to reach the target")
+    handshake: Seconds = Field(default=10.0, description="a peer's first message, or a page connection's preface")
+    guest_start: Seconds = Field(default=60.0, description="the target has reserved memory and started its side")
+    guest_command: Seconds = Field(default=10.0, description="one command to a guest")
+    guest_pause: Seconds = Field(default=10.0, description="the guest has stopped, its I/O drained")
+    guest_state: Seconds = Field(default=60.0, description="the guest state is saved, moved and loaded")
+    switchover: Seconds = Field(default=30.0, description="barrier, stale map and commit, each")
+    abort: Seconds = Field(default=10.0, description="the target has cleaned up after an abort")
+    release: Seconds = Field(default=30.0, description="both sides have released the guest at the end")
+    heartbeat_interval: Seconds = Field(default=1.0, description="a ping goes out after so much silence")
+    heartbeat_limit: Seconds = Field(
+        default=10.0, validate_default=True, description="a peer silent for so long is lost; at least two intervals"
+    )
+    reconnect: SecondsOrNever = Field(
+        default=0.0, description="a paused post-copy gives up after so long; 0: never, the guest waits"
+    )
+    reconnect_interval: Seconds = Field(
+        default=0.5, description="attempts begin at least so far apart; it doubles after each that fails …"
+    )
+    reconnect_interval_limit: Seconds = Field(default=15.0, description="… up to this")
+    shutdown: Seconds = Field(
+        default=20.0,
+        description="SIGTERM: aborts and farewells. A guest in post-copy is served for as long as it takes",
+    )
+
+    @field_validator("heartbeat_limit")
+    @classmethod
+    def _two_heartbeats(cls, limit: float, info: ValidationInfo) -> float:
+        interval = info.data.get("heartbeat_interval", 0.0)
+        if limit < 2 * interval:
+            refuse(
+                f"{limit:g} s is less than two heartbeat intervals of {interval:g} s",
+                "one late heartbeat must not end a session: give more",
+            )
+        return limit
+
+
+class GuestTable(Table):
+    """``[guests.NAME]``; the drivers' tables derive from it."""
+
+    driver: str
+
+
+class MemoryTable(GuestTable):
+    """A guest whose memory the agent makes.
+
+    ``reserve``: false where the host has less than all of the memory (see memory/memfd.py).
+    """
+
+    page_size: PageSize | None = Field(
+        default=None, description="of the guest's memory; by default 2M, or 4K where the host lacks huge pages"
+    )
+    reserve: bool = Field(
+        default=True, description="`false`: pages are taken as they are needed, for guests larger than the host"
+    )
+
+
+# ---------------------------------------------------------------- errors
+
+
+def read(kind: type[T], values: object, where: str, **context: object) -> T:
+    """Check ``values`` and make them a table.  Raises ConfigError, ``where`` first in its message."""
+    try:
+        return kind.model_validate(values, context=context)
+    except ValidationError as error:
+        problem, hint = explain(error, kind)
+        raise ConfigError(f"{where}: {problem}", hint=hint) from error
+
+
+def explain(error: ValidationError, root: type[Table]) -> tuple[str, str]:
+    """Say what is wrong as ``("KEY: PROBLEM", HINT)``; of several errors, an unknown key explains the others."""
+    found = min(error.errors(include_url=False), key=lambda one: one["type"] != "extra_forbidden")
+    context = found.get("ctx", {})
+    keys, tables, field = _find(root, found["loc"])
+    match found["type"]:
+        case "refused":
+            problem, hint = context["problem"], context["hint"]
+        case "json_invalid":
+            problem, hint = f"not JSON: {context['error']}", _keys_of(root)
+        case "missing":
+            problem, hint = "it is missing", f"allowed: {allowed(field)}" if field is not None else ""
+        case "extra_forbidden":
+            close = difflib.get_close_matches(keys[-1], tables[0].model_fields, n=1)
+            problem, hint = "no such key", (f"did you mean {close[0]!r}? " if close else "") + _keys_of(tables[0])
+        case "union_tag_invalid" | "union_tag_not_found":
+            keys.append("driver")
+            problem = f"{context['tag']!r} is unknown" if "tag" in context else "the driver is missing"
+            hint = "say what kind of guest it is: driver = " + _either([f'"{_driver(table)}"' for table in tables])
+        case _:
+            problem = f"{reprlib.repr(found['input'])} is not allowed"
+            hint = f"allowed: {allowed(field)}" if field is not None else _keys_of(root)
+    return ": ".join(part for part in (".".join(keys), problem) if part), hint
+
+
+def parse_argument(field: FieldInfo, text: str) -> Any:
+    """Check a command line's value of a key, and return it as JSON has it.  Raises ConfigError."""
+    annotation: Any = Annotated[field.annotation, *field.metadata]
+    kind: TypeAdapter[Any] = TypeAdapter(annotation)
+    try:
+        return kind.dump_python(kind.validate_strings(text), mode="json")
+    except ValidationError as error:
+        context = error.errors()[0].get("ctx", {})
+        problem, hint = (
+            context.get("problem", f"{text!r} is not allowed"),
+            context.get("hint", f"allowed: {allowed(field)}"),
+        )
+        raise ConfigError(problem, hint=hint) from error
+
+
+def _find(root: type[Table], location: tuple[int | str, ...]) -> tuple[list[str], list[type[Table]], FieldInfo | None]:
+    """The keys that an error's location consists of, the table (or kinds of table) it leads to, the last field on the way."""
+    tables, field = [root], None
+    keys: list[str] = []
+    for part in location:
+        if len(tables) > 1 and (chosen := [table for table in tables if _driver(table) == part]):
+            tables = chosen  # pydantic tells which kind of table it took, which is no key of the file
+            continue
+        if part == "[key]":  # the key itself is wrong, which stands before this
+            continue
+        keys.append(str(part))
+        if len(tables) == 1 and (known := tables[0].model_fields.get(str(part))) is not None:
+            field, tables = known, _tables_in(known.annotation)
+    return keys, tables, field
+
+
+def _driver(table: type[Table]) -> object:
+    return table.model_fields["driver"].default
+
+
+def _tables_in(annotation: object) -> list[type[Table]]:
+    if inspect.isclass(annotation) and issubclass(annotation, Table):
+        return [annotation]
+    return [table for part in typing.get_args(annotation) for table in _tables_in(part)]
+
+
+def _keys_of(table: type[Table]) -> str:
+    return f"allowed here: {', '.join(table.model_fields) or 'nothing'}"
+
+
+def _either(words: list[str]) -> str:
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def allowed(field: FieldInfo) -> str:
+    """Say which values a key may have."""
+    if (text := text_of(field)) is not None:
+        return text.allowed
+    if _tables_in(field.annotation):
+        return "a table"
+    if typing.get_origin(field.annotation) is Literal:
+        return _either([str(value) for value in typing.get_args(field.annotation)])
+    bounds = {name: getattr(piece, name) for piece in field.metadata for name in _BOUNDS if hasattr(piece, name)}
+    kinds: dict[object, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    words = [f"{_BOUNDS[name]} {bound:,}" for name, bound in bounds.items()]
+    return " ".join([kinds.get(field.annotation, "a list of texts"), *words])
+
+
+def text_of(field: FieldInfo) -> Text | None:
+    """How the value is written, where its type says so."""
+    pieces = [*field.metadata]
+    for part in typing.get_args(field.annotation):  # PageSize | None
+        pieces += getattr(part, "__metadata__", ())
+    return next((piece for piece in pieces if isinstance(piece, Text)), None)
