@@ -8,6 +8,7 @@ Counters and histograms are the agent's, without such labels.  They start at 0 w
 from __future__ import annotations
 
 import collections
+import itertools
 import math
 from typing import TYPE_CHECKING, Any, Final
 
@@ -21,7 +22,7 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.registry import Collector
 
-from migrated.agent.record import State
+from migrated.agent.record import ENDED, State
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -29,9 +30,9 @@ if TYPE_CHECKING:
     from migrated.agent.host_agent import HostAgent
     from migrated.agent.record import Record
 
-#: Fault latencies above 2^24 µs (16.8 s) share the last bucket.
-LATENCY_BUCKETS: Final = 24
-DOWNTIME_BOUNDS_SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+#: The record's buckets are powers of two; fault latencies above 2^23 µs (8.4 s) share the last one.
+LATENCY_BOUNDS_SECONDS: Final = (*(2**power / 1e6 for power in range(1, 24)), math.inf)
+DOWNTIME_BOUNDS_SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, math.inf)
 FAULT_KINDS: Final = ("current", "stale", "missing")
 
 #: Gauges of a running migration: record field, metric name, help.
@@ -50,40 +51,41 @@ _GAUGES: Final = (
 )
 
 
-class _Totals:
-    """Everything that only grows, summed over records."""
+#: Counters: metric name, help, label, and the values of the label that are there from the start.
+_COUNTERS: Final = (
+    ("migrated_migrations_started", "Migrations begun", "", ("",)),
+    ("migrated_migrations_ended", "Migrations over, by result", "result", tuple(sorted(ENDED))),
+    ("migrated_transferred_bytes", "Bytes on page connections", "", ("",)),
+    ("migrated_memory_bytes", "Bytes of guest memory dealt with, by how", "kind", ()),
+    ("migrated_faults", "Faults of guests answered, by kind of page", "kind", FAULT_KINDS),
+)
+_LATENCY: Final = "migrated_fault_latency_seconds"
+_DOWNTIME: Final = "migrated_downtime_seconds"
 
-    def __init__(self) -> None:
-        self.counts: collections.Counter[str] = collections.Counter()
-        self.bytes_by_kind: collections.Counter[str] = collections.Counter()
-        self.results: collections.Counter[str] = collections.Counter()
-        self.faults: collections.Counter[str] = collections.Counter()
-        self.latency: dict[str, list[int]] = {kind: [0] * LATENCY_BUCKETS for kind in FAULT_KINDS}
-        self.latency_seconds: collections.defaultdict[str, float] = collections.defaultdict(float)
-        self.downtimes: collections.Counter[float] = collections.Counter()
-        self.downtime_seconds = 0.0
-
-    def add(self, record: Record) -> None:
-        self.counts["started"] += 1
-        self.counts["transferred_bytes"] += record.transferred_bytes
-        self.bytes_by_kind.update(record.bytes_by_kind)
-        if record.ended:
-            self.results[record.state.value] += 1
-        for kind in FAULT_KINDS:
-            self.faults[kind] += getattr(record.faults, kind)
-        for kind, histogram in record.faults_by_kind_us.items():
-            buckets = self.latency.setdefault(kind, [0] * LATENCY_BUCKETS)
-            for index, count in enumerate(histogram):
-                buckets[min(index, LATENCY_BUCKETS - 1)] += count
-        for kind, seconds in record.fault_sum_seconds.items():
-            self.latency_seconds[kind] += seconds
-        if record.downtime_seconds is not None:
-            self.downtimes[_bound(record.downtime_seconds)] += 1
-            self.downtime_seconds += record.downtime_seconds
+#: What only grows, by metric, label and bucket of a histogram (its upper bound; "sum": the sum of what was observed).
+_Totals = collections.Counter[tuple[str, str, float | str]]
 
 
-def _bound(seconds: float) -> float:
-    return next((bound for bound in DOWNTIME_BOUNDS_SECONDS if seconds <= bound), math.inf)
+def _figures(record: Record) -> _Totals:
+    """What a record adds to the totals."""
+    found: _Totals = collections.Counter()
+    found["migrated_migrations_started", "", ""] = 1
+    found["migrated_transferred_bytes", "", ""] = record.transferred_bytes
+    if record.ended:
+        found["migrated_migrations_ended", record.state.value, ""] = 1
+    for kind, count in record.bytes_by_kind.items():
+        found["migrated_memory_bytes", kind, ""] = count
+    for kind in FAULT_KINDS:
+        found["migrated_faults", kind, ""] = getattr(record.faults, kind)
+    for kind, histogram in record.faults_by_kind_us.items():
+        for index, count in enumerate(histogram):
+            found[_LATENCY, kind, LATENCY_BOUNDS_SECONDS[min(index, len(LATENCY_BOUNDS_SECONDS) - 1)]] += count
+    for kind, seconds in record.fault_sum_seconds.items():
+        found[_LATENCY, kind, "sum"] = seconds  # type: ignore[assignment] # a Counter adds floats as well
+    if record.downtime_seconds is not None:
+        found[_DOWNTIME, "", next(one for one in DOWNTIME_BOUNDS_SECONDS if record.downtime_seconds <= one)] = 1
+        found[_DOWNTIME, "", "sum"] = record.downtime_seconds  # type: ignore[assignment] # likewise
+    return found
 
 
 class RecordCollector(Collector):
@@ -97,7 +99,7 @@ class RecordCollector(Collector):
         self._inherited = {record.id: record for record in agent.records() if record.ended}
         # Last figures of every migration seen; what the agent has forgotten since goes into _forgotten for good.
         self._seen: dict[str, Record] = {}
-        self._forgotten: _Totals = _Totals()
+        self._forgotten: _Totals = collections.Counter()
 
     def describe(self) -> Iterable[Metric]:
         """Nothing: registering must not need an agent that already works."""
@@ -125,36 +127,19 @@ class RecordCollector(Collector):
         now = {record.id: record for record in records}
         for migration, record in self._seen.items():
             if migration not in now:
-                self._forgotten.add(record)
+                self._forgotten.update(_figures(record))
         self._seen = now
-        totals = _Totals()
+        totals = self._forgotten.copy()
         for record in records:
-            totals.add(record)
-        return _sum(self._forgotten, totals)
-
-
-def _sum(one: _Totals, other: _Totals) -> _Totals:
-    result = _Totals()
-    for part in (one, other):
-        result.counts.update(part.counts)
-        result.bytes_by_kind.update(part.bytes_by_kind)
-        result.results.update(part.results)
-        result.faults.update(part.faults)
-        for kind, seconds in part.latency_seconds.items():
-            result.latency_seconds[kind] += seconds
-        result.downtimes.update(part.downtimes)
-        result.downtime_seconds += part.downtime_seconds
-        for kind, buckets in part.latency.items():
-            mine = result.latency.setdefault(kind, [0] * LATENCY_BUCKETS)
-            result.latency[kind] = [a + b for a, b in zip(mine, buckets, strict=True)]
-    return result
+            totals.update(_figures(record))
+        return totals
 
 
 def _live(records: list[Record]) -> Iterator[Metric]:
     by_state = collections.Counter(record.state for record in records if not record.ended)
     states = GaugeMetricFamily("migrated_migrations", "Migrations under way, by state", labels=["state"])
     for state in State:
-        if state not in (State.COMPLETED, State.ABORTED, State.FAILED):
+        if state not in ENDED:
             states.add_metric([state.value], by_state[state])
     yield states
     labels = ["migration", "guest"]
@@ -167,49 +152,26 @@ def _live(records: list[Record]) -> Iterator[Metric]:
 
 
 def _grown(totals: _Totals) -> Iterator[Metric]:
-    started = totals.counts["started"]
-    yield CounterMetricFamily("migrated_migrations_started", "Migrations begun", value=started)
-    ended = CounterMetricFamily("migrated_migrations_ended", "Migrations over, by result", labels=["result"])
-    for state in (State.COMPLETED, State.ABORTED, State.FAILED):
-        ended.add_metric([state.value], totals.results[state.value])
-    yield ended
-    transferred = totals.counts["transferred_bytes"]
-    yield CounterMetricFamily("migrated_transferred_bytes", "Bytes on page connections", value=transferred)
-    kinds = CounterMetricFamily("migrated_memory_bytes", "Bytes of guest memory dealt with, by how", labels=["kind"])
-    for kind, count in sorted(totals.bytes_by_kind.items()):
-        kinds.add_metric([kind], count)
-    yield kinds
-    faults = CounterMetricFamily("migrated_faults", "Faults of guests answered, by kind of page", labels=["kind"])
-    for kind in FAULT_KINDS:
-        faults.add_metric([kind], totals.faults[kind])
-    yield faults
-    yield _latency(totals)
-    yield _downtime(totals)
+    for name, text, label, always in _COUNTERS:
+        counter = CounterMetricFamily(name, text, labels=[label] if label else [])
+        seen = {value for metric, value, _ in totals if metric == name}
+        for value in (*always, *sorted(seen - {*always})):
+            counter.add_metric([value] if label else [], totals[name, value, ""])
+        yield counter
+    latency = HistogramMetricFamily(_LATENCY, "Time to answer a guest's fault, by kind of page", labels=["kind"])
+    for kind in sorted({*FAULT_KINDS, *(value for metric, value, _ in totals if metric == _LATENCY)}):
+        _add_histogram(latency, kind, LATENCY_BOUNDS_SECONDS, totals)
+    yield latency
+    downtime = HistogramMetricFamily(_DOWNTIME, "Guest paused at the source until it ran at the target", labels=[])
+    _add_histogram(downtime, "", DOWNTIME_BOUNDS_SECONDS, totals)
+    yield downtime
 
 
-def _latency(totals: _Totals) -> Metric:
-    text = "Time to answer a guest's fault, by kind of page"
-    family = HistogramMetricFamily("migrated_fault_latency_seconds", text, labels=["kind"])
-    for kind, buckets in sorted(totals.latency.items()):
-        cumulated = 0
-        bounds: list[tuple[str, float]] = []
-        for index, count in enumerate(buckets):
-            cumulated += count
-            bound = "+Inf" if index == LATENCY_BUCKETS - 1 else repr(2 ** (index + 1) / 1e6)
-            bounds.append((bound, float(cumulated)))
-        family.add_metric([kind], bounds, totals.latency_seconds[kind])
-    return family
-
-
-def _downtime(totals: _Totals) -> Metric:
-    family = HistogramMetricFamily("migrated_downtime_seconds", "Guest paused at the source until it ran at the target")
-    cumulated = 0
-    bounds: list[tuple[str, float]] = []
-    for bound in (*DOWNTIME_BOUNDS_SECONDS, math.inf):
-        cumulated += totals.downtimes[bound]
-        bounds.append(("+Inf" if bound == math.inf else repr(bound), float(cumulated)))
-    family.add_metric([], bounds, totals.downtime_seconds)
-    return family
+def _add_histogram(family: HistogramMetricFamily, label: str, bounds: tuple[float, ...], totals: _Totals) -> None:
+    below = itertools.accumulate(totals[family.name, label, bound] for bound in bounds)
+    names = ("+Inf" if bound == math.inf else repr(bound) for bound in bounds)
+    buckets = list(zip(names, map(float, below), strict=True))
+    family.add_metric([label] if label else [], buckets, totals[family.name, label, "sum"])
 
 
 def make_registry(agent: HostAgent[Any], about: dict[str, Any]) -> CollectorRegistry:
