@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import enum
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -53,8 +52,9 @@ class _Engine:
 
     _prefix = ""
 
-    def __init__(self, handle: Any) -> None:
+    def __init__(self, handle: Any, page_counts: list[int]) -> None:
         self._handle: Any | None = handle
+        self._page_counts = page_counts  # of the regions
         self._loop: asyncio.AbstractEventLoop | None = None
         self._handler: Callable[[Event], None] | None = None
         self._event_fd = int(self._function("event_fd")(handle))
@@ -125,22 +125,22 @@ class _Engine:
         if handle is not None:
             await in_thread(self._function("destroy"), handle)
 
+    def _maps(self, name: str) -> Iterator[tuple[int, int, bytes]]:
+        """Page bitmaps of the regions in pieces ``(region, first_page, bits)``; pieces without a bit set are left out."""
+        for region, count in enumerate(self._page_counts):
+            total = (count + 7) // 8
+            for offset in range(0, total, MAP_PIECE_BYTES):
+                size = min(MAP_PIECE_BYTES, total - offset)
+                buffer = ffi.new("uint8_t[]", size)
+                self._call(name, region, offset * 8, buffer, size)
+                bits = bytes(ffi.buffer(buffer))
+                if bits.strip(b"\0"):
+                    yield region, offset * 8, bits
+
     def _stats(self, struct: str) -> Any:
         raw = ffi.new(f"struct {struct} *")
         self._function("stats")(self.handle, raw)
         return raw
-
-
-def _pieces(page_count: int, read: Callable[[int, Any, int], None]) -> Iterator[tuple[int, bytes]]:
-    """A page bitmap in pieces ``(first_page, bits)``; pieces without a bit set are left out."""
-    total = (page_count + 7) // 8
-    for offset in range(0, total, MAP_PIECE_BYTES):
-        size = min(MAP_PIECE_BYTES, total - offset)
-        buffer = ffi.new("uint8_t[]", size)
-        read(offset * 8, buffer, size)
-        bits = bytes(ffi.buffer(buffer))
-        if bits.strip(b"\0"):
-            yield offset * 8, bits
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -158,10 +158,8 @@ class SourceStats:
     dirty_bytes: int
     stale_pages_left: int
     stale_bytes_left: int
-    demanded_pages: int
     demand_bytes: int
     drain_bytes: int
-    throttled_ns: int
     table_bytes: int
 
 
@@ -173,24 +171,23 @@ class SourceEngine(_Engine):
     def __init__(
         self, memory: SourceMemory, host_page_bytes: Sequence[int], stream_count: int, block_secret: bytes
     ) -> None:
-        count = len(memory.regions)
-        regions = ffi.new("struct mgd_source_region[]", count)
-        for index, region in enumerate(memory.regions):
-            regions[index].memory_fd = memory.memory_fds[index]
-            if memory.private[index]:
-                regions[index].flags = lib.MGD_SOURCE_PRIVATE
-            if memory.file_behind[index]:
-                regions[index].flags |= lib.MGD_SOURCE_FILE_BEHIND
-            regions[index].file_offset = memory.file_offsets[index]
-            regions[index].size_bytes = region.size_bytes
-            regions[index].page_bytes = region.page_bytes
-            regions[index].host_page_bytes = host_page_bytes[index]
-        out = ffi.new("struct mgd_source **")
-        call(lib.mgd_source_create, regions, count, stream_count, hash_key(block_secret), out)
-        self._page_counts = [
-            region.size_bytes // page for region, page in zip(memory.regions, host_page_bytes, strict=True)
+        regions = [
+            {
+                "memory_fd": memory.memory_fds[index],
+                "flags": lib.MGD_SOURCE_PRIVATE * memory.private[index]
+                | lib.MGD_SOURCE_FILE_BEHIND * memory.file_behind[index],
+                "file_offset": memory.file_offsets[index],
+                "size_bytes": region.size_bytes,
+                "page_bytes": region.page_bytes,
+                "host_page_bytes": host_page_bytes[index],
+            }
+            for index, region in enumerate(memory.regions)
         ]
-        super().__init__(out[0])
+        out = ffi.new("struct mgd_source **")
+        raw = ffi.new("struct mgd_source_region[]", regions)
+        call(lib.mgd_source_create, raw, len(regions), stream_count, hash_key(block_secret), out)
+        pages = zip(memory.regions, host_page_bytes, strict=True)
+        super().__init__(out[0], [region.size_bytes // page for region, page in pages])
 
     def set_bandwidth(self, bytes_per_second: int, drain_bytes_per_second: int = 0) -> None:
         """Limits over all bulk streams; 0: none.  Demanded pages are exempt."""
@@ -245,13 +242,6 @@ class SourceEngine(_Engine):
         """Pieces ``(region, first_page, bits)``."""
         return self._maps("stale_map")
 
-    def _maps(self, name: str) -> Iterator[tuple[int, int, bytes]]:
-        for region, count in enumerate(self._page_counts):
-            for first, bits in _pieces(
-                count, functools.partial(lambda r, f, b, n: self._call(name, r, f, b, n), region)
-            ):
-                yield region, first, bits
-
     def serve(self, *, drain: bool) -> None:
         """Answer demands; with ``drain`` send the rest too."""
         self._call("serve", int(drain))
@@ -303,25 +293,24 @@ class Histogram:
         return self.max_ns * 1e-9
 
 
+def _figure(raw: Any) -> Any:
+    if isinstance(raw, int):
+        return raw
+    return Histogram(int(raw.count), int(raw.total_ns), int(raw.max_ns), tuple(raw.buckets))
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class TargetStats:
     """See ``struct mgd_target_stats``."""
 
     wire_bytes: int
     payload_bytes: int
-    frames: int
     pages: int
     stale_pages: int
     stale_bytes: int
-    current_pages: int
-    mapped_pages: int
-    discarded_frames: int
-    remove_events: int
     faults_current: int
     faults_stale: int
     faults_missing: int
-    faults_duplicate: int
-    faults_held: int
     fault_thread_heartbeat_ns: int
     latency_current: Histogram
     latency_stale: Histogram
@@ -329,13 +318,16 @@ class TargetStats:
 
 
 def _target_regions(memory: Sequence[TargetMemory]) -> Any:
-    regions = ffi.new("struct mgd_target_region[]", len(memory))
-    for index, piece in enumerate(memory):
-        regions[index].memory_fd = piece.memory_fd
-        regions[index].flags = 0 if piece.reserve else lib.MGD_TARGET_UNRESERVED
-        regions[index].size_bytes = piece.region.size_bytes
-        regions[index].host_page_bytes = piece.region.page_bytes
-    return regions
+    regions = [
+        {
+            "memory_fd": piece.memory_fd,
+            "flags": 0 if piece.reserve else lib.MGD_TARGET_UNRESERVED,
+            "size_bytes": piece.region.size_bytes,
+            "host_page_bytes": piece.region.page_bytes,
+        }
+        for piece in memory
+    ]
+    return ffi.new("struct mgd_target_region[]", regions)
 
 
 def ledger_bytes(memory: Sequence[TargetMemory]) -> int:
@@ -368,17 +360,11 @@ class TargetEngine(_Engine):
             hash_key(block_secret),
             out,
         )
-        self._page_counts = [piece.region.size_bytes // piece.region.page_bytes for piece in memory]
-        super().__init__(out[0])
+        super().__init__(out[0], [piece.region.size_bytes // piece.region.page_bytes for piece in memory])
 
     def arm(self, uffd: int, mappings: Sequence[Mapping], *, recovered: bool = False) -> None:
         """Start the fault server."""
-        raw = ffi.new("struct mgd_mapping[]", len(mappings))
-        for index, mapping in enumerate(mappings):
-            raw[index].region = mapping.region
-            raw[index].address = mapping.address
-            raw[index].offset = mapping.offset
-            raw[index].length_bytes = mapping.length_bytes
+        raw = ffi.new("struct mgd_mapping[]", [dataclasses.asdict(mapping) for mapping in mappings])
         self._call("arm", uffd, raw, len(mappings), int(recovered))
 
     def populate(self, region: int, first_page: int, bits: bytes, threads: int = 1) -> None:
@@ -399,11 +385,7 @@ class TargetEngine(_Engine):
 
     def lacking_maps(self) -> Iterator[tuple[int, int, bytes]]:
         """Pieces ``(region, first_page, bits)`` of what is not in yet."""
-        for region, count in enumerate(self._page_counts):
-            for first, bits in _pieces(
-                count, functools.partial(lambda r, f, b, n: self._call("lacking", r, f, b, n), region)
-            ):
-                yield region, first, bits
+        return self._maps("lacking")
 
     def poison_stale(self) -> int:
         """Give up what is missing: the guest gets a memory error there.  Returns how many pages."""
@@ -418,12 +400,4 @@ class TargetEngine(_Engine):
     def stats(self) -> TargetStats:
         """Figures now."""
         raw = self._stats("mgd_target_stats")
-        values: list[Any] = []
-        for field in dataclasses.fields(TargetStats):
-            value = getattr(raw, field.name)
-            if field.name.startswith("latency_"):
-                value = Histogram(int(value.count), int(value.total_ns), int(value.max_ns), tuple(value.buckets))
-            else:
-                value = int(value)
-            values.append(value)
-        return TargetStats(*values)
+        return TargetStats(*(_figure(getattr(raw, field.name)) for field in dataclasses.fields(TargetStats)))

@@ -23,6 +23,11 @@ SECCOMP_DIRECTIVES = (
 )
 
 
+#: What each side needs of the kernel, as `Features` has it.
+SERVING = ("minor_hugetlbfs", "minor_shmem", "missing_hugetlbfs", "missing_shmem", "event_remove", "exact_address")
+TRACKING = ("wp_hugetlbfs_shmem", "wp_unpopulated", "wp_async", "pagemap_scan")
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Features:
     """See ``struct mgd_features``."""
@@ -44,19 +49,16 @@ class Features:
     @property
     def can_track(self) -> bool:
         """Whether writes of another process can be tracked."""
-        return self.wp_hugetlbfs_shmem and self.wp_unpopulated and self.wp_async and self.pagemap_scan
+        return not self.lacking(TRACKING)
 
     @property
     def can_serve(self) -> bool:
         """Whether the faults of an incoming guest can be served."""
-        return (
-            self.minor_hugetlbfs
-            and self.minor_shmem
-            and self.missing_hugetlbfs
-            and self.missing_shmem
-            and self.event_remove
-            and self.exact_address
-        )
+        return not self.lacking(SERVING)
+
+    def lacking(self, names: tuple[str, ...]) -> str:
+        """Those of these features that the kernel does not have, for people."""
+        return ", ".join(name for name in names if not getattr(self, name))
 
 
 def features() -> Features:
@@ -93,11 +95,6 @@ def _has(capability: int) -> bool:
     return bool(capabilities() >> capability & 1)
 
 
-def _lacking(found: Features, names: tuple[str, ...]) -> str:
-    lacking = [name for name in names if not getattr(found, name)]
-    return "all there" if not lacking else "lacking: " + ", ".join(lacking)
-
-
 def requirements() -> list[Requirement]:
     """Everything `migrated check` shows, in the order of importance."""
     found = features()
@@ -110,15 +107,20 @@ def requirements() -> list[Requirement]:
         _map_files(),
         _pool(),
         _kvm(),
-        Requirement(
+        _need(
             "memory errors for lost pages (UFFDIO_POISON)",
             "target",
             needed=False,
             ok=found.poison,
             found="yes" if found.poison else "no",
-            fix="" if found.poison else "run Linux 6.6 or newer; only `migrated abandon` needs it",
+            fix="run Linux 6.6 or newer; only `migrated abandon` needs it",
         ),
     ]
+
+
+def _need(name: str, role: str, *, ok: bool, found: str, fix: str, needed: bool = True) -> Requirement:
+    """A requirement, without the fix where there is nothing to fix."""
+    return Requirement(name, role, needed, ok, found, "" if ok else fix)
 
 
 def _userfaultfd(found: Features) -> Requirement:
@@ -129,30 +131,26 @@ def _userfaultfd(found: Features) -> Requirement:
         fix = "run as root or with CAP_SYS_PTRACE, or give access to /dev/userfaultfd, or sysctl vm.unprivileged_userfaultfd=1"
     else:
         text, fix = "none", "run a kernel with CONFIG_USERFAULTFD, outside a sandbox that forbids the system call"
-    return Requirement("userfaultfd", "both", needed=True, ok=found.has_userfaultfd, found=text, fix=fix)
+    return _need("userfaultfd", "both", ok=found.has_userfaultfd, found=text, fix=fix)
 
 
 def _serving(found: Features) -> Requirement:
-    names = ("minor_hugetlbfs", "minor_shmem", "missing_hugetlbfs", "missing_shmem", "event_remove", "exact_address")
-    return Requirement(
+    return _need(
         "minor and missing faults on shared memory",
         "target",
-        needed=True,
         ok=found.can_serve,
-        found=_lacking(found, names),
-        fix="" if found.can_serve else "run Linux 5.18 or newer with CONFIG_HAVE_ARCH_USERFAULTFD_MINOR",
+        found=f"lacking: {found.lacking(SERVING)}" if not found.can_serve else "all there",
+        fix="run Linux 5.18 or newer with CONFIG_HAVE_ARCH_USERFAULTFD_MINOR",
     )
 
 
 def _tracking(found: Features) -> Requirement:
-    names = ("wp_hugetlbfs_shmem", "wp_unpopulated", "wp_async", "pagemap_scan")
-    return Requirement(
+    return _need(
         "dirty tracking of another process",
         "source",
-        needed=True,
         ok=found.can_track,
-        found=_lacking(found, names),
-        fix="" if found.can_track else "run Linux 6.7 or newer with CONFIG_PTE_MARKER_UFFD_WP",
+        found=f"lacking: {found.lacking(TRACKING)}" if not found.can_track else "all there",
+        fix="run Linux 6.7 or newer with CONFIG_PTE_MARKER_UFFD_WP",
     )
 
 
@@ -160,20 +158,19 @@ def _tracing() -> Requirement:
     name = "reaching into a running QEMU (ptrace)"
     if platform.machine() != "x86_64":
         fix = "only guests that co-operate (driver `process`) can be moved from this architecture"
-        return Requirement(name, "both", needed=True, ok=False, found=platform.machine(), fix=fix)
+        return _need(name, "both", ok=False, found=platform.machine(), fix=fix)
     if _has(_CAP_SYS_PTRACE):
-        return Requirement(name, "both", needed=True, ok=True, found="CAP_SYS_PTRACE", fix="")
+        return _need(name, "both", ok=True, found="CAP_SYS_PTRACE", fix="")
     try:
         scope = int(Path("/proc/sys/kernel/yama/ptrace_scope").read_text(encoding="ascii"))
     except (OSError, ValueError):
         scope = 0
-    return Requirement(
+    return _need(
         name,
         "both",
-        needed=True,
         ok=scope == 0,
         found="processes of our own user" if scope == 0 else f"kernel.yama.ptrace_scope = {scope}",
-        fix="" if scope == 0 else "run as root, or give the service AmbientCapabilities=CAP_SYS_PTRACE",
+        fix="run as root, or give the service AmbientCapabilities=CAP_SYS_PTRACE",
     )
 
 
@@ -181,28 +178,24 @@ def _unconfined() -> Requirement:
     """A process under seccomp may not suspend another's filter, and whatever it starts has its filter: guests, too."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     confined = re.search(r"^Seccomp:\s*[1-9]", status, re.MULTILINE) is not None
-    return Requirement(
+    return _need(
         "no seccomp filter on the agent",
         "both",
-        needed=True,
         ok=not confined,
         found="this process is under one" if confined else "none",
         fix=f"a systemd unit must not set {', '.join(SECCOMP_DIRECTIVES)} (see systemd/migrated-*.service); a container "
-        "needs --security-opt seccomp=unconfined"
-        if confined
-        else "",
+        "needs --security-opt seccomp=unconfined",
     )
 
 
 def _map_files() -> Requirement:
     ok = _has(_CAP_SYS_ADMIN) or _has(_CAP_CHECKPOINT_RESTORE)
-    return Requirement(
+    return _need(
         "opening a guest's memory (/proc/PID/map_files)",
         "source",
-        needed=True,
         ok=ok,
         found="allowed" if ok else "CAP_CHECKPOINT_RESTORE is missing",
-        fix="" if ok else "run as root, or give the service AmbientCapabilities=CAP_CHECKPOINT_RESTORE",
+        fix="run as root, or give the service AmbientCapabilities=CAP_CHECKPOINT_RESTORE",
     )
 
 
@@ -213,24 +206,22 @@ def _pool() -> Requirement:
     )
     ok = any(pool.available > 0 for pool in offered)
     default = next((pool for pool in offered if pool.page_bytes == DEFAULT_PAGE_BYTES), None)
-    if ok:
-        fix = ""
-    elif default is None:
+    if default is None:
         fix = "run a kernel with CONFIG_HUGETLBFS; until then guests arrive on 4 KiB pages"
     else:
         fix = f"{default.raise_command(512)}  (for each GiB of guest memory; until then guests arrive on 4 KiB pages)"
-    return Requirement("huge pages", "target", needed=False, ok=ok, found=found or "none offered", fix=fix)
+    return _need("huge pages", "target", needed=False, ok=ok, found=found or "none offered", fix=fix)
 
 
 def _kvm() -> Requirement:
     device = "/dev/kvm"
     ok = os.access(device, os.R_OK | os.W_OK)
     text = "usable" if ok else ("no right to use it" if Path(device).exists() else "absent")
-    return Requirement(
+    return _need(
         "KVM",
         "both",
         needed=False,
         ok=ok,
         found=text,
-        fix="" if ok else "load kvm_intel or kvm_amd, and join the group kvm; without it guests run emulated",
+        fix="load kvm_intel or kvm_amd, and join the group kvm; without it guests run emulated",
     )

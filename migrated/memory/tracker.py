@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from typing import Any
 
@@ -20,14 +21,10 @@ class Tracker:
 
     def __init__(self, memory: SourceMemory, uffd: int) -> None:
         self._handle: Any | None = None
-        mappings = ffi.new("struct mgd_mapping[]", len(memory.mappings))
-        for raw, mapping in zip(mappings, memory.mappings, strict=True):
-            raw.region = mapping.region
-            if memory.private[mapping.region] and not memory.file_behind[mapping.region]:
+        mappings = ffi.new("struct mgd_mapping[]", [dataclasses.asdict(mapping) for mapping in memory.mappings])
+        for raw in mappings:
+            if memory.private[raw.region] and not memory.file_behind[raw.region]:
                 raw.flags = lib.MGD_MAPPING_SPARSE
-            raw.address = mapping.address
-            raw.offset = mapping.offset
-            raw.length_bytes = mapping.length_bytes
         page_bytes = ffi.new("uint64_t[]", [region.page_bytes for region in memory.regions])
         self._word_counts = [(region.size_bytes // region.page_bytes + 63) // 64 for region in memory.regions]
         out = ffi.new("struct mgd_tracker **")

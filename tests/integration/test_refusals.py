@@ -81,7 +81,7 @@ async def test_options_that_make_no_sense(here: Place, guest: Guest) -> None:
     for wrong in ({"mode": "live"}, {"streams": 99}, {"max_bandwidth": "fast"}, {"to": "nowhere"}):
         with pytest.raises(MigratedError) as caught:
             await here.start(**wrong)
-        assert caught.value.code == "bad-configuration"
+        assert caught.value.code == "bad-request"
     with pytest.raises(MigratedError, match="target agent"):
         await here.target.request("POST", "/v1/migrations", {"guest": guest.name, "to": here.address})
 
