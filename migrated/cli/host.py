@@ -19,7 +19,8 @@ from migrated.units import format_size
 if TYPE_CHECKING:
     from migrated.guests.qemu.target_table import Answers
     from migrated.memory.defects import Finding
-    from migrated.memory.maps import Area, MemoryFile
+    from migrated.memory.inspection import MemoryFile
+    from migrated.memory.maps import Area
     from migrated.memory.probe import Requirement
     from migrated.memory.regions import SourceMemory
 
@@ -157,10 +158,10 @@ async def _open_guest(pid: int, qmp: str) -> SourceMemory:
 
 
 def _print_memory(pid: int, qmp: str | None, *, as_json: bool) -> int:
-    from migrated.memory import maps
+    from migrated.memory import inspection, maps
 
     if qmp is None:
-        rows = [_row(one) for one in maps.inspect(pid)]
+        rows = [_row(one) for one in inspection.inspect(pid)]
     else:
         memory = asyncio.run(_open_guest(pid, str(Path(qmp).absolute())))
         areas = maps.areas(pid)

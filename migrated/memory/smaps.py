@@ -17,12 +17,13 @@ _PRESENT = frozenset({"Rss", "Shared_Hugetlb", "Private_Hugetlb"})
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Residence:
-    """An area; the bytes of it that are mapped; its ``VmFlags``.
+    """An area; the page size it is mapped with; the bytes of it that are mapped; its ``VmFlags``.
 
     Flags: ``lo`` locked; ``um``, ``ui``, ``uw``: userfaultfd hears of missing pages, minor faults, writes.
     """
 
     area: Area
+    page_bytes: int
     present_bytes: int
     flags: frozenset[str]
 
@@ -34,21 +35,20 @@ def residences(pid: int, ranges: Collection[tuple[int, int]]) -> list[Residence]
     """
     found: list[Residence] = []
     area: Area | None = None
-    present = 0
+    sizes: dict[str, int] = {}
     try:
         text = Path(f"/proc/{pid}/smaps").read_text(encoding="utf-8", errors="surrogateescape")
     except OSError as error:
         raise GuestError(f"process {pid} has ended, or hides its memory from us", code="guest-gone") from error
     for line in text.splitlines():
         if field := _FIELD.match(line):
-            present += int(field[2]) * 1024 if field[1] in _PRESENT else 0
+            sizes[field[1]] = int(field[2]) << 10
         elif line.startswith("VmFlags:"):
-            if area is not None:
-                found.append(Residence(area, present, frozenset(line.split()[1:])))
+            if area is not None and any(area.start < end and start < area.end for start, end in ranges):
+                present = sum(sizes.get(name, 0) for name in _PRESENT)
+                found.append(Residence(area, sizes["KernelPageSize"], present, frozenset(line.split()[1:])))
         else:
             # Either the first line of the next area, or a field in other units (THPeligible, ProtectionKey).
             with contextlib.suppress(ValueError):
-                head = parse(line)[0]
-                wanted = any(head.start < end and start < head.end for start, end in ranges)
-                area, present = (head if wanted else None), 0
+                area, sizes = parse(line)[0], {}
     return found

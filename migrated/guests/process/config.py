@@ -12,14 +12,27 @@ import select
 import socket
 import stat
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
 import structlog
 from pydantic import Field
 
-from migrated.errors import GuestError, TimeoutExceededError
-from migrated.guests.process.wire import HEADER, MAX_REGIONS, Header, Hello, Kind, WireError, message
+from migrated.errors import GuestError, GuestRefusedError, MigratedError, TimeoutExceededError
+from migrated.guests.process.wire import (
+    HEADER,
+    MAX_REGIONS,
+    VERSION,
+    Header,
+    Hello,
+    Kind,
+    WireError,
+    decode_addresses,
+    encode_memory,
+    message,
+)
+from migrated.memory.native import uffd_api
 from migrated.settings import Command, MemoryTable, OptionalSocketPath, SocketPath
 
 #: After a failure to accept.
@@ -49,6 +62,16 @@ class ProcessTargetConfig(MemoryTable):
         description="the socket of a source agent on this host, where the guest connects once it has arrived whole, so that it "
         "can be moved on",
     )
+
+
+def require_version(guest: str, hello: Hello) -> None:
+    """Raises GuestRefusedError ``guest-client-version`` if its client speaks another version than ours."""
+    if hello.version != VERSION:
+        raise GuestRefusedError(
+            f"guest {guest} speaks version {hello.version} of the guest protocol, this agent {VERSION}",
+            code="guest-client-version",
+            hint="build the guest with this version's client",
+        )
 
 
 def listen(path: str) -> socket.socket:
@@ -100,7 +123,8 @@ async def accept(listener: socket.socket, name: str) -> socket.socket:
             return sock
 
 
-def _close_all(fds: tuple[int, ...]) -> None:
+def close_all(fds: Iterable[int]) -> None:
+    """Close descriptors that a guest sent."""
     for fd in fds:
         os.close(fd)
 
@@ -147,13 +171,48 @@ class GuestConnection:
         try:
             return Hello.decode(payload), fds
         except WireError as error:
-            _close_all(fds)
+            close_all(fds)
             raise GuestError(f"guest {self.name}: {error}", code="guest-protocol") from None
+
+    async def map_memory(
+        self, page_bytes: tuple[int, ...], fds: tuple[int, ...] = (), *, incoming: bool, limit_seconds: float
+    ) -> tuple[int, ...]:
+        """Have it map these files, one a region (or go on with those it has); the addresses."""
+        memory = encode_memory(page_bytes, incoming=incoming)
+        reply = await self.request(
+            Kind.MEMORY, memory, fds=fds, limit_seconds=limit_seconds, what="it to map its memory"
+        )
+        try:
+            return decode_addresses(reply, len(page_bytes))
+        except WireError as error:
+            raise GuestError(f"guest {self.name}: {error}", code="guest-protocol") from None
+
+    async def userfaultfd(self, *, faults: bool, limit_seconds: float) -> int:
+        """A userfaultfd of the guest that reports ``faults``, or else tracks writes; the caller's from here on."""
+        payload = int(faults).to_bytes(4, "little")
+        _, fds = await self._ask(Kind.UFFD, payload, (), limit_seconds, "its userfaultfd")
+        try:
+            if len(fds) != 1:
+                raise GuestError(f"guest {self.name} sent {len(fds)} userfaultfds", code="guest-protocol")
+            uffd_api(fds[0], faults=faults, tracking=not faults)
+        except MigratedError:
+            close_all(fds)
+            with contextlib.suppress(GuestError, TimeoutExceededError):
+                await self.request(Kind.FORGET, limit_seconds=limit_seconds, what="it to close its userfaultfd")
+            raise
+        return fds[0]
 
     async def request(
         self, kind: Kind, payload: bytes = b"", *, fds: tuple[int, ...] = (), limit_seconds: float, what: str
+    ) -> bytes:
+        """Ask; the reply's payload.  ``what`` names it in errors."""
+        reply, surplus = await self._ask(kind, payload, fds, limit_seconds, what)
+        close_all(surplus)
+        return reply
+
+    async def _ask(
+        self, kind: Kind, payload: bytes, fds: tuple[int, ...], limit_seconds: float, what: str
     ) -> tuple[bytes, tuple[int, ...]]:
-        """Ask; the reply's payload and descriptors (the caller's from here on).  ``what`` names it in errors."""
         self._sequence += 1
         sequence = self._sequence
         self._waiting[sequence] = self._loop.create_future()
@@ -193,7 +252,7 @@ class GuestConnection:
                     return await answer
                 except asyncio.CancelledError:
                     if answer.done() and not answer.cancelled() and answer.exception() is None:
-                        _close_all(answer.result()[1])  # it came at the same time, and nobody takes it any more
+                        close_all(answer.result()[1])  # it came at the same time, and nobody takes it any more
                     raise
         except TimeoutError:
             raise TimeoutExceededError(
@@ -236,15 +295,15 @@ class GuestConnection:
             del self._fds[: header.descriptors]
             answer = self._waiting.get(header.sequence)
             if answer is None or answer.done() or (header.kind is Kind.HELLO) != (header.sequence == 0):
-                _close_all(fds)  # nobody waits for it any more
+                close_all(fds)  # nobody waits for it any more
             elif header.kind is Kind.FAIL:
-                _close_all(fds)
+                close_all(fds)
                 text = payload.decode(errors="replace")[:500]
                 answer.set_exception(GuestError(f"guest {self.name} says: {text}"))
             elif header.kind in (Kind.REPLY, Kind.HELLO):
                 answer.set_result((payload, fds))
             else:
-                _close_all(fds)
+                close_all(fds)
                 raise WireError(f"a {header.kind.name}, which only an agent may send")
         # They come with the first byte of their message: without one there is nothing they could belong to.
         self._refuse_descriptors_beyond(MAX_REGIONS if self._buffer else 0)

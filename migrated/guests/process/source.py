@@ -26,16 +26,11 @@ from migrated.guests.process.wire import (
     HELLO_DIRECT_IO,
     HELLO_PAUSED,
     HELLO_PRESENTS,
-    VERSION,
     Hello,
     Kind,
-    WireError,
-    decode_addresses,
-    encode_memory,
 )
 from migrated.memory import memfd
 from migrated.memory.maps import areas, file_key, mapped_elsewhere
-from migrated.memory.native import uffd_api
 from migrated.memory.regions import Mapping, Region, SourceMemory
 from migrated.settings import Timeouts
 
@@ -61,13 +56,11 @@ class Resident:
     direct_io: bool
     paused: bool = False
 
-    async def ask(
-        self, kind: Kind, payload: bytes = b"", *, limit_seconds: float, what: str
-    ) -> tuple[bytes, tuple[int, ...]]:
+    async def ask(self, kind: Kind, *, limit_seconds: float, what: str) -> bytes:
         """`process.GuestConnection.request`."""
         if kind is Kind.PAUSE:
             self.paused = True  # perhaps, even if its answer never comes
-        answer = await self.connection.request(kind, payload, limit_seconds=limit_seconds, what=what)
+        answer = await self.connection.request(kind, limit_seconds=limit_seconds, what=what)
         if kind is Kind.RUN:
             self.paused = False
         return answer
@@ -201,12 +194,7 @@ class ProcessHub:
 
     async def _settle(self, connection: process.GuestConnection, hello: Hello, presented: tuple[int, ...]) -> Resident:
         """Give the guest its memory, or take up the memory it shows."""
-        if hello.version != VERSION:
-            raise GuestRefusedError(
-                f"guest {self.name} speaks version {hello.version} of the guest protocol, this agent {VERSION}",
-                code="guest-client-version",
-                hint="build the guest with this version's client",
-            )
+        process.require_version(self.name, hello)
         fds: list[int] = []
         pages: list[int] = []
         try:
@@ -228,21 +216,11 @@ class ProcessHub:
                     )
                     fds.append(fd)
                     pages.append(page)
-            reply, surplus = await connection.request(
-                Kind.MEMORY,
-                encode_memory(tuple(pages), incoming=False),
-                fds=tuple(fds),
-                limit_seconds=self.timeouts.guest_command,
-                what="it to map its memory",
+            addresses = await connection.map_memory(
+                tuple(pages), tuple(fds), incoming=False, limit_seconds=self.timeouts.guest_command
             )
-            for fd in surplus:
-                os.close(fd)
-            addresses = decode_addresses(reply, len(hello.regions))
-        except BaseException as error:
-            for fd in fds:
-                os.close(fd)
-            if isinstance(error, WireError):
-                raise GuestError(f"guest {self.name}: {error}", code="guest-protocol") from None
+        except BaseException:
+            process.close_all(fds)
             raise
         return Resident(
             connection,
@@ -321,26 +299,19 @@ class ProcessSource(SourceGuest):
     def needs_quiesced_scans(self) -> bool:
         return self._resident is not None and self._resident.direct_io
 
-    async def _ask(self, kind: Kind, what: str, limit_seconds: float | None = None) -> tuple[bytes, tuple[int, ...]]:
+    def _opened(self) -> Resident:
         if self._resident is None:
             raise GuestError(f"guest {self.name} is not open", code="guest-not-open")
+        return self._resident
+
+    async def _ask(self, kind: Kind, what: str, limit_seconds: float | None = None) -> bytes:
         limit = self._timeouts.guest_command if limit_seconds is None else limit_seconds
-        payload = bytes(4) if kind is Kind.UFFD else b""
-        return await self._resident.ask(kind, payload, limit_seconds=limit, what=what)
+        return await self._opened().ask(kind, limit_seconds=limit, what=what)
 
     async def tracking_uffd(self) -> int:
         if self._uffd < 0:
-            _, fds = await self._ask(Kind.UFFD, "its userfaultfd")
-            if len(fds) != 1:
-                for fd in fds:
-                    os.close(fd)
-                raise GuestError(f"guest {self.name} sent {len(fds)} userfaultfds", code="guest-protocol")
-            self._uffd = fds[0]
-            try:
-                uffd_api(self._uffd, faults=False, tracking=True)
-            except MigratedError:
-                await self.release_tracking()
-                raise
+            connection = self._opened().connection
+            self._uffd = await connection.userfaultfd(faults=False, limit_seconds=self._timeouts.guest_command)
         return self._uffd
 
     async def release_tracking(self) -> None:
@@ -364,10 +335,7 @@ class ProcessSource(SourceGuest):
         await self._ask(Kind.PAUSE, "it to reach a safe point", self._timeouts.guest_pause)
 
     async def send_state(self, channel: StateChannel) -> None:
-        state, fds = await self._ask(Kind.STATE, "its state", self._timeouts.guest_state)
-        for fd in fds:
-            os.close(fd)
-        await channel.write(state)
+        await channel.write(await self._ask(Kind.STATE, "its state", self._timeouts.guest_state))
         await channel.close_write()
 
     async def resume(self) -> None:

@@ -22,15 +22,11 @@ from migrated.guests.driver import Description, FaultSource, Memento, StateChann
 from migrated.guests.process import config as process
 from migrated.guests.process.wire import (
     MAX_PAYLOAD_BYTES,
-    VERSION,
     Hello,
     Kind,
-    WireError,
-    decode_addresses,
-    encode_memory,
 )
 from migrated.memory.maps import find_mappings
-from migrated.memory.native import uffd_api, uffd_register
+from migrated.memory.native import uffd_register
 from migrated.memory.regions import Mapping, Region, TargetMemory
 from migrated.settings import Timeouts
 from migrated.waiting import within
@@ -69,32 +65,17 @@ class ProcessTarget(TargetGuest):
         given = {item.region.name: (index, item) for index, item in enumerate(memory)}
         ordered = [given[region.name] for region in hello.regions]
         limit = self._timeouts.guest_command
-        reply, surplus = await connection.request(
-            Kind.MEMORY,
-            encode_memory(tuple(item.region.page_bytes for _, item in ordered), incoming=True),
-            fds=tuple(item.memory_fd for _, item in ordered),
+        addresses = await connection.map_memory(
+            tuple(item.region.page_bytes for _, item in ordered),
+            tuple(item.memory_fd for _, item in ordered),
+            incoming=True,
             limit_seconds=limit,
-            what="it to map its memory",
         )
-        for fd in surplus:
-            os.close(fd)
-        try:
-            addresses = decode_addresses(reply, len(ordered))
-        except WireError as error:
-            raise GuestError(f"guest {self.name}: {error}", code="guest-protocol") from None
         mappings = tuple(
             Mapping(index, address, 0, item.region.size_bytes)
             for (index, item), address in zip(ordered, addresses, strict=True)
         )
-        _, fds = await connection.request(
-            Kind.UFFD, (1).to_bytes(4, "little"), limit_seconds=limit, what="its userfaultfd"
-        )
-        if len(fds) != 1:
-            for fd in fds:
-                os.close(fd)
-            raise GuestError(f"guest {self.name} sent {len(fds)} userfaultfds", code="guest-protocol")
-        self._uffd = fds[0]
-        uffd_api(self._uffd, faults=True, tracking=False)
+        self._uffd = await connection.userfaultfd(faults=True, limit_seconds=limit)
         for mapping in mappings:
             uffd_register(self._uffd, mapping.address, mapping.length_bytes, missing=True, minor=True, tracking=False)
         for item in memory:
@@ -133,8 +114,7 @@ class ProcessTarget(TargetGuest):
             with contextlib.suppress(FileNotFoundError):
                 self._socket.unlink()
         hello, fds = await connection.hello(self._timeouts.guest_command)
-        for fd in fds:
-            os.close(fd)
+        process.close_all(fds)
         return connection, hello
 
     async def _accept(self, listener: socket.socket, pid: int) -> process.GuestConnection:
@@ -163,12 +143,7 @@ class ProcessTarget(TargetGuest):
         )
 
     def _refuse_differences(self, hello: Hello, memory: tuple[TargetMemory, ...]) -> None:
-        if hello.version != VERSION:
-            raise GuestRefusedError(
-                f"guest {self.name} speaks version {hello.version} of the guest protocol, this agent {VERSION}",
-                code="guest-client-version",
-                hint="build the guest with this version's client",
-            )
+        process.require_version(self.name, hello)
         ours = {region.name: region.size_bytes for region in hello.regions}
         theirs = {item.region.name: item.region.size_bytes for item in memory}
         if ours.keys() != theirs.keys():
@@ -267,10 +242,8 @@ class ProcessTarget(TargetGuest):
     async def _greet(self, connection: process.GuestConnection) -> None:
         limit = self._timeouts.guest_command
         _, fds = await connection.hello(limit)
-        for fd in fds:
-            os.close(fd)
-        pages = encode_memory(tuple(0 for _ in range(self._regions)), incoming=True)
-        await connection.request(Kind.MEMORY, pages, limit_seconds=limit, what="it to go on with its memory")
+        process.close_all(fds)
+        await connection.map_memory((0,) * self._regions, incoming=True, limit_seconds=limit)
 
     async def close(self) -> None:
         if self._return is not None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from migrated.errors import GuestError
-from migrated.memory import maps
+from migrated.memory import inspection, maps
 from tests.unit.memory.child import Child
 
 MIB = 1 << 20
@@ -87,8 +87,8 @@ def test_an_ended_process_is_told() -> None:
 
 def test_inspecting_tells_what_can_be_moved_and_what_not(memory: int, child: Callable[[int, int], Child]) -> None:
     process = child(memory, 4 * MIB)
-    (found,) = maps.inspect(process.pid)
+    (found,) = inspection.inspect(process.pid)
     assert (found.size_bytes, found.page_bytes, found.problem) == (4 * MIB, 4096, "")
     with mmap.mmap(memory, 4 * MIB):
-        (found,) = maps.inspect(process.pid)
+        (found,) = inspection.inspect(process.pid)
         assert f"process {os.getpid()}" in found.problem

@@ -48,9 +48,9 @@ class Arriving:
     async def hello(self, _: float) -> tuple[Hello, tuple[int, ...]]:
         return Hello(0, (HelloRegion("ram", 4096),)), ()
 
-    async def request(self, *_: Any, **__: Any) -> tuple[bytes, tuple[int, ...]]:
+    async def map_memory(self, *_: Any, **__: Any) -> tuple[int, ...]:
         self.mapped.set()
-        return bytes(8), ()
+        return (0,)
 
     async def send(self, kind: Kind, payload: bytes = b"") -> None:
         assert kind is Kind.REFUSE
