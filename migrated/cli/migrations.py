@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, cast
 
 import click
 import msgspec
+from rich.live import Live
 
 from migrated import settings, units
 from migrated.agent.record import Record
 from migrated.agent.requests import StartRequest
-from migrated.cli import failure
+from migrated.cli import failure, rendering
 from migrated.cli.client import Client
 from migrated.errors import ConfigError, MigratedError, TimeoutExceededError
 from migrated.options import Limits, MigrationOptions
@@ -53,7 +54,7 @@ def options(table: type[settings.Table], *names: str) -> Callable[[F], F]:
             field = table.model_fields[name]
             values = typing.get_args(field.annotation)
             function = click.option(
-                f"--{name.removesuffix('_ms').replace('_', '-')}",
+                _flag(name),
                 name,
                 type=click.Choice(values) if typing.get_origin(field.annotation) is Literal else _Value(field),
                 required=field.is_required(),
@@ -62,6 +63,10 @@ def options(table: type[settings.Table], *names: str) -> Callable[[F], F]:
         return function
 
     return add
+
+
+def _flag(name: str) -> str:
+    return f"--{name.removesuffix('_ms').replace('_', '-')}"
 
 
 def _help(field: FieldInfo) -> str:
@@ -102,8 +107,6 @@ def _show(record: Record, *, as_json: bool) -> None:
     if as_json:
         print_json(record)
     else:
-        from migrated.cli import rendering
-
         rendering.console().print(rendering.summary(record))
 
 
@@ -158,9 +161,7 @@ async def _follow(client: Client, record: Record, *, as_json: bool, quiet: bool)
             async for latest in client.events(record.id):
                 record = latest
         else:
-            from migrated.cli.rendering import Progress
-
-            with Progress() as progress:
+            with rendering.Progress() as progress:
                 async for latest in client.events(record.id):
                     record = latest
                     progress.show(record)
@@ -214,8 +215,6 @@ async def _print_agent(client: Client, *, as_json: bool) -> None:
     if as_json:
         print_json({**about, "migrations": await client.migrations()})
         return
-    from migrated.cli import rendering
-
     print(rendering.agent_line(about))
     print(f"guests: {', '.join(about['guests']) or 'none'}")
     records = msgspec.convert(about["migrations"], list[Record])
@@ -226,10 +225,6 @@ async def _print_agent(client: Client, *, as_json: bool) -> None:
 
 
 async def _watch_agent(client: Client, *, as_json: bool) -> int:
-    from rich.live import Live
-
-    from migrated.cli import rendering
-
     out = rendering.console()
     if as_json or not out.is_terminal:
         while True:
@@ -251,8 +246,6 @@ async def list_(client: Client, *, everything: bool, as_json: bool) -> int:
     if as_json:
         print_json({"migrations": records})
         return failure.DONE
-    from migrated.cli import rendering
-
     if records:
         rendering.console().print(rendering.migrations_table(records))
     else:
@@ -303,8 +296,7 @@ async def set_(client: Client, *, id: str, as_json: bool, **values: Any) -> int:
     """Change limits of a migration under way."""
     body = {key: value for key, value in values.items() if value is not None}
     if not body:
-        flags = [flag for parameter in click.get_current_context().command.params for flag in parameter.opts]
-        message = f"nothing to set: give at least one of {', '.join(flags)}"
+        message = f"nothing to set: give at least one of {', '.join(map(_flag, Limits.model_fields))}"
         raise click.UsageError(message, click.get_current_context())
     return _done(await client.verb(id, "set", body), as_json=as_json, word="set")
 
