@@ -10,7 +10,7 @@ import msgspec
 
 from migrated.errors import LocalProtocolError, RemoteProtocolError
 from migrated.protocol import bounds
-from migrated.protocol.messages import AnyMessage
+from migrated.protocol.messages import MAX_REGIONS, MAX_TEXT_CHARACTERS, AnyMessage
 
 T = TypeVar("T")
 
@@ -21,7 +21,7 @@ MAX_FRAME_BYTES = 16 * 1024 * 1024
 #: array of regions, a map for each, and the driver's description; twice as many, so that one region too many is refused by
 #: its name (bounds).
 #: msgpack itself refuses more than 1,024 arrays and maps inside each other.
-MAX_CONTAINERS = 2 * (8 + bounds.MAX_REGIONS)
+MAX_CONTAINERS = 2 * (8 + MAX_REGIONS)
 MAX_FIELDS = 16
 
 
@@ -29,8 +29,9 @@ def encode(message: AnyMessage) -> bytes:
     """The frame of a message.  Raises LocalProtocolError when a field is out of range."""
     name = type(message).__name__
     try:
-        bounds.check(message)
-        body: bytes = msgpack.packb(msgspec.to_builtins(message, builtin_types=(bytes,)))
+        values = msgspec.to_builtins(message, builtin_types=(bytes,))
+        bounds.check(msgspec.convert(values, type(message), builtin_types=(bytes,)))
+        body: bytes = msgpack.packb(values)
     except (ValueError, OverflowError) as error:
         raise LocalProtocolError(f"{name}: {error}", hint="this is a bug: please report it") from error
     if len(body) > MAX_FRAME_BYTES:
@@ -53,9 +54,9 @@ def _unpack(body: bytes) -> object:
         body,
         list_hook=count,
         object_hook=count,
-        max_str_len=4 * bounds.MAX_TEXT_CHARACTERS,
+        max_str_len=4 * MAX_TEXT_CHARACTERS,
         max_bin_len=MAX_FRAME_BYTES,
-        max_array_len=2 * bounds.MAX_REGIONS,
+        max_array_len=2 * MAX_REGIONS,
         max_map_len=MAX_FIELDS,
         max_ext_len=0,
     )

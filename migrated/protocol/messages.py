@@ -1,15 +1,44 @@
-"""Control messages, as msgspec structs carried in length-prefixed msgpack frames (framing.py).
+"""Control messages and what their fields may hold: msgspec structs carried in length-prefixed msgpack frames (framing.py).
 
 S→T: source to target, T→S: target to source.  Pages never travel here: they have connections of their own.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Final
 
 import msgspec
+from msgspec import Meta
 
 PROTOCOL_VERSION = 2
+
+SESSION_BYTES = 16
+TOKEN_BYTES = 32
+SECRET_BYTES = 4104  # MGD_SECRET_BYTES
+MAX_REGIONS = 128  # MGD_MAX_REGIONS
+MAX_STREAMS = 16  # MGD_MAX_STREAMS
+MAX_REGION_BYTES = 1 << 50
+PAGE_SIZES: Final = (4096, 2 << 20, 1 << 30)
+MODES: Final = ("hybrid", "precopy", "postcopy")
+STANDINGS: Final = ("loaded", "running", "done")
+MAX_NAME_CHARACTERS = 255
+MAX_CODE_CHARACTERS = 64
+MAX_TEXT_CHARACTERS = 4096
+MAX_CHUNK_BYTES = 1 << 20  # of guest state in a message: the driver contract's limit of a read
+MAX_BITS_BYTES = 1 << 20  # of a map in a message: 8 Mi pages
+MAX_NUMBER = (1 << 63) - 1
+CODE = "[a-z0-9]+(-[a-z0-9]+)*"
+
+# Every text must be printable as well (bounds.py).
+Number = Annotated[int, Meta(ge=0, le=MAX_NUMBER)]
+Session = Annotated[bytes, Meta(min_length=SESSION_BYTES, max_length=SESSION_BYTES)]
+Token = Annotated[bytes, Meta(min_length=TOKEN_BYTES, max_length=TOKEN_BYTES)]
+Secret = Annotated[bytes, Meta(min_length=SECRET_BYTES, max_length=SECRET_BYTES)]
+Name = Annotated[str, Meta(min_length=1, max_length=MAX_NAME_CHARACTERS)]
+Text = Annotated[str, Meta(max_length=MAX_TEXT_CHARACTERS)]
+Region = Annotated[int, Meta(ge=0, lt=MAX_REGIONS)]
+FirstPage = Annotated[int, Meta(ge=0, le=MAX_NUMBER, multiple_of=8)]
+Bits = Annotated[bytes, Meta(min_length=1, max_length=MAX_BITS_BYTES)]  # lowest bit first
 
 
 class Message(msgspec.Struct, frozen=True, tag_field="t", forbid_unknown_fields=True):
@@ -19,8 +48,8 @@ class Message(msgspec.Struct, frozen=True, tag_field="t", forbid_unknown_fields=
 class RegionInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A region as the source has it."""
 
-    name: str
-    size_bytes: int
+    name: Name
+    size_bytes: Annotated[int, Meta(ge=1, le=MAX_REGION_BYTES)]
     page_bytes: int
     device: bool = False  # memory of a device or of the firmware
 
@@ -29,57 +58,59 @@ class Hello(Message, frozen=True, tag="hello"):
     """S→T, first message of a new migration."""
 
     version: int
-    session: bytes  # 16 bytes, random
-    token: bytes  # 32 bytes, random: page connections and reconnects show it
-    guest: str
-    driver: str
-    mode: str
-    streams: int
-    block_secret: bytes  # MGD_SECRET_BYTES, key of the block hash
-    regions: tuple[RegionInfo, ...]
-    agent: str  # "migrated 0.1.0", for people
+    session: Session  # 16 bytes, random
+    token: Token  # 32 bytes, random: page connections and reconnects show it
+    guest: Name
+    driver: Name
+    mode: Annotated[str, Meta(pattern=f"^({'|'.join(MODES)})\\Z")]
+    streams: Annotated[int, Meta(ge=1, le=MAX_STREAMS)]
+    block_secret: Secret  # MGD_SECRET_BYTES, key of the block hash
+    regions: Annotated[tuple[RegionInfo, ...], Meta(min_length=1, max_length=MAX_REGIONS)]
+    agent: Name  # "migrated 0.1.0", for people
     description: dict[str, Any] = {}  # what the source's driver says of the guest; checked by the target's driver
 
 
 class Ready(Message, frozen=True, tag="ready"):
     """T→S: memory reserved, guest process up, fault server armed."""
 
-    page_bytes: tuple[int, ...]  # host page size of each region, in the order of Hello.regions
+    page_bytes: Annotated[
+        tuple[int, ...], Meta(min_length=1, max_length=MAX_REGIONS)
+    ]  # host page size of each region, in the order of Hello.regions
 
 
 class Populated(Message, frozen=True, tag="populated"):
     """S→T: host pages that will come (a piece of the map): the target may have them ready."""
 
-    region: int
-    first_page: int
-    bits: bytes  # little end first
+    region: Region
+    first_page: FirstPage
+    bits: Bits  # little end first
 
 
 class Round(Message, frozen=True, tag="round"):
     """S→T, for people: a pre-copy round begins."""
 
-    number: int
-    dirty_bytes: int
+    number: Number
+    dirty_bytes: Number
 
 
 class BarrierAck(Message, frozen=True, tag="barrier-ack"):
     """T→S: everything sent before this barrier on every bulk stream is in memory."""
 
-    barrier: int
+    barrier: Number
 
 
 class Switchover(Message, frozen=True, tag="switchover"):
     """S→T: the guest is paused.  StaleMap pieces follow, then StaleMapEnd."""
 
-    stale_pages: int
+    stale_pages: Number
 
 
 class StaleMap(Message, frozen=True, tag="stale-map"):
     """S→T: a piece of a region's stale map, one bit a host page."""
 
-    region: int
-    first_page: int
-    bits: bytes
+    region: Region
+    first_page: FirstPage
+    bits: Bits
 
 
 class StaleMapEnd(Message, frozen=True, tag="stale-map-end"):
@@ -89,7 +120,7 @@ class StaleMapEnd(Message, frozen=True, tag="stale-map-end"):
 class StateChunk(Message, frozen=True, tag="state"):
     """Both ways: bytes of the guest state, driver to driver."""
 
-    data: bytes
+    data: Annotated[bytes, Meta(min_length=1, max_length=MAX_CHUNK_BYTES)]
 
 
 class StateEnd(Message, frozen=True, tag="state-end"):
@@ -126,9 +157,9 @@ class Abort(Message, frozen=True, tag="abort"):
     From the target in answer to Resume(committed=True): it cannot go on, and why; nothing else changes.
     """
 
-    code: str
-    message: str
-    hint: str = ""
+    code: Annotated[str, Meta(pattern=f"^{CODE}\\Z", max_length=MAX_CODE_CHARACTERS)]
+    message: Text
+    hint: Text = ""
 
 
 class Aborted(Message, frozen=True, tag="aborted"):
@@ -138,37 +169,37 @@ class Aborted(Message, frozen=True, tag="aborted"):
 class Ping(Message, frozen=True, tag="ping"):
     """Both ways: asks for a sign of life."""
 
-    sequence: int
+    sequence: Number
 
 
 class Pong(Message, frozen=True, tag="pong"):
     """Both ways: the answer to Ping, with its number."""
 
-    sequence: int
+    sequence: Number
 
 
 class Resume(Message, frozen=True, tag="resume"):
     """S→T, first message of a reconnect: the same session goes on.  ``committed``: COMMIT was (or may have been) sent."""
 
     version: int
-    session: bytes
-    token: bytes
+    session: Session
+    token: Token
     committed: bool
 
 
 class Resumed(Message, frozen=True, tag="resumed"):
     """T→S: where the target stands: ``loaded``, ``running`` or ``done``.  Lacking pieces follow, then LackingEnd."""
 
-    state: str
-    lacking_pages: int
+    state: Annotated[str, Meta(pattern=f"^({'|'.join(STANDINGS)})\\Z")]
+    lacking_pages: Number
 
 
 class Lacking(Message, frozen=True, tag="lacking"):
     """T→S: a piece of the map of pages the target does not have."""
 
-    region: int
-    first_page: int
-    bits: bytes
+    region: Region
+    first_page: FirstPage
+    bits: Bits
 
 
 class LackingEnd(Message, frozen=True, tag="lacking-end"):

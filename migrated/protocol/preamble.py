@@ -21,7 +21,7 @@ from typing import Final
 
 from migrated.errors import LocalProtocolError, RemoteProtocolError
 from migrated.protocol import bounds, framing
-from migrated.protocol.messages import PROTOCOL_VERSION
+from migrated.protocol.messages import MAX_STREAMS, PROTOCOL_VERSION, SESSION_BYTES, TOKEN_BYTES
 
 PREAMBLE_BYTES = 64
 MAGIC: Final = b"MGRT"
@@ -110,11 +110,11 @@ def refusal(error: RemoteProtocolError) -> bytes:
 
 
 def _problem(preamble: Preamble) -> str:
-    streams = bounds.MAX_STREAMS if preamble.purpose is Purpose.BULK else 1
+    streams = MAX_STREAMS if preamble.purpose is Purpose.BULK else 1
     if not 0 <= preamble.stream < streams:
         return f"stream must be from 0 to {streams - 1} on a {preamble.purpose.name.lower()} connection, not {preamble.stream}"
-    if len(preamble.session) != bounds.SESSION_BYTES:
-        return f"session must be {bounds.SESSION_BYTES} bytes, not {len(preamble.session)}"
-    if len(preamble.token) != bounds.TOKEN_BYTES:
-        return f"token must be {bounds.TOKEN_BYTES} bytes, not {len(preamble.token)}"
+    if len(preamble.session) != SESSION_BYTES:
+        return f"session must be {SESSION_BYTES} bytes, not {len(preamble.session)}"
+    if len(preamble.token) != TOKEN_BYTES:
+        return f"token must be {TOKEN_BYTES} bytes, not {len(preamble.token)}"
     return ""

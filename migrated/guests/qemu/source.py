@@ -28,7 +28,7 @@ from migrated.guests.qemu.state import END, StateFile, StateHeader, encode_heade
 from migrated.memory.maps import mapped_elsewhere, open_area
 from migrated.memory.regions import SourceMemory
 from migrated.memory.smaps import residences
-from migrated.protocol.bounds import MAX_REGIONS
+from migrated.protocol.messages import MAX_REGIONS
 from migrated.settings import Timeouts
 
 #: Run states of a guest that can be migrated; all but the first arrive paused.

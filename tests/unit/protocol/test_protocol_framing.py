@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from migrated.errors import LocalProtocolError, MigratedError, RemoteProtocolError
 from migrated.protocol import bounds
+from migrated.protocol import messages as limits
 from migrated.protocol.framing import LENGTH_BYTES, MAX_FRAME_BYTES, FrameDecoder, encode
 from migrated.protocol.messages import (
     PROTOCOL_VERSION,
@@ -40,10 +41,10 @@ from migrated.protocol.messages import (
 )
 from tests.unit.protocol.wired_sessions import HELLO, READY, SESSION, TOKEN
 
-numbers = st.integers(0, bounds.MAX_NUMBER)
+numbers = st.integers(0, limits.MAX_NUMBER)
 names = st.text(min_size=1, max_size=255).filter(str.isprintable)
 texts = st.text(max_size=300).filter(str.isprintable)
-page_sizes = st.sampled_from(bounds.PAGE_SIZES)
+page_sizes = st.sampled_from(limits.PAGE_SIZES)
 pieces = st.tuples(st.integers(0, 63), numbers.map(lambda page: page & ~7), st.binary(min_size=1, max_size=600))
 regions = st.builds(
     lambda name, pages, page_bytes: RegionInfo(name, pages * page_bytes, page_bytes),
@@ -57,9 +58,9 @@ messages: st.SearchStrategy[AnyMessage] = st.one_of(
             HELLO, guest=guest, mode=mode, streams=streams, block_secret=secret, regions=tuple(infos)
         ),
         names,
-        st.sampled_from(bounds.MODES),
+        st.sampled_from(limits.MODES),
         st.integers(1, 16),
-        st.binary(min_size=24, max_size=24).map(lambda piece: piece * (bounds.SECRET_BYTES // 24)),
+        st.binary(min_size=24, max_size=24).map(lambda piece: piece * (limits.SECRET_BYTES // 24)),
         st.lists(regions, min_size=1, max_size=4, unique_by=lambda region: region.name),
     ),
     st.lists(page_sizes, min_size=1, max_size=64).map(lambda sizes: Ready(tuple(sizes))),
@@ -74,7 +75,7 @@ messages: st.SearchStrategy[AnyMessage] = st.one_of(
     st.builds(Ping, numbers),
     st.builds(Pong, numbers),
     st.builds(lambda committed: Resume(PROTOCOL_VERSION, SESSION, TOKEN, committed), st.booleans()),
-    st.builds(Resumed, st.sampled_from(bounds.STANDINGS), numbers),
+    st.builds(Resumed, st.sampled_from(limits.STANDINGS), numbers),
     st.sampled_from([StateEnd(), Commit(), Aborted(), LackingEnd()]),
 )
 
@@ -200,27 +201,28 @@ def region(**changes: Any) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"session": bytes(15)}, "session must be 16 bytes, not 15"),
-        ({"token": bytes(33)}, "token must be 32 bytes, not 33"),
-        ({"block_secret": b""}, "block_secret must be 4104 bytes, not 0"),
-        ({"streams": 0}, "streams must be from 1 to 16, not 0"),
-        ({"streams": 17}, "streams must be from 1 to 16, not 17"),
+        ({"session": bytes(15)}, "length >= 16 - at `$.session`"),
+        ({"token": bytes(33)}, "length <= 32 - at `$.token`"),
+        ({"block_secret": b""}, "length >= 4104 - at `$.block_secret`"),
+        ({"streams": 0}, "`int` >= 1 - at `$.streams`"),
+        ({"streams": 17}, "`int` <= 16 - at `$.streams`"),
         ({"streams": True}, "Expected `int`"),
-        ({"mode": "fast"}, "mode must be one of hybrid, precopy, postcopy"),
-        ({"guest": ""}, "guest must be 1 to 255 printable"),
-        ({"guest": "x" * 256}, "guest must be 1 to 255 printable"),
-        ({"guest": "a\x1b[2J"}, "guest must be 1 to 255 printable"),
-        ({"driver": "\n"}, "driver must be"),
-        ({"agent": ""}, "agent must be"),
-        ({"regions": []}, "number of regions must be from 1 to 128, not 0"),
-        ({"regions": [{**region()[0], "name": str(index)} for index in range(129)]}, "1 to 128, not 129"),
+        ({"mode": "fast"}, "(hybrid|precopy|postcopy)\\\\Z' - at `$.mode`"),
+        ({"guest": ""}, "length >= 1 - at `$.guest`"),
+        ({"guest": "x" * 256}, "length <= 255 - at `$.guest`"),
+        ({"guest": "a\x1b[2J"}, "guest must be printable"),
+        ({"driver": "\n"}, "driver must be printable"),
+        ({"agent": ""}, "length >= 1 - at `$.agent`"),
+        ({"regions": []}, "length >= 1 - at `$.regions`"),
+        ({"regions": [{**region()[0], "name": str(index)} for index in range(129)]}, "length <= 128 - at `$.regions`"),
         ({"regions": region() * 2}, "region names must differ"),
-        ({"regions": region(name="")}, "a region's name"),
-        ({"regions": region(size_bytes=0)}, "size_bytes of region ram must be from 1"),
-        ({"regions": region(size_bytes=-4096)}, "size_bytes of region ram must be from 1"),
-        ({"regions": region(size_bytes=3 << 20)}, "multiple of its page size 2097152"),
-        ({"regions": region(size_bytes=1 << 62)}, "size_bytes of region ram must be from 1"),
-        ({"regions": region(page_bytes=8192)}, "page_bytes of region ram must be one of 4096, 2097152, 1073741824"),
+        ({"regions": region(name="")}, "length >= 1 - at `$.regions[0].name`"),
+        ({"regions": region(name="\n")}, "name must be printable"),
+        ({"regions": region(size_bytes=0)}, "`int` >= 1 - at `$.regions[0].size_bytes`"),
+        ({"regions": region(size_bytes=-4096)}, "`int` >= 1 - at `$.regions[0].size_bytes`"),
+        ({"regions": region(size_bytes=3 << 20)}, "no multiple of the page size 2097152"),
+        ({"regions": region(size_bytes=1 << 62)}, "`$.regions[0].size_bytes`"),
+        ({"regions": region(page_bytes=8192)}, "page_bytes must be one of 4096, 2097152, 1073741824, not 8192"),
         ({"regions": region(color="red")}, "color"),
         ({"surprise": 1}, "surprise"),
         ({"version": "1"}, "Expected `int`"),
@@ -235,25 +237,26 @@ def test_a_wrong_hello_is_refused_by_the_name_of_the_field(changes: dict[str, An
 @pytest.mark.parametrize(
     ("message", "named"),
     [
-        (Ready(()), "number of page sizes"),
+        (Ready(()), r"length >= 1 - at `\$\.page_bytes`"),
         (Ready((4097,)), "page_bytes must be one of"),
-        (Populated(128, 0, b"1"), "region must be from 0 to 127"),
-        (StaleMap(0, 4, b"1"), "multiple of 8, not 4"),
-        (Lacking(0, -8, b"1"), "first_page must be from 0"),
-        (Lacking(0, 0, b""), "length of bits"),
-        (StaleMap(0, 0, bytes(bounds.MAX_BITS_BYTES + 1)), "length of bits"),
-        (StateChunk(b""), "length of data"),
-        (StateChunk(bytes(bounds.MAX_CHUNK_BYTES + 1)), "length of data"),
-        (Round(-1, 0), "number must be"),
-        (Round(0, -1), "dirty_bytes must be"),
-        (BarrierAck(-1), "barrier must be"),
-        (Ping(1 << 63), "sequence must be"),
-        (Resumed("asleep", 0), "state must be one of loaded, running, done"),
-        (Resume(PROTOCOL_VERSION, b"", TOKEN, committed=True), "session must be 16"),
-        (Abort("No Good", "x"), "code must be"),
-        (Abort("x" * 65, "x"), "code must be"),
+        (Populated(128, 0, b"1"), r"<= 127 - at `\$\.region`"),
+        (StaleMap(0, 4, b"1"), r"multiple of 8 - at `\$\.first_page`"),
+        (Lacking(0, -8, b"1"), r">= 0 - at `\$\.first_page`"),
+        (Lacking(0, 0, b""), r"length >= 1 - at `\$\.bits`"),
+        (StaleMap(0, 0, bytes(limits.MAX_BITS_BYTES + 1)), r"length <= 1048576 - at `\$\.bits`"),
+        (StateChunk(b""), r"length >= 1 - at `\$\.data`"),
+        (StateChunk(bytes(limits.MAX_CHUNK_BYTES + 1)), r"length <= 1048576 - at `\$\.data`"),
+        (Round(-1, 0), r">= 0 - at `\$\.number`"),
+        (Round(0, -1), r">= 0 - at `\$\.dirty_bytes`"),
+        (BarrierAck(-1), r">= 0 - at `\$\.barrier`"),
+        (Ping(1 << 63), r"<= 9223372036854775807 - at `\$\.sequence`"),
+        (Resumed("asleep", 0), r"at `\$\.state`"),
+        (Resume(PROTOCOL_VERSION, b"", TOKEN, committed=True), r"length >= 16 - at `\$\.session`"),
+        (Abort("No Good", "x"), r"at `\$\.code`"),
+        (Abort("good\n", "x"), r"at `\$\.code`"),
+        (Abort("x" * 65, "x"), r"length <= 64 - at `\$\.code`"),
         (Abort("x", "\x07"), "message must be printable"),
-        (Abort("x", "y", "z" * 4097), "hint must be at most 4096"),
+        (Abort("x", "y", "z" * 4097), r"length <= 4096 - at `\$\.hint`"),
     ],
 )
 def test_fields_out_of_range_are_neither_sent_nor_taken(message: AnyMessage, named: str) -> None:
