@@ -98,6 +98,7 @@ bench: $(STAMPS)/installed $(STAMPS)/test-deps
 docs: $(STAMPS)/installed
 	$(BIN)/python -m tests.rig.error_codes > docs/errors.md.new
 	@mv docs/errors.md.new docs/errors.md
+	$(BIN)/python -m tests.rig.documented_keys
 
 soak: $(STAMPS)/installed
 	$(BIN)/python -m tests.faults.soak --seconds $(SOAK_SECONDS) $(if $(SOAK_SEED),--seed $(SOAK_SEED)) $(ARGS)

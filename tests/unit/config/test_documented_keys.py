@@ -2,73 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import re
-from pathlib import Path
-from typing import Any
 
 import click
 import pytest
 
 from migrated import config
 from migrated.cli.command import root
-from migrated.guests.process.config import ProcessSourceConfig, ProcessTargetConfig
-from migrated.guests.qemu.config import QemuSourceConfig, QemuTargetConfig
 from migrated.options import Limits, MigrationOptions
-from migrated.settings import Table, Timeouts, allowed
+from migrated.settings import Table, allowed
+from tests.rig import documented_keys
 
-DOCS = Path(__file__).parents[3] / "docs"
-INSECURE = {"tls": {"insecure": True}}
-SOURCE, TARGET = config.decode(INSECURE, "source"), config.decode(INSECURE, "target")
-#: Defaults that depend on the role.
-BY_ROLE = {
-    "state_dir": f"`{SOURCE.state_dir}`, `{TARGET.state_dir}`",
-    "status": f"source `{SOURCE.status_address}`, target `{TARGET.status_address}`",
-}
+DOCS = documented_keys.PAGE.parent
 
 
-def documented(table: type[Table]) -> str:
-    """The table of docs/configuration.md."""
-    lines = ["| key | default | allowed | meaning |", "| --- | --- | --- | --- |"]
-    shown: dict[str, Any] = table.model_construct().model_dump(mode="json")
-    for name, field in table.model_fields.items():
-        if field.is_required():
-            default = "required"
-        elif field.default is None:
-            default = BY_ROLE.get(name, "")
-        else:
-            value = shown[name]
-            default = f"{value:g}" if isinstance(value, float) else f"`{json.dumps(value)}`"
-        if name != "driver":
-            lines.append(f"| `{name}` | {default} | {allowed(field)} | {field.description} |")
-    return "\n".join(lines) + "\n"
-
-
-@pytest.mark.parametrize(
-    ("heading", "table"),
-    [
-        ("[agent]", config.AgentSection),
-        ("[listen] (target only)", config.ListenSection),
-        ("[http]", config.HttpSection),
-        ("[tls]", config.TlsSection),
-        ("[migration]", MigrationOptions),
-        ("[timeouts]", Timeouts),
-        ("[limits]", config.LimitsSection),
-        ('driver = "qemu" on a source', QemuSourceConfig),
-        ('driver = "qemu" on a target', QemuTargetConfig),
-        ('driver = "process" on a source', ProcessSourceConfig),
-        ('driver = "process" on a target', ProcessTargetConfig),
-    ],
-)
-def test_a_table_of_keys_is_the_declaration(heading: str, table: type[Table]) -> None:
-    text = (DOCS / "configuration.md").read_text()
-    section = re.search(rf"^#+ {re.escape(heading)}\n(.*?)(?=^#|\Z)", text, re.MULTILINE | re.DOTALL)
-    assert section is not None, heading
-    assert documented(table) in section[1], f"put this below {heading}:\n\n{documented(table)}"
+def test_the_page_of_the_configuration_is_up_to_date() -> None:
+    assert documented_keys.PAGE.read_text() == documented_keys.page(), "run: make docs"
 
 
 def test_every_section_is_documented() -> None:
-    text = (DOCS / "configuration.md").read_text()
+    text = documented_keys.PAGE.read_text()
     for section in config.TargetConfig.model_fields:
         assert re.search(rf"^## \[{section}(\.NAME)?\]", text, re.MULTILINE), section
 

@@ -1,0 +1,68 @@
+"""The tables of docs/configuration.md, from the declarations of the keys: ``python -m tests.rig.documented_keys``."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from migrated import config
+from migrated.guests.process.config import ProcessSourceConfig, ProcessTargetConfig
+from migrated.guests.qemu.config import QemuSourceConfig, QemuTargetConfig
+from migrated.options import MigrationOptions
+from migrated.settings import Table, Timeouts, allowed
+
+PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
+SECTIONS: dict[str, type[Table]] = {
+    "[agent]": config.AgentSection,
+    "[listen] (target only)": config.ListenSection,
+    "[http]": config.HttpSection,
+    "[tls]": config.TlsSection,
+    "[migration]": MigrationOptions,
+    "[timeouts]": Timeouts,
+    "[limits]": config.LimitsSection,
+    'driver = "qemu" on a source': QemuSourceConfig,
+    'driver = "qemu" on a target': QemuTargetConfig,
+    'driver = "process" on a source': ProcessSourceConfig,
+    'driver = "process" on a target': ProcessTargetConfig,
+}
+
+INSECURE = {"tls": {"insecure": True}}
+SOURCE, TARGET = config.decode(INSECURE, "source"), config.decode(INSECURE, "target")
+#: Defaults that depend on the role.
+BY_ROLE = {
+    "state_dir": f"`{SOURCE.state_dir}`, `{TARGET.state_dir}`",
+    "status": f"source `{SOURCE.status_address}`, target `{TARGET.status_address}`",
+}
+
+
+def documented(table: type[Table]) -> str:
+    """The keys of a table, one line each."""
+    lines = ["| key | default | allowed | meaning |", "| --- | --- | --- | --- |"]
+    shown: dict[str, Any] = table.model_construct().model_dump(mode="json")
+    for name, field in table.model_fields.items():
+        if field.is_required():
+            default = "required"
+        elif field.default is None:
+            default = BY_ROLE.get(name, "")
+        else:
+            value = shown[name]
+            default = f"{value:g}" if isinstance(value, float) else f"`{json.dumps(value)}`"
+        if name != "driver":
+            lines.append(f"| `{name}` | {default} | {allowed(field)} | {field.description} |")
+    return "\n".join(lines) + "\n"
+
+
+def page() -> str:
+    """The page, with the table below each heading of `SECTIONS` as it should be."""
+    text = PAGE.read_text()
+    for heading, table in SECTIONS.items():
+        below = re.compile(rf"(^#+ {re.escape(heading)}\n(?:[^#|\n].*\n|\n)*)(?:\|.*\n)*", re.MULTILINE)
+        text, found = below.subn(lambda match, table=table: match[1] + documented(table), text)  # type: ignore[misc]
+        assert found == 1, f"{PAGE} has no section {heading}"
+    return text
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
