@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -156,11 +156,6 @@ class Record(msgspec.Struct, kw_only=True):
     def ended(self) -> bool:
         """Whether nothing more will happen."""
         return self.state in ENDED
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
-        result: dict[str, Any] = msgspec.to_builtins(self)
-        return result
 
 
 def failed_record(migration_id: str, role: str, entry: TargetEntry | SourceEntry, error: BaseException) -> Record:

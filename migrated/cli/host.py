@@ -12,7 +12,6 @@ import click
 
 from migrated.cli import failure, rendering
 from migrated.cli.migrations import json_flag, print_json
-from migrated.config import STATE_DIRECTORY
 from migrated.errors import GuestError
 from migrated.units import format_size
 
@@ -148,7 +147,7 @@ async def _open_guest(pid: int, qmp: str) -> SourceMemory:
     from migrated.guests.qemu.source import QemuSource
     from migrated.settings import Timeouts
 
-    guest = QemuSource(str(pid), QemuSourceConfig(qmp=qmp), STATE_DIRECTORY, Timeouts())
+    guest = QemuSource(str(pid), QemuSourceConfig(qmp=qmp), Timeouts())
     try:
         memory = await guest.open()
         _check_peer(pid, qmp, memory.pid)

@@ -48,7 +48,7 @@ class Residents:
             if isinstance(table, ProcessSourceConfig):
                 from migrated.guests.process.source import ProcessHub
 
-                self._hubs[name] = ProcessHub(name, table, self.run_dir(name), self._config.timeouts)
+                self._hubs[name] = ProcessHub(name, table, self._config.timeouts)
                 await self._stack.enter_async_context(self._hubs[name])
         return self
 
@@ -63,7 +63,7 @@ class Residents:
         if isinstance(table, QemuSourceConfig):
             from migrated.guests.qemu.source import QemuSource
 
-            return QemuSource(name, table, self.run_dir(name), self._config.timeouts)
+            return QemuSource(name, table, self._config.timeouts)
         from migrated.guests.process.source import ProcessSource
 
         return ProcessSource(name, self._hubs[name])

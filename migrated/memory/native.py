@@ -33,8 +33,6 @@ __all__ = [
     "uffd_api",
     "uffd_open",
     "uffd_register",
-    "uffd_unregister",
-    "uffd_wake",
 ]
 
 #: Errno values of a socket whose other end is gone or out of reach.
@@ -117,16 +115,6 @@ def uffd_register(uffd: int, start: int, length_bytes: int, *, missing: bool, mi
         | (lib.MGD_REGISTER_WP if tracking else 0)
     )
     call(lib.mgd_uffd_register, uffd, start, length_bytes, mode)
-
-
-def uffd_unregister(uffd: int, start: int, length_bytes: int) -> None:
-    """UFFDIO_UNREGISTER, then wake every thread that waits there."""
-    call(lib.mgd_uffd_unregister, uffd, start, length_bytes)
-
-
-def uffd_wake(uffd: int, start: int, length_bytes: int) -> None:
-    """UFFDIO_WAKE: waiting threads touch their page again."""
-    call(lib.mgd_uffd_wake, uffd, start, length_bytes)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -87,11 +87,6 @@ class FrameDecoder:
         self._buffer = bytearray()
         self._error: RemoteProtocolError | None = None
 
-    @property
-    def pending_bytes(self) -> int:
-        """Bytes taken that are not yet part of a message given out: 0 at a frame boundary."""
-        return len(self._buffer)
-
     def feed(self, data: bytes) -> Iterator[AnyMessage]:
         """Take bytes (kept at once); iterate over the messages that are whole.
 

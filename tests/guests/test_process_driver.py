@@ -114,7 +114,7 @@ async def hub_and_guest(
     guest = Guest(program, short / "p.sock", short / "con")
     console = GuestConsole()
     try:
-        async with ProcessHub("p", read(ProcessSourceConfig, table, "p"), short, Timeouts()) as hub:
+        async with ProcessHub("p", read(ProcessSourceConfig, table, "p"), Timeouts()) as hub:
             await hub.wait_connected(LIMIT)
             await console.attach(short / "con")
             yield hub, guest, console
@@ -158,13 +158,13 @@ async def test_a_guest_survives_its_agent_and_shows_its_memory_to_the_next(short
     guest = Guest(program, short / "p.sock", short / "con")
     console = GuestConsole()
     try:
-        async with ProcessHub("p", read(ProcessSourceConfig, table, "p"), short, Timeouts()) as hub:
+        async with ProcessHub("p", read(ProcessSourceConfig, table, "p"), Timeouts()) as hub:
             first = await hub.wait_connected(LIMIT)
             inode = os.fstat(first.memory_fds[0]).st_ino
             await console.attach(short / "con")
             await console.stats(LIMIT)
         await console.stats(LIMIT)  # runs on without an agent
-        async with ProcessHub("p", read(ProcessSourceConfig, table, "p"), short, Timeouts()) as hub:
+        async with ProcessHub("p", read(ProcessSourceConfig, table, "p"), Timeouts()) as hub:
             again = await hub.wait_connected(LIMIT)
             assert os.fstat(again.memory_fds[0]).st_ino == inode
             assert await console.verified()
@@ -178,7 +178,7 @@ async def test_a_guest_paused_when_its_agent_died_is_made_to_run_by_the_next(sho
     guest = Guest(program, short / "p.sock", short / "con")
     console = GuestConsole()
     try:
-        async with ProcessHub("p", read(ProcessSourceConfig, table, "p"), short, Timeouts()) as hub:
+        async with ProcessHub("p", read(ProcessSourceConfig, table, "p"), Timeouts()) as hub:
             await hub.wait_connected(LIMIT)
             await console.attach(short / "con")
             await console.stats(LIMIT)
@@ -189,7 +189,7 @@ async def test_a_guest_paused_when_its_agent_died_is_made_to_run_by_the_next(sho
             memento = source.memento()
             tracker.close()  # as the end of the agent's process would do: nothing is disarmed
             await source.close()
-        async with ProcessHub("p", read(ProcessSourceConfig, table, "p"), short, Timeouts()) as hub:
+        async with ProcessHub("p", read(ProcessSourceConfig, table, "p"), Timeouts()) as hub:
             source = ProcessSource("p", hub)
             await source.reclaim(memento)
             await console.stats(LIMIT)
@@ -394,7 +394,7 @@ async def test_a_guest_that_was_paused_and_not_resumed_is_not_moved_a_second_tim
     guest = Guest(program, short / "p.sock", short / "con")
     console = GuestConsole()
     try:
-        async with ProcessHub("p", read(ProcessSourceConfig, table, "p"), short, Timeouts()) as hub:
+        async with ProcessHub("p", read(ProcessSourceConfig, table, "p"), Timeouts()) as hub:
             await hub.wait_connected(LIMIT)
             await console.attach(short / "con")
             await console.stats(LIMIT)
@@ -404,9 +404,7 @@ async def test_a_guest_that_was_paused_and_not_resumed_is_not_moved_a_second_tim
             memento = source.memento()
             await source.close()
             await refused_as_paused(hub)
-        async with ProcessHub(
-            "p", read(ProcessSourceConfig, table, "p"), short, Timeouts()
-        ) as hub:  # the agent was restarted
+        async with ProcessHub("p", read(ProcessSourceConfig, table, "p"), Timeouts()) as hub:  # the agent was restarted
             await hub.wait_connected(LIMIT)
             await refused_as_paused(hub)
             reclaimed = ProcessSource("p", hub)
@@ -434,13 +432,13 @@ async def test_a_guest_left_by_an_agent_that_was_restarted_is_asked_to_end(short
     guest = Guest(program, short / "p.sock", short / "con")
     timeouts = Timeouts(release=LIMIT)
     try:
-        async with ProcessHub("p", read(ProcessSourceConfig, table, "p"), short, timeouts) as hub:
+        async with ProcessHub("p", read(ProcessSourceConfig, table, "p"), timeouts) as hub:
             await hub.wait_connected(LIMIT)
             source = ProcessSource("p", hub)
             pid = (await source.open()).pid
             memento = source.memento()
             await source.close()
-        async with ProcessHub("p", read(ProcessSourceConfig, table, "p"), short, timeouts) as hub:
+        async with ProcessHub("p", read(ProcessSourceConfig, table, "p"), timeouts) as hub:
             source = ProcessSource("p", hub)
             await source.adopt(pid, memento)
             await source.release()

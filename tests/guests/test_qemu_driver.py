@@ -38,7 +38,7 @@ from migrated.guests.qemu.qmp import Monitor
 from migrated.guests.qemu.source import QemuSource
 from migrated.guests.qemu.target import QemuTarget
 from migrated.memory import memfd as memory_memfd
-from migrated.memory.native import uffd_register, uffd_unregister
+from migrated.memory.native import call, lib, uffd_register
 from migrated.memory.regions import Region, SourceMemory, TargetMemory
 from migrated.memory.smaps import residences
 from migrated.settings import Timeouts, read
@@ -109,7 +109,7 @@ class Qemu:
 
     def source(self, folder: Path, **options: str) -> QemuSource:
         table = {"driver": "qemu", "qmp": str(self.qmp), **options}
-        return QemuSource("vm", read(QemuSourceConfig, table, "vm"), folder, TIMEOUTS)
+        return QemuSource("vm", read(QemuSourceConfig, table, "vm"), TIMEOUTS)
 
     async def status(self) -> str:
         monitor = await Monitor.connect("probe", self.qmp)
@@ -459,7 +459,7 @@ async def test_a_userfaultfd_comes_and_goes_without_a_trace(start: StartQemu, tm
             uffd = await source.tracking_uffd()
             assert await source.tracking_uffd() == uffd
             assert len(injection.userfaultfds(qemu.pid)) == 1
-            assert source.injection_stopped_seconds is not None
+            assert source.qemu.uffd is not None
             await source.release_tracking()
             await source.release_tracking()
             assert open_files(qemu.pid).keys() == before
@@ -793,7 +793,7 @@ class Move:
     def free(self) -> None:
         """All memory is in: no fault is to be reported any more."""
         for mapping in self.faults.mappings:
-            uffd_unregister(self.faults.uffd, mapping.address, mapping.length_bytes)
+            call(lib.mgd_uffd_unregister, self.faults.uffd, mapping.address, mapping.length_bytes)
 
 
 @pytest.fixture(scope="session")

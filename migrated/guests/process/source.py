@@ -69,14 +69,13 @@ class Resident:
 class ProcessHub:
     """Listens for one configured guest while it is entered; ``resident`` is the guest once it is connected."""
 
-    def __init__(self, name: str, config: process.ProcessSourceConfig, run_dir: Path, timeouts: Timeouts) -> None:
+    def __init__(self, name: str, config: process.ProcessSourceConfig, timeouts: Timeouts) -> None:
         self.name = name
         self.timeouts = timeouts
         self.resident: Resident | None = None
         self._config = config
         if config.page_size is not None:
             memfd.require_page_size(config.page_size)
-        self._run_dir = run_dir
         self._tasks: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Condition()
         self._settling = asyncio.Lock()

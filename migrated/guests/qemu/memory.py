@@ -72,7 +72,6 @@ class Backend:
 
     name: str
     share: bool
-    prealloc: bool
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -134,7 +133,7 @@ async def backends(monitor: Monitor, blocks: Iterable[Block]) -> tuple[Backend, 
     """The memory backends among the blocks; one that was created and never plugged in holds nothing of the guest."""
     names = {block.name for block in blocks}
     return tuple(
-        Backend(memdev["id"], bool(memdev.get("share", False)), bool(memdev["prealloc"]))
+        Backend(memdev["id"], bool(memdev.get("share", False)))
         for memdev in await monitor.execute("query-memdev")
         if memdev.get("id") in names
     )

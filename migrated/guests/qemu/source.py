@@ -45,10 +45,9 @@ _STATE_PIECE_BYTES = 1 << 18
 class QemuSource(SourceGuest):
     """See `SourceGuest`."""
 
-    def __init__(self, name: str, config: QemuSourceConfig, run_dir: Path, timeouts: Timeouts) -> None:
+    def __init__(self, name: str, config: QemuSourceConfig, timeouts: Timeouts) -> None:
         self.name = name
         self._config = config
-        self._run_dir = run_dir
         self._timeouts = timeouts
         self.qemu = QemuProcess(name, Path(config.qmp), command_seconds=timeouts.guest_command)
         self._memory: SourceMemory | None = None
@@ -221,11 +220,6 @@ class QemuSource(SourceGuest):
             await self._clear_left_tracking()
             uffd = await self.qemu.open_uffd(monitor, faults=False)
         return uffd.fd
-
-    @property
-    def injection_stopped_seconds(self) -> float | None:
-        """How long QEMU's main thread stood still for the injection."""
-        return None if self.qemu.uffd is None else self.qemu.uffd.stopped_seconds
 
     async def _clear_left_tracking(self) -> None:
         """An agent that died in pre-copy left its userfaultfd in the guest, and one mapping takes only one."""

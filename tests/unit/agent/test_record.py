@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 
+import msgspec
 import pytest
 from structlog.testing import capture_logs
 
@@ -100,7 +101,7 @@ def test_a_recovered_one_may_begin_paused() -> None:
 def test_the_reason_is_in_the_record() -> None:
     one = in_state(State.SWITCHOVER)
     one.set_state(State.FAILED, ConflictError("it cannot", state="setup", code="why", hint="do this"))
-    error = one.record.as_dict()["error"]
+    error = msgspec.to_builtins(one.record)["error"]
     assert error == {"code": "why", "message": "it cannot", "hint": "do this"}
 
 
@@ -114,7 +115,7 @@ def test_an_exception_that_is_not_ours_is_called_internal() -> None:
 def test_a_record_is_plain_json() -> None:
     one = in_state(State.PRECOPY)
     one.set_state(State.ABORTED)
-    table = json.loads(json.dumps(one.record.as_dict()))
+    table = json.loads(json.dumps(msgspec.to_builtins(one.record)))
     assert table["state"] == "aborted"
     assert table["timeline"][-1]["state"] == "aborted"
     assert table["downtime_seconds"] is None

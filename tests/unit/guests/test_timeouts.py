@@ -158,7 +158,7 @@ async def test_qemu_at_the_source(heard: Heard, tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr("migrated.guests.qemu.source.StateFile.open", opened)
     monkeypatch.setattr("migrated.guests.qemu.source.qemu_memory.ram_blocks", nothing)
-    guest: Any = QemuSource("vm1", QemuSourceConfig(qmp="/nowhere"), tmp_path, TIMEOUTS)
+    guest: Any = QemuSource("vm1", QemuSourceConfig(qmp="/nowhere"), TIMEOUTS)
     guest.qemu._monitor = guest.qemu._handle = heard
     await guest.quiesce()
     assert heard.limits == {"stop": TIMEOUTS.guest_pause}

@@ -48,7 +48,7 @@ def test_each_kind_of_failure_has_its_exception(
 
 def test_a_failing_call_raises_with_call_and_object_named() -> None:
     with pytest.raises(errors.NativeError, match="UFFDIO_WAKE: 0x1000"):
-        native.uffd_wake(0, 0x1000, 4096)
+        native.call(lib.mgd_uffd_wake, 0, 0x1000, 4096)
 
 
 def test_the_digest_sees_every_byte_and_holes_as_zeros(closing: Callable[[int], int]) -> None:

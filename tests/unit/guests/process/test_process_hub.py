@@ -61,7 +61,7 @@ class Arriving:
 
 
 def hub(tmp_path: Path, former: Former) -> ProcessHub:
-    made = ProcessHub("vm1", table(tmp_path / "vm1.sock"), tmp_path, Timeouts())
+    made = ProcessHub("vm1", table(tmp_path / "vm1.sock"), Timeouts())
     made.resident = Resident(cast("GuestConnection", former), (), (), (), direct_io=False)
     return made
 
@@ -186,7 +186,7 @@ async def test_a_guest_whose_socket_cannot_be_made_does_not_stop_the_agent(
     """Its migrations are refused with the reason; the socket is there as soon as it can be."""
     monkeypatch.setattr(process_source, "LISTEN_AGAIN_SECONDS", 0.01)
     directory = short / "later"
-    async with process_source.ProcessHub("p", table(directory / "p.sock"), short, Timeouts()) as place:
+    async with process_source.ProcessHub("p", table(directory / "p.sock"), Timeouts()) as place:
         with pytest.raises(GuestError, match="No such file or directory") as caught:
             place.require()
         assert caught.value.code == "guest-not-connected"
@@ -202,7 +202,7 @@ async def test_a_guest_whose_socket_cannot_be_made_does_not_stop_the_agent(
 async def test_the_socket_of_another_agent_stays_there(short: Path) -> None:
     path = short / "p.sock"
     with process.listen(str(path)):
-        async with process_source.ProcessHub("p", table(path), short, Timeouts()):
+        async with process_source.ProcessHub("p", table(path), Timeouts()):
             pass
         assert path.is_socket()
 
@@ -219,14 +219,14 @@ async def test_a_guest_connects_after_accept_has_failed(short: Path, monkeypatch
         return accept(sock)
 
     monkeypatch.setattr(socket.socket, "accept", scarce)
-    async with process_source.ProcessHub("p", table(short / "p.sock"), short, Timeouts()):
+    async with process_source.ProcessHub("p", table(short / "p.sock"), Timeouts()):
         with hello_of(short / "p.sock") as sock:
             assert await answered(sock) is Kind.MEMORY
     assert failed == [errno.EMFILE]
 
 
 async def test_of_two_guests_that_connect_at_once_one_is_refused(short: Path) -> None:
-    async with process_source.ProcessHub("p", table(short / "p.sock"), short, Timeouts()):
+    async with process_source.ProcessHub("p", table(short / "p.sock"), Timeouts()):
         with hello_of(short / "p.sock") as one, hello_of(short / "p.sock") as other:
             first = asyncio.ensure_future(answered(one))
             second = asyncio.ensure_future(answered(other))
@@ -239,7 +239,7 @@ async def test_of_two_guests_that_connect_at_once_one_is_refused(short: Path) ->
 
 
 async def test_connections_that_say_nothing_are_few(short: Path) -> None:
-    async with process_source.ProcessHub("p", table(short / "p.sock"), short, Timeouts()) as place:
+    async with process_source.ProcessHub("p", table(short / "p.sock"), Timeouts()) as place:
         with contextlib.ExitStack() as stack:
             idle = []
             for _ in range(3 * process_source.MAX_CONNECTIONS):

@@ -61,7 +61,7 @@ async def test_the_limit_of_a_command_is_the_configurations(
     short: Path, *, greets: bool, code: str, seconds: float
 ) -> None:
     path = short / "qmp"
-    source = QemuSource("vm1", QemuSourceConfig(qmp=str(path)), short, Timeouts(guest_command=seconds))
+    source = QemuSource("vm1", QemuSourceConfig(qmp=str(path)), Timeouts(guest_command=seconds))
     async with silent_qemu(path, greets=greets):
         with pytest.raises(GuestError, match=f"within {seconds:g} s") as caught:
             await source.open()
