@@ -58,16 +58,14 @@ class Pool:
     def raise_command(self, needed: int) -> str:
         """The command that makes ``needed`` pages available."""
         total = self.total + max(0, needed - self.available)
-        if self.page_bytes == DEFAULT_PAGE_BYTES and _default_page_bytes() == DEFAULT_PAGE_BYTES:
+        if self.page_bytes == DEFAULT_PAGE_BYTES and _meminfo_bytes("Hugepagesize", otherwise=0) == DEFAULT_PAGE_BYTES:
             return f"sysctl vm.nr_hugepages={total}"
         return f"echo {total} > {POOLS}/hugepages-{self.page_bytes >> 10}kB/nr_hugepages"
 
 
-def _default_page_bytes() -> int:
-    with contextlib.suppress(OSError):
-        if match := re.search(r"^Hugepagesize: +(\d+) kB", MEMINFO.read_text(encoding="ascii"), re.MULTILINE):
-            return int(match[1]) << 10
-    return 0
+def _meminfo_bytes(name: str, *, otherwise: int) -> int:
+    match = re.search(rf"^{name}: +(\d+) kB", MEMINFO.read_text(encoding="ascii"), re.MULTILINE)
+    return int(match[1]) << 10 if match else otherwise
 
 
 def pools() -> list[Pool]:
@@ -120,26 +118,32 @@ def allocate(size_bytes: int, page_bytes: int, name: str, *, reserved: bool = Tr
             code="page-size-unsupported",
             hint="choose a smaller page size for this guest",
         )
-    if page_bytes == BASE_PAGE_BYTES:
-        return _allocate_base(size_bytes, name, checked=reserved)
-    pool = next((pool for pool in pools() if pool.page_bytes == page_bytes), None)
-    if pool is None:
-        raise HostError(
-            f"this host has no {format_size(page_bytes)} pages",
-            code="page-size-unsupported",
-            hint="it offers " + ", ".join(format_size(size) for size in page_sizes()),
+    huge = page_bytes != BASE_PAGE_BYTES
+    flags = os.MFD_CLOEXEC
+    if huge:
+        flags |= os.MFD_HUGETLB | (page_bytes.bit_length() - 1) << _MFD_HUGE_SHIFT
+        if page_bytes not in page_sizes():
+            raise HostError(
+                f"this host has no {format_size(page_bytes)} pages",
+                code="page-size-unsupported",
+                hint="it offers " + ", ".join(format_size(size) for size in page_sizes()),
+            )
+    elif reserved and size_bytes > (available := _meminfo_bytes("MemAvailable", otherwise=1 << 62)):
+        raise PoolError(
+            f"region {name} needs {format_size(size_bytes)} of memory, {format_size(available)} can be had",
+            code="no-memory",
+            hint="free memory on this host, or move the guest to another one",
         )
-    flags = os.MFD_CLOEXEC | os.MFD_HUGETLB | (page_bytes.bit_length() - 1) << _MFD_HUGE_SHIFT
     fd = -1
     try:
         fd = os.memfd_create(f"{NAME_PREFIX}{name}", flags)
         os.ftruncate(fd, size_bytes)
-        if reserved:
+        if huge and reserved:
             mmap.mmap(fd, size_bytes, mmap.MAP_SHARED).close()
     except OSError as error:
         if fd >= 0:
             os.close(fd)
-        if error.errno in {errno.ENOMEM, errno.ENOSPC}:
+        if huge and error.errno in {errno.ENOMEM, errno.ENOSPC}:
             raise _exhausted(page_bytes, size_bytes // page_bytes, name) from error
         raise HostError(
             f"memfd of {format_size(size_bytes)} on {format_size(page_bytes)} pages: {error.strerror}"
@@ -157,30 +161,6 @@ def _exhausted(page_bytes: int, needed: int, name: str) -> PoolError:
         if page_bytes > DEFAULT_PAGE_BYTES
         else pool.raise_command(needed),
     )
-
-
-def _allocate_base(size_bytes: int, name: str, *, checked: bool) -> int:
-    available = _available_bytes()
-    if checked and size_bytes > available:
-        raise PoolError(
-            f"region {name} needs {format_size(size_bytes)} of memory, {format_size(available)} can be had",
-            code="no-memory",
-            hint="free memory on this host, or move the guest to another one",
-        )
-    fd = -1
-    try:
-        fd = os.memfd_create(f"{NAME_PREFIX}{name}", os.MFD_CLOEXEC)
-        os.ftruncate(fd, size_bytes)
-    except OSError as error:
-        if fd >= 0:
-            os.close(fd)
-        raise HostError(f"memfd of {format_size(size_bytes)}: {error.strerror}") from error
-    return fd
-
-
-def _available_bytes() -> int:
-    match = re.search(r"^MemAvailable: +(\d+) kB", MEMINFO.read_text(encoding="ascii"), re.MULTILINE)
-    return int(match[1]) << 10 if match else 1 << 62
 
 
 def reserve(size_bytes: int, page_bytes: int | None, *, name: str, reserved: bool = True) -> tuple[int, int]:
