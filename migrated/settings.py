@@ -37,8 +37,8 @@ T = TypeVar("T", bound="Table")
 _DAY: Final = 86400
 GUEST_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 _SOCKET_PATH_MAX_BYTES: Final = 107  # sockaddr_un.sun_path has 108, with the NUL
-#: How errors and documentation write the bounds of a number.
-_BOUNDS: Final = {"gt": "above", "ge": "from", "le": "to"}
+#: How errors and documentation write the bounds of a number, and the longest text.
+_BOUNDS: Final = {"gt": "above {:,}", "ge": "from {:,}", "le": "to {:,}", "max_length": "of at most {} characters"}
 
 
 class Table(BaseModel):
@@ -63,7 +63,7 @@ class Text:
 
     def _read(self, value: object) -> Any:
         if not isinstance(value, str):
-            refuse(f"{value!r} is not a text", f"allowed: {self.allowed}")
+            refuse(f"{reprlib.repr(value)} is not a text", f"allowed: {self.allowed}")
         try:
             return self.parse(value)
         except ConfigError as error:
@@ -260,7 +260,7 @@ def allowed(field: FieldInfo) -> str:
         return _either([str(value) for value in typing.get_args(field.annotation)])
     bounds = {name: getattr(piece, name) for piece in field.metadata for name in _BOUNDS if hasattr(piece, name)}
     kinds: dict[object, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-    words = [f"{_BOUNDS[name]} {bound:,}" for name, bound in bounds.items()]
+    words = [_BOUNDS[name].format(bound) for name, bound in bounds.items() if bound is not None]
     return " ".join([kinds.get(field.annotation, "a list of texts"), *words])
 
 
