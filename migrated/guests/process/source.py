@@ -21,7 +21,8 @@ import structlog
 from migrated.errors import GuestError, GuestRefusedError, MigratedError, TimeoutExceededError
 from migrated.guests.access.pidfd import PidHandle, process_started
 from migrated.guests.driver import Memento, SourceGuest, StateChannel
-from migrated.guests.process import config as process
+from migrated.guests.process import connection as process
+from migrated.guests.process.config import ProcessSourceConfig
 from migrated.guests.process.wire import (
     HELLO_DIRECT_IO,
     HELLO_PAUSED,
@@ -69,7 +70,7 @@ class Resident:
 class ProcessHub:
     """Listens for one configured guest while it is entered; ``resident`` is the guest once it is connected."""
 
-    def __init__(self, name: str, config: process.ProcessSourceConfig, timeouts: Timeouts) -> None:
+    def __init__(self, name: str, config: ProcessSourceConfig, timeouts: Timeouts) -> None:
         self.name = name
         self.timeouts = timeouts
         self.resident: Resident | None = None

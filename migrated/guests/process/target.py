@@ -19,7 +19,8 @@ from migrated.errors import GuestError, GuestRefusedError, MigratedError, Timeou
 from migrated.guests import guest_log
 from migrated.guests.access.pidfd import PidHandle, process_started
 from migrated.guests.driver import Description, FaultSource, Memento, StateChannel, TargetGuest
-from migrated.guests.process import config as process
+from migrated.guests.process import connection as process
+from migrated.guests.process.config import ProcessTargetConfig
 from migrated.guests.process.wire import (
     MAX_PAYLOAD_BYTES,
     Hello,
@@ -37,7 +38,7 @@ _log = structlog.get_logger(__name__)
 class ProcessTarget(TargetGuest):
     """See `TargetGuest`."""
 
-    def __init__(self, name: str, config: process.ProcessTargetConfig, run_dir: Path, timeouts: Timeouts) -> None:
+    def __init__(self, name: str, config: ProcessTargetConfig, run_dir: Path, timeouts: Timeouts) -> None:
         self.name = name
         self._config = config
         self._timeouts = timeouts

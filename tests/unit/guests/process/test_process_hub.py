@@ -15,9 +15,10 @@ from typing import Any, cast
 import pytest
 
 from migrated.errors import GuestError
-from migrated.guests.process import config as process
+from migrated.guests.process import connection as process
 from migrated.guests.process import source as process_source
-from migrated.guests.process.config import GuestConnection, ProcessSourceConfig
+from migrated.guests.process.config import ProcessSourceConfig
+from migrated.guests.process.connection import GuestConnection
 from migrated.guests.process.source import ProcessHub, Resident
 from migrated.guests.process.wire import HEADER, Header, Hello, HelloRegion, Kind, message
 from migrated.settings import Timeouts, read
