@@ -21,7 +21,7 @@ from typing import Final
 
 from migrated.errors import LocalProtocolError, RemoteProtocolError
 from migrated.protocol import bounds, framing
-from migrated.protocol.messages import PROTOCOL_VERSION
+from migrated.protocol.messages import PROTOCOL_VERSION, VERSION_MISMATCH
 
 PREAMBLE_BYTES = 64
 MAGIC: Final = b"MGRT"
@@ -53,7 +53,7 @@ class Preamble:
 class VersionMismatchError(RemoteProtocolError):
     """The peer speaks another version; answer a control connection with `refusal`, then close."""
 
-    default_code = "version-mismatch"
+    default_code = VERSION_MISMATCH
 
 
 def encode(preamble: Preamble) -> bytes:
