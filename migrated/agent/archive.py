@@ -8,7 +8,6 @@ read is reported and skipped, a file that cannot be written is reported.
 from __future__ import annotations
 
 import os
-import threading
 from collections import OrderedDict
 from pathlib import Path
 from typing import BinaryIO
@@ -33,7 +32,6 @@ class Archive:
         self._keep = keep
         self._records: OrderedDict[str, Record] = OrderedDict()
         self._lines = 0
-        self._one_by_one = threading.Lock()
         self._whole = True  # the file ends with the end of a line
 
     def load(self) -> list[Record]:
@@ -70,11 +68,7 @@ class Archive:
             self._records.popitem(last=False)
 
     def add(self, record: Record) -> None:
-        """A migration that has ended.  Blocks; may be called in any thread."""
-        with self._one_by_one:
-            self._add(record)
-
-    def _add(self, record: Record) -> None:
+        """A migration that has ended.  Blocks."""
         self._remember(record)
         line = msgspec.json.encode(record) + b"\n"
         try:

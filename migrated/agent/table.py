@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
 
 from migrated.agent.archive import Archive
@@ -27,6 +28,9 @@ class Roster(Generic[M]):
         self._keep = keep
         self._archive = archive
         self._archiving: set[asyncio.Future[None]] = set()
+        self._writer = ThreadPoolExecutor(
+            1, thread_name_prefix="archive"
+        )  # one: the order of the lines is that of the ends
         self._former: dict[str, Record] = {record.id: record for record in archive.load()} if archive else {}
 
     def add(self, migration: M) -> None:
@@ -45,7 +49,7 @@ class Roster(Generic[M]):
 
     def _archive_soon(self, archive: Archive, record: Record) -> None:
         """Write a record of a migration that has just ended: the disk may be slow, and others go on."""
-        writing = asyncio.get_running_loop().run_in_executor(None, archive.add, record)
+        writing = asyncio.get_running_loop().run_in_executor(self._writer, archive.add, record)
         self._archiving.add(writing)
         writing.add_done_callback(self._archiving.discard)
 
