@@ -68,7 +68,7 @@ class Archive:
             self._records.popitem(last=False)
 
     def add(self, record: Record) -> None:
-        """A migration that has ended."""
+        """A migration that has ended.  Blocks."""
         self._remember(record)
         line = msgspec.json.encode(record) + b"\n"
         try:

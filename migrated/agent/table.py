@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
 
 from migrated.agent.archive import Archive
 from migrated.agent.migration import Migration
 from migrated.agent.record import Record
 from migrated.errors import ConflictError, NotFoundError
-from migrated.waiting import in_thread
 
 M = TypeVar("M", bound=Migration)
 
@@ -27,8 +27,10 @@ class Roster(Generic[M]):
         self._migrations: dict[str, M] = {}
         self._keep = keep
         self._archive = archive
-        self._archiving: set[asyncio.Task[None]] = set()
-        self._one_by_one = asyncio.Lock()
+        self._archiving: set[asyncio.Future[None]] = set()
+        self._writer = ThreadPoolExecutor(
+            1, thread_name_prefix="archive"
+        )  # one: the order of the lines is that of the ends
         self._former: dict[str, Record] = {record.id: record for record in archive.load()} if archive else {}
 
     def add(self, migration: M) -> None:
@@ -46,15 +48,10 @@ class Roster(Generic[M]):
             del self._migrations[old.id]
 
     def _archive_soon(self, archive: Archive, record: Record) -> None:
-        """Write a record of a migration that has just ended, in order: the disk may be slow, and others go on."""
-
-        async def write() -> None:
-            async with self._one_by_one:
-                await in_thread(archive.add, record)
-
-        task = asyncio.ensure_future(write())
-        self._archiving.add(task)
-        task.add_done_callback(self._archiving.discard)
+        """Write a record of a migration that has just ended: the disk may be slow, and others go on."""
+        writing = asyncio.get_running_loop().run_in_executor(self._writer, archive.add, record)
+        self._archiving.add(writing)
+        writing.add_done_callback(self._archiving.discard)
 
     async def archived(self) -> None:
         """Wait until every record of a migration that has ended is written."""

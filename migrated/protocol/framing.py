@@ -10,7 +10,7 @@ import msgspec
 
 from migrated.errors import LocalProtocolError, RemoteProtocolError
 from migrated.protocol import bounds
-from migrated.protocol.messages import MAX_REGIONS, MAX_TEXT_CHARACTERS, AnyMessage
+from migrated.protocol.messages import MAX_REGIONS, MAX_TEXT_CHARACTERS, VERSION_MISMATCH, AnyMessage
 
 T = TypeVar("T")
 
@@ -74,7 +74,7 @@ def _decode(body: bytes) -> AnyMessage:
         bounds.check(message)
     except bounds.WrongVersionError as error:
         hint = "run the same version of migrated on both hosts"
-        raise RemoteProtocolError(str(error), code="version-mismatch", hint=hint) from error
+        raise RemoteProtocolError(str(error), code=VERSION_MISMATCH, hint=hint) from error
     except ValueError as error:
         raise RemoteProtocolError(f"malformed {type(message).__name__}: {error}", code="malformed") from error
     return message

@@ -149,6 +149,8 @@ class Released(Message, frozen=True, tag="released"):
 
 #: ``code`` of the Abort by which a target of this session says that the guest has ended there.
 GUEST_LOST = "guest-lost"
+#: … and of one that speaks another version.
+VERSION_MISMATCH = "version-mismatch"
 
 
 class Abort(Message, frozen=True, tag="abort"):

@@ -21,7 +21,13 @@ from typing import Final
 
 from migrated.errors import LocalProtocolError, RemoteProtocolError
 from migrated.protocol import bounds, framing
-from migrated.protocol.messages import MAX_STREAMS, PROTOCOL_VERSION, SESSION_BYTES, TOKEN_BYTES
+from migrated.protocol.messages import (
+    MAX_STREAMS,
+    PROTOCOL_VERSION,
+    SESSION_BYTES,
+    TOKEN_BYTES,
+    VERSION_MISMATCH,
+)
 
 PREAMBLE_BYTES = 64
 MAGIC: Final = b"MGRT"
@@ -53,7 +59,7 @@ class Preamble:
 class VersionMismatchError(RemoteProtocolError):
     """The peer speaks another version; answer a control connection with `refusal`, then close."""
 
-    default_code = "version-mismatch"
+    default_code = VERSION_MISMATCH
 
 
 def encode(preamble: Preamble) -> bytes:

@@ -40,13 +40,13 @@ class Holder:
         former = os.umask(0o177)
         self._listener.bind(path)
         os.umask(former)
+        self._listener.listen(8)  # before the process that was started ends: whoever waits for that may connect at once
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._path = path
         self._connections = 0
 
     def run(self) -> None:
         """Until nothing is held and nobody is there."""
-        self._listener.listen(8)
         served = False
         while not served or self._held or self._connections:
             ready = self._selector.select(None if served else FIRST_SECONDS)

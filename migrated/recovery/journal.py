@@ -166,15 +166,9 @@ class Journal(Generic[E]):
         found: dict[str, E] = {}
         for path in sorted(self.directory.glob(f"*{SUFFIX}")):
             try:
-                found[path.name.removesuffix(SUFFIX)] = self._read(path)
+                found[path.name.removesuffix(SUFFIX)] = self._read_surely(path)
             except FileNotFoundError:
                 continue  # removed meanwhile
-            except OSError as error:
-                raise HostError(
-                    f"the journal {path} cannot be read: {error.strerror}",
-                    code="journal",
-                    hint="a guest may depend on what it says; put this right and start the agent again",
-                ) from error
             except ValueError as error:
                 log.error("a journal is not believed and was set aside", path=str(path), problem=str(error))  # noqa: TRY400 - expected: no traceback
                 with contextlib.suppress(OSError):
@@ -195,11 +189,32 @@ class Journal(Generic[E]):
         return {path.name.removesuffix(REFUSED) for path in self.directory.glob(f"*{REFUSED}")}
 
     def tidy(self) -> None:
-        """Remove what an agent that died left half written, and what answers peers of before the last boot."""
-        former: list[Path] = [path for path in self.directory.glob(f"*{CLOSED}") if self._find(path) is None]
-        for path in (*self.directory.glob(f"*{SCRATCH}"), *former):
+        """Remove what an agent that died left half written, and what answers peers of before the last boot.
+
+        Raises as `load`: what cannot be read now, or by this version, may be all that tells a source that its guest runs here.
+        """
+        for path in self.directory.glob(f"*{SCRATCH}"):
             with contextlib.suppress(OSError):
                 path.unlink()
+        for path in self.directory.glob(f"*{CLOSED}"):
+            try:
+                self._read_surely(path)
+            except (FileNotFoundError, ValueError):
+                with contextlib.suppress(OSError):
+                    path.unlink()
+
+    def _read_surely(self, path: Path) -> E:
+        """`_read`, with HostError where that may be put right."""
+        try:
+            return self._read(path)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise HostError(
+                f"the journal {path} cannot be read: {error.strerror}",
+                code="journal",
+                hint="a guest may depend on what it says; put this right and start the agent again",
+            ) from error
 
     def _read(self, path: Path) -> E:
         digest, _, body = path.read_bytes().partition(b"\n")
@@ -208,7 +223,7 @@ class Journal(Generic[E]):
             raise ValueError("its checksum does not fit: it is corrupt")
         try:
             file = msgspec.json.decode(body, type=_File)
-            if file.version == VERSION and file.boot_id != _boot_id():
+            if file.boot_id != _boot_id():  # the file's own fields are the same in every version
                 raise _FormerBootError("it is from before the last boot: nothing it speaks of is left")
             if file.version != VERSION:
                 raise ValueError(f"it is of version {file.version}, this agent reads {VERSION}")

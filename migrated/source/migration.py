@@ -40,6 +40,7 @@ from migrated.protocol.bounds import abort_of
 from migrated.protocol.messages import (
     GUEST_LOST,
     PROTOCOL_VERSION,
+    VERSION_MISMATCH,
     Aborted,
     Commit,
     Done,
@@ -404,8 +405,8 @@ class SourceMigration(Migration):
                     "it a memory error where it touches one of these pages",
                 )
             ) from error
-        if not isinstance(error, PeerError):
-            return error
+        if not isinstance(error, PeerError) or error.code == VERSION_MISMATCH:
+            return error  # of another version: that says nothing of where the guest is
         if error.code == GUEST_LOST:
             raise FinalError(
                 MigratedError(

@@ -103,6 +103,9 @@ STAGES: dict[str, Stage] = {
     )
 }
 
+#: Failures that end the control connection, and what waits on it is lost.
+LOSES_CONTROL = ("cut", "reset", "silence")
+
 Failure = Callable[[Rig, Gate, Stage], Awaitable[Where]]
 FAILURES: dict[str, Failure] = {}
 #: For which stages a failure makes sense.
@@ -398,6 +401,8 @@ async def run_case(rig: Rig, mode: str, stage_name: str, failure_name: str) -> N
         await gate.reached.wait()
     where = await FAILURES[failure_name](rig, gate, stage)
     record = await rig.over()
+    asked = failure_name in LOSES_CONTROL and stage.committed and stage.name != "released"
+    rig.check_reconnects(least=1 if asked else 0)
     rig.proxy.expect(None)
     # A source that had Loaded when its guest was killed may have committed, or not.
     if where is Where.LOST or (failure_name == "source-guest-dies" and record.get("state") != "completed"):

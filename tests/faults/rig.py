@@ -22,8 +22,9 @@ from typing import Any
 from migrated.demo.pair import AgentProcess, free_port, short_directory
 from migrated.errors import GuestError, MigratedError
 from migrated.waiting import within
-from tests.faults.proxy import Proxy
+from tests.faults.proxy import DOWN, Proxy
 from tests.rig import supervisor
+from tests.rig.reconnects import check_reconnects
 
 HERE = Path(__file__).parent
 GUEST = "vm"
@@ -161,6 +162,8 @@ class Rig:
         self.size_mib = size_mib
         self.rate = rate
         self.migration = ""
+        self.heartbeat_limit = {**TIMEOUTS, **(timeouts or {})}["heartbeat_limit"]
+        self.begun_at = 0.0  # by the loop's clock: the last migration
         self.guest = 0  # pid of the guest at the source when the migration began
         port = free_port()
         self.proxy = Proxy(("127.0.0.1", port))
@@ -318,6 +321,7 @@ class Rig:
     async def begin(self, **options: Any) -> str:
         """Start a migration; its id."""
         await self.connected()
+        self.begun_at = asyncio.get_running_loop().time()
         body = {"guest": GUEST, "to": self.proxy.address, **options}
         self.migration = str((await self.source.request("POST", "/v1/migrations", body))["id"])
         return self.migration
@@ -341,6 +345,15 @@ class Rig:
             return await self.source.record(self.migration)
         last: dict[str, Any] = found.get(self.migration, {})
         return last
+
+    def check_reconnects(self, *, least: int = 0) -> None:
+        """Of this migration so far.  Call it before `Proxy.expect`, which forgets what has passed."""
+        seconds = asyncio.get_running_loop().time() - self.begun_at
+        times = self.proxy.passed.count((DOWN, "resumed"))
+        try:
+            check_reconnects(times, seconds=seconds, heartbeat_limit=self.heartbeat_limit, least=least)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.logs()}") from error
 
     async def migrate(self, **options: Any) -> dict[str, Any]:
         """A whole migration."""

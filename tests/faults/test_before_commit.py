@@ -93,6 +93,7 @@ async def test_a_connection_lost_while_the_guest_is_paused_leaves_it_at_its_sour
         await noticed(made)
         gate.release(drop=loss == "control")
         record = await made.over()
+        assert (DOWN, "resumed") not in made.proxy.passed, "nothing is taken up again: it is undone"
         made.proxy.expect(None)
         assert record["state"] == "failed", f"{record}\n{made.logs()}"
         assert record["error"]["message"], record

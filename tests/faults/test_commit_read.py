@@ -30,6 +30,7 @@ async def test_a_commit_that_comes_with_a_lost_page_connection_is_obeyed(rigs: R
             await asyncio.sleep(0)
         gate.release()
         record = await made.over()
+        made.check_reconnects()
         made.proxy.expect(None)
         assert record["state"] == "completed", f"{record}\n{made.logs()}"
         assert await made.sound() != guest

@@ -33,6 +33,7 @@ async def test_a_source_whose_link_was_cut_does_not_call_lost_pages_arrived(rigs
         finally:
             made.proxy.refusing = False
         assert (await made.over())["state"] == "completed", made.logs()
+        made.check_reconnects(least=1)
         for agent in made.agents:
             assert (await agent.record(made.migration))["remaining_bytes"] == 0
         assert await made.sound() != guest

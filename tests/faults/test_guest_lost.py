@@ -105,6 +105,7 @@ async def test_a_target_agent_that_cannot_serve_a_guest_after_a_restart_keeps_it
         made.target.table["guests"] = guests
         await made.restart(made.target)
         record = await made.over()
+        made.check_reconnects(least=1)
         assert record["state"] == "completed", f"{record}\n{made.logs()}"
         (arrived,) = made.guests()
         status = await made.sweep(arrived)

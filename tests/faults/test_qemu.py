@@ -13,6 +13,7 @@ import pytest
 from tests.guests.conftest import fast_accel, machine, page_pool  # noqa: F401 - fixtures
 from tests.rig.guest import MIB, MovingGuest, moving_guest
 from tests.rig.namespaces import Namespaces, ip, namespaces
+from tests.rig.reconnects import check_record
 
 pytestmark = [
     pytest.mark.root,
@@ -24,8 +25,14 @@ pytestmark = [
 ]
 
 LOAD: dict[str, str | int] = {"rate": 1000, "pattern": "hot", "sweep_seconds": 0}
+HEARTBEAT_LIMIT = 3.0
 CONFIG: dict[str, Any] = {
-    "timeouts": {"heartbeat_interval": 0.5, "heartbeat_limit": 3.0, "reconnect_interval": 0.1, "connect": 2.0}
+    "timeouts": {
+        "heartbeat_interval": 0.5,
+        "heartbeat_limit": HEARTBEAT_LIMIT,
+        "reconnect_interval": 0.1,
+        "connect": 2.0,
+    }
 }
 SLOW_DRAIN = "4MB"
 #: Where the first QEMU has the guest's memory.
@@ -90,6 +97,7 @@ async def test_a_cut_link_pauses_a_postcopy_which_goes_on_when_it_is_back(
         assert (await source.wait(migration, "postcopy", limit_seconds=60))["state"] in ("postcopy", "completed")
         await faster(guest, migration)
         await guest.arrive(migration)
+        check_record(await source.record(migration), heartbeat_limit=HEARTBEAT_LIMIT, least=1)
         await guest.assert_sound(before)
 
 
@@ -160,6 +168,7 @@ async def test_an_agent_killed_in_postcopy_goes_on_when_it_is_started_again(
             assert (await source.wait(migration, "postcopy"))["state"] in ("postcopy", "completed")
         await faster(guest, migration)
         await guest.arrive(migration)
+        check_record(await source.record(migration), heartbeat_limit=HEARTBEAT_LIMIT, least=1)
         await guest.assert_sound(before)
 
 

@@ -13,12 +13,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from migrated import errors
+from migrated.protocol import messages
 
 PACKAGE = Path(errors.__file__).parent
 PAGE = PACKAGE.parent / "docs" / "errors.md"
 
 #: Of codes whose messages come from elsewhere.
 CAUSES: Mapping[str, str] = {
+    "guest-lost": "The guest was at the target and has ended there.",
     "internal": "A mistake in migrated itself.",
     "journal": "A journal entry could not be written or read.",
     "kernel-lacks-feature": "This kernel cannot do what is needed; the message names it.",
@@ -169,7 +171,7 @@ def collect() -> tuple[dict[str, Code], list[str]]:
                 for item in node.body:
                     if isinstance(item, ast.Assign) and ast.unparse(item.targets[0]) == "default_code":
                         described = " ".join((ast.get_docstring(node) or "").split())
-                        codes.setdefault(str(ast.literal_eval(item.value)), Code()).add(described, "")
+                        codes.setdefault(_literal(item.value) or "", Code()).add(described, "")
         for call in module.calls():
             name = ast.unparse(call.func).rpartition(".")[2]
             told = name == "Abort"
@@ -178,25 +180,24 @@ def collect() -> tuple[dict[str, Code], list[str]]:
                 continue
             line = call.lineno
             for value in module.values(code, line):
-                if isinstance(value, ast.Constant) and isinstance(value.value, str):
-                    known = codes.setdefault(value.value, Code())
+                literal = _literal(value)
+                if literal is not None:
+                    known = codes.setdefault(literal, Code())
                     message = _argument(call, "message", 1 if told else 0)
                     for text in module.text(message, line):
                         known.add(text, "")
                     for hint in module.text(_argument(call, "hint"), line):
                         known.add("", hint)
-                elif isinstance(value, ast.Name) and value.id.isupper():
-                    codes.setdefault(_constant(value.id), Code()).add("the guest was here and has ended: …", "")
                 elif not (isinstance(value, ast.Constant) or _passed_on(value)):
                     unclear.append(f"{path.relative_to(PACKAGE.parent)}:{line}: {ast.unparse(code)}")
     return codes, unclear
 
 
-def _constant(name: str) -> str:
-    """A code that has a name, since both agents know it."""
-    from migrated.protocol import messages
-
-    return str(getattr(messages, name))
+def _literal(node: ast.expr) -> str | None:
+    """A code that is written there, or has a name since both agents know it."""
+    if isinstance(node, ast.Name) and node.id.isupper():
+        return str(getattr(messages, node.id))
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
 
 
 def page() -> str:

@@ -30,6 +30,7 @@ class Life:
         self.doomed = False  # is killed at the next disk operation
         self.fds: dict[int, Any] = {}
         self.next_fd = 3
+        self.versions: tuple[int, int] = host.versions  # of the protocol and of the journal
         self.context = contextvars.copy_context()
         self.context.run(LIFE.set, self)
 
@@ -76,6 +77,8 @@ class Loop(asyncio.BaseEventLoop):
         self.steps = 0
         self.in_thread = False
         self.ended: Callable[[Life], None] = lambda life: None
+        self.versions: tuple[int, int] | None = None
+        self.speak: Callable[[tuple[int, int]], None] = lambda versions: None
         self.sockets: Any = None
         self._delay = delay
         self._ready: Any
@@ -104,6 +107,9 @@ class Loop(asyncio.BaseEventLoop):
         life = handle._context.get(LIFE)
         if life is None or life.alive:
             self.steps += 1
+            if life is not None and life.versions != self.versions:
+                self.versions = life.versions
+                self.speak(life.versions)
             handle._run()
         return True
 

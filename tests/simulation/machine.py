@@ -35,6 +35,8 @@ class Host:
         self.commands_hang_until = 0.0
         self.failing_command = ""
         self.burned = False
+        self.versions = world.versions  # of what is installed here
+        self.versions_until = 0.0
 
     def __repr__(self) -> str:
         return self.name
@@ -45,7 +47,7 @@ class Host:
     def heal(self) -> None:
         """End all faults of this host."""
         self.disk_error_until = self.no_descriptors_until = self.keeper_fails_until = 0.0
-        self.commands_fail_until = self.commands_hang_until = 0.0
+        self.commands_fail_until = self.commands_hang_until = self.versions_until = 0.0
 
     def disk_operation(self, what: str) -> None:
         """Begin a system call on a file.  It may fail here, or kill the agent."""

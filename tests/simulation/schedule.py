@@ -109,8 +109,9 @@ def _action(draw: random.Random, number: int) -> Action:
             "die",
             "burn",
             "verb",
+            "version",
         ),
-        (22, 6, 12, 16, 8, 6, 3, 2, 8, 2, 1, 2, 20),
+        (22, 6, 12, 16, 8, 6, 3, 2, 8, 2, 1, 2, 20, 4),
     )[0]
     fields: dict[str, object] = {"kind": kind, "host": host}
     match kind:
@@ -127,6 +128,10 @@ def _action(draw: random.Random, number: int) -> Action:
             fields["seconds"] = seconds
         case "disk":
             fields["how"] = draw.choice(("ENOSPC", "EIO"))
+            fields["seconds"] = seconds
+        case "version":
+            fields["what"] = draw.choice(("both", "protocol", "journal"))
+            fields["how"] = draw.choice(("newer", "newer", "older"))
             fields["seconds"] = seconds
         case "descriptors" | "keeper":
             fields["seconds"] = seconds

@@ -69,6 +69,16 @@ FOUND = {
     "the-source-host-is-gone-at-loaded": (Action("burn", "s", note="t1 send loaded", steps=0),),
     "the-source-host-is-gone-after-commit": (Action("burn", "s", note="t1 recv commit", steps=9),),
     "the-target-host-is-gone-after-commit": (Action("burn", "t1", note="s send commit", steps=3),),
+    # Another version did not understand, and removed, the word that all is in; then the target knew nothing of the guest.
+    "the-target-is-upgraded-after-done": (
+        Action("cut", what="all", how="both", note="t1 send done", steps=0),
+        Action("block", "t1", "", "both", 3.0, note="fault", steps=1),
+        Action("version", "t1", "journal", "newer", 9.0, note="fault", after=2.0),
+    ),
+    # A target of another version "refuses to go on": the hint was to force the guest to run at its source.
+    "the-target-is-upgraded-after-commit": (
+        Action("version", "t1", "protocol", "newer", 9.0, note="t1 recv commit", steps=5),
+    ),
     # The journal still said loaded when the source was released.
     "no-room-on-the-target": (Action("disk", "t1", "", "EIO", 9.0, note="t1 recv commit", steps=0),),
 }

@@ -12,6 +12,7 @@ import errno
 import gc
 import heapq
 import random
+import re
 import sys
 import time
 import warnings
@@ -30,7 +31,7 @@ from migrated.errors import MigratedError
 from migrated.guests.access import pidfd
 from migrated.link import dialing
 from migrated.memory.engine import URGENT, EventKind
-from migrated.protocol import transitions
+from migrated.protocol import messages, preamble, transitions
 from migrated.protocol.session import Session
 from migrated.protocol.transitions import Role
 from migrated.recovery import journal
@@ -114,6 +115,7 @@ class World:
         self.decided: set[str] = set()  # migrations that an operator has decided where the two sides could not
         self.guest_killed = False
         self.abandoned = False
+        self.versions = (messages.PROTOCOL_VERSION, journal.VERSION)
         self.release_failed = False  # then the old process stays, and the record says so
         self.write_number = 0
         self._pid = 100
@@ -135,6 +137,7 @@ class World:
         self.net.high_water = draw.choice((1 << 16, 1 << 16, 0))
         self.loop.sockets = self.net
         self.loop.ended = self.kill_life
+        self.loop.speak = _speak
         self.hosts = {name: machine.Host(self, name, role) for name, role in HOSTS.items()}
         self.net.hosts = self.hosts
         self.triggers: dict[tuple[str, int], list[Action]] = {}
@@ -235,7 +238,7 @@ class World:
             return
         life = host.life = Life(host.name, host)
         host.agent = host.stop = None
-        self.trace(f"{host.name} starts")
+        self.trace(f"{host.name} starts, with versions {life.versions}")
 
         async def main() -> None:
             host.agent = (source_agent.SourceAgent if host.role == "source" else target_agent.TargetAgent)(
@@ -314,6 +317,25 @@ class World:
             return None
         known = list(host.agent._roster)
         return known[-1] if known else None
+
+    # ------------------------------------------------------------ versions
+
+    def install(self, host: machine.Host, versions: tuple[int, int]) -> None:
+        """Upgrade or downgrade a host, and start its agent again."""
+        if host.burned or host.versions == versions:
+            return
+        self.trace(f"{host.name} has versions {versions} from now on")
+        host.versions = versions
+        if host.life is not None:
+            self.kill_life(host.life)
+
+    def _reinstall(self, host: machine.Host) -> None:
+        """What an operator does who reads why an agent does not start: only the version that wrote a journal takes it up."""
+        protocol, version = self.versions
+        for path, data in host.disk.items():
+            if "/journal/" in path and (found := re.search(rb'"version":(\d+)', data)):
+                version = int(found[1])
+        self.install(host, (protocol, version))
 
     # ------------------------------------------------------------ faults
 
@@ -395,6 +417,15 @@ class World:
         for process in host.processes.values():
             process.die()
 
+    def _do_version(self, action: Action, host: Any) -> None:
+        """Install another version; after a while the one from before, unless a journal keeps that from working."""
+        protocol, version = self.versions
+        by = 1 if action.how == "newer" else -1
+        changed = (protocol + by * (action.what != "journal"), version + by * (action.what != "protocol"))
+        self.install(host, changed)
+        host.versions_until = self.loop.now + action.seconds
+        self.loop.call_later(action.seconds, self._reinstall, host, context=ROOT)
+
     def _do_verb(self, action: Action, host: Any) -> None:
         match action.what:
             case "start":
@@ -438,6 +469,8 @@ class World:
                 self.violation(f"{life.host.name} says completed, and the guest runs {there}")
         if record.error is None or record.role != "source":
             return
+        if record.error.code != "version-mismatch" and "protocol version" in record.error.message:
+            self.violation(f"a peer of another version is called {record.error.code}: {record.error.hint!r}")
         if record.state in {State.ABORTED, State.FAILED} and "runs on here" in record.error.hint:
             there = self.running()
             if not self.guest_killed and (there is None or there.host is not life.host):
@@ -598,6 +631,7 @@ class World:
         self.net.heal()
         for host in self.hosts.values():
             host.heal()
+            self._reinstall(host)
             self.boot(host)
 
     # ------------------------------------------------------------ the run
@@ -683,6 +717,7 @@ class World:
                 host.keeper_fails_until,
                 host.commands_fail_until,
                 host.commands_hang_until,
+                host.versions_until,
             )
         )
 
@@ -728,6 +763,15 @@ class World:
                 host.agent = host.task = host.stop = None
             gc.collect()  # nothing of this world may be finalized in the next one
         self.problem = kept
+
+
+def _speak(versions: tuple[int, int]) -> None:
+    """From now on an agent of these versions executes: of the protocol, and of the journal."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("migrated.") and hasattr(module, "PROTOCOL_VERSION"):
+            cast("Any", module).PROTOCOL_VERSION = versions[0]
+    preamble.Preamble.__init__.__defaults__ = (0, versions[0])
+    journal.VERSION = versions[1]
 
 
 HOSTS: Final = {"s": "source", "t1": "target", "t2": "target"}
@@ -820,6 +864,7 @@ def seams(world: World) -> Iterator[None]:
             setattr(owner, name, value)
         yield
     finally:
+        _speak(world.versions)
         for owner, name, value in former:
             setattr(owner, name, value)
         structlog.configure(**config)

@@ -346,9 +346,10 @@ class ProcessSource(SourceGuest):
         return {"started": process_started(pid)}
 
     async def reclaim(self, memento: Memento) -> None:
-        # The guest closed its userfaultfd when the agent before us was gone; what is left is to let it run.
         del memento
         self._resident = await self._hub.wait_connected(self._timeouts.guest_start)
+        # It has closed its userfaultfd if the agent before us died, and not if this agent gave it away and takes it back.
+        await self._ask(Kind.FORGET, "it to close its userfaultfd")
         await self.resume()
 
     async def adopt(self, pid: int, memento: Memento) -> None:

@@ -122,7 +122,8 @@ async def test_a_cooperative_guest_at_the_source(heard: Heard) -> None:
     assert heard.limits == {"PAUSE": TIMEOUTS.guest_pause, "STATE": TIMEOUTS.guest_state, "RUN": TIMEOUTS.guest_command}
     heard.limits.clear()
     await guest.reclaim({})
-    assert heard.limits == {"connected": TIMEOUTS.guest_start, "RUN": TIMEOUTS.guest_command}
+    command = TIMEOUTS.guest_command
+    assert heard.limits == {"connected": TIMEOUTS.guest_start, "FORGET": command, "RUN": command}
     heard.limits.clear()
     await guest.release()
     assert heard.limits == {

@@ -247,6 +247,38 @@ def test_answers_for_peers_of_before_the_last_boot_are_swept(journal: Journal[Ta
     assert names(journal) == []
 
 
+def test_an_answer_that_another_version_wrote_stays_until_that_version_reads_it(journal: Journal[TargetEntry]) -> None:
+    """Without it, a source that asks late is told that nothing is known of its guest."""
+    journal.write(ID, TARGET)
+    rewrite(journal, lambda table: table.update(version=99))
+    journal.close(ID)
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="version 99") as refusal:
+            journal.tidy()
+        assert refusal.value.code == "journal-version"
+    assert names(journal) == [f"{ID}.done"]
+
+
+def test_an_answer_that_cannot_be_read_now_stays(
+    journal: Journal[TargetEntry], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal.write(ID, TARGET)
+    journal.close(ID)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", out_of_descriptors)
+        with pytest.raises(HostError, match="cannot be read"):
+            journal.tidy()
+    assert journal.closed(ID) == TARGET
+
+
+def test_what_another_version_wrote_before_the_last_boot_is_in_nobodys_way(journal: Journal[TargetEntry]) -> None:
+    journal.write(ID, TARGET)
+    rewrite(journal, lambda table: table.update(version=99, boot_id="another"))
+    entries, problems = loaded(journal)
+    assert (entries, len(problems)) == ({}, 1)
+    assert names(journal) == [f"{ID}.refused"]
+
+
 @pytest.mark.parametrize(("call", "replaced"), [("open", False), ("fsync", False), ("replace", False)])
 def test_a_write_that_fails_says_whether_it_is_found_nevertheless(
     journal: Journal[TargetEntry], monkeypatch: pytest.MonkeyPatch, call: str, replaced: bool
