@@ -417,6 +417,7 @@ class TargetMigration(Migration):
             # is kept stays kept, so that a restarted agent serves it and tries again.
             if problem.code in GUEST_OVER:
                 await self._survival.over()
+                problem = self._ended_early()
             raise FinalError(problem) from problem
         await quietly(self._guest.release(), self.log, "release the guest")
         if self._released:
@@ -515,6 +516,11 @@ class TargetMigration(Migration):
         text = f"the incoming process of {self.record.guest} {how}"
         self._end_of_guest(GuestError(text, code="guest-died", hint="see its log"))
 
+    def _ended_early(self) -> GuestError:
+        """What its process ended with, if that is known already."""
+        text = f"{self.record.guest} ended before it was released from this migration"
+        return self._guest_over or GuestError(text, code="guest-died", hint="see its log")
+
     def _end_of_guest(self, error: GuestError) -> None:
         if self._guest_over is None:
             self._guest_over = error
@@ -556,8 +562,14 @@ class TargetMigration(Migration):
     async def abandon(self) -> None:
         """The source is lost for good: what is missing becomes a memory error in the guest."""
         self.check_abandon()
-        self._abandoned = await in_thread(self._require_engine().poison_stale)
-        self.log.error("abandoned", poisoned_pages=self._abandoned)
+        try:
+            self._abandoned = await in_thread(self._require_engine().poison_stale)
+        except GuestError as error:
+            if error.code not in GUEST_OVER:
+                raise
+            self._end_of_guest(self._ended_early())  # of the memory error that one of its threads was waiting for
+            return
+        self.log.warning("abandoned", poisoned_pages=self._abandoned)
 
     def check_abandon(self) -> None:
         """ConflictError where nothing is missing for good."""
