@@ -1,4 +1,8 @@
 /* SPDX-License-Identifier: MIT */
+/*
+ * The token bucket: what may be sent when, and waiting for it.  The time is read in the functions that wait, and in no
+ * others.
+ */
 #include "bucket.h"
 
 #include "clock.h"

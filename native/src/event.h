@@ -1,5 +1,7 @@
 /* SPDX-License-Identifier: MIT */
-/* The queue from the threads to Python: bounded in practice (a handful of kinds), mutex-protected, never on a hot path. */
+/*
+ * The queue of events from the threads to Python.  It is short in practice, and never on a hot path.
+ */
 #pragma once
 
 #include <pthread.h>

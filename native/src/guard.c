@@ -1,4 +1,8 @@
 /* SPDX-License-Identifier: MIT */
+/*
+ * The handler of SIGBUS, and the jump out of a guarded look.  A signal of anybody else's goes to the handler that was
+ * there before.
+ */
 #include "guard.h"
 
 #include <errno.h>

@@ -1,5 +1,7 @@
 /* SPDX-License-Identifier: MIT */
-/* Touching memory that may go away meanwhile: SIGBUS ends the touch, not the process. */
+/*
+ * Touching memory that may go away meanwhile.  SIGBUS ends the touch, not the process.
+ */
 #pragma once
 
 #include <stdbool.h>

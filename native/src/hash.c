@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: MIT */
-/* The keyed hashes and the test for zeros: the only places that look at every byte of the guest. */
+/*
+ * The keyed hashes and the test for zeros are the only places that look at every byte of the guest.  The hashes are
+ * compiled for several processors, and the fastest that this one can run is taken.
+ */
 #include "hash.h"
 
 #include <string.h>

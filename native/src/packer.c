@@ -1,4 +1,7 @@
 /* SPDX-License-Identifier: MIT */
+/*
+ * zstd for one connection, and the decision whether to use it.  What the decision rests on is told in packer.h.
+ */
 #include "packer.h"
 
 #include <string.h>

@@ -9,8 +9,8 @@
 
 #include "migrated.h"
 
-/* pthread_create with every signal blocked, since they are the daemon's; but for those that a thread raises itself, such as
- * SIGBUS: blocked, they would end the process without a trace.  name: at most 15 characters. */
+/* pthread_create with every signal blocked, since they are the daemon's; but for those that a thread raises itself, such
+ * as SIGBUS: blocked, they would end the process without a trace.  name: at most 15 characters. */
 int mgd_thread_start(pthread_t *thread, const char *name, void *(*run)(void *), void *argument, struct mgd_error *err);
 
 /*

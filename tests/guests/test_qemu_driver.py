@@ -472,7 +472,18 @@ async def test_a_userfaultfd_comes_and_goes_without_a_trace(start: StartQemu, tm
         await source.close()
 
 
-async def test_tracking_left_by_an_agent_that_died_is_replaced(start: StartQemu, tmp_path: Path) -> None:
+async def test_tracking_left_by_an_agent_that_died_is_replaced(
+    start: StartQemu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracked_at_close: list[frozenset[str]] = []
+    real = injection.remote_syscall
+
+    def remote_syscall(process: PidHandle, number: int, *arguments: int) -> tuple[int, float]:
+        if number == 3:  # close(2) on x86-64
+            area = (mapping.address, mapping.address + mapping.length_bytes)
+            tracked_at_close.extend(state.flags & {"uw"} for state in residences(process.pid, [area]))
+        return real(process, number, *arguments)
+
     qemu = await start(*memory())
     dead = qemu.source(tmp_path)
     found = await dead.open()
@@ -481,10 +492,14 @@ async def test_tracking_left_by_an_agent_that_died_is_replaced(start: StartQemu,
         await dead.tracking_uffd(), mapping.address, mapping.length_bytes, missing=False, minor=False, tracking=True
     )
     await dead.close()
+    monkeypatch.setattr(injection, "remote_syscall", remote_syscall)
     source = qemu.source(tmp_path)
     try:
         await source.open()
         uffd = await source.tracking_uffd()
+        # Unregistered step by step before that: closing alone would hold the guest's mmap_lock for all of it at once.
+        assert tracked_at_close
+        assert not any(tracked_at_close)
         uffd_register(uffd, mapping.address, mapping.length_bytes, missing=False, minor=False, tracking=True)
         assert len(injection.userfaultfds(qemu.pid)) == 1
         await source.release_tracking()

@@ -22,7 +22,9 @@ from pathlib import Path
 
 from migrated.errors import GuestError, GuestRefusedError, MigratedError
 from migrated.guests.access.pidfd import PidHandle, open_files
-from migrated.memory.native import inject_syscall, uffd_api
+from migrated.memory.memfd import BASE_PAGE_BYTES
+from migrated.memory.native import inject_syscall, uffd_api, uffd_unregister
+from migrated.memory.regions import SourceMemory
 from migrated.waiting import in_thread
 
 _SYS_CLOSE = 3
@@ -39,6 +41,9 @@ _USERFAULTFD_IOC_NEW = 0xAA00
 _FLAGS = os.O_CLOEXEC | os.O_NONBLOCK
 _LINK = "anon_inode:[userfaultfd]"
 DEVICE = Path("/dev/userfaultfd")
+#: How much memory one call unregisters, as in `native/src/tracker.c`.
+_STEP_BYTES = 16 << 20
+_STEP_BYTES_HUGE = 1 << 30
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -207,7 +212,26 @@ async def close_uffd(uffd: InjectedUffd) -> None:
         os.close(uffd.fd)
 
 
-async def close_remote(process: PidHandle, number: int) -> None:
-    """Close a userfaultfd that nobody of ours holds any more (left by an agent that died)."""
-    if number in userfaultfds(process.pid):
-        await in_thread(remote_syscall, process, _SYS_CLOSE, number)
+async def close_remote(process: PidHandle, number: int, memory: SourceMemory) -> None:
+    """Close a userfaultfd that nobody of ours holds any more (left by an agent that died).
+
+    Closing would lift the write-protection of all memory in one hold of the process's mmap_lock, by the thread that closes.  So
+    the memory is unregistered from here before that, in steps of about a millisecond.
+    """
+    if number not in userfaultfds(process.pid):
+        return
+    with contextlib.suppress(OSError):  # or the descriptor is gone already
+        ours = process.take_fd(number)
+        try:
+            await in_thread(_unregister, ours, memory)
+        finally:
+            os.close(ours)
+    await in_thread(remote_syscall, process, _SYS_CLOSE, number)
+
+
+def _unregister(uffd: int, memory: SourceMemory) -> None:
+    for mapping in memory.mappings:
+        step = _STEP_BYTES if memory.regions[mapping.region].page_bytes == BASE_PAGE_BYTES else _STEP_BYTES_HUGE
+        for offset in range(0, mapping.length_bytes, step):
+            with contextlib.suppress(MigratedError):  # whatever this leaves is lifted by closing
+                uffd_unregister(uffd, mapping.address + offset, min(step, mapping.length_bytes - offset))

@@ -237,7 +237,7 @@ class QemuSource(SourceGuest):
             )
         if "uw" in flags:
             for number in left:
-                await injection.close_remote(self.qemu.handle, number)
+                await injection.close_remote(self.qemu.handle, number, self._memory)
 
     async def release_tracking(self) -> None:
         await self.qemu.close_uffd()
