@@ -70,9 +70,11 @@ class Connection:
 
     async def close(self) -> None:
         """End all of it.  Idempotent."""
-        await self.drop_streams()
-        if self._link is not None:
-            await self._link.close()
+        try:
+            await self.drop_streams()
+        finally:
+            if self._link is not None:
+                await self._link.close()
 
     async def __aenter__(self) -> Self:
         return self

@@ -11,7 +11,6 @@ heartbeats never wait for room, and while the reader waits for the driver nobody
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
 from collections.abc import Coroutine
 from typing import Any, TypeVar
@@ -174,12 +173,15 @@ class ControlLink:
         if self._tasks:
             await asyncio.wait(self._tasks)
         self._writer.close()
-        with contextlib.suppress(OSError, TimeoutError):
+        try:
             async with asyncio.timeout(2):
                 await self._writer.wait_closed()
-        self._lose(ConnectionLostError(f"the connection to {self.peer} was closed by us"))
-        if self._session is not None:
-            self._session.connection_lost()
+        except (OSError, TimeoutError):
+            pass  # what was queued may not have left
+        finally:
+            self._lose(ConnectionLostError(f"the connection to {self.peer} was closed by us"))
+            if self._session is not None:
+                self._session.connection_lost()
 
     # ------------------------------------------------------------ sending
 
