@@ -124,7 +124,7 @@ class Timeouts(Table):
         default=0.0, description="a paused post-copy gives up after so long; 0: never, the guest waits"
     )
     reconnect_interval: Seconds = Field(
-        default=0.5, description="attempts begin at least so far apart; it doubles after each that fails …"
+        default=0.5, description="first pause between attempts; it doubles …"
     )
     reconnect_interval_limit: Seconds = Field(default=15.0, description="… up to this")
     shutdown: Seconds = Field(

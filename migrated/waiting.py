@@ -133,28 +133,37 @@ class Scope:
 
 
 class Backoff:
-    """Tries begin at least ``first`` seconds apart, and twice as far each time, up to ``limit``; `reset` after a success."""
+    """Pauses between tries: ``first`` seconds, then twice as long after each try that fails, up to ``limit``.
+
+    The first try is made at once.  So is one after a success (`reset`), but not within ``first`` seconds of the beginning of
+    the try that succeeded: a peer that ends every connection is not dialled in a loop.
+    """
 
     def __init__(self, first: float, limit: float) -> None:
-        self.apart = first  # seconds from the beginning of a try to that of the next
-        self._first, self._following, self._limit = first, first, limit
-        self._next_at = 0.0
+        self.seconds = first  # the pause that follows the present try, should it fail
+        self._first, self._limit = first, limit
+        self._failing = False
+        self._not_before = 0.0
         self._now = asyncio.Event()
 
     async def pause(self) -> None:
         """Until it is time for the next try, or `skip`."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + self.seconds if self._failing else self._not_before
+        if self._failing:
+            self.seconds = min(2 * self.seconds, self._limit)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout_at(self._next_at):
+            async with asyncio.timeout_at(until):
                 await self._now.wait()
         self._now.clear()  # before the try: who asks while it is under way means the next one
-        self.apart = self._following
-        self._following = min(2 * self.apart, self._limit)
-        self._next_at = asyncio.get_running_loop().time() + self.apart
+        self._failing = True
+        self._not_before = loop.time() + self._first
 
     def skip(self) -> None:
         """Begin the next try now."""
         self._now.set()
 
     def reset(self) -> None:
-        """A try has succeeded."""
-        self._following = self._first
+        """The present try has succeeded."""
+        self._failing = False
+        self.seconds = self._first

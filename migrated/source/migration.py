@@ -338,7 +338,7 @@ class SourceMigration(Migration):
                 await self._until_all_sent(connection.link, standing)
         except Exception as error:  # noqa: BLE001 - after COMMIT every failure means the same: the next connection
             if not on:
-                self.log.info("reconnect failed", error=str(error), next_try_seconds=self._tries.apart)
+                self.log.info("reconnect failed", error=str(error), next_try_seconds=self._tries.seconds)
             if not self.session.position.done:  # Done may have been read, and not yet been taken from the queue
                 self.set_state(State.POSTCOPY_PAUSED, await self._judged(error))
         if self.session.position.done:
@@ -537,7 +537,7 @@ class SourceMigration(Migration):
                     if await self._confirmed(link):
                         self.log.info("settled: nothing is left on the target")
                 except Exception as problem:  # noqa: BLE001 - tried again
-                    self.log.info("cannot settle yet", error=str(problem), next_try_seconds=self._tries.apart)
+                    self.log.info("cannot settle yet", error=str(problem), next_try_seconds=self._tries.seconds)
         await self._survival_over()
 
     async def _survival_over(self) -> None:

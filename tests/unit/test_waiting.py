@@ -228,14 +228,13 @@ async def test_a_block_that_loses_its_cancellation_is_cancelled_again(monkeypatc
 
 async def test_the_first_try_is_made_at_once_and_each_pause_doubles() -> None:
     tries = Backoff(0.001, 0.003)
-    apart = []
+    pauses = []
     async with asyncio.timeout(PATIENCE_SECONDS):
         for _ in range(4):
             await tries.pause()
-            apart.append(tries.apart)
+            pauses.append(tries.seconds)
         tries.reset()
-        await tries.pause()
-    assert [*apart, tries.apart] == [0.001, 0.002, 0.003, 0.003, 0.001]
+    assert [*pauses, tries.seconds] == [0.001, 0.002, 0.003, 0.003, 0.001]
 
 
 async def test_after_a_success_the_next_try_is_not_made_at_once() -> None:
