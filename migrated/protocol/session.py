@@ -52,10 +52,9 @@ class Session:
         self._ended_ways: set[str] = set() if self._connected else {"send", "recv"}
 
     @classmethod
-    def taken_up(cls, role: Role, stage: str, hello: Hello, page_bytes: tuple[int, ...]) -> Session:
-        """The session of a migration whose agent died, not connected; ``stage`` is what its journal says."""
-        ready = Ready(page_bytes) if page_bytes else None
-        return cls(role, state=transitions.TAKEN_UP[role][stage], hello=hello, ready=ready)
+    def taken_up(cls, role: Role, position: Position, hello: Hello, page_bytes: tuple[int, ...]) -> Session:
+        """The session of a migration whose agent died, not connected, where its journal says that it stands."""
+        return cls(role, state=position.state, hello=hello, ready=Ready(page_bytes) if page_bytes else None)
 
     @property
     def state(self) -> State:

@@ -22,6 +22,7 @@ import structlog
 
 from migrated.errors import ConfigError, HostError
 from migrated.protocol.messages import Hello
+from migrated.protocol.transitions import TAKEN_UP, Position, Role
 
 log = structlog.get_logger("migrated.recovery.journal")
 
@@ -50,6 +51,11 @@ class TargetEntry(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     memory_inodes: tuple[int, ...] = ()
     started_at: float = 0.0
 
+    @property
+    def position(self) -> Position:
+        """Where the migration stands for an agent that takes it up."""
+        return Position(TAKEN_UP[Role.TARGET][self.stage])
+
 
 class SourceEntry(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """A migration from here.
@@ -74,6 +80,11 @@ class SourceEntry(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit
     drain_bandwidth: int = 0
     compression: str = "off"
     superseded: bool = False  # a later migration was begun: the guest is no longer this one's to run
+
+    @property
+    def position(self) -> Position:
+        """Where the migration stands for an agent that takes it up."""
+        return Position(TAKEN_UP[Role.SOURCE][self.stage])
 
 
 E = TypeVar("E", TargetEntry, SourceEntry)

@@ -94,7 +94,7 @@ def supersede(journal: Journal[SourceEntry], guest: str, successor: str) -> None
     for migration_id, entry in journal.load().items():
         if migration_id == successor or entry.hello.guest != guest:
             continue
-        if entry.stage == "active" and not entry.superseded:
+        if not entry.position.committed and not entry.superseded:
             entry.superseded = True
             journal.write(migration_id, entry)
 

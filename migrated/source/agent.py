@@ -81,7 +81,7 @@ class SourceAgent(HostAgent[SourceMigration]):
     async def _check_committed(self, guest: str) -> None:
         """After COMMIT the guest belongs to the target, whatever became of that migration.  HostError, ConflictError."""
         for migration_id, entry in (await in_thread(self._journal.load)).items():
-            if entry.hello.guest != guest or entry.stage == "active" or self._roster.of_guest(guest) is not None:
+            if entry.hello.guest != guest or not entry.position.committed or self._roster.of_guest(guest) is not None:
                 continue
             if process_lives(entry.pid, entry.pid_started):
                 raise ConflictError(
@@ -137,7 +137,7 @@ class SourceAgent(HostAgent[SourceMigration]):
         regions = tuple(
             Region(region.name, region.size_bytes, region.page_bytes, region.device) for region in hello.regions
         )
-        if entry.stage == "committed" and len(fds) != len(regions):
+        if entry.position.committed and not entry.position.done and len(fds) != len(regions):
             raise GuestError(
                 f"{len(fds)} memory descriptors were kept, {len(regions)} are needed: the frozen memory is lost",
                 code="no-descriptors",
@@ -204,7 +204,7 @@ class SourceAgent(HostAgent[SourceMigration]):
         """See HostAgent.  The journal says first that COMMIT is taken back, so a next agent runs the guest here as well."""
         self._check_started()
         record, entry = await self._journalled(migration_id)
-        if entry is None or entry.stage != "committed":
+        if entry is None or not entry.position.committed or entry.position.done:
             raise ConflictError(
                 f"migration {record.id} is {record.state}: this host has not given {record.guest} away",
                 state=record.state.value,
@@ -235,7 +235,7 @@ class SourceAgent(HostAgent[SourceMigration]):
         self._check_confirmed(record, confirm, "discard")
         migration = self._roster.known(record.id)
         await self._leave(migration)
-        if entry.stage != "active" and process_lives(entry.pid, entry.pid_started):
+        if entry.position.committed and process_lives(entry.pid, entry.pid_started):
             guest = self._residents.source_guest(record.guest)
             try:
                 await guest.adopt(entry.pid, entry.guest)

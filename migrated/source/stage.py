@@ -31,7 +31,7 @@ class Recovered:
 
     def session(self) -> Session:
         """The session as it stood."""
-        return Session.taken_up(Role.SOURCE, self.entry.stage, self.entry.hello, self.entry.page_bytes)
+        return Session.taken_up(Role.SOURCE, self.entry.position, self.entry.hello, self.entry.page_bytes)
 
 
 class JournalledStage:

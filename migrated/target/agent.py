@@ -44,8 +44,7 @@ from migrated.recovery.state import Legacy, Survival
 from migrated.settings import MemoryTable
 from migrated.target.late import answer
 from migrated.target.memory import GuestMemory, users_of
-from migrated.target.migration import TargetMigration
-from migrated.target.stage import Recovered
+from migrated.target.migration import Recovered, TargetMigration
 from migrated.waiting import in_thread, within
 
 log = structlog.get_logger("migrated.target")
@@ -167,9 +166,10 @@ class TargetAgent(HostAgent[TargetMigration]):
         """Go on with what an agent before us left, guest by guest."""
         for migration_id, entry, fds in await Legacy(self._journal, self._keeper).take():
             survival = Survival(self._journal, self._keeper, migration_id)
-            left_over = entry.stage == "setup"
+            promised = not entry.position.settled
+            left_over = not promised
             try:
-                if entry.stage == "setup":
+                if not promised:
                     await self._end_left_over(entry)
                     left_over = False
                     raise GuestError("it had not come far: the guest runs on at its source", code="agent-restarted")
@@ -179,7 +179,7 @@ class TargetAgent(HostAgent[TargetMigration]):
                     with contextlib.suppress(OSError):
                         os.close(fd)
                 # Letting the last userfaultfd go would set its waiting threads free onto pages that have not come.
-                waits = entry.stage != "setup" and process_lives(entry.pid, entry.pid_started)
+                waits = promised and process_lives(entry.pid, entry.pid_started)
                 if waits:
                     self._waiting_for_next.add(entry.hello.session)
                 elif not left_over:  # else the next agent tries again to end it
@@ -233,7 +233,7 @@ class TargetAgent(HostAgent[TargetMigration]):
             hello,
             guest=guest,
             page_bytes=None,
-            session=Session.taken_up(Role.TARGET, entry.stage, hello, entry.page_bytes),
+            session=Session.taken_up(Role.TARGET, entry.position, hello, entry.page_bytes),
             link=None,
             config=self.config,
             survival=survival,

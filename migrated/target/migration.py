@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import hmac
 import os
 import time
@@ -33,7 +34,7 @@ from migrated.errors import (
     named,
 )
 from migrated.guests.access.pidfd import process_started
-from migrated.guests.driver import TargetGuest
+from migrated.guests.driver import FaultSource, TargetGuest
 from migrated.memory.engine import URGENT, Event, EventKind, TargetEngine
 from migrated.memory.regions import Region
 from migrated.protocol.bounds import abort_of
@@ -69,7 +70,6 @@ if TYPE_CHECKING:
     from migrated.link.control_link import ControlLink
     from migrated.protocol.session import Session
     from migrated.recovery.state import Survival
-    from migrated.target.stage import Recovered
 
 #: Zeroing a huge page that was never used takes the hypervisor's time more than ours: two at once pay.
 POPULATE_THREADS = 2
@@ -81,6 +81,15 @@ RESUME_PAUSE_SECONDS = 0.2
 NOTE_PAUSE_SECONDS = 1.0
 #: How long a page connection may wait for the engine it belongs to.
 STREAM_WAIT_SECONDS = 10.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Recovered:
+    """What is left of a migration whose agent died."""
+
+    entry: TargetEntry
+    memory: GuestMemory
+    faults: FaultSource
 
 
 class TargetMigration(Migration):

@@ -28,8 +28,7 @@ from migrated.recovery.state import Survival
 from migrated.recovery.store import HolderKeeper
 from migrated.settings import Timeouts
 from migrated.target.memory import GuestMemory
-from migrated.target.migration import TargetMigration
-from migrated.target.stage import Recovered
+from migrated.target.migration import Recovered, TargetMigration
 from tests.unit.link.ends import Stranger, link_on, sockets
 from tests.unit.recovery.entries import HELLO
 
