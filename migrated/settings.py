@@ -123,9 +123,7 @@ class Timeouts(Table):
     reconnect: SecondsOrNever = Field(
         default=0.0, description="a paused post-copy gives up after so long; 0: never, the guest waits"
     )
-    reconnect_interval: Seconds = Field(
-        default=0.5, description="first pause between attempts; it doubles …"
-    )
+    reconnect_interval: Seconds = Field(default=0.5, description="first pause between attempts; it doubles …")
     reconnect_interval_limit: Seconds = Field(default=15.0, description="… up to this")
     shutdown: Seconds = Field(
         default=20.0,
