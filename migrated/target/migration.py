@@ -336,8 +336,8 @@ class TargetMigration(Migration):
                 await self._armed.wait()
             if stream != URGENT and stream >= self.hello.streams:
                 raise RemoteProtocolError(f"page connection {stream} of {self.hello.streams}")
-            engine = self._require_engine()
-            if not engine.alive or not self.session.connected:
+            engine = self.engine
+            if engine is None or not engine.alive or not self.session.connected:
                 raise ConnectionLostError("a page connection came without a control connection")
         except BaseException:
             os.close(fd)
@@ -477,6 +477,7 @@ class TargetMigration(Migration):
         await self._close_memory()
         await self.connection.close()
         self.session.connection_lost()
+        self._armed.set()  # page connections that wait for it are refused now
         await quietly(self._guest.close(), self.log, "close the guest's connections")
 
     async def _after_the_end(self) -> None:

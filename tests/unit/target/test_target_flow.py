@@ -13,7 +13,7 @@ import pytest
 
 from migrated.agent.record import State
 from migrated.config import AgentConfig
-from migrated.errors import GuestError, MigratedError, TimeoutExceededError
+from migrated.errors import ConnectionLostError, GuestError, MigratedError, TimeoutExceededError
 from migrated.guests.access.pidfd import process_started
 from migrated.guests.driver import FaultSource, TargetGuest
 from migrated.link.control_link import ControlLink
@@ -28,7 +28,7 @@ from migrated.recovery.state import Survival
 from migrated.recovery.store import HolderKeeper
 from migrated.settings import Timeouts
 from migrated.target.memory import GuestMemory
-from migrated.target.migration import Recovered, TargetMigration
+from migrated.target.migration import STREAM_WAIT_SECONDS, Recovered, TargetMigration
 from tests.unit.link.ends import Stranger, link_on, sockets
 from tests.unit.recovery.entries import HELLO
 
@@ -350,6 +350,55 @@ async def test_one_that_dials_while_another_waits_takes_its_place(
         await running
     for source in (first, second):
         source.sock.close()
+
+
+async def test_a_page_connection_does_not_wait_for_a_migration_that_is_over(
+    guest: FakeGuest, journal: Journal[TargetEntry], tmp_path: Path
+) -> None:
+    migration = flow("committed", guest, journal, tmp_path)
+    migration.fake.refuses = GuestError("it is gone", code="guest-gone")
+    ours, theirs = sockets()
+    adding = asyncio.ensure_future(migration.add_stream(0, ours.detach()))
+    await asyncio.sleep(0)
+    await over(migration)
+    with pytest.raises(ConnectionLostError, match="without a control connection"):
+        async with asyncio.timeout(STREAM_WAIT_SECONDS / 2):
+            await adding
+    theirs.setblocking(True)
+    assert theirs.recv(1) == b""
+    theirs.close()
+
+
+@pytest.mark.parametrize(("stream", "problem"), [(2, "2 of 2"), (0, "without a control connection")])
+async def test_a_page_connection_that_was_not_agreed_on_is_closed(
+    stream: int, problem: str, guest: FakeGuest, journal: Journal[TargetEntry], tmp_path: Path
+) -> None:
+    """Also one that comes between two control connections: it would keep the place of the next one's."""
+    migration = flow("committed", guest, journal, tmp_path)
+    running = asyncio.ensure_future(migration.run())
+    ours, theirs = sockets()
+    with pytest.raises(MigratedError, match=problem):
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            await migration.add_stream(stream, ours.detach())
+    theirs.setblocking(True)
+    assert theirs.recv(1) == b""
+    theirs.close()
+    guest.end.set()
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        await running
+
+
+async def test_a_page_connection_without_memory_to_fill_is_closed(
+    guest: FakeGuest, journal: Journal[TargetEntry], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("migrated.target.migration.STREAM_WAIT_SECONDS", 0.01)
+    migration = flow("committed", guest, journal, tmp_path)
+    ours, theirs = sockets()
+    with pytest.raises(MigratedError, match="memory for a page connection"):
+        await migration.add_stream(0, ours.detach())
+    theirs.setblocking(True)
+    assert theirs.recv(1) == b""
+    theirs.close()
 
 
 # ---------------------------------------------------------------- after COMMIT nobody else runs it
