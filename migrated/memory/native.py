@@ -33,6 +33,7 @@ __all__ = [
     "uffd_api",
     "uffd_open",
     "uffd_register",
+    "uffd_unregister",
 ]
 
 #: Errno values of a socket whose other end is gone or out of reach.
@@ -123,6 +124,11 @@ class Injected:
 
     result: int
     stopped_seconds: float
+
+
+def uffd_unregister(uffd: int, start: int, length_bytes: int) -> None:
+    """Lift the registration of a range, and wake whoever waits there."""
+    call(lib.mgd_uffd_unregister, uffd, start, length_bytes)
 
 
 def inject_syscall(pid: int, number: int, arguments: Sequence[int] = ()) -> Injected:
