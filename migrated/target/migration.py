@@ -336,13 +336,12 @@ class TargetMigration(Migration):
                 await self._armed.wait()
             if stream != URGENT and stream >= self.hello.streams:
                 raise RemoteProtocolError(f"page connection {stream} of {self.hello.streams}")
-            engine = self._require_engine()
-            if not engine.alive or not self.session.connected:
+            if self.engine is None or not self.engine.alive or not self.session.connected:
                 raise ConnectionLostError("a page connection came without a control connection")
         except BaseException:
             os.close(fd)
             raise
-        engine.add_stream(stream, fd)
+        self.engine.add_stream(stream, fd)
 
     async def _resume(self, link: ControlLink) -> bool:
         """Tell the source where we stand and what is lacking; whether COMMIT was given before.  It may send Abort instead."""
@@ -477,6 +476,7 @@ class TargetMigration(Migration):
         await self._close_memory()
         await self.connection.close()
         self.session.connection_lost()
+        self._armed.set()  # page connections that wait for memory end now
         await quietly(self._guest.close(), self.log, "close the guest's connections")
 
     async def _after_the_end(self) -> None:
