@@ -33,6 +33,7 @@ __all__ = [
     "uffd_api",
     "uffd_open",
     "uffd_register",
+    "uffd_unregister",
 ]
 
 #: Errno values of a socket whose other end is gone or out of reach.
@@ -115,6 +116,11 @@ def uffd_register(uffd: int, start: int, length_bytes: int, *, missing: bool, mi
         | (lib.MGD_REGISTER_WP if tracking else 0)
     )
     call(lib.mgd_uffd_register, uffd, start, length_bytes, mode)
+
+
+def uffd_unregister(uffd: int, start: int, length_bytes: int) -> None:
+    """UFFDIO_UNREGISTER, then wake every thread that waits there."""
+    call(lib.mgd_uffd_unregister, uffd, start, length_bytes)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from migrated.config import Timeouts
 from migrated.errors import GuestError, GuestRefusedError
 from migrated.guests.qemu.config import QemuSourceConfig
 from migrated.guests.qemu.memory import disks_pin_buffers
 from migrated.guests.qemu.source import QemuSource
+from migrated.settings import Timeouts
 
 
 class FakeMonitor:
@@ -39,8 +38,8 @@ def processors(**figures: int) -> Any:
 
 
 @pytest.fixture
-def source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> QemuSource:
-    found = QemuSource("vm", QemuSourceConfig(qmp="/run/vm.qmp"), tmp_path, Timeouts())
+def source(monkeypatch: pytest.MonkeyPatch) -> QemuSource:
+    found = QemuSource("vm", QemuSourceConfig(qmp="/run/vm.qmp"), Timeouts())
 
     async def connected() -> Any:
         return processors(nested_run=4, guest_mode=0)
