@@ -38,7 +38,7 @@ from migrated.guests.qemu.qmp import Monitor
 from migrated.guests.qemu.source import QemuSource
 from migrated.guests.qemu.target import QemuTarget
 from migrated.memory import memfd as memory_memfd
-from migrated.memory.native import call, lib, uffd_register
+from migrated.memory.native import uffd_register, uffd_unregister
 from migrated.memory.regions import Region, SourceMemory, TargetMemory
 from migrated.memory.smaps import residences
 from migrated.settings import Timeouts, read
@@ -808,7 +808,7 @@ class Move:
     def free(self) -> None:
         """All memory is in: no fault is to be reported any more."""
         for mapping in self.faults.mappings:
-            call(lib.mgd_uffd_unregister, self.faults.uffd, mapping.address, mapping.length_bytes)
+            uffd_unregister(self.faults.uffd, mapping.address, mapping.length_bytes)
 
 
 @pytest.fixture(scope="session")

@@ -416,3 +416,19 @@ async def test_a_guest_whose_start_fails_by_a_mistake_of_ours_is_tried_again(
     guest.end.set()
     async with asyncio.timeout(PATIENCE_SECONDS):
         await running
+
+
+async def test_a_page_connection_that_waits_for_memory_is_closed_when_the_migration_ends(
+    guest: FakeGuest, journal: Journal[TargetEntry], tmp_path: Path
+) -> None:
+    migration = flow("loaded", guest, journal, tmp_path)
+    read, write = os.pipe()
+    waiting = asyncio.ensure_future(migration.add_stream(0, write))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    await migration._let_go()
+    async with asyncio.timeout(5):  # much less than it would wait for memory
+        with pytest.raises(ConnectionLostError):
+            await waiting
+    assert os.read(read, 1) == b""  # nobody has the other end
+    os.close(read)
