@@ -26,10 +26,10 @@ from aiohttp import web
 
 from migrated import __version__, config, log
 from migrated.agent.record import State
-from migrated.errors import ConfigError, HostError, MigratedError, TimeoutExceededError, hinted
+from migrated.errors import ConfigError, HostError, MigratedError, TimeoutExceededError, error_fields
 from migrated.http.control import control_app
 from migrated.http.status import status_app
-from migrated.recovery import systemd as service
+from migrated.recovery import systemd
 from migrated.waiting import in_thread
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def run(role: Role, path: str | None, *, log_level: str = "info", log_format: st
     except MigratedError as error:
         if for_people:
             raise
-        logger.error("the agent has failed", **hinted(error))  # noqa: TRY400 - expected: no traceback
+        logger.error("the agent has failed", **error_fields(error))  # noqa: TRY400 - expected: no traceback
         # By this status the service manager knows that another start would end the same way.
         return 2 if isinstance(error, ConfigError) else 1
     except Exception:
@@ -290,7 +290,7 @@ def _warn_of_openness(settings: AgentConfig) -> None:
 
 async def _tell_service_manager(agent: HostAgent[Any], stop: asyncio.Event, work: asyncio.Task[None]) -> None:
     """READY once the agent can work; STATUS; and as long as it is healthy, WATCHDOG and all the time it needs."""
-    watchdog = service.watchdog_seconds()
+    watchdog = systemd.watchdog_seconds()
     pause = min(STATUS_SECONDS, watchdog / 3) if watchdog else STATUS_SECONDS
     ready = False
     healthy_before = True
@@ -328,6 +328,6 @@ def status_line(agent: HostAgent[Any]) -> str:
 async def _notify(*assignments: str) -> None:
     """Tell the service manager, which may be slow to read; that it cannot be told is no reason to end."""
     try:
-        await in_thread(service.notify, *assignments)
+        await in_thread(systemd.notify, *assignments)
     except HostError as error:
-        logger.warning("service manager not told", **hinted(error))
+        logger.warning("service manager not told", **error_fields(error))

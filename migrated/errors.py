@@ -151,13 +151,13 @@ class AbortedError(MigratedError):
     default_code = "aborted"
 
 
-def named(error: BaseException) -> MigratedError:
+def as_migrated_error(error: BaseException) -> MigratedError:
     """Any exception as one of ours: what is not ours becomes ``internal``."""
     if isinstance(error, MigratedError):
         return error
     return MigratedError(f"{type(error).__name__}: {error}", hint="this is a bug: please report it")
 
 
-def hinted(error: BaseException) -> dict[str, Any]:
+def error_fields(error: BaseException) -> dict[str, Any]:
     """Any exception as ``{code, message, hint}``."""
-    return named(error).as_dict()
+    return as_migrated_error(error).as_dict()

@@ -48,7 +48,7 @@ async def within(limit_seconds: float, what: str, *, who: str = "") -> AsyncIter
         ) from error
 
 
-async def end(task: asyncio.Future[Any]) -> None:
+async def cancel_and_wait(task: asyncio.Future[Any]) -> None:
     """Cancel it and wait until it is over.
 
     Cancelled again now and then: a cancellation that meets the end of an ``asyncio.wait_for`` is lost (Python 3.11), and a
@@ -71,7 +71,7 @@ class Scope:
     when the block is left.
 
     This is ``asyncio.TaskGroup`` but for three things: others may report a failure, also before the block is entered; one
-    exception is raised, not a group; and the block is cancelled again and again until it ends (see `end`).
+    exception is raised, not a group; and the block is cancelled again and again until it ends (see `cancel_and_wait`).
     """
 
     def __init__(self) -> None:
@@ -127,7 +127,7 @@ class Scope:
         while block is not None and self._cancelled:
             self._cancelled -= 1
             block.uncancel()
-        await asyncio.gather(*(end(task) for task in set(self._tasks)))
+        await asyncio.gather(*(cancel_and_wait(task) for task in set(self._tasks)))
         if error is not None and self.failure is not None and not (kind is asyncio.CancelledError and from_outside):
             raise self.failure
 

@@ -56,9 +56,9 @@ class Connection:
         """Whether something can still be said, although the session may be over."""
         return self._link is not None and self._link.broken is None
 
-    async def explained(self, error: BaseException) -> BaseException:
+    async def reason_for(self, error: BaseException) -> BaseException:
         """Why it ended with ``error``: the peer's own words, where it has said some."""
-        return error if self._link is None else await self._link.explained(error)
+        return error if self._link is None else await self._link.reason_for(error)
 
     async def drop_streams(self) -> None:
         """End the page connections; the engine can take others.  What it had to report of them is delivered."""

@@ -17,11 +17,11 @@ from migrated.agent.archive import Archive
 from migrated.agent.migration import Migration
 from migrated.agent.record import Record
 from migrated.agent.requests import Health, SetRequest, StartRequest
-from migrated.agent.table import Roster
+from migrated.agent.table import MigrationTable
 from migrated.config import AgentConfig
 from migrated.errors import ConflictError
-from migrated.recovery.store import EitherKeeper, keeper_for
-from migrated.waiting import end
+from migrated.recovery.store import CombinedStore, store_for
+from migrated.waiting import cancel_and_wait
 
 M = TypeVar("M", bound=Migration)
 
@@ -38,15 +38,15 @@ class HostAgent(abc.ABC, Generic[M]):
     def __init__(self, config: AgentConfig, log: Any) -> None:
         self.config = config
         self._log = log
-        self._roster: Roster[M] = Roster(
+        self._migrations: MigrationTable[M] = MigrationTable(
             keep=config.limits.max_records,
             archive=Archive(config.state_dir / archive.NAME, keep=config.limits.max_records),
         )
         self._tasks: dict[asyncio.Task[None], M] = {}
         self._started = False  # what an agent before us left is taken back, and new work can come
         self._stopping = False
-        self._residents = guests.Residents(config)
-        self._keeper = keeper_for(config.state_dir)
+        self._guests = guests.GuestRegistry(config)
+        self._store = store_for(config.state_dir)
 
     # ------------------------------------------------------------ verbs
 
@@ -61,11 +61,11 @@ class HostAgent(abc.ABC, Generic[M]):
 
     def records(self, *, ended: bool = True) -> list[Record]:
         """All migrations, oldest first, with fresh figures; ended=False leaves out those that are over."""
-        return self._roster.records(ended=ended)
+        return self._migrations.records(ended=ended)
 
     def record(self, migration_id: str) -> Record:
         """By id, a unique prefix of it, or the guest's name (its newest); NotFoundError."""
-        return self._roster.record(migration_id)
+        return self._migrations.record(migration_id)
 
     @abc.abstractmethod
     async def start(self, request: StartRequest) -> Record:
@@ -73,7 +73,7 @@ class HostAgent(abc.ABC, Generic[M]):
 
     async def abort(self, migration_id: str) -> Record:
         """End it, while that can be done without harm; ConflictError later."""
-        migration = self._roster.find(migration_id)
+        migration = self._migrations.find(migration_id)
         migration.abort()
         return migration.record
 
@@ -103,7 +103,7 @@ class HostAgent(abc.ABC, Generic[M]):
 
     def events(self, migration_id: str) -> AsyncIterator[Record]:
         """The record now, and again whenever it changes (state at once, figures at most twice a second), until ended."""
-        return self._roster.events(migration_id)
+        return self._migrations.events(migration_id)
 
     @abc.abstractmethod
     def health(self) -> Health:
@@ -120,7 +120,7 @@ class HostAgent(abc.ABC, Generic[M]):
         return ["starting"] * (not self._started) + ["shutting down"] * self._stopping
 
     def _launch(self, migration: M) -> None:
-        self._roster.add(migration)
+        self._migrations.add(migration)
         task = asyncio.ensure_future(self._run(migration))
         self._tasks[task] = migration
         task.add_done_callback(lambda _: self._tasks.pop(task, None))
@@ -128,7 +128,7 @@ class HostAgent(abc.ABC, Generic[M]):
     async def _leave(self, migration: M | None) -> None:
         """End our work on a migration; the guest stays as it is, and so does the journal."""
         for task in [task for task, known in self._tasks.items() if known is migration]:
-            await end(task)
+            await cancel_and_wait(task)
 
     def _check_confirmed(self, record: Record, confirm: str, verb: str) -> None:
         if confirm != record.guest:
@@ -141,8 +141,9 @@ class HostAgent(abc.ABC, Generic[M]):
 
     async def _run(self, migration: M) -> None:
         await migration.run()
-        if self._roster.of_guest(migration.record.guest) is None:  # the next may have begun when this one had its end
-            self._residents.tidy(migration.record.guest)
+        # The next migration of this guest may have begun while this one came to its end.
+        if self._migrations.of_guest(migration.record.guest) is None:
+            self._guests.remove_run_dir(migration.record.guest)
 
     async def _wind_up(self) -> None:
         """Take nothing new, abort what can be aborted, and stay until nobody needs this process.
@@ -150,18 +151,18 @@ class HostAgent(abc.ABC, Generic[M]):
         Migrations that only wait for a peer nobody can reach are left: their guests wait, and a later agent goes on.
         """
         self._stopping = True
-        for migration in self._roster.active:
+        for migration in self._migrations.active:
             with contextlib.suppress(ConflictError):
                 migration.abort()
-        if self._roster.active:
-            self._log.warning("staying for migrations that cannot be aborted", count=len(self._roster.active))
+        if self._migrations.active:
+            self._log.warning("staying for migrations that cannot be aborted", count=len(self._migrations.active))
         while self._tasks:
             done, _ = await asyncio.wait(self._tasks, timeout=self.config.timeouts.shutdown)
-            if not done and all(migration.waits_for_peer for migration in self._roster if not migration.over):
-                if isinstance(self._keeper, EitherKeeper):
-                    await self._keeper.hand_over()
+            if not done and all(migration.waits_for_peer for migration in self._migrations if not migration.over):
+                if isinstance(self._store, CombinedStore):
+                    await self._store.copy_to_holder()
                 self._log.warning("leaving with migrations under way: their guests wait", count=len(self._tasks))
                 for task in list(self._tasks):
                     task.cancel()
                 await asyncio.wait(self._tasks)
-        await self._roster.archived()
+        await self._migrations.archived()

@@ -11,9 +11,9 @@ import structlog
 
 from migrated.agent.connection import Connection
 from migrated.agent.record import NEXT, ErrorInfo, Record, State, StateChange
-from migrated.errors import AbortedError, MigratedError, hinted, named
+from migrated.errors import AbortedError, MigratedError, as_migrated_error
 from migrated.memory.engine import Event, EventKind
-from migrated.waiting import end
+from migrated.waiting import cancel_and_wait
 
 if TYPE_CHECKING:
     from migrated.memory.engine import SourceEngine, TargetEngine
@@ -64,7 +64,7 @@ class Migration:
             raise MigratedError(f"migration {self.id}: no way from {before} to {state}: this is a bug")
         now = time.time()
         if error is not None:
-            self.record.error = ErrorInfo(**{k: str(v) for k, v in hinted(error).items() if k != "state"})
+            self.record.error = ErrorInfo.of(error)
         self._add_to_timeline(StateChange(state, now))
         self.record.state = state
         if self.record.ended:
@@ -107,7 +107,7 @@ class Migration:
     async def stop_background(self) -> None:
         """Cancel everything `background` still runs."""
         tasks = [task for task in self._background if task is not asyncio.current_task()]
-        await asyncio.gather(*(end(task) for task in tasks))
+        await asyncio.gather(*(cancel_and_wait(task) for task in tasks))
 
     @property
     def over(self) -> bool:
@@ -138,7 +138,7 @@ class Migration:
                 self._fail_unforeseen(error)
             finally:
                 self._over = True
-            await quietly(self._after_the_end(), self.log, "say the last")
+            await log_errors(self._after_the_end(), self.log, "say the last")
 
     async def _migrate(self) -> None:
         """The flow, failures included; returns in a final state."""
@@ -153,7 +153,7 @@ class Migration:
 
     def end_with(self, error: BaseException) -> None:
         """As aborted where somebody asked for it, here or on the other side, else as failed."""
-        asked = named(error).code == AbortedError.default_code
+        asked = as_migrated_error(error).code == AbortedError.default_code
         self.set_state(State.ABORTED if asked else State.FAILED, error)
 
     def _fail_unforeseen(self, error: Exception) -> None:
@@ -161,7 +161,7 @@ class Migration:
         self.log.error("a migration met an error nobody foresaw: this is a bug", error=str(error), exc_info=error)
         if not self.record.ended:
             self.record.state = State.FAILED
-            self.record.error = ErrorInfo(**{k: str(v) for k, v in hinted(error).items() if k != "state"})
+            self.record.error = ErrorInfo.of(error)
             self.record.timeline.append(StateChange(State.FAILED, time.time()))
         if self.record.ended_at is None:  # also when it was the end itself that failed
             self.record.ended_at = time.time()
@@ -215,7 +215,7 @@ class Migration:
             self.fail(error)
 
 
-async def quietly(work: Coroutine[Any, Any, Any], log: Any, what: str) -> bool:
+async def log_errors(work: Coroutine[Any, Any, Any], log: Any, what: str) -> bool:
     """Run one step of a clean-up and return whether it worked: what fails is logged, the next step still runs."""
     try:
         await work

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from migrated.errors import hinted
+from migrated.errors import error_fields
 
 if TYPE_CHECKING:  # the command line reads records, and need not load the journal for that
     from migrated.recovery.journal import SourceEntry, TargetEntry
@@ -82,7 +82,7 @@ class ErrorInfo(msgspec.Struct):
     @classmethod
     def of(cls, error: BaseException) -> ErrorInfo:
         """Any exception; one that is not ours has the code ``internal``."""
-        return cls(**{key: str(value) for key, value in hinted(error).items() if key != "state"})
+        return cls(**{key: str(value) for key, value in error_fields(error).items() if key != "state"})
 
 
 class StateChange(msgspec.Struct):

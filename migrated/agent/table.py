@@ -16,7 +16,7 @@ from migrated.errors import ConflictError, NotFoundError
 M = TypeVar("M", bound=Migration)
 
 
-class Roster(Generic[M]):
+class MigrationTable(Generic[M]):
     """Ordered by start; forgets the oldest ended ones beyond ``keep``.
 
     With an ``archive`` those that end are written there, and those that an agent before us wrote are shown, as records: no
@@ -113,7 +113,7 @@ class Roster(Generic[M]):
         """The record now and whenever it changes, until it has ended.  Raises at once, as `record` does."""
         record = self.record(wanted)
         migration = self._migrations.get(record.id)
-        return _once(record) if migration is None else migration.events()
+        return _only(record) if migration is None else migration.events()
 
     def records(self, *, ended: bool) -> list[Record]:
         """Fresh records, oldest first."""
@@ -124,5 +124,5 @@ class Roster(Generic[M]):
         return [*(self._former.values() if ended else ()), *(migration.record for migration in chosen)]
 
 
-async def _once(record: Record) -> AsyncIterator[Record]:
+async def _only(record: Record) -> AsyncIterator[Record]:
     yield record

@@ -9,7 +9,7 @@ from typing import Any, Final
 import click
 
 from migrated.agent.record import Record, State
-from migrated.errors import AbortedError, ConfigError, MigratedError, UsageError, hinted
+from migrated.errors import AbortedError, ConfigError, MigratedError, UsageError, error_fields
 
 DONE: Final = 0
 FAILED: Final = 1
@@ -60,7 +60,7 @@ def tell(error: BaseException, *, as_json: bool) -> None:
     if isinstance(error, click.ClickException):
         info: dict[str, Any] = {"code": "usage", "message": error.format_message(), "hint": _usage_hint(error)}
     else:
-        info = hinted(error)
+        info = error_fields(error)
     print(f"error: {printable(info['message'])}", file=sys.stderr)
     if info.get("hint"):
         print(f"  hint: {printable(info['hint'])}", file=sys.stderr)

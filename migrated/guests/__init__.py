@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from migrated.guests.process.source import ProcessHub
 
 
-class Residents:
+class GuestRegistry:
     """The guests of one agent's configuration.
 
     An async context manager: co-operative guests connect to us long before anything is migrated, and while it is entered
@@ -36,7 +36,7 @@ class Residents:
         path.mkdir(parents=True, exist_ok=True)
         return path
 
-    def tidy(self, name: str) -> None:
+    def remove_run_dir(self, name: str) -> None:
         """A migration is over: its directory goes, unless something is kept there."""
         if name not in self._hubs:  # a hub has it for life
             with contextlib.suppress(OSError):

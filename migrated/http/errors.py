@@ -75,4 +75,4 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
         raise  # the client has gone: nobody to answer
     except Exception as error:  # noqa: BLE001 - a bug in one answer must not end the daemon; logged
         structlog.get_logger("migrated.http").exception("request failed", method=request.method, path=request.path)
-        return error_answer(errors.hinted(error), status=500)
+        return error_answer(errors.error_fields(error), status=500)

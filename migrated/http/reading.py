@@ -10,7 +10,7 @@ import msgspec
 from aiohttp import web
 
 from migrated.agent.host_agent import HostAgent
-from migrated.errors import MigratedError, hinted
+from migrated.errors import MigratedError, error_fields
 from migrated.http.errors import BadRequestError, json_answer
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ async def _server_sent(records: AsyncIterator[Record], stopping: asyncio.Event) 
             except StopAsyncIteration:
                 return
             except MigratedError as error:
-                yield b"event: error\ndata: " + msgspec.json.encode({"error": hinted(error)}) + b"\n\n"
+                yield b"event: error\ndata: " + msgspec.json.encode({"error": error_fields(error)}) + b"\n\n"
                 return
     finally:
         for future in (stop, upcoming):

@@ -16,7 +16,7 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from migrated.address import Address
-from migrated.errors import ConnectionLostError, MigratedError, PeerError, RemoteProtocolError, named
+from migrated.errors import ConnectionLostError, MigratedError, PeerError, RemoteProtocolError, as_migrated_error
 from migrated.protocol.heartbeat import Heartbeat
 from migrated.protocol.messages import Abort, AnyMessage, Ping, Pong, StateChunk, StateEnd
 from migrated.protocol.session import Session
@@ -152,7 +152,7 @@ class ControlLink:
         """Resolves when the session on this connection is over; only to be waited for."""
         return self._lost
 
-    async def explained(self, error: BaseException) -> BaseException:
+    async def reason_for(self, error: BaseException) -> BaseException:
         """Why it really ended: a peer that gives up closes its page connections, and may be heard of here a moment later."""
         if not isinstance(error, ConnectionLostError):
             return error
@@ -244,7 +244,7 @@ class ControlLink:
             hint = error.hint or "is that the port of a target agent of the same version?"
             self._lose(RemoteProtocolError(f"{self.peer}: {error.message}", code=error.code, hint=hint))
         except Exception as error:  # noqa: BLE001 - one that is not ours is a bug: it ends this session, named
-            self._lose(named(error))
+            self._lose(as_migrated_error(error))
 
     async def _sort(self, message: AnyMessage) -> None:
         match message:

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 
 from migrated.memory.maps import PROC, Area, FileKey, Process, areas, mapped_elsewhere
-from migrated.memory.smaps import residences
+from migrated.memory.smaps import mapped_areas
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ def inspect(pid: int, *, least_bytes: int = 1 << 20, least_private_bytes: int = 
             private.append(area)
     shared = [group for group in grouped.values() if sum(area.length_bytes for area in group) >= least_bytes]
     every = [area for group in (*shared, private) for area in group]
-    found = residences(pid, [(area.start, area.end) for area in every]) if every else []
+    found = mapped_areas(pid, [(area.start, area.end) for area in every]) if every else []
     sizes = {residence.area.start: residence.page_bytes for residence in found}
     return [_inspect_file(pid, group, sizes) for group in shared] + [_inspect_private(area, sizes) for area in private]
 

@@ -16,7 +16,7 @@ _PRESENT = frozenset({"Rss", "Shared_Hugetlb", "Private_Hugetlb"})
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Residence:
+class MappedArea:
     """An area; the page size it is mapped with; the bytes of it that are mapped; its ``VmFlags``.
 
     Flags: ``lo`` locked; ``um``, ``ui``, ``uw``: userfaultfd hears of missing pages, minor faults, writes.
@@ -28,12 +28,12 @@ class Residence:
     flags: frozenset[str]
 
 
-def residences(pid: int, ranges: Collection[tuple[int, int]]) -> list[Residence]:
+def mapped_areas(pid: int, ranges: Collection[tuple[int, int]]) -> list[MappedArea]:
     """The areas that overlap one of these ranges, each ``(start, end)``.  Raises GuestError ``guest-gone``.
 
     Walks all page tables of the process (``smaps``): quick only while there is little in them.
     """
-    found: list[Residence] = []
+    found: list[MappedArea] = []
     area: Area | None = None
     sizes: dict[str, int] = {}
     try:
@@ -46,7 +46,7 @@ def residences(pid: int, ranges: Collection[tuple[int, int]]) -> list[Residence]
         elif line.startswith("VmFlags:"):
             if area is not None and any(area.start < end and start < area.end for start, end in ranges):
                 present = sum(sizes.get(name, 0) for name in _PRESENT)
-                found.append(Residence(area, sizes["KernelPageSize"], present, frozenset(line.split()[1:])))
+                found.append(MappedArea(area, sizes["KernelPageSize"], present, frozenset(line.split()[1:])))
         else:
             # Either the first line of the next area, or a field in other units (THPeligible, ProtectionKey).
             with contextlib.suppress(ValueError):

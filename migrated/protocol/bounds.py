@@ -11,7 +11,7 @@ import re
 
 import msgspec
 
-from migrated.errors import MigratedError
+from migrated.errors import as_migrated_error
 from migrated.protocol.messages import (
     CODE,
     MAX_CODE_CHARACTERS,
@@ -124,8 +124,9 @@ class Geometry:
             _require(bits[-1] >> last_bits == 0, f"bits beyond the last page of region {region} must be 0")
 
 
-def abort_of(error: MigratedError) -> Abort:
+def abort_of(failure: BaseException) -> Abort:
     """The Abort that tells the peer of an error: shortened and cleaned to what may travel."""
+    error = as_migrated_error(failure)
     code = error.code if len(error.code) <= MAX_CODE_CHARACTERS and re.fullmatch(CODE, error.code) else "internal"
     return Abort(code=code, message=_printable(error.message), hint=_printable(error.hint))
 

@@ -199,7 +199,7 @@ class Journal(Generic[E]):
         """Migrations whose entry was set aside, now or by an agent before us."""
         return {path.name.removesuffix(REFUSED) for path in self.directory.glob(f"*{REFUSED}")}
 
-    def tidy(self) -> None:
+    def remove_leftovers(self) -> None:
         """Remove what an agent that died left half written, and what answers peers of before the last boot.
 
         Raises as `load`: what cannot be read now, or by this version, may be all that tells a source that its guest runs here.

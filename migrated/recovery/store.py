@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import structlog
 
 from migrated.errors import HostError
-from migrated.recovery import systemd as service
+from migrated.recovery import systemd
 from migrated.waiting import in_thread
 
 log = structlog.get_logger("migrated.recovery.store")
@@ -35,7 +35,7 @@ class HolderGoneError(HostError):
     """The holder has ended: it holds nothing, or was killed."""
 
 
-class Keeper(Protocol):
+class DescriptorStore(Protocol):
     """Descriptors by name, across our death."""
 
     async def taken(self) -> dict[str, list[int]]:
@@ -51,7 +51,7 @@ class Keeper(Protocol):
         ...
 
 
-class ServiceKeeper:
+class SystemdStore:
     """The service manager's descriptor store (``FileDescriptorStoreMax=``).
 
     It returns descriptors in random order, so each has a name of its own: the migration's, and its place.
@@ -62,11 +62,11 @@ class ServiceKeeper:
         self.held: dict[str, list[int]] = {}  # duplicates of it
 
     async def taken(self) -> dict[str, list[int]]:
-        """See Keeper."""
+        """See DescriptorStore."""
         places: dict[str, dict[int, int]] = {}
-        for stored, fds in service.take_stored_fds().items():
+        for stored, fds in systemd.take_stored_fds().items():
             name, _, place = stored.rpartition(".")
-            if stored == service.PROBE_NAME:
+            if stored == systemd.PROBE_NAME:
                 await in_thread(_forget_stored, stored)
             elif place.isdecimal():
                 self._stored.setdefault(name, []).append(stored)
@@ -82,7 +82,7 @@ class ServiceKeeper:
         return taken
 
     async def keep(self, name: str, fds: Sequence[int]) -> None:
-        """See Keeper."""
+        """See DescriptorStore."""
         await self.forget(name)
         self._stored[name] = [f"{name}.{place}" for place in range(len(fds))]
         self.held[name] = [os.dup(fd) for fd in fds]
@@ -94,7 +94,7 @@ class ServiceKeeper:
             )
 
     async def forget(self, name: str) -> None:
-        """See Keeper."""
+        """See DescriptorStore."""
         for stored in self._stored.pop(name, []):
             await in_thread(_forget_stored, stored)
         for fd in self.held.pop(name, []):
@@ -105,13 +105,13 @@ def _store(names: Sequence[str], fds: Sequence[int]) -> bool:
     """Whether the service manager keeps all of them.  HostError.  Blocks while it does not read."""
     with contextlib.ExitStack() as opened:
         for name, fd in zip(names, _distinct(fds, opened), strict=True):
-            service.store_fd(name, fd)
-    return service.keeps_fds()
+            systemd.store_fd(name, fd)
+    return systemd.keeps_fds()
 
 
 def _forget_stored(stored: str) -> None:
     with contextlib.suppress(HostError):
-        service.forget_fds(stored)
+        systemd.forget_fds(stored)
 
 
 def _distinct(fds: Sequence[int], opened: contextlib.ExitStack) -> list[int]:
@@ -131,7 +131,7 @@ def _distinct(fds: Sequence[int], opened: contextlib.ExitStack) -> list[int]:
     return result
 
 
-class HolderKeeper:
+class HolderStore:
     """A process of ours (`migrated.recovery.holder`), started when first needed, found again by its socket."""
 
     def __init__(self, state_dir: Path) -> None:
@@ -229,7 +229,7 @@ class HolderKeeper:
         return answer, received
 
     async def taken(self) -> dict[str, list[int]]:
-        """See Keeper."""
+        """See DescriptorStore."""
         async with self._lock:
             known = self._socket is not None
             if not await self._connected():
@@ -243,7 +243,7 @@ class HolderKeeper:
             return {name: (await self._asked({"op": "take", "name": name}))[1] for name in answer.get("names", [])}
 
     async def keep(self, name: str, fds: Sequence[int]) -> None:
-        """See Keeper."""
+        """See DescriptorStore."""
         async with self._lock:
             known = self._socket is not None
             if not await self._connected():
@@ -259,7 +259,7 @@ class HolderKeeper:
             raise HostError(f"the holder of descriptors refused: {answer.get('error')}", code="holder")
 
     async def forget(self, name: str) -> None:
-        """See Keeper.  With nothing left to hold we let go of the holder, and it ends."""
+        """See DescriptorStore.  With nothing left to hold we let go of the holder, and it ends."""
         async with self._lock:
             # Also of a holder that was being started when we gave up, and may not listen yet: nobody else will end it.
             for _ in range(LISTEN_TRIES):
@@ -279,16 +279,16 @@ class HolderKeeper:
                 self._socket = None
 
 
-class EitherKeeper:
+class CombinedStore:
     """Keeps in ``chosen``; takes back and forgets in both, since an agent before us may have chosen otherwise."""
 
-    def __init__(self, chosen: Keeper, other: Keeper) -> None:
+    def __init__(self, chosen: DescriptorStore, other: DescriptorStore) -> None:
         self.chosen = chosen
         self._other = other
 
-    async def hand_over(self) -> None:
+    async def copy_to_holder(self) -> None:
         """Have a holder keep what the store does, too: systemd before 254 empties it when a service has stopped."""
-        if isinstance(self.chosen, ServiceKeeper):
+        if isinstance(self.chosen, SystemdStore):
             for name, fds in self.chosen.held.items():
                 try:
                     await self._other.keep(name, fds)
@@ -296,7 +296,7 @@ class EitherKeeper:
                     log.warning("what is kept may not outlive this stop", name=name, error=str(error))
 
     async def taken(self) -> dict[str, list[int]]:
-        """See Keeper."""
+        """See DescriptorStore."""
         found = await self._other.taken()
         for name, fds in (await self.chosen.taken()).items():
             for fd in found.get(name, []):
@@ -305,30 +305,30 @@ class EitherKeeper:
         return found
 
     async def keep(self, name: str, fds: Sequence[int]) -> None:
-        """See Keeper."""
+        """See DescriptorStore."""
         await self.chosen.keep(name, fds)
 
     async def forget(self, name: str) -> None:
-        """See Keeper."""
+        """See DescriptorStore."""
         await self.chosen.forget(name)
         await self._other.forget(name)
 
 
-def keeper_for(state_dir: Path) -> Keeper:
+def store_for(state_dir: Path) -> DescriptorStore:
     """The service manager's store where there is one, a holder of our own elsewhere."""
-    holder = HolderKeeper(state_dir)
+    holder = HolderStore(state_dir)
     if not os.environ.get("NOTIFY_SOCKET"):
         return holder
-    store = ServiceKeeper()
+    systemd_store = SystemdStore()
     try:
-        problem = "" if service.keeps_fds() else "it has no descriptor store"
+        problem = "" if systemd.keeps_fds() else "it has no descriptor store"
     except HostError as error:
         problem = error.message
     if not problem:
-        return EitherKeeper(store, holder)
+        return CombinedStore(systemd_store, holder)
     log.warning(
         "the service manager keeps no descriptors: a process of ours does",
         problem=problem,
         hint="FileDescriptorStoreMax= in this agent's unit, as in ours",
     )
-    return EitherKeeper(holder, store)
+    return CombinedStore(holder, systemd_store)

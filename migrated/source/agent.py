@@ -17,7 +17,7 @@ from migrated.errors import ConflictError, GuestError, MigratedError, NotFoundEr
 from migrated.guests.access.pidfd import process_lives
 from migrated.memory.regions import Region, SourceMemory
 from migrated.recovery.journal import Journal, SourceEntry
-from migrated.recovery.state import Legacy, Survival
+from migrated.recovery.state import LeftoverMigrations, RecoveryState
 from migrated.source.migration import SourceMigration
 from migrated.source.options import Options
 from migrated.source.stage import Recovered
@@ -49,7 +49,7 @@ class SourceAgent(HostAgent[SourceMigration]):
             )
         options = Options.of(request, self.config.migration)
         await self._check_committed(request.guest)
-        busy = self._roster.of_guest(request.guest)
+        busy = self._migrations.of_guest(request.guest)
         if busy is not None:
             raise ConflictError(
                 f"{request.guest} is being migrated already, to {busy.record.peer} ({busy.id})",
@@ -57,14 +57,14 @@ class SourceAgent(HostAgent[SourceMigration]):
                 code="guest-migrating",
                 hint=f"wait for it (`migrated wait {busy.id}`) or abort it",
             )
-        if len(self._roster.active) >= self.config.limits.max_migrations:
+        if len(self._migrations.active) >= self.config.limits.max_migrations:
             raise ConflictError(
-                f"{len(self._roster.active)} migrations are under way, the limit",
+                f"{len(self._migrations.active)} migrations are under way, the limit",
                 code="too-many",
                 hint="wait for one to end, or raise limits.max_migrations",
             )
         table = self.config.guests[request.guest]
-        guest = self._residents.source_guest(request.guest)
+        guest = self._guests.source_guest(request.guest)
         session_id = os.urandom(16)
         migration = SourceMigration(
             guest_name=request.guest,
@@ -73,7 +73,7 @@ class SourceAgent(HostAgent[SourceMigration]):
             options=options,
             config=self.config,
             session_id=session_id,
-            survival=Survival(self._journal, self._keeper, id_of(session_id)),
+            recovery_state=RecoveryState(self._journal, self._store, id_of(session_id)),
         )
         self._launch(migration)
         return migration.record
@@ -81,7 +81,11 @@ class SourceAgent(HostAgent[SourceMigration]):
     async def _check_committed(self, guest: str) -> None:
         """After COMMIT the guest belongs to the target, whatever became of that migration.  HostError, ConflictError."""
         for migration_id, entry in (await in_thread(self._journal.load)).items():
-            if entry.hello.guest != guest or not entry.position.committed or self._roster.of_guest(guest) is not None:
+            if (
+                entry.hello.guest != guest
+                or not entry.position.committed
+                or self._migrations.of_guest(guest) is not None
+            ):
                 continue
             if process_lives(entry.pid, entry.pid_started):
                 raise ConflictError(
@@ -95,13 +99,13 @@ class SourceAgent(HostAgent[SourceMigration]):
 
     async def _take_back(self) -> None:
         """Go on with what an agent before us left, guest by guest."""
-        found = await Legacy(self._journal, self._keeper).take()
+        found = await LeftoverMigrations(self._journal, self._store).take()
         newest = {entry.hello.guest: key for key, entry, _ in sorted(found, key=lambda left: left[1].started_at)}
         for migration_id, entry, fds in found:
-            survival = Survival(self._journal, self._keeper, migration_id)
+            recovery_state = RecoveryState(self._journal, self._store, migration_id)
             try:
                 superseded = entry.superseded or newest[entry.hello.guest] != migration_id
-                self._launch(self._revive(entry, fds, survival, superseded=superseded))
+                self._launch(self._revive(entry, fds, recovery_state, superseded=superseded))
             except (MigratedError, OSError) as error:
                 for fd in fds:
                     with contextlib.suppress(OSError):
@@ -114,13 +118,13 @@ class SourceAgent(HostAgent[SourceMigration]):
                     stage=entry.stage,
                     error=str(error),
                 )
-                self._roster.remember(failed_record(migration_id, self.role, entry, error))
+                self._migrations.remember(failed_record(migration_id, self.role, entry, error))
 
     def _revive(
         self,
         entry: SourceEntry,
         fds: list[int],
-        survival: Survival[SourceEntry],
+        recovery_state: RecoveryState[SourceEntry],
         *,
         superseded: bool = False,
         forced: bool = False,
@@ -170,29 +174,29 @@ class SourceAgent(HostAgent[SourceMigration]):
         return SourceMigration(
             guest_name=hello.guest,
             driver=hello.driver,
-            guest=self._residents.source_guest(hello.guest),
+            guest=self._guests.source_guest(hello.guest),
             options=options,
             config=self.config,
             session_id=hello.session,
-            survival=survival,
-            legacy=Recovered(entry, memory, error, superseded),
+            recovery_state=recovery_state,
+            recovered=Recovered(entry, memory, error, superseded),
         )
 
     async def switchover(self, migration_id: str) -> Record:
         """See HostAgent."""
-        migration = self._roster.find(migration_id)
+        migration = self._migrations.find(migration_id)
         migration.switchover()
         return migration.record
 
     async def resume(self, migration_id: str, to: str | None = None) -> Record:
         """See HostAgent."""
-        migration = self._roster.find(migration_id)
+        migration = self._migrations.find(migration_id)
         migration.resume(parse_address(to) if to else None)
         return migration.record
 
     async def abandon(self, migration_id: str, *, confirm: str) -> Record:
         """Not here: what is missing is missing on the target."""
-        migration = self._roster.find(migration_id)
+        migration = self._migrations.find(migration_id)
         del confirm
         raise ConflictError(
             "a post-copy is abandoned on the target, where the pages are missing",
@@ -216,11 +220,11 @@ class SourceAgent(HostAgent[SourceMigration]):
                 state=record.state.value,
                 hint=f"`migrated discard {record.id}` gives up what is left",
             )
-        await self._leave(self._roster.known(record.id))
+        await self._leave(self._migrations.known(record.id))
         entry.stage, entry.superseded = "active", False
         await in_thread(self._journal.write, record.id, entry)
         log.error("the guest is made to run here on request", migration=record.id, guest=record.guest)
-        migration = self._revive(entry, [], Survival(self._journal, self._keeper, record.id), forced=True)
+        migration = self._revive(entry, [], RecoveryState(self._journal, self._store, record.id), forced=True)
         self._launch(migration)
         return migration.record
 
@@ -233,28 +237,28 @@ class SourceAgent(HostAgent[SourceMigration]):
                 f"migration {record.id} is {record.state}: there is nothing to discard", state=record.state.value
             )
         self._check_confirmed(record, confirm, "discard")
-        migration = self._roster.known(record.id)
+        migration = self._migrations.known(record.id)
         await self._leave(migration)
         if entry.position.committed and process_lives(entry.pid, entry.pid_started):
-            guest = self._residents.source_guest(record.guest)
+            guest = self._guests.source_guest(record.guest)
             try:
                 await guest.adopt(entry.pid, entry.guest)
                 await guest.release()
             finally:
                 await guest.close()
-        await Survival(self._journal, self._keeper, record.id).over()
+        await RecoveryState(self._journal, self._store, record.id).clear()
         log.error("discarded on request", migration=record.id, guest=record.guest)
         if migration is not None and not migration.record.ended:
             migration.set_state(State.FAILED, MigratedError("discarded on request", code="discarded"))
         return record
 
     async def _journalled(self, wanted: str) -> tuple[Record, SourceEntry | None]:
-        record = self._roster.record(wanted)
+        record = self._migrations.record(wanted)
         return record, await in_thread(self._journal.find, record.id)
 
     async def set(self, migration_id: str, request: SetRequest) -> Record:
         """See HostAgent."""
-        migration = self._roster.find(migration_id)
+        migration = self._migrations.find(migration_id)
         if migration.record.ended:
             raise ConflictError(f"migration {migration.id} is over", state=migration.record.state.value)
         migration.options.apply(request)
@@ -268,7 +272,7 @@ class SourceAgent(HostAgent[SourceMigration]):
 
     async def run(self, stop: asyncio.Event) -> None:
         """Until ``stop``: then abort what can be aborted, and stay until nothing post-copy needs this process."""
-        async with self._residents:
+        async with self._guests:
             await self._take_back()
             self._started = True
             await stop.wait()

@@ -42,7 +42,7 @@ SENDING_SHARE = 0.25
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Patience:
+class StallRule:
     """Another round is worth it if what is left would take at most ``progress`` of the round before.
 
     So many rounds in a row that are not end pre-copy.
@@ -55,7 +55,7 @@ class Patience:
 #: What is left grows while it is being sent: a part r of a round's time becomes r / (1 - r) by the end of the next, for a
 #: guest that writes evenly.  So 0.45 stands for rounds of four fifths, and 0.5 for no progress at all.  In hybrid mode going on
 #: costs time and bytes, and stopping costs little; in mode precopy stopping is failure, and doubt speaks for going on.
-PATIENCE = {"hybrid": Patience(0.45, 1), "precopy": Patience(0.9, 2)}
+STALL_RULES = {"hybrid": StallRule(0.45, 1), "precopy": StallRule(0.9, 2)}
 
 
 class Convergence:
@@ -65,7 +65,7 @@ class Convergence:
         self.mode = mode
         self.downtime_limit_seconds = downtime_limit_seconds
         self.max_rounds = max_rounds
-        self._patience = PATIENCE[mode]
+        self._stall_rule = STALL_RULES[mode]
         self._stalled = 0
         self._examine = EXAMINE_SECONDS_PER_BYTE
         self._send: float | None = None  # seconds a byte; until a round had something to send
@@ -88,8 +88,8 @@ class Convergence:
         ahead = self.next_seconds(result)
         if (self._send is not None or result.changed_bytes == 0) and ahead <= allowed:
             return Verdict.FINISH
-        progress = result.examined_bytes == 0 or ahead <= self._patience.progress * result.seconds
+        progress = result.examined_bytes == 0 or ahead <= self._stall_rule.progress * result.seconds
         self._stalled = 0 if progress else self._stalled + 1
-        if result.number >= self.max_rounds or self._stalled >= self._patience.stalled_rounds:
+        if result.number >= self.max_rounds or self._stalled >= self._stall_rule.stalled_rounds:
             return Verdict.GIVE_UP if self.mode == "precopy" else Verdict.POSTCOPY
         return Verdict.ROUND

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from migrated import __version__
 from migrated.agent import figures
 from migrated.agent.connection import Connection
-from migrated.agent.migration import FinalError, Migration, quietly
+from migrated.agent.migration import FinalError, Migration, log_errors
 from migrated.agent.rates import Rates
 from migrated.agent.record import Laps, Record, State, id_of
 from migrated.errors import (
@@ -29,7 +29,7 @@ from migrated.errors import (
     PeerError,
     RemoteProtocolError,
     TimeoutExceededError,
-    named,
+    as_migrated_error,
 )
 from migrated.guests.access.pidfd import process_lives, process_started
 from migrated.link.dialing import Dialer
@@ -62,7 +62,7 @@ from migrated.protocol.session import Session
 from migrated.protocol.transitions import Role
 from migrated.recovery.journal import SourceEntry
 from migrated.source.precopy import PreCopy
-from migrated.source.stage import JournalledStage
+from migrated.source.stage import RestartStage
 from migrated.waiting import Backoff, in_thread, within
 
 #: Of zstd: the fastest that still finds what a guest's memory repeats.
@@ -76,7 +76,7 @@ if TYPE_CHECKING:
     from migrated.guests.driver import SourceGuest
     from migrated.link.control_link import ControlLink
     from migrated.memory.regions import SourceMemory
-    from migrated.recovery.state import Survival
+    from migrated.recovery.state import RecoveryState
     from migrated.source.options import Options
     from migrated.source.stage import Recovered
 
@@ -96,10 +96,10 @@ class SourceMigration(Migration):
         options: Options,
         config: AgentConfig,
         session_id: bytes,
-        survival: Survival[SourceEntry],
-        legacy: Recovered | None = None,
+        recovery_state: RecoveryState[SourceEntry],
+        recovered: Recovered | None = None,
     ) -> None:
-        self.session = legacy.session() if legacy is not None else Session(Role.SOURCE)
+        self.session = recovered.session() if recovered is not None else Session(Role.SOURCE)
         super().__init__(
             Record(
                 id=id_of(session_id),
@@ -116,13 +116,13 @@ class SourceMigration(Migration):
         self.options = options
         self._guest = guest
         self._timeouts = config.timeouts
-        self._survival = survival
-        self._legacy = legacy
-        self._token = legacy.entry.hello.token if legacy is not None else os.urandom(32)
-        self._secret = legacy.entry.hello.block_secret if legacy is not None else os.urandom(lib.MGD_SECRET_BYTES)
+        self._recovery_state = recovery_state
+        self._recovered = recovered
+        self._token = recovered.entry.hello.token if recovered is not None else os.urandom(32)
+        self._secret = recovered.entry.hello.block_secret if recovered is not None else os.urandom(lib.MGD_SECRET_BYTES)
         self._dialer = Dialer(options.target, session_id=session_id, token=self._token, timeouts=config.timeouts)
-        entry = legacy.entry if legacy is not None else None
-        self._stage = JournalledStage(survival, guest, self._dialer, options, log=self.log, entry=entry)
+        entry = recovered.entry if recovered is not None else None
+        self._stage = RestartStage(recovery_state, guest, self._dialer, options, log=self.log, entry=entry)
         self._tracker: Tracker | None = None  # while the guest is tracked
         self._rounds_done: asyncio.Queue[int] = asyncio.Queue()
         self._switch_now = asyncio.Event()
@@ -136,8 +136,8 @@ class SourceMigration(Migration):
 
     async def _migrate(self) -> None:
         reason: BaseException | None = None
-        if self._legacy is not None:
-            reason = await self._take_up(self._legacy)
+        if self._recovered is not None:
+            reason = await self._take_up(self._recovered)
         else:
             async with self.connection as connection:
                 try:
@@ -224,9 +224,9 @@ class SourceMigration(Migration):
 
     async def _track(self, link: ControlLink, memory: SourceMemory, engine: SourceEngine) -> PreCopy:
         """Attach dirty tracking; from here on the guest is touched."""
-        await self._survival.hold(memory.memory_fds)
+        await self._recovery_state.keep_descriptors(memory.memory_fds)
         await self._stage.write("active")
-        await self._survival.supersede_others(self.record.guest)
+        await self._recovery_state.supersede_others(self.record.guest)
         uffd = await self._guest.tracking_uffd()
         await self._stage.write("active")  # with what the driver has left in the guest
         tracker = self._tracker = Tracker(memory, uffd)
@@ -396,7 +396,7 @@ class SourceMigration(Migration):
     async def _judged(self, error: Exception) -> Exception:
         """What the record says of the end of a connection.  Raises FinalError where no other one can help."""
         if isinstance(error, GuestError) and error.code == "guest-gone":  # the engine met it
-            await self._survival.over()
+            await self._recovery_state.clear()
             raise FinalError(
                 GuestError(
                     f"the paused process of {self.record.guest} has ended, and with it pages that had not been sent",
@@ -438,7 +438,7 @@ class SourceMigration(Migration):
         self._released = True
         entry = self._stage.require_entry()
         try:
-            if self._legacy is not None and process_lives(entry.pid, entry.pid_started):
+            if self._recovered is not None and process_lives(entry.pid, entry.pid_started):
                 await self._guest.adopt(entry.pid, entry.guest)
             await self._guest.release()
         except MigratedError as problem:
@@ -461,12 +461,12 @@ class SourceMigration(Migration):
             self.session.connection_lost()
         elif self.session.abort_allowed:
             with contextlib.suppress(MigratedError):
-                connection.link.post(abort_of(named(error)))
+                connection.link.post(abort_of(error))
         await self._withdraw_commit()
         problem = await self._run_on(self._guest.resume()) if self._tracker is not None else None
         if self._stuck:
             await self._write_again()
-        error = self._outcome(await connection.explained(error), problem)
+        error = self._outcome(await connection.reason_for(error), problem)
         await connection.drop_streams()
         await self._stop_tracking()
         told = connection.speaking and await self._confirmed(connection.link)
@@ -484,7 +484,7 @@ class SourceMigration(Migration):
     async def _write_again(self) -> None:
         """A next agent must find the guest that does not run, and the target that was not told."""
         if not self._stage.written:
-            await quietly(self._stage.write("active"), self.log, "write the journal")
+            await log_errors(self._stage.write("active"), self.log, "write the journal")
 
     async def _run_on(self, work: Coroutine[Any, Any, None]) -> Exception | None:
         """Have the guest run here; why it does not, although it is there."""
@@ -504,9 +504,9 @@ class SourceMigration(Migration):
         """The error to end with: ``error``, or that the guest does not run."""
         if problem is None:
             return error
-        why = named(problem)
+        why = as_migrated_error(problem)
         return GuestError(
-            f"{named(error).message}; and the guest does not run on here: {why.message}",
+            f"{as_migrated_error(error).message}; and the guest does not run on here: {why.message}",
             code="guest-not-resumed",
             hint=why.hint
             if why.code == "guest-not-resumed" and why.hint
@@ -533,7 +533,7 @@ class SourceMigration(Migration):
                 try:
                     link = await self._dial(connection)
                     await link.send(self._resume(committed=False))
-                    await link.send(abort_of(named(error)))
+                    await link.send(abort_of(error))
                     if await self._confirmed(link):
                         self.log.info("settled: nothing is left on the target")
                 except Exception as problem:  # noqa: BLE001 - tried again
@@ -541,31 +541,31 @@ class SourceMigration(Migration):
         await self._survival_over()
 
     async def _survival_over(self) -> None:
-        await (self._survival.let_go() if self._stuck else self._survival.over())
+        await (self._recovery_state.release_descriptors() if self._stuck else self._recovery_state.clear())
 
     # ------------------------------------------------------------ after an agent that died
 
-    async def _take_up(self, legacy: Recovered) -> BaseException | None:
+    async def _take_up(self, recovered: Recovered) -> BaseException | None:
         """Go on where the agent before us was: undo (returns why), or serve the frozen memory again."""
-        entry = legacy.entry
+        entry = recovered.entry
         if not self.session.committed:
             if not process_lives(entry.pid, entry.pid_started):
                 error: BaseException = GuestError(
                     "the source agent was restarted before COMMIT; the guest has ended", code="guest-died"
                 )
-            elif legacy.superseded:  # only the target of this one is still to be told
+            elif recovered.superseded:  # only the target of this one is still to be told
                 error = MigratedError(
                     "the source agent was restarted before COMMIT; a later migration has the guest",
                     code="agent-restarted",
                 )
             else:
-                error = self._outcome(legacy.error, await self._run_on(self._guest.reclaim(entry.guest)))
+                error = self._outcome(recovered.error, await self._run_on(self._guest.reclaim(entry.guest)))
             self.end_with(error)
             return error
         if not self.session.position.done:
             self.record.page_size = max(entry.page_bytes)
-            self.record.total_bytes = sum(region.size_bytes for region in legacy.memory.regions)
-            await in_thread(self._make_engine(legacy.memory, entry.page_bytes).freeze_whole)
+            self.record.total_bytes = sum(region.size_bytes for region in recovered.memory.regions)
+            await in_thread(self._make_engine(recovered.memory, entry.page_bytes).freeze_whole)
             self.log.warning("the frozen memory is found again after a restart of the agent")
         return None
 
@@ -575,9 +575,9 @@ class SourceMigration(Migration):
         """Take dirty tracking off, before the guest runs on here.  Also where it was only being attached."""
         tracker, self._tracker = self._tracker, None
         if tracker is not None:
-            await quietly(in_thread(tracker.disarm), self.log, "disarm dirty tracking")
+            await log_errors(in_thread(tracker.disarm), self.log, "disarm dirty tracking")
             tracker.close()
-        await quietly(self._guest.release_tracking(), self.log, "release dirty tracking")
+        await log_errors(self._guest.release_tracking(), self.log, "release dirty tracking")
 
     async def _let_go(self) -> None:
         await self.stop_background()
@@ -588,11 +588,11 @@ class SourceMigration(Migration):
             self._tracker.close()
         if self.engine is not None:
             await self.engine.close()
-        legacy, self._legacy = self._legacy, None
-        if legacy is not None:  # what was kept for us is ours, not the driver's
-            for fd in legacy.memory.memory_fds:
+        recovered, self._recovered = self._recovered, None
+        if recovered is not None:  # what was kept for us is ours, not the driver's
+            for fd in recovered.memory.memory_fds:
                 os.close(fd)
-        await quietly(self._guest.close(), self.log, "close the guest's connections")
+        await log_errors(self._guest.close(), self.log, "close the guest's connections")
 
     # ------------------------------------------------------------ watching
 
@@ -650,7 +650,7 @@ class SourceMigration(Migration):
         if address is not None:
             self._dialer.address = address
             self.record.peer = str(address)
-            self.background(quietly(self._stage.rewrite(), self.log, "write the journal"))
+            self.background(log_errors(self._stage.rewrite(), self.log, "write the journal"))
         self._tries.skip()
 
     def limits_changed(self) -> None:
@@ -658,7 +658,7 @@ class SourceMigration(Migration):
         self.record.max_bandwidth_bytes_per_second = self.options.max_bandwidth
         if self.engine is not None and self.engine.alive:
             self.engine.set_bandwidth(self.options.max_bandwidth, self.options.drain_bandwidth)
-        self.background(quietly(self._stage.rewrite(), self.log, "write the journal"))
+        self.background(log_errors(self._stage.rewrite(), self.log, "write the journal"))
         self.notify()
 
     # ------------------------------------------------------------ figures

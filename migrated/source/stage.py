@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from migrated.link.dialing import Dialer
     from migrated.memory.regions import SourceMemory
     from migrated.recovery.journal import SourceEntry
-    from migrated.recovery.state import Survival
+    from migrated.recovery.state import RecoveryState
     from migrated.source.options import Options
 
 
@@ -34,12 +34,12 @@ class Recovered:
         return Session.taken_up(Role.SOURCE, self.entry.position, self.entry.hello, self.entry.page_bytes)
 
 
-class JournalledStage:
+class RestartStage:
     """The journal entry of one migration; ``entry`` is None until the target was greeted, and there is nothing to say."""
 
     def __init__(
         self,
-        survival: Survival[SourceEntry],
+        recovery_state: RecoveryState[SourceEntry],
         guest: SourceGuest,
         dialer: Dialer,
         options: Options,
@@ -49,7 +49,7 @@ class JournalledStage:
     ) -> None:
         self.entry = entry
         self.written = entry is not None  # and not removed since, because it could not be changed
-        self._survival = survival
+        self._recovery_state = recovery_state
         self._guest = guest
         self._dialer = dialer
         self._options = options
@@ -70,7 +70,7 @@ class JournalledStage:
             entry.guest = self._guest.memento()
             self._note_options(entry)
             try:
-                await self._survival.write(entry)
+                await self._recovery_state.write(entry)
             except JournalError as problem:
                 if not problem.replaced:
                     entry.stage = before
@@ -82,7 +82,7 @@ class JournalledStage:
         async with self._writing:  # a stage that is being written may be taken back
             if self.entry is not None and self.written:
                 self._note_options(self.entry)
-                await self._survival.write(self.entry)
+                await self._recovery_state.write(self.entry)
 
     def _note_options(self, entry: SourceEntry) -> None:
         entry.target = str(self._dialer.address)
@@ -100,7 +100,7 @@ class JournalledStage:
         except MigratedError as problem:
             try:
                 async with self._writing:
-                    await self._survival.strike()
+                    await self._recovery_state.remove_entry()
                     self.written = False
             except OSError:
                 self._log.error(

@@ -40,7 +40,7 @@ from migrated.protocol.session import Session
 from migrated.protocol.transitions import Role
 from migrated.protocol.transitions import State as SessionState
 from migrated.recovery.journal import Journal, TargetEntry
-from migrated.recovery.state import Legacy, Survival
+from migrated.recovery.state import LeftoverMigrations, RecoveryState
 from migrated.settings import MemoryTable
 from migrated.target.late import answer
 from migrated.target.memory import GuestMemory, users_of
@@ -64,7 +64,7 @@ class TargetAgent(HostAgent[TargetMigration]):
         self._connections: set[asyncio.Task[None]] = set()
         self._waiting_for_next: set[bytes] = set()  # sessions of guests that wait here, and this agent cannot serve
         self._journal = Journal(config.state_dir / "journal", TargetEntry)
-        self.bound: tuple[str, int] | None = None  # where we listen, once we do (port 0: any free one)
+        self.listening_on: tuple[str, int] | None = None  # where we listen, once we do (port 0: any free one)
 
     # ------------------------------------------------------------ verbs
 
@@ -90,7 +90,7 @@ class TargetAgent(HostAgent[TargetMigration]):
         raise self._only_source(migration_id, "set")
 
     def _only_source(self, migration_id: str, verb: str) -> ConflictError:
-        migration = self._roster.find(migration_id)
+        migration = self._migrations.find(migration_id)
         return ConflictError(
             f"{verb} is for the source agent ({migration.record.peer})",
             state=migration.record.state.value,
@@ -99,7 +99,7 @@ class TargetAgent(HostAgent[TargetMigration]):
 
     async def abandon(self, migration_id: str, *, confirm: str) -> Record:
         """See HostAgent."""
-        migration = self._roster.find(migration_id)
+        migration = self._migrations.find(migration_id)
         migration.check_abandon()
         self._check_confirmed(migration.record, confirm, "abandon")
         await migration.abandon()
@@ -108,7 +108,7 @@ class TargetAgent(HostAgent[TargetMigration]):
     async def force_run(self, migration_id: str, *, confirm: str) -> Record:
         """See HostAgent."""
         self._check_started()
-        migration = self._roster.find(migration_id)
+        migration = self._migrations.find(migration_id)
         self._check_confirmed(migration.record, confirm, "force-run")
         await migration.force_run()
         return migration.record
@@ -116,9 +116,9 @@ class TargetAgent(HostAgent[TargetMigration]):
     async def discard(self, migration_id: str, *, confirm: str) -> Record:
         """See HostAgent."""
         self._check_started()
-        record = self._roster.record(migration_id)
+        record = self._migrations.record(migration_id)
         self._check_confirmed(record, confirm, "discard")
-        migration = self._roster.known(record.id)
+        migration = self._migrations.known(record.id)
         if migration is not None and not migration.record.ended:
             await migration.discard()
             return record
@@ -128,7 +128,7 @@ class TargetAgent(HostAgent[TargetMigration]):
                 f"migration {record.id} is {record.state}: there is nothing to discard", state=record.state.value
             )
         await self._end_left_over(entry)  # one that this agent could not go on with
-        await Survival(self._journal, self._keeper, record.id).over()
+        await RecoveryState(self._journal, self._store, record.id).clear()
         self._waiting_for_next.discard(entry.hello.session)
         log.error("discarded on request", migration=record.id, guest=record.guest)
         return record
@@ -136,7 +136,9 @@ class TargetAgent(HostAgent[TargetMigration]):
     def health(self) -> Health:
         """Healthy while every fault thread turns."""
         now = time.monotonic_ns()
-        stuck = [m.record.guest for m in self._roster.active if not m.fault_server_alive(now, FAULT_THREAD_LIMIT_NS)]
+        stuck = [
+            m.record.guest for m in self._migrations.active if not m.fault_server_alive(now, FAULT_THREAD_LIMIT_NS)
+        ]
         reasons = [*self._reasons(), *(f"the fault thread of {guest} does not turn" for guest in stuck)]
         return Health(healthy=not stuck, ready=not reasons, reasons=reasons)
 
@@ -150,7 +152,7 @@ class TargetAgent(HostAgent[TargetMigration]):
             await self._take_back()
             self._started = True
             accepting = asyncio.ensure_future(self._accept(listener))
-            async with self._residents:
+            async with self._guests:
                 await stop.wait()
                 await self._wind_up()
         finally:
@@ -164,8 +166,8 @@ class TargetAgent(HostAgent[TargetMigration]):
 
     async def _take_back(self) -> None:
         """Go on with what an agent before us left, guest by guest."""
-        for migration_id, entry, fds in await Legacy(self._journal, self._keeper).take():
-            survival = Survival(self._journal, self._keeper, migration_id)
+        for migration_id, entry, fds in await LeftoverMigrations(self._journal, self._store).take():
+            recovery_state = RecoveryState(self._journal, self._store, migration_id)
             promised = not entry.position.settled
             left_over = not promised
             try:
@@ -173,7 +175,7 @@ class TargetAgent(HostAgent[TargetMigration]):
                     await self._end_left_over(entry)
                     left_over = False
                     raise GuestError("it had not come far: the guest runs on at its source", code="agent-restarted")
-                await self._revive(entry, fds, survival)
+                await self._revive(entry, fds, recovery_state)
             except (MigratedError, OSError) as error:
                 for fd in fds:
                     with contextlib.suppress(OSError):
@@ -183,8 +185,8 @@ class TargetAgent(HostAgent[TargetMigration]):
                 if waits:
                     self._waiting_for_next.add(entry.hello.session)
                 elif not left_over:  # else the next agent tries again to end it
-                    await survival.over()
-                self._roster.remember(failed_record(migration_id, self.role, entry, error))
+                    await recovery_state.clear()
+                self._migrations.remember(failed_record(migration_id, self.role, entry, error))
                 log.error(  # noqa: TRY400 - expected: no traceback
                     "a migration of the agent before cannot go on",
                     migration=migration_id,
@@ -207,7 +209,7 @@ class TargetAgent(HostAgent[TargetMigration]):
             finally:
                 process.close()
 
-    async def _revive(self, entry: TargetEntry, fds: list[int], survival: Survival[TargetEntry]) -> None:
+    async def _revive(self, entry: TargetEntry, fds: list[int], recovery_state: RecoveryState[TargetEntry]) -> None:
         hello = entry.hello
         if not process_lives(entry.pid, entry.pid_started):
             raise GuestError(f"the guest process {entry.pid} has ended", code="guest-died")
@@ -227,7 +229,7 @@ class TargetAgent(HostAgent[TargetMigration]):
                 raise GuestError(
                     f"the memory kept for region {piece.region.name} has another size", code="no-descriptors"
                 )
-        guest = self._residents.target_guest(hello.guest)
+        guest = self._guests.target_guest(hello.guest)
         faults = await guest.adopt(entry.pid, uffd, memory, entry.guest)
         migration = TargetMigration(
             hello,
@@ -236,8 +238,8 @@ class TargetAgent(HostAgent[TargetMigration]):
             session=Session.taken_up(Role.TARGET, entry.position, hello, entry.page_bytes),
             link=None,
             config=self.config,
-            survival=survival,
-            legacy=Recovered(entry, GuestMemory(memory, ledger_fd), faults),
+            recovery_state=recovery_state,
+            recovered=Recovered(entry, GuestMemory(memory, ledger_fd), faults),
         )
         self._launch(migration)
 
@@ -265,8 +267,8 @@ class TargetAgent(HostAgent[TargetMigration]):
             message = f"{self.config.path}: listen.address: {message}"
             raise ConfigError(message, code="cannot-listen", hint=hint) from error
         listener.setblocking(False)
-        self.bound = listener.getsockname()[:2]
-        log.info("listening", address=str(Address(*self.bound)))
+        self.listening_on = listener.getsockname()[:2]
+        log.info("listening", address=str(Address(*self.listening_on)))
         return listener
 
     async def _accept(self, listener: socket.socket) -> None:
@@ -333,11 +335,12 @@ class TargetAgent(HostAgent[TargetMigration]):
 
     def _known(self, session: bytes) -> bool:
         return (
-            any(migration.hello.session == session for migration in self._roster) or session in self._waiting_for_next
+            any(migration.hello.session == session for migration in self._migrations)
+            or session in self._waiting_for_next
         )
 
     def _by_session(self, preamble: Preamble) -> TargetMigration | None:
-        for migration in self._roster:
+        for migration in self._migrations:
             if migration.hello.session == preamble.session:
                 if not migration.authentic(preamble.token):
                     raise RemoteProtocolError("the token is not this session's")
@@ -390,7 +393,7 @@ class TargetAgent(HostAgent[TargetMigration]):
             session = Session(Role.TARGET, state=SessionState.CLOSED, hello=done.hello, ready=Ready(done.page_bytes))
             if await answer(link, session, limit_seconds=limit, all_in=True):
                 log.info("a source has heard that its guest needs it no more", guest=done.hello.guest, peer=link.peer)
-                await Survival(self._journal, self._keeper, id_of(done.hello.session)).over()
+                await RecoveryState(self._journal, self._store, id_of(done.hello.session)).clear()
 
     async def _take_in(self, link: ControlLink) -> None:
         launched = False
@@ -430,7 +433,7 @@ class TargetAgent(HostAgent[TargetMigration]):
             raise ConflictError(
                 "this session is known here already: a new migration has a new one", code="known-session"
             )
-        busy = self._roster.of_guest(hello.guest)
+        busy = self._migrations.of_guest(hello.guest)
         if busy is not None:
             raise ConflictError(
                 f"{hello.guest} is being taken in already ({busy.id})",
@@ -438,18 +441,18 @@ class TargetAgent(HostAgent[TargetMigration]):
                 code="guest-migrating",
                 hint="wait for it, or abort it on its source",
             )
-        if len(self._roster.active) >= self.config.limits.max_migrations:
+        if len(self._migrations.active) >= self.config.limits.max_migrations:
             raise ConflictError("the target takes no more migrations at once", code="too-many")
         assert isinstance(table, MemoryTable)
         return TargetMigration(
             hello,
-            guest=self._residents.target_guest(hello.guest),
+            guest=self._guests.target_guest(hello.guest),
             page_bytes=table.page_size,
             reserve=table.reserve,
             session=link.session,
             link=link,
             config=self.config,
-            survival=Survival(self._journal, self._keeper, id_of(hello.session)),
+            recovery_state=RecoveryState(self._journal, self._store, id_of(hello.session)),
         )
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from migrated.agent import figures
 from migrated.agent.connection import Connection
-from migrated.agent.migration import FinalError, Migration, quietly
+from migrated.agent.migration import FinalError, Migration, log_errors
 from migrated.agent.rates import Rates
 from migrated.agent.record import Laps, Record, State, id_of
 from migrated.errors import (
@@ -31,7 +31,7 @@ from migrated.errors import (
     MigratedError,
     PeerError,
     RemoteProtocolError,
-    named,
+    as_migrated_error,
 )
 from migrated.guests.access.pidfd import process_started
 from migrated.guests.driver import FaultSource, TargetGuest
@@ -69,7 +69,7 @@ if TYPE_CHECKING:
     from migrated.config import AgentConfig
     from migrated.link.control_link import ControlLink
     from migrated.protocol.session import Session
-    from migrated.recovery.state import Survival
+    from migrated.recovery.state import RecoveryState
 
 #: Zeroing a huge page that was never used takes the hypervisor's time more than ours: two at once pay.
 POPULATE_THREADS = 2
@@ -108,8 +108,8 @@ class TargetMigration(Migration):
         session: Session,
         link: ControlLink | None,
         config: AgentConfig,
-        survival: Survival[TargetEntry],
-        legacy: Recovered | None = None,
+        recovery_state: RecoveryState[TargetEntry],
+        recovered: Recovered | None = None,
     ) -> None:
         super().__init__(
             Record(
@@ -120,7 +120,7 @@ class TargetMigration(Migration):
                 peer=link.peer if link is not None else "",
                 driver=hello.driver,
                 total_bytes=sum(region.size_bytes for region in hello.regions),
-                state=State.SETUP if legacy is None else State.POSTCOPY_PAUSED,
+                state=State.SETUP if recovered is None else State.POSTCOPY_PAUSED,
             )
         )
         self.hello = hello
@@ -129,10 +129,10 @@ class TargetMigration(Migration):
         self._page_bytes = page_bytes
         self._reserve = reserve
         self._timeouts = config.timeouts
-        self._survival = survival
-        self._legacy = legacy
-        if legacy is not None:
-            self._entry, self._memory = legacy.entry, legacy.memory
+        self._recovery_state = recovery_state
+        self._recovered = recovered
+        if recovered is not None:
+            self._entry, self._memory = recovered.entry, recovered.memory
         else:
             self._entry = TargetEntry(
                 hello=hello, stage="setup", peer=self.record.peer, started_at=self.record.started_at
@@ -165,8 +165,8 @@ class TargetMigration(Migration):
     # ------------------------------------------------------------ the flow
 
     async def _migrate(self) -> None:
-        if self._legacy is not None:
-            await self._take_up(self._legacy)
+        if self._recovered is not None:
+            await self._take_up(self._recovered)
         while (connection := await self._next_connection()) is not None:
             async with connection:
                 try:
@@ -252,7 +252,7 @@ class TargetMigration(Migration):
         entry.pid, entry.pid_started = faults.pid, process_started(faults.pid)
         await self._write("setup")
         # Only now: a process that holds the memory is the guest's, as long as the journal names none.
-        await self._survival.hold([faults.uffd, *memory.fds])
+        await self._recovery_state.keep_descriptors([faults.uffd, *memory.fds])
         engine.arm(faults.uffd, faults.mappings)
         self.background(self._watch_guest())
         self.connection.alive.spawn(self._load_state(link))
@@ -277,7 +277,7 @@ class TargetMigration(Migration):
         """See `TargetEntry` for the stages.  HostError."""
         self._entry.stage = stage
         self._entry.peer = self.record.peer
-        await self._survival.write(self._entry)
+        await self._recovery_state.write(self._entry)
 
     async def _load_state(self, link: ControlLink) -> None:
         await self._guest.load_state(link.pipe)
@@ -393,7 +393,7 @@ class TargetMigration(Migration):
         self._changed.set()
         await self._noted.wait()
         if not self._ran_before:
-            await quietly(self._write("running"), self.log, "write the journal")
+            await log_errors(self._write("running"), self.log, "write the journal")
 
     async def _note_commit(self) -> None:
         """Have the journal say that the guest is ours.
@@ -425,14 +425,14 @@ class TargetMigration(Migration):
             # A guest that ended at this very moment.  Anything else leaves it registered with nobody to answer: then what
             # is kept stays kept, so that a restarted agent serves it and tries again.
             if problem.code in GUEST_OVER:
-                await self._survival.over()
+                await self._recovery_state.clear()
                 problem = self._ended_early()
             raise FinalError(problem) from problem
-        await quietly(self._guest.release(), self.log, "release the guest")
+        await log_errors(self._guest.release(), self.log, "release the guest")
         if self._released:
-            await self._survival.over()
+            await self._recovery_state.clear()
         else:  # a source that has not heard that all is in will ask
-            await self._survival.leave_word()
+            await self._recovery_state.close_entry()
         self.record.error = None
         if self._abandoned:
             error = MigratedError(
@@ -448,18 +448,18 @@ class TargetMigration(Migration):
 
     async def _give_up(self, error: BaseException, connection: Connection) -> None:
         """No process, memory or descriptor of this guest stays here; then the source is told so, where it still listens."""
-        error = await connection.explained(error)
+        error = await connection.reason_for(error)
         self.log.warning("giving up", error=str(error))
         if connection.speaking and self.session.abort_allowed:
             with contextlib.suppress(MigratedError):
-                await connection.link.send(abort_of(named(error)))
+                await connection.link.send(abort_of(error))
         await self.stop_background()
-        gone = await quietly(self._guest.kill(), self.log, "end the guest process")
+        gone = await log_errors(self._guest.kill(), self.log, "end the guest process")
         await self._close_memory()
         if gone:
-            await self._survival.over()
-        elif await quietly(self._write("setup"), self.log, "write the journal"):  # the next agent is to end it
-            await self._survival.let_go()
+            await self._recovery_state.clear()
+        elif await log_errors(self._write("setup"), self.log, "write the journal"):  # the next agent is to end it
+            await self._recovery_state.release_descriptors()
         if connection.speaking and self.session.may_send(Aborted()):
             with contextlib.suppress(MigratedError):
                 await connection.link.send(Aborted())
@@ -478,11 +478,11 @@ class TargetMigration(Migration):
         await self.connection.close()
         self.session.connection_lost()
         self._armed.set()  # page connections that wait for it are refused now
-        await quietly(self._guest.close(), self.log, "close the guest's connections")
+        await log_errors(self._guest.close(), self.log, "close the guest's connections")
 
     async def _after_the_end(self) -> None:
         if (late := self._next) is not None:
-            await quietly(self._answer_late(late.link), self.log, "answer a source that dialled at the end")
+            await log_errors(self._answer_late(late.link), self.log, "answer a source that dialled at the end")
 
     async def _answer_late(self, link: ControlLink) -> None:
         if self._silent:
@@ -491,19 +491,19 @@ class TargetMigration(Migration):
         lost = f"{self.record.guest} was here and has ended: {self._guest_over.message}" if self._guest_over else ""
         all_in, limit = self._all_in and not lost, self._timeouts.handshake
         if await answer(link, self.session, limit_seconds=limit, all_in=all_in, lost=lost):
-            await self._survival.over()
+            await self._recovery_state.clear()
 
     # ------------------------------------------------------------ after an agent that died
 
-    async def _take_up(self, legacy: Recovered) -> None:
+    async def _take_up(self, recovered: Recovered) -> None:
         """Take the guest back: its memory, its ledger, its faults.  One that cannot be served waits for the next agent."""
-        self.record.page_size = max(legacy.entry.page_bytes)
+        self.record.page_size = max(recovered.entry.page_bytes)
         self.background(self._watch_guest())
         try:
             engine = self._make_engine(recover=True)
-            engine.arm(legacy.faults.uffd, legacy.faults.mappings, recovered=True)
+            engine.arm(recovered.faults.uffd, recovered.faults.mappings, recovered=True)
         except Exception as error:
-            problem = named(error)
+            problem = as_migrated_error(error)
             if isinstance(problem, GuestError) and problem.code in GUEST_OVER:
                 self._end_of_guest(problem)
                 return
@@ -517,7 +517,7 @@ class TargetMigration(Migration):
         self._mapped.set()
         self._armed.set()
         self.refresh()
-        self.log.warning("taken back after a restart of the agent", stage=legacy.entry.stage)
+        self.log.warning("taken back after a restart of the agent", stage=recovered.entry.stage)
 
     # ------------------------------------------------------------ watching
 

@@ -16,7 +16,7 @@ import pytest
 
 from migrated.demo.pair import AgentProcess
 from migrated.errors import MigratedError
-from migrated.recovery.store import HolderKeeper
+from migrated.recovery.store import HolderStore
 from migrated.waiting import within
 from tests.faults.cases import STAGES
 from tests.faults.rig import GUEST, LIMIT_SECONDS, Rig, is_alive, rig
@@ -83,11 +83,11 @@ async def stopped_at(made: Rig, stage_name: str, mode: str, *, gone: str) -> int
 
 async def forget_everything(agent: AgentProcess) -> None:
     """A host that comes back with a new disk."""
-    keeper = HolderKeeper(agent.state_dir)
-    for name, fds in (await keeper.taken()).items():
+    store = HolderStore(agent.state_dir)
+    for name, fds in (await store.taken()).items():
         for fd in fds:
             os.close(fd)
-        await keeper.forget(name)
+        await store.forget(name)
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(agent.state_dir)
 

@@ -241,8 +241,8 @@ async def test_the_end_of_a_guest_is_told_and_its_absence_refused(short: Path, p
 
 
 async def connection_ended(hub: ProcessHub) -> None:
-    if hub.resident is not None:
-        await asyncio.shield(hub.resident.connection.closed)
+    if hub.guest is not None:
+        await asyncio.shield(hub.guest.connection.closed)
 
 
 async def test_a_released_guest_ends(short: Path, program: list[str]) -> None:

@@ -40,7 +40,7 @@ from migrated.guests.qemu.target import QemuTarget
 from migrated.memory import memfd as memory_memfd
 from migrated.memory.native import uffd_register, uffd_unregister
 from migrated.memory.regions import Region, SourceMemory, TargetMemory
-from migrated.memory.smaps import residences
+from migrated.memory.smaps import mapped_areas
 from migrated.settings import Timeouts, read
 
 MIB = 1 << 20
@@ -481,7 +481,7 @@ async def test_tracking_left_by_an_agent_that_died_is_replaced(
     def remote_syscall(process: PidHandle, number: int, *arguments: int) -> tuple[int, float]:
         if number == 3:  # close(2) on x86-64
             area = (mapping.address, mapping.address + mapping.length_bytes)
-            tracked_at_close.extend(state.flags & {"uw"} for state in residences(process.pid, [area]))
+            tracked_at_close.extend(state.flags & {"uw"} for state in mapped_areas(process.pid, [area]))
         return real(process, number, *arguments)
 
     qemu = await start(*memory())
@@ -515,7 +515,7 @@ async def test_a_guest_still_on_its_way_here_is_not_moved_on(start: StartQemu, t
     found = await source.open()
     mapping = found.mappings[ram_of(found)]
     process = PidHandle.attach(qemu.pid)
-    uffd = await injection.open_uffd(process, faults=True, tracking=True, hand_over=None)
+    uffd = await injection.open_uffd(process, faults=True, tracking=True, send_descriptor=None)
     try:
         uffd_register(uffd.fd, mapping.address, mapping.length_bytes, missing=True, minor=True, tracking=True)
         with pytest.raises(GuestRefusedError) as caught:
@@ -670,7 +670,7 @@ async def test_a_target_takes_the_faults_of_every_page(tmp_path: Path, theirs: T
         try:
             covered = [(m.region, m.offset, m.length_bytes) for m in faults.mappings]
             assert covered == [(index, 0, region.size_bytes) for index, region in enumerate(theirs.regions)]
-            states = residences(faults.pid, [(m.address, m.address + m.length_bytes) for m in faults.mappings])
+            states = mapped_areas(faults.pid, [(m.address, m.address + m.length_bytes) for m in faults.mappings])
             assert len(states) == len(faults.mappings)
             for state in states:
                 assert state.present_bytes == 0
@@ -1097,7 +1097,7 @@ async def test_a_restarted_agent_takes_the_incoming_guest_back(move: tuple[Move,
 async def test_a_process_that_is_not_the_guest_is_not_adopted(start: StartQemu, tmp_path: Path) -> None:
     qemu = await start(*memory())
     process = PidHandle.attach(qemu.pid)
-    uffd = await injection.open_uffd(process, faults=True, tracking=True, hand_over=None)
+    uffd = await injection.open_uffd(process, faults=True, tracking=True, send_descriptor=None)
     with memfds(RAM) as pieces:
         config = QemuTargetConfig(command=target_command())
         with pytest.raises(GuestError):

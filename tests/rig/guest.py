@@ -19,7 +19,7 @@ from migrated.demo.console import GuestConsole, Load
 from migrated.demo.pair import short_directory
 from migrated.demo.qemu_guest import QemuGuest, RunningQemu
 from migrated.demo.run import cache_directory
-from migrated.guests.qemu.memory import place, ram_blocks
+from migrated.guests.qemu.memory import locate_blocks, ram_blocks
 from migrated.guests.qemu.qmp import Monitor
 from migrated.memory.maps import areas
 from migrated.waiting import within
@@ -201,10 +201,10 @@ async def _open_video_memory(name: str, qmp: Path) -> tuple[int, int]:
     try:
         pid = monitor.peer_pid()
         blocks = [block for block in await ram_blocks(monitor) if block.name.endswith("vga.vram")]
-        (placed,) = await place(monitor, pid, blocks)
+        (located,) = await locate_blocks(monitor, pid, blocks)
     finally:
         await monitor.close()
-    return os.open(f"/proc/{pid}/mem", os.O_RDWR), placed.address + MIB
+    return os.open(f"/proc/{pid}/mem", os.O_RDWR), located.address + MIB
 
 
 async def fill_video_memory(name: str, qmp: Path) -> bytes:

@@ -300,7 +300,7 @@ class TargetDriver(TargetGuest):
         self._process = Process(
             self._world, self._host, [current().fds[piece.memory_fd] for piece in memory], "incoming"
         )
-        self._process.migration = next(m.id for m in self._host.agent._roster if m._guest is self)
+        self._process.migration = next(m.id for m in self._host.agent._migrations if m._guest is self)
         await self._host.command("started")
         self._uffd = current().open(Uffd())
         mappings = tuple(Mapping(index, 0, 0, piece.region.size_bytes) for index, piece in enumerate(memory))
@@ -356,8 +356,8 @@ class TargetDriver(TargetGuest):
         return await self._guest.died()
 
 
-class SimResidents:
-    """Model of `guests.Residents`: every name refers to the one simulated guest."""
+class SimGuestRegistry:
+    """Model of `GuestRegistry`: every name refers to the one simulated guest."""
 
     def __init__(self, config: Any) -> None:
         self._host = current().host
@@ -373,7 +373,7 @@ class SimResidents:
     def target_guest(self, name: str) -> TargetDriver:
         return TargetDriver(self._host.world, self._host, name)
 
-    def tidy(self, name: str) -> None: ...
+    def remove_run_dir(self, name: str) -> None: ...
 
 
 def users_of(inodes: tuple[int, ...]) -> list[int]:

@@ -30,7 +30,7 @@ class Host:
         self.disk_error = 0
         self.disk_error_until = 0.0
         self.no_descriptors_until = 0.0
-        self.keeper_fails_until = 0.0
+        self.store_fails_until = 0.0
         self.commands_fail_until = 0.0
         self.commands_hang_until = 0.0
         self.failing_command = ""
@@ -46,7 +46,7 @@ class Host:
 
     def heal(self) -> None:
         """End all faults of this host."""
-        self.disk_error_until = self.no_descriptors_until = self.keeper_fails_until = 0.0
+        self.disk_error_until = self.no_descriptors_until = self.store_fails_until = 0.0
         self.commands_fail_until = self.commands_hang_until = self.versions_until = 0.0
 
     def disk_operation(self, what: str) -> None:
@@ -204,16 +204,16 @@ class OsModule:
 OS = OsModule()
 
 
-class SimKeeper:
+class SimStore:
     """Model of the service manager's descriptor store."""
 
     def __init__(self, host: Host) -> None:
         self._host = host
 
     async def _ask(self, what: str) -> None:
-        self._host.world.note(f"{self._host.name} keeper {what}")
+        self._host.world.note(f"{self._host.name} store {what}")
         await asyncio.sleep(self._host.world.command_seconds())
-        if self._host.world.loop.now < self._host.keeper_fails_until:
+        if self._host.world.loop.now < self._host.store_fails_until:
             raise HostError("the descriptor store does not answer", code="holder")
 
     async def taken(self) -> dict[str, list[int]]:

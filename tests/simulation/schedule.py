@@ -84,7 +84,7 @@ def _moment(draw: random.Random, first_free: int) -> dict[str, object]:
     elif kind < 0.9:
         note = f"{draw.choice(('s', 't1'))} disk {draw.choice(_DISK)}"
     else:
-        note = f"{draw.choice(('s', 't1'))} keeper {draw.choice(('keep', 'forget'))}"
+        note = f"{draw.choice(('s', 't1'))} store {draw.choice(('keep', 'forget'))}"
     count = draw.choice((1, 1, 1, 1, 2, 2, 3, 5))
     steps = draw.choice((0, 0, 1, 2, 3, 5, 8, 13, 21, 34, 55, 89))
     return {"note": note, "count": count, "steps": steps}
@@ -103,7 +103,7 @@ def _action(draw: random.Random, number: int) -> Action:
             "block",
             "disk",
             "descriptors",
-            "keeper",
+            "store",
             "command",
             "engine",
             "die",
@@ -133,7 +133,7 @@ def _action(draw: random.Random, number: int) -> Action:
             fields["what"] = draw.choice(("both", "protocol", "journal"))
             fields["how"] = draw.choice(("newer", "newer", "older"))
             fields["seconds"] = seconds
-        case "descriptors" | "keeper":
+        case "descriptors" | "store":
             fields["seconds"] = seconds
         case "command":
             host = draw.choice(("s", "t1"))

@@ -35,7 +35,7 @@ from migrated.protocol import messages, preamble, transitions
 from migrated.protocol.session import Session
 from migrated.protocol.transitions import Role
 from migrated.recovery import journal
-from migrated.recovery import state as survival
+from migrated.recovery import state as recovery_state
 from migrated.settings import Timeouts, read
 from migrated.source import agent as source_agent
 from migrated.source import migration as source_migration
@@ -315,7 +315,7 @@ class World:
         """Return the newest migration of a host."""
         if host.agent is None:
             return None
-        known = list(host.agent._roster)
+        known = list(host.agent._migrations)
         return known[-1] if known else None
 
     # ------------------------------------------------------------ versions
@@ -386,8 +386,8 @@ class World:
     def _do_descriptors(self, action: Action, host: Any) -> None:
         host.no_descriptors_until = self.loop.now + action.seconds
 
-    def _do_keeper(self, action: Action, host: Any) -> None:
-        host.keeper_fails_until = self.loop.now + action.seconds
+    def _do_store(self, action: Action, host: Any) -> None:
+        host.store_fails_until = self.loop.now + action.seconds
 
     def _do_command(self, action: Action, host: Any) -> None:
         host.failing_command = action.what
@@ -539,7 +539,7 @@ class World:
                 continue
             if host.life is None or not host.life.alive or host.agent is None or host.stop is None:
                 return False
-            if host.stop.is_set() or host.agent._tasks or host.agent._roster.active:
+            if host.stop.is_set() or host.agent._tasks or host.agent._migrations.active:
                 return False
             if host.role == "target" and host.agent._connections:
                 return False
@@ -549,7 +549,7 @@ class World:
         """Act like an operator who reads the records and follows their hints."""
         source = self.hosts["s"]
         if source.agent is not None and source.life.alive:
-            for migration in list(source.agent._roster):
+            for migration in list(source.agent._migrations):
                 if not migration.over:
                     self._mend_address(source, migration)
                 elif migration.record.error is not None and migration.record.error.code == "target-lost-guest":
@@ -564,7 +564,7 @@ class World:
                     self.abandoned = True
                     self.verb(host, "abandon", migration.id, confirm=GUEST)
         for host in self.hosts.values():
-            for migration in list(host.agent._roster) if host.agent is not None else ():
+            for migration in list(host.agent._migrations) if host.agent is not None else ():
                 if migration.record.error is None or not migration.record.ended:
                     continue
                 hint = migration.record.error.hint
@@ -582,7 +582,7 @@ class World:
     def _decide_on_targets(self) -> None:
         """Discard a guest that waits on a target for a source that has forgotten it."""
         for host in self.hosts.values():
-            for migration in list(host.agent._roster) if host.role == "target" and host.agent is not None else ():
+            for migration in list(host.agent._migrations) if host.role == "target" and host.agent is not None else ():
                 if not migration.record.ended and migration.session.bound and self.running() is not None:
                     self.verb(host, "discard", migration.id, confirm=GUEST)
 
@@ -714,7 +714,7 @@ class World:
             for until in (
                 host.disk_error_until,
                 host.no_descriptors_until,
-                host.keeper_fails_until,
+                host.store_fails_until,
                 host.commands_fail_until,
                 host.commands_hang_until,
                 host.versions_until,
@@ -822,8 +822,8 @@ def seams(world: World) -> Iterator[None]:
         (time, "monotonic_ns", lambda: int(world.loop.now * 1e9)),
         (Session, "_follow", followed),
         (Migration, "set_state", stated),
-        (host_agent, "keeper_for", lambda state_dir: machine.SimKeeper(current().host)),
-        (drivers, "Residents", guest.SimResidents),
+        (host_agent, "store_for", lambda state_dir: machine.SimStore(current().host)),
+        (drivers, "GuestRegistry", guest.SimGuestRegistry),
         (journal, "BOOT_ID", _BootId),
         (pidfd, "process_started", _process_started),
         (source_migration, "process_started", _process_started),
@@ -843,7 +843,7 @@ def seams(world: World) -> Iterator[None]:
         for module in (
             archive,
             journal,
-            survival,
+            recovery_state,
             source_agent,
             source_migration,
             target_agent,

@@ -48,7 +48,7 @@ _STEP_BYTES_HUGE = 1 << 30
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 #: Hands a descriptor of ours to the process; when the returned callable is awaited the process closes its own again.
-HandOver = Callable[[int], Awaitable[Callable[[], Awaitable[None]]]]
+SendDescriptor = Callable[[int], Awaitable[Callable[[], Awaitable[None]]]]
 
 
 @dataclasses.dataclass(slots=True)
@@ -132,10 +132,12 @@ def find_remote(pid: int, fd: int) -> int | None:
     return next((number for number in userfaultfds(pid) if same_file(pid, number, fd)), None)
 
 
-async def open_uffd(process: PidHandle, *, faults: bool, tracking: bool, hand_over: HandOver | None) -> InjectedUffd:
+async def open_uffd(
+    process: PidHandle, *, faults: bool, tracking: bool, send_descriptor: SendDescriptor | None
+) -> InjectedUffd:
     """Make a userfaultfd in the process and do UFFDIO_API on it.
 
-    ``hand_over`` is used when the process lacks the right.  Raises GuestRefusedError (``cannot-inject``,
+    ``send_descriptor`` is used when the process lacks the right.  Raises GuestRefusedError (``cannot-inject``,
     ``no-userfaultfd``) or what UFFDIO_API says of a kernel that lacks a feature.
     """
 
@@ -145,8 +147,8 @@ async def open_uffd(process: PidHandle, *, faults: bool, tracking: bool, hand_ov
                 remote_syscall(process, _SYS_CLOSE, made[0])
 
     remote, stopped = await in_thread(remote_syscall, process, _SYS_USERFAULTFD, _FLAGS, undo=undo)
-    if remote == -errno.EPERM and hand_over is not None:
-        remote, stopped = await _through_device(process, hand_over, undo)
+    if remote == -errno.EPERM and send_descriptor is not None:
+        remote, stopped = await _through_device(process, send_descriptor, undo)
     if remote < 0:
         raise GuestRefusedError(
             f"process {process.pid} cannot make a userfaultfd: {os.strerror(-remote)}",
@@ -171,7 +173,7 @@ async def open_uffd(process: PidHandle, *, faults: bool, tracking: bool, hand_ov
 
 
 async def _through_device(
-    process: PidHandle, hand_over: HandOver, undo: Callable[[tuple[int, float]], None]
+    process: PidHandle, send_descriptor: SendDescriptor, undo: Callable[[tuple[int, float]], None]
 ) -> tuple[int, float]:
     try:
         device = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
@@ -183,7 +185,7 @@ async def _through_device(
         ) from error
     try:
         before = set(_numbers(process.pid, str(DEVICE)))
-        take_back = await hand_over(device)
+        take_back = await send_descriptor(device)
         try:
             handed = set(_numbers(process.pid, str(DEVICE))) - before
             if len(handed) != 1:

@@ -44,7 +44,7 @@ _log = structlog.get_logger(__name__)
 
 
 @dataclasses.dataclass(slots=True)
-class Resident:
+class ConnectedGuest:
     """A guest that is connected and has its memory.
 
     ``paused``: somebody made it stop and nobody made it run since; kept up to date by `ask`.
@@ -68,12 +68,12 @@ class Resident:
 
 
 class ProcessHub:
-    """Listens for one configured guest while it is entered; ``resident`` is the guest once it is connected."""
+    """Listens for one configured guest while it is entered; ``guest`` is the guest once it is connected."""
 
     def __init__(self, name: str, config: ProcessSourceConfig, timeouts: Timeouts) -> None:
         self.name = name
         self.timeouts = timeouts
-        self.resident: Resident | None = None
+        self.guest: ConnectedGuest | None = None
         self._config = config
         if config.page_size is not None:
             memfd.require_page_size(config.page_size)
@@ -97,11 +97,11 @@ class ProcessHub:
         if self._listening:
             await asyncio.to_thread(Path(self._config.socket).unlink, missing_ok=True)
 
-    async def wait_connected(self, limit_seconds: float, *, pid: int | None = None) -> Resident:
+    async def wait_connected(self, limit_seconds: float, *, pid: int | None = None) -> ConnectedGuest:
         """Wait for the guest (for the one with this pid).  Raises TimeoutExceededError."""
 
         def here() -> bool:
-            return self.resident is not None and pid in (None, self.resident.connection.pid)
+            return self.guest is not None and pid in (None, self.guest.connection.pid)
 
         try:
             async with asyncio.timeout(limit_seconds), self._changed:
@@ -110,19 +110,19 @@ class ProcessHub:
             raise TimeoutExceededError(
                 f"guest {self.name}: waited {limit_seconds:g} s for it to connect to {self._config.socket}"
             ) from None
-        if self.resident is None:
+        if self.guest is None:
             raise AssertionError
-        return self.resident
+        return self.guest
 
-    def require(self) -> Resident:
+    def require(self) -> ConnectedGuest:
         """The guest.  Raises GuestError ``guest-not-connected``."""
-        if self.resident is None or not self.resident.connection.alive:
+        if self.guest is None or not self.guest.connection.alive:
             raise GuestError(
                 f"guest {self.name} is not connected" + (f": {self._problem}" if self._problem else ""),
                 code="guest-not-connected",
                 hint=f"start it with MIGRATED_SOCKET={self._config.socket} in its environment",
             )
-        return self.resident
+        return self.guest
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.ensure_future(work)
@@ -162,10 +162,10 @@ class ProcessHub:
             hello, fds = await connection.hello(self.timeouts.guest_command)
             async with self._settling:  # two that connect at the same time must not both find the place free
                 await self._forget_former()
-                if self.resident is not None:
+                if self.guest is not None:
                     raise GuestRefusedError(f"guest {self.name} is connected already", code="guest-connected")
-                self.resident = resident = await self._settle(connection, hello, fds)
-            fds = resident.memory_fds
+                self.guest = guest = await self._settle(connection, hello, fds)
+            fds = guest.memory_fds
             async with self._changed:
                 self._changed.notify_all()
             _log.info("guest connected", guest=self.name, pid=connection.pid)
@@ -175,24 +175,26 @@ class ProcessHub:
             with contextlib.suppress(GuestError):
                 await connection.send(Kind.REFUSE, error.message.encode())
         finally:
-            if self.resident is not None and self.resident.connection is connection:
-                self.resident = None
+            if self.guest is not None and self.guest.connection is connection:
+                self.guest = None
             connection.close()
             for fd in fds:
                 os.close(fd)
 
     async def _forget_former(self) -> None:
-        """A guest that has ended may still be the resident, where its end is to be read yet: then read it first."""
-        former = self.resident
+        """A guest that has ended may still be ours, where its end is to be read yet: then read it first."""
+        former = self.guest
         if former is None or not former.connection.hung_up:
             return
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.timeouts.guest_command):
                 await asyncio.shield(former.connection.closed)
-            if self.resident is former:
-                self.resident = None
+            if self.guest is former:
+                self.guest = None
 
-    async def _settle(self, connection: process.GuestConnection, hello: Hello, presented: tuple[int, ...]) -> Resident:
+    async def _settle(
+        self, connection: process.GuestConnection, hello: Hello, presented: tuple[int, ...]
+    ) -> ConnectedGuest:
         """Give the guest its memory, or take up the memory it shows."""
         process.require_version(self.name, hello)
         fds: list[int] = []
@@ -222,7 +224,7 @@ class ProcessHub:
         except BaseException:
             process.close_all(fds)
             raise
-        return Resident(
+        return ConnectedGuest(
             connection,
             tuple(Region(r.name, r.size_bytes, page) for r, page in zip(hello.regions, pages, strict=True)),
             tuple(fds) if fds else presented,
@@ -255,27 +257,25 @@ class ProcessSource(SourceGuest):
         self.paused_at = None
         self._hub = hub
         self._timeouts = hub.timeouts
-        self._resident: Resident | None = None
+        self._guest: ConnectedGuest | None = None
         self._process: PidHandle | None = None
         self._fds: list[int] = []
         self._uffd = -1
 
     async def open(self) -> SourceMemory:
-        resident = self._hub.require()
-        if resident.paused:
+        guest = self._hub.require()
+        if guest.paused:
             raise GuestRefusedError(
                 f"guest {self.name} is paused: an earlier migration stopped it, and it may run elsewhere",
                 code="guest-not-movable",
                 hint="if it runs nowhere else, restart the source agent: it resumes a guest that was not handed over",
             )
-        self._resident = (
-            resident  # not earlier: a roll-back of this migration must not run a guest that it never stopped
-        )
-        pid = resident.connection.pid
+        self._guest = guest  # not earlier: a roll-back of this migration must not run a guest that it never stopped
+        pid = guest.connection.pid
         self._process = PidHandle.attach(pid)
-        keys = frozenset(file_key(fd) for fd in resident.memory_fds)
+        keys = frozenset(file_key(fd) for fd in guest.memory_fds)
         mapped = {area.start for area in areas(pid) if area.key in keys}
-        if not mapped.issuperset(resident.addresses):
+        if not mapped.issuperset(guest.addresses):
             raise GuestRefusedError(f"guest {self.name} does not map its memory where it said", code="guest-protocol")
         for other in await asyncio.to_thread(mapped_elsewhere, keys, (pid, os.getpid())):
             raise GuestRefusedError(
@@ -283,13 +283,13 @@ class ProcessSource(SourceGuest):
                 code="memory-mapped-elsewhere",
                 hint="end that process, or have it let go of the memory",
             )
-        self._fds = [os.dup(fd) for fd in resident.memory_fds]
+        self._fds = [os.dup(fd) for fd in guest.memory_fds]
         return SourceMemory(
             pid=pid,
-            regions=resident.regions,
+            regions=guest.regions,
             mappings=tuple(
                 Mapping(index, address, 0, region.size_bytes)
-                for index, (address, region) in enumerate(zip(resident.addresses, resident.regions, strict=True))
+                for index, (address, region) in enumerate(zip(guest.addresses, guest.regions, strict=True))
             ),
             memory_fds=tuple(self._fds),
             file_offsets=tuple(0 for _ in self._fds),
@@ -297,12 +297,12 @@ class ProcessSource(SourceGuest):
 
     @property
     def needs_quiesced_scans(self) -> bool:
-        return self._resident is not None and self._resident.direct_io
+        return self._guest is not None and self._guest.direct_io
 
-    def _opened(self) -> Resident:
-        if self._resident is None:
+    def _opened(self) -> ConnectedGuest:
+        if self._guest is None:
             raise GuestError(f"guest {self.name} is not open", code="guest-not-open")
-        return self._resident
+        return self._guest
 
     async def _ask(self, kind: Kind, what: str, limit_seconds: float | None = None) -> bytes:
         limit = self._timeouts.guest_command if limit_seconds is None else limit_seconds
@@ -319,7 +319,7 @@ class ProcessSource(SourceGuest):
         if uffd < 0:
             return
         os.close(uffd)
-        if self._resident is not None and self._resident.connection.alive:
+        if self._guest is not None and self._guest.connection.alive:
             with contextlib.suppress(GuestError):  # gone in between: so is its descriptor
                 await self._ask(Kind.FORGET, "it to close its userfaultfd")
 
@@ -347,7 +347,7 @@ class ProcessSource(SourceGuest):
 
     async def reclaim(self, memento: Memento) -> None:
         del memento
-        self._resident = await self._hub.wait_connected(self._timeouts.guest_start)
+        self._guest = await self._hub.wait_connected(self._timeouts.guest_start)
         # It has closed its userfaultfd if the agent before us died, and not if this agent gave it away and takes it back.
         await self._ask(Kind.FORGET, "it to close its userfaultfd")
         await self.resume()
@@ -361,7 +361,7 @@ class ProcessSource(SourceGuest):
             return
         with contextlib.suppress(GuestError, TimeoutExceededError):
             # After a restart of the agent it connects by itself, some time after `adopt`.
-            self._resident = await self._hub.wait_connected(self._timeouts.guest_command, pid=self._process.pid)
+            self._guest = await self._hub.wait_connected(self._timeouts.guest_command, pid=self._process.pid)
             await self._ask(Kind.END, "it to end")
         try:
             await self._process.wait(self._timeouts.release)

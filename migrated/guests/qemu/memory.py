@@ -75,7 +75,7 @@ class Backend:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Placed:
+class LocatedBlock:
     """A block and the areas that show it, in address order, without a gap."""
 
     block: Block
@@ -154,7 +154,7 @@ async def version(monitor: Monitor) -> tuple[int, int, int]:
 # ---------------------------------------------------------------- finding the blocks in the process
 
 
-async def place(monitor: Monitor, pid: int, blocks: Iterable[Block]) -> tuple[Placed, ...]:
+async def locate_blocks(monitor: Monitor, pid: int, blocks: Iterable[Block]) -> tuple[LocatedBlock, ...]:
     """Find the blocks in process ``pid``.
 
     Raises GuestRefusedError ``memory-not-found`` for a writable block that cannot be found, and ``memory-mapped-elsewhere``
@@ -165,13 +165,13 @@ async def place(monitor: Monitor, pid: int, blocks: Iterable[Block]) -> tuple[Pl
     if len(addresses) < len(wanted):
         addresses |= await _visible(monitor, [block for block in wanted if block.id not in addresses])
     every = areas(pid)
-    placed = [_cover(monitor.guest, every, block, addresses[block.id]) for block in wanted if block.id in addresses]
+    located = [_cover(monitor.guest, every, block, addresses[block.id]) for block in wanted if block.id in addresses]
     for block in wanted:
         if block.id not in addresses and not block.rom:
-            placed.append(_only_candidate(monitor.guest, every, block, placed))
-    _refuse_second_view(monitor.guest, pid, every, placed)
+            located.append(_only_candidate(monitor.guest, every, block, located))
+    _refuse_second_view(monitor.guest, pid, every, located)
     order = {block.id: index for index, block in enumerate(wanted)}
-    return tuple(sorted(placed, key=lambda item: order[item.block.id]))
+    return tuple(sorted(located, key=lambda item: order[item.block.id]))
 
 
 async def _visible(monitor: Monitor, blocks: list[Block]) -> dict[str, int]:
@@ -191,7 +191,7 @@ async def _visible(monitor: Monitor, blocks: list[Block]) -> dict[str, int]:
     return found
 
 
-def _cover(guest: str, every: list[Area], block: Block, address: int) -> Placed:
+def _cover(guest: str, every: list[Area], block: Block, address: int) -> LocatedBlock:
     """The areas that show the block: one behind the other, all private or all of one file."""
     end = address + block.size_bytes
     covering = tuple(area for area in every if area.end > address and area.start < end)
@@ -201,7 +201,7 @@ def _cover(guest: str, every: list[Area], block: Block, address: int) -> Placed:
             f"guest {guest}: RAM block {block.id} is not one mapping of {block.size_bytes} bytes at {address:#x}",
             code="memory-not-found",
         )
-    return Placed(block, address, covering)
+    return LocatedBlock(block, address, covering)
 
 
 def _continues(before: Area, after: Area) -> bool:
@@ -211,9 +211,9 @@ def _continues(before: Area, after: Area) -> bool:
     return not before.inode or after.offset - before.offset == after.start - before.start
 
 
-def _only_candidate(guest: str, every: list[Area], block: Block, placed: list[Placed]) -> Placed:
+def _only_candidate(guest: str, every: list[Area], block: Block, located: list[LocatedBlock]) -> LocatedBlock:
     """The one mapping that could be the block: writable, of its size, and nothing else's."""
-    taken = [(item.address, item.address + item.block.size_bytes) for item in placed]
+    taken = [(item.address, item.address + item.block.size_bytes) for item in located]
     candidates = [
         area
         for area in every
@@ -229,12 +229,12 @@ def _only_candidate(guest: str, every: list[Area], block: Block, placed: list[Pl
             code="memory-not-found",
             hint="QEMU 8.0 and newer say where each block is",
         )
-    return Placed(block, candidates[0].start, (candidates[0],))
+    return LocatedBlock(block, candidates[0].start, (candidates[0],))
 
 
-def _refuse_second_view(guest: str, pid: int, every: list[Area], placed: list[Placed]) -> None:
+def _refuse_second_view(guest: str, pid: int, every: list[Area], located: list[LocatedBlock]) -> None:
     """A second mapping of the same memory in the process: its writes would not be seen."""
-    for item in placed:
+    for item in located:
         if not item.shared:
             continue
         begin, end = item.file_offset, item.file_offset + item.block.size_bytes
@@ -250,9 +250,9 @@ def _refuse_second_view(guest: str, pid: int, every: list[Area], placed: list[Pl
 # ---------------------------------------------------------------- as regions
 
 
-def region(placed: Placed, backends: Iterable[Backend]) -> Region:
+def region(located: LocatedBlock, backends: Iterable[Backend]) -> Region:
     """The block as a region of the migration."""
-    block = placed.block
+    block = located.block
     return Region(block.name, block.size_bytes, block.page_bytes, device=is_device(block, backends))
 
 

@@ -63,7 +63,7 @@ class QemuProcess:
     async def open_uffd(self, monitor: Monitor, *, faults: bool) -> injection.InjectedUffd:
         """A userfaultfd of QEMU that reports ``faults``, or else tracks writes.  Raises as `injection.open_uffd`."""
         self.uffd = await injection.open_uffd(
-            self.handle, faults=faults, tracking=not faults, hand_over=_hand_over(monitor)
+            self.handle, faults=faults, tracking=not faults, send_descriptor=_send_descriptor(monitor)
         )
         return self.uffd
 
@@ -90,7 +90,7 @@ class QemuProcess:
             self._handle.close()
 
 
-def _hand_over(monitor: Monitor) -> injection.HandOver:
+def _send_descriptor(monitor: Monitor) -> injection.SendDescriptor:
     """How QEMU is given a descriptor and made to close it again."""
 
     async def give(fd: int) -> Callable[[], Awaitable[None]]:

@@ -27,7 +27,7 @@ from migrated.guests.qemu.qmp import Monitor
 from migrated.guests.qemu.state import END, StateFile, StateHeader, encode_header
 from migrated.memory.maps import mapped_elsewhere, open_area
 from migrated.memory.regions import SourceMemory
-from migrated.memory.smaps import residences
+from migrated.memory.smaps import mapped_areas
 from migrated.protocol.messages import MAX_REGIONS
 from migrated.settings import Timeouts
 
@@ -78,14 +78,14 @@ class QemuSource(SourceGuest):
         pid = self.qemu.handle.pid
         blocks = await qemu_memory.ram_blocks(monitor)
         backends = await qemu_memory.backends(monitor, blocks)
-        placed = await qemu_memory.place(monitor, pid, blocks)
-        if len(placed) > MAX_REGIONS:
+        located = await qemu_memory.locate_blocks(monitor, pid, blocks)
+        if len(located) > MAX_REGIONS:
             raise GuestRefusedError(
-                f"guest {self.name} has {len(placed)} RAM blocks, of which {MAX_REGIONS} can be migrated",
+                f"guest {self.name} has {len(located)} RAM blocks, of which {MAX_REGIONS} can be migrated",
                 code="too-many-blocks",
                 hint="each device with a ROM has one: leave ROMs out (romfile=) or unplug devices",
             )
-        keys = frozenset(item.areas[0].key for item in placed if item.shared)
+        keys = frozenset(item.areas[0].key for item in located if item.shared)
         for other in await asyncio.to_thread(mapped_elsewhere, keys, (pid,)):
             raise GuestRefusedError(
                 f"guest {self.name}: its memory is also mapped by {other}, whose writes cannot be seen",
@@ -93,7 +93,7 @@ class QemuSource(SourceGuest):
                 hint="detach that process (a vhost-user back end, a debugger) first",
             )
         self._pins_buffers = await qemu_memory.disks_pin_buffers(monitor, pid)
-        for item in placed:
+        for item in located:
             fd = open_area(pid, item.areas[0]) if item.shared else _open_memory(pid)
             self._fds.append(fd)
             if item.shared:
@@ -105,12 +105,12 @@ class QemuSource(SourceGuest):
         )
         self._memory = SourceMemory(
             pid=pid,
-            regions=tuple(qemu_memory.region(item, backends) for item in placed),
-            mappings=tuple(item.mapping(index) for index, item in enumerate(placed)),
+            regions=tuple(qemu_memory.region(item, backends) for item in located),
+            mappings=tuple(item.mapping(index) for index, item in enumerate(located)),
             memory_fds=tuple(self._fds),
-            file_offsets=tuple(item.file_offset if item.shared else item.address for item in placed),
-            private=tuple(not item.shared for item in placed),
-            file_behind=tuple(item.shows_file for item in placed),
+            file_offsets=tuple(item.file_offset if item.shared else item.address for item in located),
+            private=tuple(not item.shared for item in located),
+            file_behind=tuple(item.shows_file for item in located),
         )
         return self._memory
 
@@ -227,7 +227,7 @@ class QemuSource(SourceGuest):
         if not left or self._memory is None:
             return
         ranges = [(mapping.address, mapping.address + mapping.length_bytes) for mapping in self._memory.mappings]
-        states = await asyncio.to_thread(residences, self.qemu.handle.pid, ranges)
+        states = await asyncio.to_thread(mapped_areas, self.qemu.handle.pid, ranges)
         flags = frozenset(flag for state in states for flag in state.flags)
         if flags & {"um", "ui"}:
             raise GuestRefusedError(

@@ -33,9 +33,9 @@ from migrated.guests.qemu.state import HeaderDecoder, stream_begin
 from migrated.memory.maps import Area, areas, file_key, mapped_elsewhere
 from migrated.memory.native import uffd_register
 from migrated.memory.regions import Mapping, Region, TargetMemory
-from migrated.memory.smaps import residences
+from migrated.memory.smaps import mapped_areas
 from migrated.settings import Timeouts
-from migrated.waiting import end, in_thread
+from migrated.waiting import cancel_and_wait, in_thread
 
 log = structlog.get_logger("migrated.qemu")
 
@@ -221,8 +221,8 @@ class QemuTarget(TargetGuest):
         items = {item.region.name: item for item in memory if item.region.device}
         if not items:
             return
-        placed = await qemu_memory.place(monitor, process.pid, blocks.values())
-        for place in placed:
+        located = await qemu_memory.locate_blocks(monitor, process.pid, blocks.values())
+        for place in located:
             item = items.pop(place.block.name, None)
             if item is None:
                 continue
@@ -250,7 +250,7 @@ class QemuTarget(TargetGuest):
     async def _present(self, mappings: tuple[Mapping, ...]) -> list[Mapping]:
         """The mappings of which something is in the page tables of QEMU, or which are locked there."""
         ranges = [(mapping.address, mapping.address + mapping.length_bytes) for mapping in mappings]
-        states = await asyncio.to_thread(residences, self.qemu.handle.pid, ranges)
+        states = await asyncio.to_thread(mapped_areas, self.qemu.handle.pid, ranges)
         present = [state.area for state in states if state.present_bytes]
         return [
             mapping
@@ -358,7 +358,7 @@ class QemuTarget(TargetGuest):
         except GuestError as error:
             raise await self._load_error(error) from error
         finally:
-            await asyncio.gather(end(loading), end(feeding))
+            await asyncio.gather(cancel_and_wait(loading), cancel_and_wait(feeding))
             self._close_incoming()
 
     async def _feed(self, channel: StateChannel, data: bytes) -> None:

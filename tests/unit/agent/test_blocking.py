@@ -22,12 +22,12 @@ from migrated.agent.migration import Migration
 from migrated.agent.record import Record, State
 from migrated.guests.qemu.process import QemuProcess
 from migrated.guests.qemu.qmp import Monitor
-from migrated.recovery import systemd as service
+from migrated.recovery import systemd
 from migrated.recovery.journal import Journal, JournalError, SourceEntry
-from migrated.recovery.state import Legacy, Survival
-from migrated.recovery.store import HolderKeeper, ServiceKeeper
+from migrated.recovery.state import LeftoverMigrations, RecoveryState
+from migrated.recovery.store import HolderStore, SystemdStore
 from migrated.source.agent import SourceAgent
-from migrated.source.stage import JournalledStage
+from migrated.source.stage import RestartStage
 from tests.unit.recovery.entries import SOURCE
 
 T = TypeVar("T")
@@ -86,54 +86,54 @@ async def test_a_holder_that_is_slow_to_answer(directory: Path, what: str) -> No
 
         thread = threading.Thread(target=hold)
         thread.start()
-        keeper = HolderKeeper(directory)
+        store = HolderStore(directory)
         with open("/dev/null") as file:  # noqa: ASYNC230 - a device
-            works = {"keep": lambda: keeper.keep("m", [file.fileno()]), "forget": lambda: keeper.forget("m")}
-            await answering.during(works.get(what, keeper.taken)())
-        if keeper._socket is not None:
-            keeper._socket.close()
+            works = {"keep": lambda: store.keep("m", [file.fileno()]), "forget": lambda: store.forget("m")}
+            await answering.during(works.get(what, store.taken)())
+        if store._socket is not None:
+            store._socket.close()
         thread.join()
 
 
 @pytest.mark.parametrize("what", ["keep", "forget"])
 async def test_a_service_manager_that_is_slow_to_read(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     sending = Blocked(result=True)
-    keeper = ServiceKeeper()
-    keeper._stored["m"] = ["m.0"]
-    monkeypatch.setattr(service, "forget_fds", sending)
-    monkeypatch.setattr(service, "store_fd", lambda *_: True)
-    monkeypatch.setattr(service, "keeps_fds", lambda: True)
+    store = SystemdStore()
+    store._stored["m"] = ["m.0"]
+    monkeypatch.setattr(systemd, "forget_fds", sending)
+    monkeypatch.setattr(systemd, "store_fd", lambda *_: True)
+    monkeypatch.setattr(systemd, "keeps_fds", lambda: True)
     with open("/dev/null") as file:  # noqa: ASYNC230 - a device
-        await sending.during(keeper.keep("m", [file.fileno()]) if what == "keep" else keeper.forget("m"))
-    for fds in keeper.held.values():
+        await sending.during(store.keep("m", [file.fileno()]) if what == "keep" else store.forget("m"))
+    for fds in store.held.values():
         os.close(fds[0])
 
 
 async def test_a_service_manager_that_is_slow_to_take_a_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
     sending = Blocked(result=True)
-    keeper = ServiceKeeper()
-    monkeypatch.setattr(service, "store_fd", sending)
-    monkeypatch.setattr(service, "keeps_fds", lambda: True)
+    store = SystemdStore()
+    monkeypatch.setattr(systemd, "store_fd", sending)
+    monkeypatch.setattr(systemd, "keeps_fds", lambda: True)
     with open("/dev/null") as file:  # noqa: ASYNC230 - a device
-        await sending.during(keeper.keep("m", [file.fileno()]))
-    os.close(keeper.held["m"][0])
+        await sending.during(store.keep("m", [file.fileno()]))
+    os.close(store.held["m"][0])
 
 
 async def test_a_service_manager_that_is_slow_to_hear_of_us(monkeypatch: pytest.MonkeyPatch) -> None:
     sending = Blocked(result=True)
-    monkeypatch.setattr(service, "notify", sending)
+    monkeypatch.setattr(systemd, "notify", sending)
     await sending.during(daemon._notify("READY=1"))
 
 
-@pytest.mark.parametrize("what", ["supersede_others", "write", "over", "leave_word"])
+@pytest.mark.parametrize("what", ["supersede_others", "write", "clear", "close_entry"])
 async def test_a_disk_that_is_slow(journal: Journal[SourceEntry], monkeypatch: pytest.MonkeyPatch, what: str) -> None:
-    call = {"supersede_others": "load", "write": "write", "over": "remove", "leave_word": "close"}[what]
+    call = {"supersede_others": "load", "write": "write", "clear": "remove", "close_entry": "close"}[what]
     disk = Blocked(result={})
     monkeypatch.setattr(journal, call, disk)
-    keeper = cast("Any", SimpleNamespace(forget=_nothing))
-    survival = Survival(journal, keeper, "m")
+    store = cast("Any", SimpleNamespace(forget=_nothing))
+    recovery_state = RecoveryState(journal, store, "m")
     arguments: tuple[Any, ...] = {"supersede_others": ("vm1",), "write": (SOURCE,)}.get(what, ())
-    await disk.during(getattr(survival, what)(*arguments))
+    await disk.during(getattr(recovery_state, what)(*arguments))
 
 
 async def _nothing(*_: Any) -> dict[str, list[int]]:
@@ -145,7 +145,7 @@ async def test_a_disk_that_is_slow_when_an_agent_starts(
 ) -> None:
     disk = Blocked(result={})
     monkeypatch.setattr(journal, "load", disk)
-    assert await disk.during(Legacy(journal, cast("Any", SimpleNamespace(taken=_nothing))).take()) == []
+    assert await disk.during(LeftoverMigrations(journal, cast("Any", SimpleNamespace(taken=_nothing))).take()) == []
 
 
 async def test_a_journal_that_is_slow_to_take_commit_back(
@@ -154,11 +154,11 @@ async def test_a_journal_that_is_slow_to_take_commit_back(
     """The guest stands still meanwhile; others must not."""
     disk = Blocked()
     monkeypatch.setattr(journal, "remove", disk)
-    survival = Survival(journal, cast("Any", None), "m")
+    recovery_state = RecoveryState(journal, cast("Any", None), "m")
     guest = cast("Any", SimpleNamespace(memento=dict))
     entry = msgspec.structs.replace(SOURCE, stage="committed")
     dialer, options = SimpleNamespace(address="b:1"), SimpleNamespace(max_bandwidth=0, drain_bandwidth=0)
-    stage = JournalledStage(survival, guest, cast("Any", dialer), cast("Any", options), log=None, entry=entry)
+    stage = RestartStage(recovery_state, guest, cast("Any", dialer), cast("Any", options), log=None, entry=entry)
 
     def full(*_: Any) -> None:
         raise JournalError("no room", replaced=False, hint="")

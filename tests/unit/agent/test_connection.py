@@ -105,5 +105,5 @@ async def test_one_that_was_never_dialled_says_so(migration: Migration) -> None:
     with pytest.raises(ConnectionLostError):
         _ = connection.link
     reason = MigratedError("the target cannot be reached")
-    assert await connection.explained(reason) is reason
+    assert await connection.reason_for(reason) is reason
     await connection.close()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from migrated.agent.migration import TIMELINE_CHANGES, FinalError, Migration, quietly
+from migrated.agent.migration import TIMELINE_CHANGES, FinalError, Migration, log_errors
 from migrated.agent.record import Record, State
 from migrated.errors import AbortedError, GuestError, MigratedError, NativeError, PeerError
 from migrated.memory.engine import Event, EventKind
@@ -267,7 +267,7 @@ async def test_aborted_is_what_somebody_asked_for(migration: OneMigration, error
     assert migration.record.state is state
 
 
-# ---------------------------------------------------------------- quietly
+# ---------------------------------------------------------------- log_errors
 
 
 async def test_a_clean_up_goes_on_whatever_a_step_meets() -> None:
@@ -280,12 +280,12 @@ async def test_a_clean_up_goes_on_whatever_a_step_meets() -> None:
         def warning(self, *words: Any, **fields: Any) -> None:
             said.append((words, fields))
 
-    await quietly(broken(), Log(), "tidy up")
+    await log_errors(broken(), Log(), "tidy up")
     assert said[0][1] == {"step": "tidy up", "error": "no such thing"}
 
 
 async def test_a_clean_up_can_still_be_cancelled() -> None:
-    stepping = asyncio.ensure_future(quietly(asyncio.Event().wait(), None, "wait"))
+    stepping = asyncio.ensure_future(log_errors(asyncio.Event().wait(), None, "wait"))
     await asyncio.sleep(0)
     stepping.cancel()
     with pytest.raises(asyncio.CancelledError):

@@ -19,7 +19,7 @@ from migrated.agent.requests import StartRequest
 from migrated.errors import ConflictError
 from migrated.guests.access.pidfd import process_started
 from migrated.recovery.journal import Journal, SourceEntry, TargetEntry
-from migrated.recovery.state import Legacy
+from migrated.recovery.state import LeftoverMigrations
 from migrated.source.agent import SourceAgent
 from migrated.target.agent import TargetAgent
 from tests.unit.recovery.entries import HELLO, SOURCE, TARGET
@@ -66,12 +66,12 @@ async def test_an_order_that_comes_too_soon_is_refused_and_changes_nothing(
     before = {path.name: path.read_bytes() for path in (tmp_path / "journal").iterdir()}
     taking, stop = asyncio.Event(), asyncio.Event()
 
-    async def held(_: Legacy[Any]) -> list[Any]:
+    async def held(_: LeftoverMigrations[Any]) -> list[Any]:
         taking.set()
         await asyncio.Event().wait()
         return []
 
-    monkeypatch.setattr(Legacy, "take", held)
+    monkeypatch.setattr(LeftoverMigrations, "take", held)
     running = asyncio.ensure_future(agent.run(stop) if began else asyncio.sleep(0))
     try:
         if began:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from migrated import config
-from migrated.guests import Residents, guest_log
+from migrated.guests import GuestRegistry, guest_log
 from migrated.guests.access.pidfd import PidHandle
 from migrated.waiting import within
 
@@ -61,7 +61,7 @@ async def test_a_guest_that_never_stops_writing_fills_nothing(tmp_path: Path, mo
     )
     cuts = 0
     try:
-        async with Residents(settings), within(PATIENCE_SECONDS, "the log to be cut three times"):
+        async with GuestRegistry(settings), within(PATIENCE_SECONDS, "the log to be cut three times"):
             before = 0
             while cuts < 3:
                 with contextlib.suppress(FileNotFoundError):

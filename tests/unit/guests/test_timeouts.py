@@ -113,7 +113,7 @@ async def test_a_cooperative_guest_at_the_source(heard: Heard) -> None:
             return heard
 
     guest: Any = ProcessSource("vm1", Hub())  # type: ignore[arg-type]
-    guest._timeouts, guest._resident, guest._process = TIMEOUTS, heard, heard
+    guest._timeouts, guest._guest, guest._process = TIMEOUTS, heard, heard
     await guest.quiesce()
     await guest.unquiesce()
     await guest.pause(heard)

@@ -22,7 +22,7 @@ from migrated import daemon as module
 from migrated.cli.client import Client
 from migrated.daemon import blocking_calls
 from migrated.errors import HostError
-from migrated.recovery import systemd as service
+from migrated.recovery import systemd
 from migrated.waiting import in_thread
 from tests.unit.http_cli.served import serving
 
@@ -227,8 +227,8 @@ async def test_no_collection_looks_at_what_was_there_at_the_start(
 
 def test_without_a_service_manager_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
-    assert service.notify("READY=1") is False
-    assert service.take_stored_fds() == {}
+    assert systemd.notify("READY=1") is False
+    assert systemd.take_stored_fds() == {}
 
 
 def test_stored_descriptors_reach_the_manager_and_are_not_dropped_for_polling_an_error(
@@ -239,24 +239,24 @@ def test_stored_descriptors_reach_the_manager_and_are_not_dropped_for_polling_an
         monkeypatch.setenv("NOTIFY_SOCKET", str(short_dir / "notify"))
         fd = os.memfd_create("ledger")
         os.write(fd, b"what must not be lost")
-        assert service.store_fd("vm1-ledger", fd) is True
+        assert systemd.store_fd("vm1-ledger", fd) is True
         data, fds, _, _ = socket.recv_fds(manager, 4096, 8)
         assert data.decode().split("\n") == ["FDSTORE=1", "FDNAME=vm1-ledger", "FDPOLL=0"]
         assert os.pread(fds[0], 100, 0) == b"what must not be lost"
-        assert service.forget_fds("vm1-ledger") is True
+        assert systemd.forget_fds("vm1-ledger") is True
         assert manager.recv(4096) == b"FDSTOREREMOVE=1\nFDNAME=vm1-ledger"
         for one in (fd, *fds):
             os.close(one)
     with pytest.raises(ValueError, match="cannot name"):
-        service.store_fd("a:b", 0)
+        systemd.store_fd("a:b", 0)
 
 
 RETURN = """
 import json, os, sys
 os.environ["LISTEN_PID"] = str(os.getpid())
-from migrated.recovery import systemd as service
-fds = service.take_stored_fds()
-print(json.dumps([fds, [os.get_inheritable(fd) for group in fds.values() for fd in group], service.take_stored_fds()]))
+from migrated.recovery import systemd
+fds = systemd.take_stored_fds()
+print(json.dumps([fds, [os.get_inheritable(fd) for group in fds.values() for fd in group], systemd.take_stored_fds()]))
 """
 
 

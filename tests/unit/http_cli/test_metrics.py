@@ -69,7 +69,7 @@ def test_counters_start_anew_with_the_agent(tmp_path: Path) -> None:
 def test_a_migration_that_a_restarted_agent_takes_up_is_counted_once(tmp_path: Path) -> None:
     agent = restarted(tmp_path, 3)
     registry = make_registry(agent, {"version": "1", "name": "host-a"})
-    agent._roster.add(cast("SourceMigration", Ended(ended(1))))
+    agent._migrations.add(cast("SourceMigration", Ended(ended(1))))
     for _ in range(2):
         now = totals(exposition(registry))
         assert now["migrated_migrations_started_total"] == 1

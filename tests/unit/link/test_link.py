@@ -266,19 +266,19 @@ async def test_a_lost_page_connection_is_explained_by_the_abort_behind_it(
 ) -> None:
     source, target = links
     lost = ConnectionLostError("stream 0 was closed")
-    explaining = asyncio.ensure_future(source.explained(lost))
+    explaining = asyncio.ensure_future(source.reason_for(lost))
     await target.send(Abort("aborted", "on request"))
     error = await explaining
     assert isinstance(error, PeerError)
     assert error.code == "aborted"
-    assert await source.explained(lost) is error
+    assert await source.reason_for(lost) is error
     other = MigratedError("a reason of our own")
-    assert await source.explained(other) is other
+    assert await source.reason_for(other) is other
 
 
 async def test_a_lost_page_connection_without_a_word_is_just_that(links: tuple[ControlLink, ControlLink]) -> None:
     lost = ConnectionLostError("stream 0 was closed")
-    assert await links[0].explained(lost) is lost
+    assert await links[0].reason_for(lost) is lost
 
 
 # ---------------------------------------------------------------- guest state

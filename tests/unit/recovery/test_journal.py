@@ -144,7 +144,7 @@ def out_of_descriptors(_: Path) -> bytes:
 def test_what_was_half_written_is_swept(journal: Journal[TargetEntry]) -> None:
     journal.write(ID, TARGET)
     (journal.directory / f"{ID}.new").write_bytes(b"half")
-    journal.tidy()
+    journal.remove_leftovers()
     assert names(journal) == [f"{ID}.journal"]
 
 
@@ -233,7 +233,7 @@ def test_a_closed_entry_is_only_an_answer(journal: Journal[TargetEntry]) -> None
     assert loaded(journal) == ({}, [])
     assert journal.find(ID) is None
     assert journal.closed(ID) == TARGET
-    journal.tidy()
+    journal.remove_leftovers()
     assert names(journal) == [f"{ID}.done"]
     journal.remove(ID)
     assert names(journal) == []
@@ -243,7 +243,7 @@ def test_answers_for_peers_of_before_the_last_boot_are_swept(journal: Journal[Ta
     journal.write(ID, TARGET)
     rewrite(journal, lambda table: table.update(boot_id="another"))
     journal.close(ID)
-    journal.tidy()
+    journal.remove_leftovers()
     assert names(journal) == []
 
 
@@ -254,7 +254,7 @@ def test_an_answer_that_another_version_wrote_stays_until_that_version_reads_it(
     journal.close(ID)
     for _ in range(2):
         with pytest.raises(ConfigError, match="version 99") as refusal:
-            journal.tidy()
+            journal.remove_leftovers()
         assert refusal.value.code == "journal-version"
     assert names(journal) == [f"{ID}.done"]
 
@@ -267,7 +267,7 @@ def test_an_answer_that_cannot_be_read_now_stays(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_bytes", out_of_descriptors)
         with pytest.raises(HostError, match="cannot be read"):
-            journal.tidy()
+            journal.remove_leftovers()
     assert journal.closed(ID) == TARGET
 
 

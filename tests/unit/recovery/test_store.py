@@ -22,10 +22,10 @@ import pytest
 from structlog.testing import capture_logs
 
 from migrated.errors import ConfigError, HostError
-from migrated.recovery import systemd as service
+from migrated.recovery import systemd
 from migrated.recovery.journal import Journal, TargetEntry
-from migrated.recovery.state import PREFIX, Legacy, Survival
-from migrated.recovery.store import EitherKeeper, HolderKeeper, Keeper, ServiceKeeper, keeper_for
+from migrated.recovery.state import PREFIX, LeftoverMigrations, RecoveryState
+from migrated.recovery.store import CombinedStore, DescriptorStore, HolderStore, SystemdStore, store_for
 from tests.unit.recovery.entries import TARGET
 
 PATIENCE_SECONDS = 30
@@ -34,15 +34,15 @@ PATIENCE_SECONDS = 30
 AGENT = """
 import asyncio, os, sys
 from pathlib import Path
-from migrated.recovery.store import HolderKeeper
+from migrated.recovery.store import HolderStore
 
 async def main():
-    keeper = HolderKeeper(Path(sys.argv[1]))
+    store = HolderStore(Path(sys.argv[1]))
     fds = []
     for text in sys.argv[3:]:
         fds.append(os.memfd_create("kept"))
         os.write(fds[-1], text.encode())
-    await keeper.keep(sys.argv[2], fds)
+    await store.keep(sys.argv[2], fds)
     print("kept", flush=True)
     await asyncio.Event().wait()
 
@@ -50,10 +50,10 @@ asyncio.run(main())
 """
 
 
-class OurKeeper(HolderKeeper):
+class OurStore(HolderStore):
     """An agent's, in this process: the connection ends with the test, as it does with an agent."""
 
-    made: ClassVar[list[OurKeeper]] = []
+    made: ClassVar[list[OurStore]] = []
 
     def __init__(self, state_dir: Path) -> None:
         super().__init__(state_dir)
@@ -68,8 +68,8 @@ class OurKeeper(HolderKeeper):
 @pytest.fixture(autouse=True)
 def keepers_die() -> Iterator[None]:
     yield
-    while OurKeeper.made:
-        OurKeeper.made.pop().die()
+    while OurStore.made:
+        OurStore.made.pop().die()
 
 
 @pytest.fixture
@@ -130,10 +130,10 @@ def texts(fds: list[int]) -> list[str]:
     return said
 
 
-async def kept(keeper: Keeper, name: str, *contents: str) -> None:
+async def kept(store: DescriptorStore, name: str, *contents: str) -> None:
     fds = [memfd(text) for text in contents]
     try:
-        await keeper.keep(name, fds)
+        await store.keep(name, fds)
     finally:
         for fd in fds:
             os.close(fd)
@@ -161,7 +161,7 @@ async def agent(python: str, directory: Path, name: str, *contents: str) -> Asyn
 async def test_descriptors_survive_the_death_of_the_agent(python: str, directory: Path) -> None:
     async with agent(python, directory, "m1", "uffd", "ledger", "memory"):
         pass
-    after = OurKeeper(directory)
+    after = OurStore(directory)
     taken = await after.taken()
     assert list(taken) == ["m1"]
     assert texts(taken["m1"]) == ["uffd", "ledger", "memory"]
@@ -170,20 +170,20 @@ async def test_descriptors_survive_the_death_of_the_agent(python: str, directory
 
 
 async def test_the_holder_ends_when_it_holds_nothing(directory: Path) -> None:
-    keeper = OurKeeper(directory)
-    await kept(keeper, "m1", "a")
-    await kept(keeper, "m2", "b")
+    store = OurStore(directory)
+    await kept(store, "m1", "a")
+    await kept(store, "m2", "b")
     (pid,) = holders(directory)
-    await keeper.forget("m1")
+    await store.forget("m1")
     assert holders(directory) == [pid]
-    await keeper.forget("m2")
+    await store.forget("m2")
     await gone(pid)
     assert not (directory / "holder.sock").exists()
-    await kept(keeper, "m3", "c")  # and another one comes when it is needed
+    await kept(store, "m3", "c")  # and another one comes when it is needed
     (pid,) = holders(directory)
-    other = OurKeeper(directory)
+    other = OurStore(directory)
     assert texts((await other.taken())["m3"]) == ["c"]
-    await keeper.forget("m3")
+    await store.forget("m3")
     assert holders(directory) == [pid]  # somebody is there
     other.die()
     await gone(pid)
@@ -202,25 +202,25 @@ async def test_the_holder_runs_nothing_from_the_directory_it_was_started_in(
 ) -> None:
     (tmp_path / "selectors.py").write_text(f"open({str(tmp_path / 'was-here')!r}, 'w')\nraise SystemExit(3)\n")
     monkeypatch.chdir(tmp_path)
-    keeper = OurKeeper(directory)
-    await kept(keeper, "m1", "a")
+    store = OurStore(directory)
+    await kept(store, "m1", "a")
     assert not (tmp_path / "was-here").exists()
     (pid,) = holders(directory)
     assert os.readlink(f"/proc/{pid}/cwd") == "/"
-    await keeper.forget("m1")
+    await store.forget("m1")
 
 
 async def test_keeping_again_replaces(directory: Path) -> None:
-    keeper = OurKeeper(directory)
-    await kept(keeper, "m1", "old", "older")
-    await kept(keeper, "m1", "new")
-    assert texts((await keeper.taken())["m1"]) == ["new"]
-    await keeper.forget("m1")
+    store = OurStore(directory)
+    await kept(store, "m1", "old", "older")
+    await kept(store, "m1", "new")
+    assert texts((await store.taken())["m1"]) == ["new"]
+    await store.forget("m1")
 
 
 async def test_two_agents_share_a_holder_and_not_their_fate(python: str, directory: Path) -> None:
     async with agent(python, directory, "m1", "first"):
-        second = OurKeeper(directory)
+        second = OurStore(directory)
         await kept(second, "m2", "second")
         assert len(holders(directory)) == 1
     taken = await second.taken()
@@ -231,49 +231,49 @@ async def test_two_agents_share_a_holder_and_not_their_fate(python: str, directo
 
 
 async def test_as_many_descriptors_as_a_migration_can_have(directory: Path) -> None:
-    keeper = OurKeeper(directory)
+    store = OurStore(directory)
     contents = [str(number) for number in range(130)]  # userfaultfd, ledger, 128 regions
-    await kept(keeper, "m1", *contents)
-    assert texts((await keeper.taken())["m1"]) == contents
-    await keeper.forget("m1")
+    await kept(store, "m1", *contents)
+    assert texts((await store.taken())["m1"]) == contents
+    await store.forget("m1")
 
 
 async def test_a_killed_holder_is_a_clear_error_and_then_replaced(directory: Path) -> None:
-    keeper = OurKeeper(directory)
-    await kept(keeper, "m1", "a")
+    store = OurStore(directory)
+    await kept(store, "m1", "a")
     (pid,) = holders(directory)
     os.kill(pid, signal.SIGKILL)
     await gone(pid)
     with pytest.raises(HostError, match="holder of descriptors") as caught:
-        await kept(keeper, "m2", "b")
+        await kept(store, "m2", "b")
     assert caught.value.code == "holder"
     assert "killed" in caught.value.hint
-    await kept(keeper, "m2", "b")
-    assert list(await OurKeeper(directory).taken()) == ["m2"]
-    await keeper.forget("m2")
+    await kept(store, "m2", "b")
+    assert list(await OurStore(directory).taken()) == ["m2"]
+    await store.forget("m2")
 
 
 async def test_forgetting_never_raises(directory: Path) -> None:
-    keeper = OurKeeper(directory)
-    await keeper.forget("m1")
+    store = OurStore(directory)
+    await store.forget("m1")
     assert holders(directory) == []
-    await kept(keeper, "m1", "a")
+    await kept(store, "m1", "a")
     (pid,) = holders(directory)
     os.kill(pid, signal.SIGKILL)
     await gone(pid)
-    await keeper.forget("m1")
+    await store.forget("m1")
 
 
 async def test_nothing_is_taken_where_nothing_was_left(directory: Path) -> None:
-    assert await OurKeeper(directory).taken() == {}
+    assert await OurStore(directory).taken() == {}
     (directory / "holder.sock").write_bytes(b"")  # nor from something that is no socket
-    assert await OurKeeper(directory).taken() == {}
+    assert await OurStore(directory).taken() == {}
 
 
 async def test_no_holder_can_be_started_says_why(directory: Path) -> None:
-    keeper = OurKeeper(directory / "nowhere")
+    store = OurStore(directory / "nowhere")
     with pytest.raises(HostError, match="No such file") as caught:
-        await kept(keeper, "m1", "a")
+        await kept(store, "m1", "a")
     assert caught.value.code == "holder"
 
 
@@ -376,52 +376,52 @@ def manager(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Manage
 NEXT_AGENT = """
 import asyncio, os
 from pathlib import Path
-from migrated.recovery.store import keeper_for
+from migrated.recovery.store import store_for
 async def main():
-    taken = await keeper_for(Path("{directory}")).taken()
+    taken = await store_for(Path("{directory}")).taken()
     for name, fds in sorted(taken.items()):
         print(name, *(os.pread(fd, 9, 0).decode() for fd in fds), any(map(os.get_inheritable, fds)))
 asyncio.run(main())
 """
 
 
-def chosen(keeper: Keeper) -> type[object]:
-    return type(keeper.chosen if isinstance(keeper, EitherKeeper) else keeper)
+def chosen(store: DescriptorStore) -> type[object]:
+    return type(store.chosen if isinstance(store, CombinedStore) else store)
 
 
 async def test_descriptors_come_back_from_the_service_manager_in_their_order(manager: Manager, directory: Path) -> None:
-    keeper = keeper_for(directory)
+    store = store_for(directory)
     contents = [str(number) for number in range(66)]
-    await kept(keeper, "migrated-1", *contents)
-    await kept(keeper, "migrated-2", "uffd", "ledger", "memory")
+    await kept(store, "migrated-1", *contents)
+    await kept(store, "migrated-2", "uffd", "ledger", "memory")
     told = manager.restart(NEXT_AGENT.format(directory=directory))
     assert told == f"migrated-1 {' '.join(contents)} False\nmigrated-2 uffd ledger memory False\n"
-    await keeper.forget("migrated-1")
+    await store.forget("migrated-1")
     told = manager.restart(NEXT_AGENT.format(directory=directory))
     assert told == "migrated-2 uffd ledger memory False\n"
-    await keeper.forget("migrated-2")
-    assert await asyncio.to_thread(service._barrier)  # all of it was read
+    await store.forget("migrated-2")
+    assert await asyncio.to_thread(systemd._barrier)  # all of it was read
     assert manager.stored == []
     assert holders(directory) == []
 
 
 async def test_the_next_agent_can_forget_what_it_took(manager: Manager, directory: Path) -> None:
-    await kept(keeper_for(directory), "migrated-1", "a", "b")
+    await kept(store_for(directory), "migrated-1", "a", "b")
     code = (
         NEXT_AGENT.format(directory=directory)
-        .replace("    taken = await keeper_for", "    keeper = keeper_for")
-        .replace(".taken()\n", "\n    taken = await keeper.taken()\n    await keeper.forget('migrated-1')\n")
+        .replace("    taken = await store_for", "    store = store_for")
+        .replace(".taken()\n", "\n    taken = await store.taken()\n    await store.forget('migrated-1')\n")
     )
     assert manager.restart(code) == "migrated-1 a b False\n"
-    assert service._barrier()  # it has read all that was sent
+    assert systemd._barrier()  # it has read all that was sent
     assert manager.stored == []
 
 
 async def test_one_file_given_twice_is_kept_twice(manager: Manager, directory: Path) -> None:
-    keeper = keeper_for(directory)
+    store = store_for(directory)
     fd = memfd("a")
     other = os.dup(fd)
-    await keeper.keep("migrated-1", [fd, other, fd])
+    await store.keep("migrated-1", [fd, other, fd])
     os.close(fd)
     os.close(other)
     assert manager.restart(NEXT_AGENT.format(directory=directory)) == "migrated-1 a a a False\n"
@@ -430,62 +430,62 @@ async def test_one_file_given_twice_is_kept_twice(manager: Manager, directory: P
 async def test_a_store_that_is_full_is_an_error_before_anything_depends_on_it(
     manager: Manager, directory: Path
 ) -> None:
-    keeper = keeper_for(directory)
+    store = store_for(directory)
     manager.room = 2
     with pytest.raises(HostError, match="does not keep") as caught:
-        await kept(keeper, "migrated-1", "a", "b", "c")
+        await kept(store, "migrated-1", "a", "b", "c")
     assert caught.value.code == "descriptor-store"
-    await keeper.forget("migrated-1")
-    assert service._barrier()  # it has read all that was sent
+    await store.forget("migrated-1")
+    assert systemd._barrier()  # it has read all that was sent
     assert manager.stored == []
 
 
 async def test_a_service_manager_without_a_store_means_a_holder(manager: Manager, directory: Path) -> None:
     manager.room = 0
     with capture_logs() as logs:
-        keeper = keeper_for(directory)
-    assert chosen(keeper) is HolderKeeper
+        store = store_for(directory)
+    assert chosen(store) is HolderStore
     assert [log["problem"] for log in logs] == ["it has no descriptor store"]
-    await kept(keeper, "migrated-1", "a")
+    await kept(store, "migrated-1", "a")
     (pid,) = holders(directory)
     # The next agent is told of a store, and still finds what the one before it had held.
     manager.room = 80
     assert manager.restart(NEXT_AGENT.format(directory=directory)) == "migrated-1 a False\n"
-    await keeper.forget("migrated-1")
+    await store.forget("migrated-1")
     await gone(pid)
 
 
 async def test_what_is_kept_outlives_a_stop_that_empties_the_store(manager: Manager, directory: Path) -> None:
-    keeper = keeper_for(directory)
-    await kept(keeper, "migrated-1", "uffd", "ledger", "memory")
-    assert isinstance(keeper, EitherKeeper)
-    await keeper.hand_over()
+    store = store_for(directory)
+    await kept(store, "migrated-1", "uffd", "ledger", "memory")
+    assert isinstance(store, CombinedStore)
+    await store.copy_to_holder()
     while manager.stored:
         os.close(manager.stored.pop()[1])
     assert manager.restart(NEXT_AGENT.format(directory=directory)) == "migrated-1 uffd ledger memory False\n"
     (pid,) = holders(directory)
-    await keeper.forget("migrated-1")
+    await store.forget("migrated-1")
     await gone(pid)
 
 
 def test_a_service_manager_that_does_not_answer_means_a_holder(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service, "BARRIER_SECONDS", 0.1)
+    monkeypatch.setattr(systemd, "BARRIER_SECONDS", 0.1)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as silent:
         silent.bind(str(directory / "notify"))
         monkeypatch.setenv("NOTIFY_SOCKET", str(directory / "notify"))
-        assert chosen(keeper_for(directory)) is HolderKeeper
-    assert chosen(keeper_for(directory)) is HolderKeeper  # it has gone, too
+        assert chosen(store_for(directory)) is HolderStore
+    assert chosen(store_for(directory)) is HolderStore  # it has gone, too
 
 
 def test_the_service_manager_is_preferred(manager: Manager, directory: Path) -> None:
-    assert chosen(keeper_for(directory)) is ServiceKeeper
+    assert chosen(store_for(directory)) is SystemdStore
 
 
 def test_without_one_there_is_a_holder(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
-    assert chosen(keeper_for(directory)) is HolderKeeper
+    assert chosen(store_for(directory)) is HolderStore
 
 
 async def test_a_service_manager_that_is_gone_is_an_error_to_keep_and_none_to_forget(
@@ -494,20 +494,20 @@ async def test_a_service_manager_that_is_gone_is_an_error_to_keep_and_none_to_fo
     monkeypatch.setenv("NOTIFY_SOCKET", str(directory / "nobody"))
     fd = memfd("x")
     with pytest.raises(HostError, match="service manager"):
-        await ServiceKeeper().keep("migrated-1", [fd])
-    await ServiceKeeper().forget("migrated-1")
+        await SystemdStore().keep("migrated-1", [fd])
+    await SystemdStore().forget("migrated-1")
     os.close(fd)
 
 
 def test_what_the_service_manager_hands_back_is_taken_once(python: str) -> None:
     code = """
 import asyncio, os
-from migrated.recovery.store import ServiceKeeper
+from migrated.recovery.store import SystemdStore
 os.environ["LISTEN_PID"] = str(os.getpid())
 async def main():
-    taken = await ServiceKeeper().taken()
+    taken = await SystemdStore().taken()
     print({name: [os.pread(fd, 9, 0).decode() for fd in fds] for name, fds in taken.items()})
-    print([os.get_inheritable(fd) for fds in taken.values() for fd in fds], await ServiceKeeper().taken())
+    print([os.get_inheritable(fd) for fds in taken.values() for fd in fds], await SystemdStore().taken())
 asyncio.run(main())
 """
     fds = [memfd("a"), memfd("b"), memfd("c")]
@@ -543,29 +543,29 @@ def journal(directory: Path) -> Journal[TargetEntry]:
 async def test_the_next_agent_finds_entries_with_their_descriptors(
     directory: Path, journal: Journal[TargetEntry]
 ) -> None:
-    keeper = OurKeeper(directory)
-    survivals = {name: Survival(journal, keeper, name) for name in ("aa", "bb", "cc")}
+    store = OurStore(directory)
+    states = {name: RecoveryState(journal, store, name) for name in ("aa", "bb", "cc")}
     fds = [memfd("1"), memfd("2")]
-    await survivals["aa"].hold(fds)
-    await survivals["aa"].write(TARGET)
-    await survivals["bb"].write(TARGET)  # died before it had anything kept
-    await survivals["cc"].hold(fds)  # died before it could write
+    await states["aa"].keep_descriptors(fds)
+    await states["aa"].write(TARGET)
+    await states["bb"].write(TARGET)  # died before it had anything kept
+    await states["cc"].keep_descriptors(fds)  # died before it could write
     for fd in fds:
         os.close(fd)
-    after = OurKeeper(directory)
+    after = OurStore(directory)
     with capture_logs() as logs:
-        found = await Legacy(journal, after).take()
+        found = await LeftoverMigrations(journal, after).take()
     assert [(name, entry) for name, entry, _ in found] == [("aa", TARGET), ("bb", TARGET)]
     assert [texts(kept_fds) for _, _, kept_fds in found] == [["1", "2"], []]
     assert [log["name"] for log in logs] == [PREFIX + "cc"]
     taken = await after.taken()
     assert {name: texts(left) for name, left in taken.items()} == {PREFIX + "aa": ["1", "2"]}
     (pid,) = holders(directory)
-    await Survival(journal, after, "aa").over()
-    await Survival(journal, after, "bb").over()
-    keeper.die()
+    await RecoveryState(journal, after, "aa").clear()
+    await RecoveryState(journal, after, "bb").clear()
+    store.die()
     await gone(pid)
-    assert await Legacy(journal, OurKeeper(directory)).take() == []
+    assert await LeftoverMigrations(journal, OurStore(directory)).take() == []
 
 
 class Ending:
@@ -595,70 +595,70 @@ class Ending:
 @pytest.mark.parametrize("accepts", [True, False])
 async def test_a_holder_that_is_just_ending_holds_nothing(directory: Path, accepts: bool) -> None:
     ending = Ending(directory, accepts=accepts)
-    assert await OurKeeper(directory).taken() == {}
+    assert await OurStore(directory).taken() == {}
     ending.thread.join()
 
 
 @pytest.mark.parametrize("accepts", [True, False])
 async def test_another_holder_is_started_where_one_is_just_ending(directory: Path, accepts: bool) -> None:
     ending = Ending(directory, accepts=accepts)
-    keeper = OurKeeper(directory)
-    await kept(keeper, "m1", "a")
+    store = OurStore(directory)
+    await kept(store, "m1", "a")
     ending.thread.join()
-    assert texts((await OurKeeper(directory).taken())["m1"]) == ["a"]
+    assert texts((await OurStore(directory).taken())["m1"]) == ["a"]
 
 
 async def test_descriptors_of_an_entry_that_is_not_believed_stay_kept(
     directory: Path, journal: Journal[TargetEntry]
 ) -> None:
-    keeper = OurKeeper(directory)
-    survival = Survival(journal, keeper, "aa")
+    store = OurStore(directory)
+    recovery_state = RecoveryState(journal, store, "aa")
     fd = memfd("x")
-    await survival.hold([fd])
+    await recovery_state.keep_descriptors([fd])
     os.close(fd)
-    await survival.write(TARGET)
+    await recovery_state.write(TARGET)
     (journal.directory / "aa.journal").write_bytes(b"rubbish")
     with capture_logs() as logs:
-        assert await Legacy(journal, keeper).take() == []
+        assert await LeftoverMigrations(journal, store).take() == []
     assert {log["log_level"] for log in logs} == {"error"}
     for _ in range(2):  # an agent that is started once more does not let go of them either
-        again = OurKeeper(directory)
-        assert await Legacy(journal, again).take() == []
-        assert texts((await OurKeeper(directory).taken())["migrated-aa"]) == ["x"]
-    await keeper.forget("migrated-aa")
+        again = OurStore(directory)
+        assert await LeftoverMigrations(journal, again).take() == []
+        assert texts((await OurStore(directory).taken())["migrated-aa"]) == ["x"]
+    await store.forget("migrated-aa")
 
 
 async def test_no_agent_starts_on_a_journal_that_it_cannot_read(
     directory: Path, journal: Journal[TargetEntry], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keeper = OurKeeper(directory)
-    survival = Survival(journal, keeper, "aa")
+    store = OurStore(directory)
+    recovery_state = RecoveryState(journal, store, "aa")
     fd = memfd("x")
-    await survival.hold([fd])
+    await recovery_state.keep_descriptors([fd])
     os.close(fd)
-    await survival.write(TARGET)
+    await recovery_state.write(TARGET)
     with monkeypatch.context() as patch:
         patch.setattr("migrated.recovery.journal.VERSION", 99)
         with pytest.raises(ConfigError, match="another version"):
-            await Legacy(journal, keeper).take()
-    ((name, entry, fds),) = await Legacy(journal, keeper).take()
+            await LeftoverMigrations(journal, store).take()
+    ((name, entry, fds),) = await LeftoverMigrations(journal, store).take()
     assert (name, entry) == ("aa", TARGET)
     assert texts(fds) == ["x"]
-    await survival.over()
+    await recovery_state.clear()
 
 
 async def test_an_entry_that_cannot_be_removed_keeps_its_descriptors(
     directory: Path, journal: Journal[TargetEntry], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keeper = OurKeeper(directory)
-    survival = Survival(journal, keeper, "aa")
+    store = OurStore(directory)
+    recovery_state = RecoveryState(journal, store, "aa")
     fd = memfd("x")
-    await survival.hold([fd])
+    await recovery_state.keep_descriptors([fd])
     os.close(fd)
-    monkeypatch.setattr("migrated.recovery.state.STRIKE_PAUSES", (0.0,))
+    monkeypatch.setattr("migrated.recovery.state.REMOVE_PAUSES", (0.0,))
     (journal.directory / "aa.journal").mkdir(parents=True)
     with capture_logs() as logs:
-        await survival.over()
+        await recovery_state.clear()
     assert [log["migration"] for log in logs] == ["aa", "aa"]
-    assert texts((await OurKeeper(directory).taken())["migrated-aa"]) == ["x"]
-    await keeper.forget("migrated-aa")
+    assert texts((await OurStore(directory).taken())["migrated-aa"]) == ["x"]
+    await store.forget("migrated-aa")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from migrated.source.convergence import (
     EXAMINE_SECONDS_PER_BYTE,
-    PATIENCE,
+    STALL_RULES,
     SWITCHOVER_SECONDS,
     Convergence,
     RoundResult,
@@ -63,7 +63,7 @@ def test_no_progress_ends_precopy_after_as_many_rounds_as_the_mode_has_patience_
     while (verdict := one.after(small(number, GIB, 1.0, GIB))) is Verdict.ROUND:
         number += 1
     assert verdict is HOPELESS[mode]
-    assert number == PATIENCE[mode].stalled_rounds
+    assert number == STALL_RULES[mode].stalled_rounds
 
 
 def test_a_round_of_progress_makes_it_patient_again() -> None:

@@ -26,13 +26,13 @@ from migrated.protocol.session import Session
 from migrated.protocol.transitions import Role, event
 from migrated.protocol.transitions import State as SessionState
 from migrated.recovery.journal import Journal, SourceEntry
-from migrated.recovery.state import Survival
-from migrated.recovery.store import HolderKeeper
+from migrated.recovery.state import RecoveryState
+from migrated.recovery.store import HolderStore
 from migrated.settings import Timeouts, read
 from migrated.source.migration import SourceMigration
 from migrated.source.options import Options
 from migrated.source.stage import Recovered
-from migrated.waiting import end
+from migrated.waiting import cancel_and_wait
 from tests.unit.recovery.entries import HELLO, SOURCE
 
 ID = HELLO.session.hex()
@@ -91,7 +91,7 @@ class Place:
         pid: int,
         stage: str = "active",
         started: int | None = None,
-        legacy: dict[str, Any] | None = None,
+        recovered: dict[str, Any] | None = None,
     ) -> None:
         self.guest = FakeGuest()
         self.journal = Journal(tmp_path / "journal", SourceEntry)
@@ -102,10 +102,10 @@ class Place:
         memory = SourceMemory(pid=pid, regions=(), mappings=(), memory_fds=(), file_offsets=())
         self.migration = source_migration(
             self.guest,
-            Survival(self.journal, HolderKeeper(tmp_path), ID),
-            legacy=None if legacy is None else Recovered(entry, memory, RESTARTED, **legacy),
+            RecoveryState(self.journal, HolderStore(tmp_path), ID),
+            recovered=None if recovered is None else Recovered(entry, memory, RESTARTED, **recovered),
         )
-        if legacy is not None:
+        if recovered is not None:
             if self.migration.session.committed:
                 return
             self.migration.session = Session(Role.SOURCE, state=SessionState.ABORTED)
@@ -123,7 +123,7 @@ class Place:
 
 
 def source_migration(
-    guest: FakeGuest, survival: Any, timeouts: Timeouts | None = None, **given: Any
+    guest: FakeGuest, recovery_state: Any, timeouts: Timeouts | None = None, **given: Any
 ) -> SourceMigration:
     """To a target that is nowhere."""
     return SourceMigration(
@@ -133,7 +133,7 @@ def source_migration(
         options=read(Options, {"target": "host-c:7440", "streams": 1}, "options"),
         config=cast("AgentConfig", SimpleNamespace(timeouts=timeouts or Timeouts())),
         session_id=HELLO.session,
-        survival=survival,
+        recovery_state=recovery_state,
         **given,
     )
 
@@ -168,12 +168,12 @@ async def test_a_guest_that_has_ended_is_left_to_nobody(tmp_path: Path) -> None:
 
 
 async def test_the_next_agent_tries_again_and_again(tmp_path: Path) -> None:
-    place = Place(tmp_path, pid=os.getpid(), legacy={})
+    place = Place(tmp_path, pid=os.getpid(), recovered={})
     place.guest.refuses = GuestError("QEMU does not answer")
     await place.migration.run()
     assert place.error.code == "guest-not-resumed"
     assert ID in place.journal.load()
-    again = Place(tmp_path, pid=os.getpid(), legacy={})
+    again = Place(tmp_path, pid=os.getpid(), recovered={})
     await again.migration.run()
     assert again.guest.ran == 1
     assert again.error.code == "agent-restarted"
@@ -181,7 +181,7 @@ async def test_the_next_agent_tries_again_and_again(tmp_path: Path) -> None:
 
 
 async def test_after_a_restart_another_process_is_not_taken_for_the_guest(tmp_path: Path) -> None:
-    place = Place(tmp_path, pid=0, legacy={})
+    place = Place(tmp_path, pid=0, recovered={})
     await place.migration.run()
     assert place.guest.ran == 0
     assert place.error.code == "guest-died"
@@ -189,7 +189,7 @@ async def test_after_a_restart_another_process_is_not_taken_for_the_guest(tmp_pa
 
 
 async def test_after_a_restart_a_guest_that_a_later_migration_has_is_left_alone(tmp_path: Path) -> None:
-    place = Place(tmp_path, pid=os.getpid(), legacy={"superseded": True})
+    place = Place(tmp_path, pid=os.getpid(), recovered={"superseded": True})
     await place.migration.run()
     assert place.guest.ran == 0
     assert place.journal.load() == {}
@@ -212,7 +212,7 @@ class SlowLink:
         self.steps.append("wait for the network")
         await asyncio.Event().wait()
 
-    send = receive = explained = close = _wait
+    send = receive = reason_for = close = _wait
 
 
 async def test_a_guest_that_stands_still_does_not_wait_for_the_network(tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ async def test_a_guest_that_stands_still_does_not_wait_for_the_network(tmp_path:
         await runs.wait()
         while len(steps) < 3:  # noqa: ASYNC110 - it is that already, or will be after a few turns
             await asyncio.sleep(0)
-    await end(rolling_back)
+    await cancel_and_wait(rolling_back)
     assert steps == ["post abort", "run on, the journal says active", "wait for the network"]
 
 
@@ -323,7 +323,7 @@ async def test_at_the_operators_limit_the_hint_names_what_goes_on(unreachable: U
 @pytest.mark.parametrize("same", [True, False])
 async def test_only_the_same_process_is_taken_for_the_paused_guest(tmp_path: Path, same: bool) -> None:
     place = Place(
-        tmp_path, pid=os.getpid(), stage="released", started=process_started(os.getpid()) + (not same), legacy={}
+        tmp_path, pid=os.getpid(), stage="released", started=process_started(os.getpid()) + (not same), recovered={}
     )
     await place.migration.run()
     assert place.guest.adopted == ([os.getpid()] if same else [])

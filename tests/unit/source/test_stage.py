@@ -15,11 +15,11 @@ from migrated.errors import HostError
 from migrated.guests.driver import Memento, SourceGuest
 from migrated.link.dialing import Dialer
 from migrated.recovery.journal import Journal, JournalError, SourceEntry
-from migrated.recovery.state import Survival
-from migrated.recovery.store import HolderKeeper
+from migrated.recovery.state import RecoveryState
+from migrated.recovery.store import HolderStore
 from migrated.settings import Timeouts, read
 from migrated.source.options import Options
-from migrated.source.stage import JournalledStage
+from migrated.source.stage import RestartStage
 from tests.unit.recovery.entries import HELLO, SOURCE
 
 ID = "0123456789ab"
@@ -36,11 +36,11 @@ def journal(tmp_path: Path) -> Journal[SourceEntry]:
 
 
 @pytest.fixture
-def stage(journal: Journal[SourceEntry], tmp_path: Path) -> JournalledStage:
+def stage(journal: Journal[SourceEntry], tmp_path: Path) -> RestartStage:
     address = Address("host-c", 7440)
     dialer = Dialer(address, session_id=HELLO.session, token=HELLO.token, timeouts=Timeouts())
-    return JournalledStage(
-        Survival(journal, HolderKeeper(tmp_path), ID),
+    return RestartStage(
+        RecoveryState(journal, HolderStore(tmp_path), ID),
         cast("SourceGuest", QuietGuest()),
         dialer,
         read(Options, {"target": str(address), "streams": 1, "max_bandwidth": "5B"}, "options"),
@@ -50,7 +50,7 @@ def stage(journal: Journal[SourceEntry], tmp_path: Path) -> JournalledStage:
 
 
 async def test_a_stage_is_written_with_where_the_target_is_now_and_what_the_guest_needs(
-    journal: Journal[SourceEntry], stage: JournalledStage
+    journal: Journal[SourceEntry], stage: RestartStage
 ) -> None:
     await stage.write("committed")
     entry = journal.load()[ID]
@@ -58,7 +58,7 @@ async def test_a_stage_is_written_with_where_the_target_is_now_and_what_the_gues
 
 
 async def test_a_new_address_and_new_limits_are_written_and_nothing_else(
-    journal: Journal[SourceEntry], stage: JournalledStage
+    journal: Journal[SourceEntry], stage: RestartStage
 ) -> None:
     await stage.write("committed")
     stage._dialer.address = Address("host-d", 7441)
@@ -69,7 +69,7 @@ async def test_a_new_address_and_new_limits_are_written_and_nothing_else(
 
 
 async def test_before_the_guest_is_touched_new_limits_make_no_entry(
-    journal: Journal[SourceEntry], stage: JournalledStage
+    journal: Journal[SourceEntry], stage: RestartStage
 ) -> None:
     """It would take the place of one that promises to run the guest."""
     stage.written = False
@@ -78,7 +78,7 @@ async def test_before_the_guest_is_touched_new_limits_make_no_entry(
 
 
 async def test_a_stage_that_is_taken_back_is_not_written_with_new_limits(
-    stage: JournalledStage, monkeypatch: pytest.MonkeyPatch
+    stage: RestartStage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[str] = []
     full = asyncio.Event()
@@ -89,7 +89,7 @@ async def test_a_stage_that_is_taken_back_is_not_written_with_new_limits(
             raise JournalError("the disk is full", replaced=False, hint="")
         written.append(entry.stage)
 
-    monkeypatch.setattr(stage._survival, "write", write)
+    monkeypatch.setattr(stage._recovery_state, "write", write)
     writing = asyncio.ensure_future(stage.write("committed"))
     rewriting = asyncio.ensure_future(stage.rewrite())
     await asyncio.sleep(0)
@@ -100,36 +100,34 @@ async def test_a_stage_that_is_taken_back_is_not_written_with_new_limits(
     assert written == ["active"]
 
 
-async def test_a_commit_that_was_not_sent_is_taken_back(journal: Journal[SourceEntry], stage: JournalledStage) -> None:
+async def test_a_commit_that_was_not_sent_is_taken_back(journal: Journal[SourceEntry], stage: RestartStage) -> None:
     await stage.write("committed")
     assert await stage.withdraw_commit()
     assert journal.load()[ID].stage == "active"
 
 
-async def test_where_it_cannot_be_changed_the_entry_goes(journal: Journal[SourceEntry], stage: JournalledStage) -> None:
+async def test_where_it_cannot_be_changed_the_entry_goes(journal: Journal[SourceEntry], stage: RestartStage) -> None:
     await stage.write("committed")
     (journal.directory / f"{ID}.new").mkdir()
     assert await stage.withdraw_commit()
     assert journal.load() == {}
 
 
-async def test_where_it_cannot_go_either_this_is_said(journal: Journal[SourceEntry], stage: JournalledStage) -> None:
+async def test_where_it_cannot_go_either_this_is_said(journal: Journal[SourceEntry], stage: RestartStage) -> None:
     await stage.write("committed")
     journal.directory.rename(journal.directory.with_name("away"))
     journal.directory.write_text("not a directory")
     assert not await stage.withdraw_commit()
 
 
-async def test_without_a_commit_nothing_is_to_be_taken_back(
-    journal: Journal[SourceEntry], stage: JournalledStage
-) -> None:
+async def test_without_a_commit_nothing_is_to_be_taken_back(journal: Journal[SourceEntry], stage: RestartStage) -> None:
     assert await stage.withdraw_commit()
     stage.entry = None
     assert await stage.withdraw_commit()
     assert journal.load() == {}
 
 
-async def test_what_cannot_be_written_is_an_error(journal: Journal[SourceEntry], stage: JournalledStage) -> None:
+async def test_what_cannot_be_written_is_an_error(journal: Journal[SourceEntry], stage: RestartStage) -> None:
     journal.directory.write_text("not a directory")
     with pytest.raises(HostError):
         await stage.write("active")

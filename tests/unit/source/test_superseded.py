@@ -14,8 +14,8 @@ from migrated.agent.requests import StartRequest
 from migrated.errors import ConflictError
 from migrated.guests.access.pidfd import process_started
 from migrated.recovery.journal import Journal, SourceEntry
-from migrated.recovery.state import Survival, supersede
-from migrated.recovery.store import HolderKeeper
+from migrated.recovery.state import RecoveryState, supersede
+from migrated.recovery.store import HolderStore
 from migrated.source.agent import SourceAgent
 from tests.unit.recovery.entries import HELLO, SOURCE
 
@@ -66,20 +66,20 @@ async def test_a_start_that_does_not_get_as_far_as_the_guest_changes_no_promise(
     again, revived = agent_of(tmp_path)
     await again._take_back()  # what `run` begins with
     (migration,) = revived
-    assert not migration._legacy.superseded, "the guest is still that migration's to run"
+    assert not migration._recovered.superseded, "the guest is still that migration's to run"
 
 
 async def test_an_entry_left_before_another_migration_never_runs_the_guest_again(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal", SourceEntry)
     journal.write("stuck", ours())
-    later = Survival(journal, HolderKeeper(tmp_path), "later")
+    later = RecoveryState(journal, HolderStore(tmp_path), "later")
     await later.write(ours())
     await later.supersede_others(HELLO.guest)  # what a migration does that has come as far as the guest
-    await later.over()  # it was completed
+    await later.clear()  # it was completed
     again, revived = agent_of(tmp_path)
     await again._take_back()
     (migration,) = revived
-    assert migration._legacy.superseded  # what rollback.after_restart is told
+    assert migration._recovered.superseded  # what rollback.after_restart is told
 
 
 @pytest.mark.parametrize("stage", ["committed", "released"])
@@ -105,7 +105,7 @@ async def test_what_was_asked_for_survives_the_agent(tmp_path: Path) -> None:
     agent, _ = agent_of(tmp_path)
     fds = [os.open(tmp_path, os.O_RDONLY) for _ in HELLO.regions]
     try:
-        migration = agent._revive(entry, fds, Survival(Journal(tmp_path, SourceEntry), HolderKeeper(tmp_path), "m"))
+        migration = agent._revive(entry, fds, RecoveryState(Journal(tmp_path, SourceEntry), HolderStore(tmp_path), "m"))
     finally:
         for fd in fds:
             os.close(fd)

@@ -24,8 +24,8 @@ from migrated.protocol.session import Session
 from migrated.protocol.transitions import Role
 from migrated.protocol.transitions import State as SessionState
 from migrated.recovery.journal import Journal, TargetEntry
-from migrated.recovery.state import Survival
-from migrated.recovery.store import HolderKeeper
+from migrated.recovery.state import RecoveryState
+from migrated.recovery.store import HolderStore
 from migrated.settings import Timeouts
 from migrated.target.memory import GuestMemory
 from migrated.target.migration import STREAM_WAIT_SECONDS, Recovered, TargetMigration
@@ -154,8 +154,8 @@ def flow(stage: str, guest: FakeGuest, journal: Journal[TargetEntry], tmp_path: 
         session=Session(Role.TARGET, state=state, hello=HELLO, ready=Ready(entry.page_bytes)),
         link=None,
         config=config,
-        survival=Survival(journal, HolderKeeper(tmp_path), ID),
-        legacy=Recovered(entry, Memory(), FaultSource(1, -1, ())),
+        recovery_state=RecoveryState(journal, HolderStore(tmp_path), ID),
+        recovered=Recovered(entry, Memory(), FaultSource(1, -1, ())),
     )
     made.fake = FakeEngine()
     return made

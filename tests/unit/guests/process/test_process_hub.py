@@ -19,7 +19,7 @@ from migrated.guests.process import connection as process
 from migrated.guests.process import source as process_source
 from migrated.guests.process.config import ProcessSourceConfig
 from migrated.guests.process.connection import GuestConnection
-from migrated.guests.process.source import ProcessHub, Resident
+from migrated.guests.process.source import ConnectedGuest, ProcessHub
 from migrated.guests.process.wire import HEADER, Header, Hello, HelloRegion, Kind, message
 from migrated.settings import Timeouts, read
 
@@ -63,7 +63,7 @@ class Arriving:
 
 def hub(tmp_path: Path, former: Former) -> ProcessHub:
     made = ProcessHub("vm1", table(tmp_path / "vm1.sock"), Timeouts())
-    made.resident = Resident(cast("GuestConnection", former), (), (), (), direct_io=False)
+    made.guest = ConnectedGuest(cast("GuestConnection", former), (), (), (), direct_io=False)
     return made
 
 
@@ -92,7 +92,7 @@ async def test_a_guest_that_is_there_is(tmp_path: Path) -> None:
     await served(place, arriving)
     assert "connected already" in arriving.refused
     assert not arriving.mapped.is_set()
-    assert place.resident is not None
+    assert place.guest is not None
 
 
 async def test_a_guest_that_hung_up_is_known_before_its_last_words_are_read() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from migrated.errors import GuestRefusedError
 from migrated.guests.qemu import memory as qemu_memory
-from migrated.guests.qemu.memory import place, ram_blocks
+from migrated.guests.qemu.memory import locate_blocks, ram_blocks
 from migrated.memory import maps
 
 OLD = """\
@@ -106,9 +106,9 @@ GPA = {
 async def test_a_block_that_is_not_visible_is_found_by_its_size(maps_of: MapsOf) -> None:
     maps_of(RAM + BIOS + VGA + "7f0003000000-7f0003200000 rw-p 00000000 00:00 0 [heap]\n")
     old: Any = FakeMonitor(GPA)
-    placed = {item.block.name: item.address for item in await place(old, os.getpid(), await ram_blocks(old))}
+    located = {item.block.name: item.address for item in await locate_blocks(old, os.getpid(), await ram_blocks(old))}
     # The ROMs that QEMU shows nowhere are left to the target's QEMU.
-    assert placed == {
+    assert located == {
         "pc.ram": 0x7F0000000000,
         "0000:00:02.0/vga.vram": 0x7F0002000000,
         "pc.bios": 0x7F0001000000,
@@ -120,7 +120,7 @@ async def test_a_writable_block_that_cannot_be_told_is_refused(maps_of: MapsOf, 
     maps_of(RAM + BIOS + (VGA + second if second else ""))
     old: Any = FakeMonitor(GPA)
     with pytest.raises(GuestRefusedError, match=r"vga\.vram.*2097152") as caught:
-        await place(old, os.getpid(), await ram_blocks(old))
+        await locate_blocks(old, os.getpid(), await ram_blocks(old))
     assert caught.value.code == "memory-not-found"
 
 
@@ -131,7 +131,7 @@ FILE = "rw-s {offset} 00:01 77 /memfd:ram (deleted)\n"
 async def test_private_memory_may_be_part_of_a_larger_mapping(maps_of: MapsOf) -> None:
     maps_of("7eff00000000-7f0000400000 rw-p 00000000 00:00 0 \n" + TABLES)
     new = monitor(info_ramblock=NEW)
-    ram, _ = await place(new, os.getpid(), await ram_blocks(new))
+    ram, _ = await locate_blocks(new, os.getpid(), await ram_blocks(new))
     assert (ram.address, ram.shared, ram.shows_file) == (0x7F0000000000, False, False)
 
 
@@ -144,7 +144,7 @@ async def test_shared_memory_may_be_split_and_begin_inside_its_file(maps_of: Map
     )
     maps_of(split + TABLES)
     new = monitor(info_ramblock=NEW)
-    ram, _ = await place(new, os.getpid(), await ram_blocks(new))
+    ram, _ = await locate_blocks(new, os.getpid(), await ram_blocks(new))
     assert (ram.shared, ram.file_offset, len(ram.areas)) == (True, 0x600000, 2)
     assert (ram.mapping(3).region, ram.mapping(3).length_bytes) == (3, 4 << 20)
 
@@ -164,7 +164,7 @@ async def test_a_block_that_is_not_one_mapping_is_refused(maps_of: MapsOf, text:
     maps_of(text + TABLES)
     new = monitor(info_ramblock=NEW)
     with pytest.raises(GuestRefusedError, match="ram0") as caught:
-        await place(new, os.getpid(), await ram_blocks(new))
+        await locate_blocks(new, os.getpid(), await ram_blocks(new))
     assert caught.value.code == "memory-not-found"
 
 
@@ -173,5 +173,5 @@ async def test_memory_that_the_process_maps_twice_is_refused(maps_of: MapsOf) ->
     maps_of(once + TABLES + "7f0020000000-7f0020001000 " + FILE.format(offset="003ff000"))
     new = monitor(info_ramblock=NEW)
     with pytest.raises(GuestRefusedError) as caught:
-        await place(new, os.getpid(), await ram_blocks(new))
+        await locate_blocks(new, os.getpid(), await ram_blocks(new))
     assert caught.value.code == "memory-mapped-elsewhere"
