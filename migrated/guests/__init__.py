@@ -1,14 +1,13 @@
-"""Drivers: how we talk to each kind of guest (driver.py is the contract), and the guests a configuration names."""
+"""Drivers: how we talk to each kind of guest (driver.py is the contract), and the guests a configuration names.
+
+A co-operative guest imports its client through this package: what an agent needs is imported where it is used.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
-
-from migrated.guests import guest_log
-from migrated.guests.process.config import ProcessSourceConfig, ProcessTargetConfig
-from migrated.guests.qemu.config import QemuSourceConfig, QemuTargetConfig
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,6 +42,9 @@ class GuestRegistry:
                 (self._config.state_dir / "guests" / name).rmdir()
 
     async def __aenter__(self) -> Self:
+        from migrated.guests import guest_log
+        from migrated.guests.process.config import ProcessSourceConfig
+
         await self._stack.enter_async_context(guest_log.kept_short(self._config.state_dir / "guests"))
         for name, table in self._config.guests.items():
             if isinstance(table, ProcessSourceConfig):
@@ -59,6 +61,8 @@ class GuestRegistry:
 
     def source_guest(self, name: str) -> SourceGuest:
         """A driver object for one migration away from here."""
+        from migrated.guests.qemu.config import QemuSourceConfig
+
         table = self._config.guests[name]
         if isinstance(table, QemuSourceConfig):
             from migrated.guests.qemu.source import QemuSource
@@ -70,6 +74,9 @@ class GuestRegistry:
 
     def target_guest(self, name: str) -> TargetGuest:
         """A driver object for one migration to here."""
+        from migrated.guests.process.config import ProcessTargetConfig
+        from migrated.guests.qemu.config import QemuTargetConfig
+
         table = self._config.guests[name]
         if isinstance(table, QemuTargetConfig):
             from migrated.guests.qemu.target import QemuTarget
