@@ -131,11 +131,6 @@ class Injected:
     stopped_seconds: float
 
 
-def uffd_unregister(uffd: int, start: int, length_bytes: int) -> None:
-    """Lift the registration of a range, and wake whoever waits there."""
-    call(lib.mgd_uffd_unregister, uffd, start, length_bytes)
-
-
 def inject_syscall(pid: int, number: int, arguments: Sequence[int] = ()) -> Injected:
     """Run one system call in thread ``pid`` of another process (x86-64).  Blocks, a few seconds at the worst."""
     raw = ffi.new("uint64_t[6]", [*arguments, 0, 0, 0, 0, 0, 0][:6])
