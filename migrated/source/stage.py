@@ -48,6 +48,7 @@ class RestartStage:
         entry: SourceEntry | None = None,
     ) -> None:
         self.entry = entry
+        self._found = entry is not None  # written by an agent before us
         self.written = entry is not None  # and not removed since, because it could not be changed
         self._recovery_state = recovery_state
         self._guest = guest
@@ -67,7 +68,8 @@ class RestartStage:
         entry = self.require_entry()
         async with self._writing:
             before, entry.stage = entry.stage, stage
-            entry.guest = self._guest.memento()
+            if not self._found:  # a driver that has not found the guest's process again knows less than what is written
+                entry.guest = self._guest.memento()
             self._note_options(entry)
             try:
                 await self._recovery_state.write(entry)

@@ -37,6 +37,12 @@ def journal(tmp_path: Path) -> Journal[SourceEntry]:
 
 @pytest.fixture
 def stage(journal: Journal[SourceEntry], tmp_path: Path) -> RestartStage:
+    made = stage_of(journal, tmp_path)
+    made.entry, made.written = copy(SOURCE), True
+    return made
+
+
+def stage_of(journal: Journal[SourceEntry], tmp_path: Path, entry: SourceEntry | None = None) -> RestartStage:
     address = Address("host-c", 7440)
     dialer = Dialer(address, session_id=HELLO.session, token=HELLO.token, timeouts=Timeouts())
     return RestartStage(
@@ -45,7 +51,7 @@ def stage(journal: Journal[SourceEntry], tmp_path: Path) -> RestartStage:
         dialer,
         read(Options, {"target": str(address), "streams": 1, "max_bandwidth": "5B"}, "options"),
         log=structlog.get_logger(),
-        entry=copy(SOURCE),
+        entry=entry,
     )
 
 
@@ -55,6 +61,16 @@ async def test_a_stage_is_written_with_where_the_target_is_now_and_what_the_gues
     await stage.write("committed")
     entry = journal.load()[ID]
     assert (entry.stage, entry.target, entry.guest) == ("committed", "host-c:7440", {"runs": True})
+
+
+async def test_what_the_agent_before_us_knew_of_the_guest_stays_written(
+    journal: Journal[SourceEntry], tmp_path: Path
+) -> None:
+    """Our driver need not have found the guest's process yet: by what it says, that could not be ended."""
+    entry = copy(SOURCE)
+    entry.guest = {"started": 4711}
+    await stage_of(journal, tmp_path, entry).write("released")
+    assert journal.load()[ID].guest == {"started": 4711}
 
 
 async def test_a_new_address_and_new_limits_are_written_and_nothing_else(
