@@ -444,6 +444,12 @@ class SourceMigration(Migration):
         except MigratedError as problem:
             self.log.warning("the old process of the guest is still here", error=str(problem))
             self._stuck = process_lives(entry.pid, entry.pid_started)
+            if (
+                self._stuck
+                and entry.stage != "released"
+                and not await log_errors(self._stage.write("released"), self.log, "write the journal")
+            ):
+                return  # all that is kept stays kept: the next agent asks the target once more
         await self._survival_over()
 
     # ------------------------------------------------------------ rollback: COMMIT was not sent

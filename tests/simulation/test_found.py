@@ -59,6 +59,11 @@ FOUND = {
         Action("disk", "s", "", "ENOSPC", 3.0, note="s recv loaded", steps=0),
         Action("kill", "s", note="s guest resume", steps=5),
     ),
+    # The journal did not say released, its descriptors were let go of, and the old process was still there.
+    "no-room-for-released": (
+        Action("descriptors", "s", seconds=0.3, note="s recv running", steps=0),
+        Action("command", "s", "release", "hang", 4.0, note="s recv running", steps=0),
+    ),
     # COMMIT was journalled and never sent.
     "aborted-between-the-journal-and-commit": (
         Action("block", "t1", "", "both", 9.0, note="s recv loaded", steps=0),
