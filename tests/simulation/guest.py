@@ -250,7 +250,7 @@ class SourceDriver(SourceGuest):
             self._process.die()
 
     def memento(self) -> dict[str, Any]:
-        return {"tracked": self._uffd >= 0}
+        return {"tracked": self._uffd >= 0, "pid": self._process.pid if self._process is not None else 0}
 
     async def reclaim(self, memento: Any) -> None:
         await self._host.command("reclaim")
@@ -260,6 +260,8 @@ class SourceDriver(SourceGuest):
 
     async def adopt(self, pid: int, memento: Any) -> None:
         await self._host.command("adopt")
+        if memento["pid"] != pid:
+            self._world.violation(f"the memento of process {pid} says {memento}")
         self._process = self._host.processes.get(pid)
 
     async def close(self) -> None:
