@@ -15,6 +15,13 @@ from pydantic import AfterValidator, Field, field_validator
 
 from migrated.address import Address, parse_address
 from migrated.errors import ConfigError
+from migrated.guests.libvirt.config import (
+    LibvirtSection,
+    LibvirtSourceConfig,
+    LibvirtSourceSection,
+    LibvirtTargetConfig,
+    LibvirtTargetSection,
+)
 from migrated.guests.process.config import ProcessSourceConfig, ProcessTargetConfig
 from migrated.guests.qemu.config import QemuSourceConfig, QemuTargetConfig
 from migrated.options import MigrationOptions
@@ -51,8 +58,8 @@ ListenAddress = Annotated[
 ]
 StatusAddress = Annotated[Address, Text(_parse_listen_address, "host:port", 'HOST:PORT, or "" for no status site')]
 HostName = Annotated[str, Field(max_length=255), AfterValidator(lambda name: name or socket.gethostname())]
-SourceGuest = Annotated[QemuSourceConfig | ProcessSourceConfig, Field(discriminator="driver")]
-TargetGuest = Annotated[QemuTargetConfig | ProcessTargetConfig, Field(discriminator="driver")]
+SourceGuest = Annotated[QemuSourceConfig | LibvirtSourceConfig | ProcessSourceConfig, Field(discriminator="driver")]
+TargetGuest = Annotated[QemuTargetConfig | LibvirtTargetConfig | ProcessTargetConfig, Field(discriminator="driver")]
 
 
 class AgentSection(Table):
@@ -119,6 +126,7 @@ class AgentConfig(Table):
     migration: MigrationOptions = MigrationOptions()
     timeouts: Timeouts = Timeouts()
     limits: LimitsSection = LimitsSection()
+    libvirt: LibvirtSection = LibvirtSection()
     guests: Mapping[GuestName, GuestTable] = {}
 
     _path: str = ""
@@ -131,6 +139,10 @@ class AgentConfig(Table):
     def path(self) -> str:
         """Of the file, for messages."""
         return self._path
+
+    def guest_table(self, name: str) -> GuestTable | None:
+        """``[guests.NAME]``, or what ``[libvirt]`` says in its place; None: no such guest."""
+        return self.guests.get(name) or self.libvirt.table(name)
 
     @property
     def state_dir(self) -> Path:
@@ -158,6 +170,7 @@ class SourceConfig(AgentConfig):
 
     role = "source"
 
+    libvirt: LibvirtSourceSection = LibvirtSourceSection()
     guests: Mapping[GuestName, SourceGuest] = {}
 
     @field_validator("listen")
@@ -171,6 +184,7 @@ class TargetConfig(AgentConfig):
 
     role = "target"
 
+    libvirt: LibvirtTargetSection = LibvirtTargetSection()
     guests: Mapping[GuestName, TargetGuest] = {}
 
 

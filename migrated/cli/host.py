@@ -13,6 +13,7 @@ import click
 from migrated.cli import failure, rendering
 from migrated.cli.migrations import json_flag, print_json
 from migrated.errors import GuestError
+from migrated.guests.libvirt.config import DEFAULT_URI
 from migrated.units import format_size
 
 if TYPE_CHECKING:
@@ -91,13 +92,21 @@ def _print_findings(found: list[Finding]) -> None:
 
 
 @click.command()
-@click.argument("pid", type=click.IntRange(min=1))
+@click.argument("guest", metavar="PID|DOMAIN")
 @click.option("--target-config", is_flag=True, help="Print the guest's table for the target's configuration.")
 @click.option("--name", default="", help="The guest's name in that table (default: as QEMU's -name says).")
 @click.option("--qmp", type=click.Path(), help="QEMU's QMP socket: ask it what /proc does not say.")
+@click.option("--uri", default=DEFAULT_URI, show_default=True, help="Where libvirt's DOMAIN is.")
 @json_flag
-def inspect(*, pid: int, target_config: bool, name: str, qmp: str | None, as_json: bool) -> int:
-    """Say which memory of process PID can be migrated, or print a target's configuration for it."""
+def inspect(*, guest: str, target_config: bool, name: str, qmp: str | None, uri: str, as_json: bool) -> int:
+    """Say which memory of a process or of libvirt's DOMAIN can be migrated, or print a target's configuration for it."""
+    if not guest.isdecimal():
+        if target_config or name or qmp is not None:
+            raise click.UsageError(
+                "a domain needs no table and no QMP socket: --target-config, --name and --qmp are for a PID"
+            )
+        return _print_domain(guest, uri, as_json=as_json)
+    pid = int(guest)
     if target_config:
         return _print_target_config(pid, name, qmp, as_json=as_json)
     if name:
@@ -165,6 +174,34 @@ def _print_memory(pid: int, qmp: str | None, *, as_json: bool) -> int:
         memory = asyncio.run(_open_guest(pid, str(Path(qmp).absolute())))
         areas = maps.areas(pid)
         rows = [_region_row(memory, index, areas) for index in range(len(memory.regions))]
+    return _print_process(pid, rows, as_json=as_json)
+
+
+def _print_domain(name: str, uri: str, *, as_json: bool) -> int:
+    from migrated.memory import maps
+
+    memory = asyncio.run(_open_domain(name, uri))
+    areas = maps.areas(memory.pid)
+    rows = [_region_row(memory, index, areas) for index in range(len(memory.regions))]
+    return _print_process(memory.pid, rows, as_json=as_json)
+
+
+async def _open_domain(name: str, uri: str) -> SourceMemory:
+    """What the source's driver finds.  Raises GuestRefusedError with its reason if it cannot migrate the domain."""
+    from migrated.guests.libvirt.config import LibvirtSourceConfig
+    from migrated.guests.libvirt.source import LibvirtSource
+    from migrated.settings import Timeouts
+
+    guest = LibvirtSource(name, LibvirtSourceConfig(uri=uri), Timeouts())
+    try:
+        return await guest.open()
+    finally:
+        await guest.close()
+
+
+def _print_process(pid: int, rows: list[dict[str, Any]], *, as_json: bool) -> int:
+    from migrated.memory import maps
+
     movable = any(row["movable"] for row in rows)
     if as_json:
         print_json({"pid": pid, "command": maps.command(pid), "movable": movable, "memory": rows})

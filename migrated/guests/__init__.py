@@ -61,27 +61,37 @@ class GuestRegistry:
 
     def source_guest(self, name: str) -> SourceGuest:
         """A driver object for one migration away from here."""
+        from migrated.guests.libvirt.config import LibvirtSourceConfig
         from migrated.guests.qemu.config import QemuSourceConfig
 
-        table = self._config.guests[name]
+        table = self._config.guest_table(name)
         if isinstance(table, QemuSourceConfig):
             from migrated.guests.qemu.source import QemuSource
 
             return QemuSource(name, table, self._config.timeouts)
+        if isinstance(table, LibvirtSourceConfig):
+            from migrated.guests.libvirt.source import LibvirtSource
+
+            return LibvirtSource(name, table, self._config.timeouts)
         from migrated.guests.process.source import ProcessSource
 
         return ProcessSource(name, self._hubs[name])
 
     def target_guest(self, name: str) -> TargetGuest:
         """A driver object for one migration to here."""
+        from migrated.guests.libvirt.config import LibvirtTargetConfig
         from migrated.guests.process.config import ProcessTargetConfig
         from migrated.guests.qemu.config import QemuTargetConfig
 
-        table = self._config.guests[name]
+        table = self._config.guest_table(name)
         if isinstance(table, QemuTargetConfig):
             from migrated.guests.qemu.target import QemuTarget
 
             return QemuTarget(name, table, self.run_dir(name), self._config.timeouts)
+        if isinstance(table, LibvirtTargetConfig):
+            from migrated.guests.libvirt.target import LibvirtTarget
+
+            return LibvirtTarget(name, table, self.run_dir(name), self._config.timeouts)
         from migrated.guests.process.target import ProcessTarget
 
         assert isinstance(table, ProcessTargetConfig)

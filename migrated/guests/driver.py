@@ -174,6 +174,9 @@ class TargetGuest(abc.ABC):
     async def kill(self) -> None:
         """End the guest process (before COMMIT only) and wait until it is gone.  Idempotent."""
 
+    async def end_left_over(self) -> None:  # noqa: B027 - most leave nothing but their process
+        """In a new object, after the agent was restarted before the guest was loaded: what `kill` would end beside the process."""
+
     @abc.abstractmethod
     def memento(self) -> Memento:
         """What a restarted agent needs to take this guest up again (`adopt`), beside its pid, memory and userfaultfd."""

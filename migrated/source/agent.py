@@ -40,7 +40,8 @@ class SourceAgent(HostAgent[SourceMigration]):
         if self._stopping:
             raise ConflictError("this agent is shutting down", hint="start it again first")
         self._check_started()
-        if request.guest not in self.config.guests:
+        table = self.config.guest_table(request.guest)
+        if table is None:
             known = ", ".join(self.guests()) or "none"
             raise NotFoundError(
                 f"no guest {request.guest!r} is configured here",
@@ -63,7 +64,6 @@ class SourceAgent(HostAgent[SourceMigration]):
                 code="too-many",
                 hint="wait for one to end, or raise limits.max_migrations",
             )
-        table = self.config.guests[request.guest]
         guest = self._guests.source_guest(request.guest)
         session_id = os.urandom(16)
         migration = SourceMigration(
@@ -135,7 +135,7 @@ class SourceAgent(HostAgent[SourceMigration]):
             code="agent-restarted",
             hint="the guest runs on here: start the migration again",
         )
-        table = self.config.guests.get(hello.guest)
+        table = self.config.guest_table(hello.guest)
         if table is None:
             raise NotFoundError(f"{hello.guest} is no longer configured in {self.config.path}", code="unknown-guest")
         regions = tuple(

@@ -208,6 +208,8 @@ class TargetAgent(HostAgent[TargetMigration]):
                 await process.kill(self.config.timeouts.abort)
             finally:
                 process.close()
+        if self.config.guest_table(entry.hello.guest) is not None:
+            await self._guests.target_guest(entry.hello.guest).end_left_over()
 
     async def _revive(self, entry: TargetEntry, fds: list[int], recovery_state: RecoveryState[TargetEntry]) -> None:
         hello = entry.hello
@@ -217,7 +219,7 @@ class TargetAgent(HostAgent[TargetMigration]):
             raise GuestError(
                 f"{len(fds)} descriptors were kept, {2 + len(hello.regions)} are needed", code="no-descriptors"
             )
-        if hello.guest not in self.config.guests:
+        if self.config.guest_table(hello.guest) is None:
             raise GuestError(f"{hello.guest} is no longer configured in {self.config.path}", code="unknown-guest")
         uffd, ledger_fd, *memory_fds = fds
         memory = tuple(
@@ -413,7 +415,7 @@ class TargetAgent(HostAgent[TargetMigration]):
                 await link.close()
 
     def _admit(self, hello: Hello, link: ControlLink) -> TargetMigration:
-        table = self.config.guests.get(hello.guest)
+        table = self.config.guest_table(hello.guest)
         if self._stopping:
             raise ConflictError("the target agent is shutting down", code="shutting-down")
         if table is None:

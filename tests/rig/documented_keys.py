@@ -8,6 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from migrated import config
+from migrated.guests.libvirt.config import (
+    LibvirtSourceConfig,
+    LibvirtSourceSection,
+    LibvirtTargetConfig,
+    LibvirtTargetSection,
+)
 from migrated.guests.process.config import ProcessSourceConfig, ProcessTargetConfig
 from migrated.guests.qemu.config import QemuSourceConfig, QemuTargetConfig
 from migrated.options import MigrationOptions
@@ -22,8 +28,12 @@ SECTIONS: dict[str, type[Table]] = {
     "[migration]": MigrationOptions,
     "[timeouts]": Timeouts,
     "[limits]": config.LimitsSection,
+    "[libvirt] on a source": LibvirtSourceSection,
+    "[libvirt] on a target": LibvirtTargetSection,
     'driver = "qemu" on a source': QemuSourceConfig,
     'driver = "qemu" on a target': QemuTargetConfig,
+    'driver = "libvirt" on a source': LibvirtSourceConfig,
+    'driver = "libvirt" on a target': LibvirtTargetConfig,
     'driver = "process" on a source': ProcessSourceConfig,
     'driver = "process" on a target': ProcessTargetConfig,
 }

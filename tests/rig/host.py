@@ -16,7 +16,7 @@ class Host:
     """``name`` under ``directory`` (a short path, because it holds sockets).  Agents start on first use.
 
     ``prefix`` goes before the agents' commands (``ip netns exec …``, ``setpriv …``).  ``program`` runs as the target agent
-    instead of ``migrated``.
+    instead of ``migrated``.  ``config`` has sections for both agents, ``source`` and ``target`` for one.
     """
 
     def __init__(
@@ -28,6 +28,8 @@ class Host:
         program: tuple[str, ...] = PROGRAM,
         listen: str = "127.0.0.1",
         config: dict[str, Any] | None = None,
+        source: dict[str, Any] | None = None,
+        target: dict[str, Any] | None = None,
     ) -> None:
         self.name = name
         self.directory = directory / name
@@ -37,11 +39,13 @@ class Host:
         self.source_guests: dict[str, dict[str, Any]] = {}
         self.target_guests: dict[str, dict[str, Any]] = {}
         common: dict[str, Any] = {"tls": {"insecure": True}, "http": {"status": ""}, **(config or {})}
-        self._source = AgentProcess("source", self.directory, {**common, "guests": self.source_guests}, prefix=prefix)
+        self._source = AgentProcess(
+            "source", self.directory, {**common, **(source or {}), "guests": self.source_guests}, prefix=prefix
+        )
         self._target = AgentProcess(
             "target",
             self.directory,
-            {**common, "listen": {"address": self.address}, "guests": self.target_guests},
+            {**common, **(target or {}), "listen": {"address": self.address}, "guests": self.target_guests},
             prefix=prefix,
             program=program,
         )

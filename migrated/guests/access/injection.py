@@ -17,7 +17,9 @@ import dataclasses
 import errno
 import os
 import platform
-from collections.abc import Awaitable, Callable
+import socket
+import struct
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 from migrated.errors import GuestError, GuestRefusedError, MigratedError
@@ -29,13 +31,17 @@ from migrated.waiting import in_thread
 
 _SYS_CLOSE = 3
 _SYS_MMAP = 9
+_SYS_MUNMAP = 11
 _SYS_IOCTL = 16
 _SYS_MADVISE = 28
+_SYS_RECVMSG = 47
+_SYS_SOCKETPAIR = 53
 _SYS_KCMP = 312
 _SYS_USERFAULTFD = 323
 _KCMP_FILE = 0
 _PROT_READ_WRITE = 1 | 2
 _MAP_SHARED_FIXED = 0x01 | 0x10
+_MAP_PRIVATE_ANONYMOUS = 0x02 | 0x20
 _MADV_DONTNEED_LOCKED = 24  # Linux 5.18
 _USERFAULTFD_IOC_NEW = 0xAA00
 _FLAGS = os.O_CLOEXEC | os.O_NONBLOCK
@@ -44,6 +50,8 @@ DEVICE = Path("/dev/userfaultfd")
 #: How much memory one call unregisters, as in `native/src/tracker.c`.
 _STEP_BYTES = 16 << 20
 _STEP_BYTES_HUGE = 1 << 30
+
+_WORD = (1 << 64) - 1
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -100,6 +108,69 @@ def empty_page_tables(process: PidHandle, address: int, length_bytes: int) -> No
     result, _ = remote_syscall(process, _SYS_MADVISE, address, length_bytes, _MADV_DONTNEED_LOCKED)
     if result != 0:
         raise _failed(process, "madvise", address, length_bytes, result)
+
+
+#: Where in a page of the process `give_fds` puts recvmsg's arguments.
+_SCRATCH_BYTES = 4096
+_IOVEC, _BYTE, _CONTROL = 64, 96, 128
+_MSGHDR = struct.Struct("QI4xQQQQi4x")
+_CMSGHDR = struct.Struct("Qii")
+
+
+def give_fds(process: PidHandle, fds: Sequence[int]) -> list[int]:
+    """Give duplicates of our ``fds`` to the process, close-on-exec; their numbers there.  Blocks.
+
+    For a process that has no channel to us: it makes a pair of sockets, of which we take one (``pidfd_getfd``) and send through
+    it.  Nothing is left of that.  Raises GuestRefusedError ``cannot-inject``.
+    """
+    scratch = _must(
+        process, "mmap", _SYS_MMAP, 0, _SCRATCH_BYTES, _PROT_READ_WRITE, _MAP_PRIVATE_ANONYMOUS, -1 & _WORD, 0
+    )
+    try:
+        with Path(f"/proc/{process.pid}/mem").open("r+b", buffering=0) as memory:
+            kind = socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC
+            _must(process, "socketpair", _SYS_SOCKETPAIR, socket.AF_UNIX, kind, 0, scratch)
+            near, far = struct.unpack("ii", os.pread(memory.fileno(), 8, scratch))
+            try:
+                with socket.socket(fileno=process.take_fd(near)) as ours:
+                    socket.send_fds(ours, [b"\0"], fds)
+                return _receive_fds(process, memory.fileno(), scratch, far, len(fds))
+            finally:
+                for number in (near, far):
+                    remote_syscall(process, _SYS_CLOSE, number)
+    except OSError as error:
+        raise GuestRefusedError(
+            f"cannot give descriptors to process {process.pid}: {error.strerror}", code="cannot-inject"
+        ) from error
+    finally:
+        with contextlib.suppress(GuestRefusedError):  # of a process that has just ended
+            remote_syscall(process, _SYS_MUNMAP, scratch, _SCRATCH_BYTES)
+
+
+def _receive_fds(process: PidHandle, memory_fd: int, scratch: int, far: int, count: int) -> list[int]:
+    space = socket.CMSG_SPACE(4 * count)
+    head = _MSGHDR.pack(0, 0, scratch + _IOVEC, 1, scratch + _CONTROL, space, 0)
+    os.pwrite(memory_fd, head, scratch)
+    os.pwrite(memory_fd, struct.pack("QQ", scratch + _BYTE, 1), scratch + _IOVEC)
+    _must(process, "recvmsg", _SYS_RECVMSG, far, scratch, socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
+    control = os.pread(memory_fd, space, scratch + _CONTROL)
+    length, level, kind = _CMSGHDR.unpack_from(control)
+    numbers = struct.unpack_from(f"{(length - _CMSGHDR.size) // 4}i", control, _CMSGHDR.size)
+    if (level, kind, len(numbers)) != (socket.SOL_SOCKET, socket.SCM_RIGHTS, count):
+        raise GuestRefusedError(
+            f"process {process.pid} received {len(numbers)} of {count} descriptors",
+            code="cannot-inject",
+            hint="raise the limit of open files of that process, and see whether a security module denies it",
+        )
+    return list(numbers)
+
+
+def _must(process: PidHandle, name: str, number: int, *arguments: int) -> int:
+    """`remote_syscall` of one that has to succeed."""
+    result, _ = remote_syscall(process, number, *arguments)
+    if result < 0:
+        raise GuestRefusedError(f"process {process.pid}: {name}: {os.strerror(-result)}", code="cannot-inject")
+    return result
 
 
 def _failed(process: PidHandle, call: str, address: int, length_bytes: int, result: int) -> GuestRefusedError:
@@ -170,6 +241,20 @@ async def open_uffd(
             ) from error
         raise
     return InjectedUffd(process, fd, remote, stopped)
+
+
+def by_injection(process: PidHandle) -> SendDescriptor:
+    """How a process is given a descriptor that offers no channel for it."""
+
+    async def give(fd: int) -> Callable[[], Awaitable[None]]:
+        (number,) = await in_thread(give_fds, process, [fd])
+
+        async def take_back() -> None:
+            await in_thread(remote_syscall, process, _SYS_CLOSE, number)
+
+        return take_back
+
+    return give
 
 
 async def _through_device(

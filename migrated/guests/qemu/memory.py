@@ -22,7 +22,7 @@ from typing import Any
 
 from migrated.errors import GuestRefusedError
 from migrated.guests.access.pidfd import open_files
-from migrated.guests.qemu.qmp import Monitor
+from migrated.guests.qemu.qmp import MonitorCommands
 from migrated.memory.maps import Area, areas
 from migrated.memory.regions import Mapping, Region
 from migrated.units import parse_size
@@ -105,7 +105,7 @@ class LocatedBlock:
 # ---------------------------------------------------------------- what QEMU says
 
 
-async def ram_blocks(monitor: Monitor) -> tuple[Block, ...]:
+async def ram_blocks(monitor: MonitorCommands) -> tuple[Block, ...]:
     """Every RAM block that QEMU would migrate, in QEMU's order."""
     found = []
     for match in _RAMBLOCK.finditer(await monitor.hmp("info ramblock")):
@@ -129,7 +129,7 @@ def _named_as_rom(ident: str) -> bool:
     return ident.endswith(".rom") or ident.startswith("/rom@") or ident in {"pc.bios", "isa-bios"}
 
 
-async def backends(monitor: Monitor, blocks: Iterable[Block]) -> tuple[Backend, ...]:
+async def backends(monitor: MonitorCommands, blocks: Iterable[Block]) -> tuple[Backend, ...]:
     """The memory backends among the blocks; one that was created and never plugged in holds nothing of the guest."""
     names = {block.name for block in blocks}
     return tuple(
@@ -139,13 +139,13 @@ async def backends(monitor: Monitor, blocks: Iterable[Block]) -> tuple[Backend, 
     )
 
 
-async def machine_type(monitor: Monitor) -> str:
+async def machine_type(monitor: MonitorCommands) -> str:
     """The concrete machine type (``pc-q35-7.2``), which QEMU's stream names."""
     kind = str(await monitor.execute("qom-get", {"path": "/machine", "property": "type"}))
     return kind.removesuffix("-machine")
 
 
-async def version(monitor: Monitor) -> tuple[int, int, int]:
+async def version(monitor: MonitorCommands) -> tuple[int, int, int]:
     """QEMU's version."""
     found = (await monitor.execute("query-version"))["qemu"]
     return int(found["major"]), int(found["minor"]), int(found["micro"])
@@ -154,7 +154,7 @@ async def version(monitor: Monitor) -> tuple[int, int, int]:
 # ---------------------------------------------------------------- finding the blocks in the process
 
 
-async def locate_blocks(monitor: Monitor, pid: int, blocks: Iterable[Block]) -> tuple[LocatedBlock, ...]:
+async def locate_blocks(monitor: MonitorCommands, pid: int, blocks: Iterable[Block]) -> tuple[LocatedBlock, ...]:
     """Find the blocks in process ``pid``.
 
     Raises GuestRefusedError ``memory-not-found`` for a writable block that cannot be found, and ``memory-mapped-elsewhere``
@@ -165,7 +165,7 @@ async def locate_blocks(monitor: Monitor, pid: int, blocks: Iterable[Block]) -> 
     if len(addresses) < len(wanted):
         addresses |= await _visible(monitor, [block for block in wanted if block.id not in addresses])
     every = areas(pid)
-    located = [_cover(monitor.guest, every, block, addresses[block.id]) for block in wanted if block.id in addresses]
+    located = [cover(monitor.guest, every, block, addresses[block.id]) for block in wanted if block.id in addresses]
     for block in wanted:
         if block.id not in addresses and not block.rom:
             located.append(_only_candidate(monitor.guest, every, block, located))
@@ -174,7 +174,7 @@ async def locate_blocks(monitor: Monitor, pid: int, blocks: Iterable[Block]) -> 
     return tuple(sorted(located, key=lambda item: order[item.block.id]))
 
 
-async def _visible(monitor: Monitor, blocks: list[Block]) -> dict[str, int]:
+async def _visible(monitor: MonitorCommands, blocks: list[Block]) -> dict[str, int]:
     """Addresses of those blocks that the guest has mapped at the moment."""
     found: dict[str, int] = {}
     for view in (await monitor.hmp("info mtree -f")).replace("\r", "").split("FlatView #"):
@@ -191,7 +191,7 @@ async def _visible(monitor: Monitor, blocks: list[Block]) -> dict[str, int]:
     return found
 
 
-def _cover(guest: str, every: list[Area], block: Block, address: int) -> LocatedBlock:
+def cover(guest: str, every: list[Area], block: Block, address: int) -> LocatedBlock:
     """The areas that show the block: one behind the other, all private or all of one file."""
     end = address + block.size_bytes
     covering = tuple(area for area in every if area.end > address and area.start < end)
@@ -250,10 +250,15 @@ def _refuse_second_view(guest: str, pid: int, every: list[Area], located: list[L
 # ---------------------------------------------------------------- as regions
 
 
-def region(located: LocatedBlock, backends: Iterable[Backend]) -> Region:
-    """The block as a region of the migration."""
+def region(located: LocatedBlock, backends: Iterable[Backend], fd: int) -> Region:
+    """The block as a region of the migration; ``fd`` is open on its memory.
+
+    QEMU does not know that huge pages of ours are mapped over a block that it had made on small ones.
+    """
     block = located.block
-    return Region(block.name, block.size_bytes, block.page_bytes, device=is_device(block, backends))
+    huge = located.shared and _file_system(fd) == _HUGETLBFS
+    page_bytes = os.fstat(fd).st_blksize if huge else block.page_bytes
+    return Region(block.name, block.size_bytes, page_bytes, device=is_device(block, backends))
 
 
 def is_device(block: Block, backends: Iterable[Backend]) -> bool:
@@ -293,7 +298,7 @@ def passed_through_devices(pid: int) -> list[str]:
     )
 
 
-async def disks_pin_buffers(monitor: Monitor, pid: int) -> bool:
+async def disks_pin_buffers(monitor: MonitorCommands, pid: int) -> bool:
     """Whether a disk may read into pinned guest memory.
 
     Direct I/O does, an io_uring beside any disk may, and so does a host device: scsi-block hands the guest's buffers to SG_IO

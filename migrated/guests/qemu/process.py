@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
+import abc
 import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from migrated.errors import GuestError
 from migrated.guests.access import injection
 from migrated.guests.access.pidfd import PidHandle
-from migrated.guests.qemu.qmp import Monitor
+from migrated.guests.qemu.qmp import Monitor, MonitorCommands
 from migrated.waiting import in_thread
 
 #: Under which names QEMU is handed a descriptor (getfd): its migration stream, and /dev/userfaultfd for a moment.
 STATE_STREAM = "migrated-state"
 _DEVICE = "migrated-userfaultfd"
 
+M = TypeVar("M", bound=MonitorCommands)
 
-class QemuProcess:
-    """Empty until `connect`, or `adopt` in a restarted agent."""
 
-    def __init__(self, guest: str, qmp: Path, *, command_seconds: float) -> None:
+class ManagedQemu(abc.ABC, Generic[M]):
+    """A QEMU, whoever carries what it is asked.  Empty until `connect`, or `adopt` in a restarted agent."""
+
+    def __init__(self, guest: str) -> None:
         self.uffd: injection.InjectedUffd | None = None
         self._guest = guest
-        self._qmp = qmp
-        self._command_seconds = command_seconds
         self._handle: PidHandle | None = None
-        self._monitor: Monitor | None = None
+        self._monitor: M | None = None
+
+    @abc.abstractmethod
+    async def _session(self, greeting_seconds: float | None = None) -> M:
+        """Open a session with QEMU's monitor."""
+
+    @abc.abstractmethod
+    async def _pid(self, monitor: M) -> int:
+        """Return the process behind the monitor."""
 
     @property
     def handle(self) -> PidHandle:
@@ -35,12 +45,10 @@ class QemuProcess:
             raise GuestError(f"guest {self._guest}: QEMU is not known yet", code="guest-not-open")
         return self._handle
 
-    async def connect(self, child: PidHandle | None = None, *, greeting_seconds: float | None = None) -> Monitor:
+    async def connect(self, child: PidHandle | None = None, *, greeting_seconds: float | None = None) -> M:
         """The first session with whoever listens; its process is ``child``, unless that is a wrapper that forked."""
-        self._monitor = await Monitor.connect(
-            self._guest, self._qmp, command_seconds=self._command_seconds, greeting_seconds=greeting_seconds
-        )
-        pid = await in_thread(self._monitor.peer_pid)  # may look at every process of the host
+        self._monitor = await self._session(greeting_seconds)
+        pid = await self._pid(self._monitor)
         self._handle = child if child is not None and child.pid == pid else PidHandle.attach(pid)
         return self._monitor
 
@@ -49,7 +57,7 @@ class QemuProcess:
         self._handle = process
         self.uffd = uffd
 
-    async def monitor(self) -> Monitor:
+    async def monitor(self) -> M:
         """The session; a new one if the old one was lost and QEMU still runs.  GuestError ``guest-gone`` if it does not."""
         if self._monitor is not None and self._monitor.alive:
             return self._monitor
@@ -57,13 +65,17 @@ class QemuProcess:
             raise GuestError(f"guest {self._guest}: QEMU {end}", code="guest-gone")
         if self._monitor is not None:
             await self._monitor.close()
-        self._monitor = await Monitor.connect(self._guest, self._qmp, command_seconds=self._command_seconds)
+        self._monitor = await self._session()
         return self._monitor
 
-    async def open_uffd(self, monitor: Monitor, *, faults: bool) -> injection.InjectedUffd:
+    def _send_descriptor(self) -> injection.SendDescriptor:
+        """How QEMU is given a descriptor and made to close it again."""
+        return injection.by_injection(self.handle)
+
+    async def open_uffd(self, *, faults: bool) -> injection.InjectedUffd:
         """A userfaultfd of QEMU that reports ``faults``, or else tracks writes.  Raises as `injection.open_uffd`."""
         self.uffd = await injection.open_uffd(
-            self.handle, faults=faults, tracking=not faults, send_descriptor=_send_descriptor(monitor)
+            self.handle, faults=faults, tracking=not faults, send_descriptor=self._send_descriptor()
         )
         return self.uffd
 
@@ -90,15 +102,30 @@ class QemuProcess:
             self._handle.close()
 
 
-def _send_descriptor(monitor: Monitor) -> injection.SendDescriptor:
-    """How QEMU is given a descriptor and made to close it again."""
+class QemuProcess(ManagedQemu[Monitor]):
+    """A QEMU that is reached by its QMP socket."""
 
-    async def give(fd: int) -> Callable[[], Awaitable[None]]:
-        await monitor.give_fd(_DEVICE, fd)
+    def __init__(self, guest: str, qmp: Path, *, command_seconds: float) -> None:
+        super().__init__(guest)
+        self._qmp = qmp
+        self._command_seconds = command_seconds
 
-        async def take_back() -> None:
-            await monitor.execute("closefd", {"fdname": _DEVICE})
+    async def _session(self, greeting_seconds: float | None = None) -> Monitor:
+        return await Monitor.connect(
+            self._guest, self._qmp, command_seconds=self._command_seconds, greeting_seconds=greeting_seconds
+        )
 
-        return take_back
+    async def _pid(self, monitor: Monitor) -> int:
+        return await in_thread(monitor.peer_pid)  # may look at every process of the host
 
-    return give
+    def _send_descriptor(self) -> injection.SendDescriptor:
+        async def give(fd: int) -> Callable[[], Awaitable[None]]:
+            monitor = await self.monitor()
+            await monitor.give_fd(_DEVICE, fd)
+
+            async def take_back() -> None:
+                await monitor.execute("closefd", {"fdname": _DEVICE})
+
+            return take_back
+
+        return give

@@ -6,6 +6,7 @@ Codes: ``qmp-unreachable`` (nobody listens), ``qmp-busy`` (no greeting: another 
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import contextlib
 import os
@@ -30,10 +31,82 @@ POLL_SECONDS = 0.25
 SOCKET_PATH_BYTES = 107
 
 _UCRED = struct.Struct("iII")
-_OURS = "migrated"
+#: By which descriptors are known that `MonitorCommands.add_fd` gave to QEMU.
+FDS_OF_OURS = "migrated"
 
 
-class Monitor:
+class MonitorCommands(abc.ABC):
+    """What QEMU is asked, whoever carries the question: a QMP session of ours, or libvirt.
+
+    Every wait has a limit; failures are GuestErrors: ``qmp-failed``, ``qmp-lost``, ``qmp-timeout``.
+    """
+
+    guest: str
+
+    @property
+    @abc.abstractmethod
+    def alive(self) -> bool:
+        """Whether the session still stands."""
+
+    @abc.abstractmethod
+    async def execute(
+        self, command: str, arguments: Mapping[str, object] | None = None, *, limit: float | None = None
+    ) -> Any:
+        """Run one command.  Raises GuestError ``qmp-failed``, ``qmp-lost`` or ``qmp-timeout``."""
+
+    @abc.abstractmethod
+    async def add_fd(self, fd: int) -> int:
+        """Hand a descriptor to QEMU in a descriptor set of its own (add-fd); the set's number."""
+
+    @abc.abstractmethod
+    async def event(self, seconds: float) -> None:
+        """Until the next event, at most ``seconds``."""
+
+    @abc.abstractmethod
+    def saw(self, name: str) -> bool:
+        """Whether this event has come since `forget_events`; forgets all that have."""
+
+    @abc.abstractmethod
+    def forget_events(self) -> None:
+        """Before a command whose events matter."""
+
+    @abc.abstractmethod
+    async def close(self) -> None:
+        """End the session; QEMU takes the next client.  Idempotent."""
+
+    async def hmp(self, line: str) -> str:
+        """A human monitor command, for what QMP cannot say."""
+        return str(await self.execute("human-monitor-command", {"command-line": line}))
+
+    async def remove_fds(self) -> None:
+        """Have QEMU close what `add_fd` gave it, in this session or an earlier one.  It does so only while the guest runs."""
+        for fdset in await self.execute("query-fdsets"):
+            if any(entry.get("opaque") == FDS_OF_OURS for entry in fdset["fds"]):
+                await self.execute("remove-fd", {"fdset-id": fdset["fdset-id"]})
+
+    async def status(self) -> str:
+        """QEMU's run state (``running``, ``paused``, ``postmigrate`` …)."""
+        return str((await self.execute("query-status"))["status"])
+
+    async def migration(self) -> dict[str, Any]:
+        """``query-migrate``; no ``status`` in it when there was no migration yet."""
+        result: dict[str, Any] = await self.execute("query-migrate")
+        return result
+
+    async def wait_status(self, unwanted: frozenset[str], *, limit: float) -> str:
+        """Wait until the run state is none of ``unwanted``; returns it.  Raises GuestError ``qmp-timeout``."""
+        deadline = time.monotonic() + limit
+        while (status := await self.status()) in unwanted:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise GuestError(
+                    f"guest {self.guest}: QEMU stayed in run state {status} for {limit:g} s", code="qmp-timeout"
+                )
+            await self.event(min(left, POLL_SECONDS))
+        return status
+
+
+class Monitor(MonitorCommands):
     """One QMP session.  Make it with `connect`."""
 
     def __init__(
@@ -104,13 +177,11 @@ class Monitor:
 
     @property
     def alive(self) -> bool:
-        """Whether the session still stands."""
         return self._client.runstate is Runstate.RUNNING
 
     async def execute(
         self, command: str, arguments: Mapping[str, object] | None = None, *, limit: float | None = None
     ) -> Any:
-        """Run one command.  Raises GuestError ``qmp-failed``, ``qmp-lost`` or ``qmp-timeout``."""
         limit = self._command_seconds if limit is None else limit
         try:
             # Never asyncio.wait_for: up to Python 3.11 it forgets a cancellation that comes together with the answer, and
@@ -130,25 +201,14 @@ class Monitor:
                 hint="QEMU ended, or closed its monitor: look at its log",
             ) from error
 
-    async def hmp(self, line: str) -> str:
-        """A human monitor command, for what QMP cannot say."""
-        return str(await self.execute("human-monitor-command", {"command-line": line}))
-
     async def give_fd(self, name: str, fd: int) -> None:
         """Hand a descriptor to QEMU under ``name`` (getfd); it belongs to the session until used or `closefd`."""
         self._pass_fd(fd)
         await self.execute("getfd", {"fdname": name})
 
     async def add_fd(self, fd: int) -> int:
-        """Hand a descriptor to QEMU in a descriptor set of its own (add-fd); the set's number."""
         self._pass_fd(fd)
-        return int((await self.execute("add-fd", {"opaque": _OURS}))["fdset-id"])
-
-    async def remove_fds(self) -> None:
-        """Have QEMU close what `add_fd` gave it, in this session or an earlier one.  It does so only while the guest runs."""
-        for fdset in await self.execute("query-fdsets"):
-            if any(entry.get("opaque") == _OURS for entry in fdset["fds"]):
-                await self.execute("remove-fd", {"fdset-id": fdset["fdset-id"]})
+        return int((await self.execute("add-fd", {"opaque": FDS_OF_OURS}))["fdset-id"])
 
     def _pass_fd(self, fd: int) -> None:
         try:
@@ -160,15 +220,6 @@ class Monitor:
             raise GuestError(
                 f"guest {self.guest}: cannot hand a descriptor to QEMU: {error.strerror}", code="qmp-lost"
             ) from error
-
-    async def status(self) -> str:
-        """QEMU's run state (``running``, ``paused``, ``postmigrate`` …)."""
-        return str((await self.execute("query-status"))["status"])
-
-    async def migration(self) -> dict[str, Any]:
-        """``query-migrate``; no ``status`` in it when there was no migration yet."""
-        result: dict[str, Any] = await self.execute("query-migrate")
-        return result
 
     async def wait_loaded(self, *, limit: float) -> str:
         """Wait until an incoming QEMU has loaded its migration stream; returns the run state it is in then.
@@ -199,32 +250,17 @@ class Monitor:
                     f"guest {self.guest}: QEMU did not load the device state within {limit:g} s (its migration is {status})",
                     code="qmp-timeout",
                 )
-            await self._event(min(left, POLL_SECONDS))
+            await self.event(min(left, POLL_SECONDS))
 
-    async def wait_status(self, unwanted: frozenset[str], *, limit: float) -> str:
-        """Wait until the run state is none of ``unwanted``; returns it.  Raises GuestError ``qmp-timeout``."""
-        deadline = time.monotonic() + limit
-        while (status := await self.status()) in unwanted:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise GuestError(
-                    f"guest {self.guest}: QEMU stayed in run state {status} for {limit:g} s", code="qmp-timeout"
-                )
-            await self._event(min(left, POLL_SECONDS))
-        return status
-
-    async def _event(self, seconds: float) -> None:
-        """Until the next event, at most ``seconds``."""
+    async def event(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._events.get()
 
     def saw(self, name: str) -> bool:
-        """Whether this event has come since `forget_events`; forgets all that have."""
         return any(event["event"] == name for event in self._events.clear())
 
     def forget_events(self) -> None:
-        """Before a command whose events matter."""
         self._events.clear()
 
     def peer_pid(self) -> int:
@@ -242,7 +278,6 @@ class Monitor:
         return holders[0] if len(holders) == 1 else int(listener)
 
     async def close(self) -> None:
-        """End the session; QEMU takes the next client.  Idempotent."""
         with contextlib.suppress(QMPError, OSError, EOFError, TimeoutError):
             async with asyncio.timeout(self._command_seconds):
                 await self._client.disconnect()

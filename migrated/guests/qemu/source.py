@@ -22,8 +22,9 @@ from migrated.guests.driver import Description, Memento, SourceGuest, StateChann
 from migrated.guests.qemu import config as qemu_driver
 from migrated.guests.qemu import memory as qemu_memory
 from migrated.guests.qemu.config import QemuSourceConfig
-from migrated.guests.qemu.process import QemuProcess
-from migrated.guests.qemu.qmp import Monitor
+from migrated.guests.qemu.memory import Block
+from migrated.guests.qemu.process import ManagedQemu, QemuProcess
+from migrated.guests.qemu.qmp import MonitorCommands
 from migrated.guests.qemu.state import END, StateFile, StateHeader, encode_header
 from migrated.memory.maps import mapped_elsewhere, open_area
 from migrated.memory.regions import SourceMemory
@@ -42,14 +43,14 @@ _MOVED_AWAY = "it has been migrated away already; `cont` would run it here again
 _STATE_PIECE_BYTES = 1 << 18
 
 
-class QemuSource(SourceGuest):
-    """See `SourceGuest`."""
+class RunningQemu(SourceGuest):
+    """See `SourceGuest`; all but how it is reached and given up."""
 
-    def __init__(self, name: str, config: QemuSourceConfig, timeouts: Timeouts) -> None:
+    def __init__(self, name: str, qemu: ManagedQemu[Any], timeouts: Timeouts) -> None:
         self.name = name
-        self._config = config
         self._timeouts = timeouts
-        self.qemu = QemuProcess(name, Path(config.qmp), command_seconds=timeouts.guest_command)
+        self.qemu = qemu
+        self.blocks: tuple[Block, ...] = ()  # RAM blocks, in the order of the regions
         self._memory: SourceMemory | None = None
         self._fds: list[int] = []
         self._description: qemu_driver.Description | None = None
@@ -59,7 +60,7 @@ class QemuSource(SourceGuest):
         self._pins_buffers = True
         self._nested_runs = 0
         self._used_bytes: dict[str, int] = {}
-        self._paused_by: Monitor | None = None  # the session in which the guest was paused
+        self._paused_by: MonitorCommands | None = None  # the session in which the guest was paused
         self.paused_at = self.stopped_at = None
 
     # ------------------------------------------------------------ inspection
@@ -74,7 +75,7 @@ class QemuSource(SourceGuest):
         await self._inspect(await self.qemu.connect())
         await self._clear_left_tracking()
 
-    async def _inspect(self, monitor: Monitor) -> SourceMemory:
+    async def _inspect(self, monitor: MonitorCommands) -> SourceMemory:
         pid = self.qemu.handle.pid
         blocks = await qemu_memory.ram_blocks(monitor)
         backends = await qemu_memory.backends(monitor, blocks)
@@ -98,6 +99,7 @@ class QemuSource(SourceGuest):
             self._fds.append(fd)
             if item.shared:
                 qemu_memory.refuse_disk_file(self.name, item.block, fd)
+        self.blocks = tuple(item.block for item in located)
         self._description = qemu_driver.Description(
             machine=await qemu_memory.machine_type(monitor),
             version=await qemu_memory.version(monitor),
@@ -105,7 +107,7 @@ class QemuSource(SourceGuest):
         )
         self._memory = SourceMemory(
             pid=pid,
-            regions=tuple(qemu_memory.region(item, backends) for item in located),
+            regions=tuple(qemu_memory.region(item, backends, fd) for item, fd in zip(located, self._fds, strict=True)),
             mappings=tuple(item.mapping(index) for index, item in enumerate(located)),
             memory_fds=tuple(self._fds),
             file_offsets=tuple(item.file_offset if item.shared else item.address for item in located),
@@ -121,7 +123,7 @@ class QemuSource(SourceGuest):
 
     # ------------------------------------------------------------ refusals
 
-    async def _refuse_unmovable(self, monitor: Monitor) -> None:
+    async def _refuse_unmovable(self, monitor: MonitorCommands) -> None:
         await self._refuse_run_state(monitor)
         devices = qemu_memory.passed_through_devices(self.qemu.handle.pid)
         if devices:
@@ -141,7 +143,7 @@ class QemuSource(SourceGuest):
                 )
         self._nested_runs = await self._refuse_nested_guest(monitor)
 
-    async def _refuse_run_state(self, monitor: Monitor) -> None:
+    async def _refuse_run_state(self, monitor: MonitorCommands) -> None:
         status = await monitor.status()
         report = await monitor.migration()
         if status == "inmigrate":
@@ -166,7 +168,7 @@ class QemuSource(SourceGuest):
                 f"guest {self.name} cannot be migrated, says QEMU: {'; '.join(reasons)}", code="migration-blocked"
             )
 
-    async def _refuse_block_layer(self, monitor: Monitor) -> None:
+    async def _refuse_block_layer(self, monitor: MonitorCommands) -> None:
         """Jobs (a backup, a mirror, a snapshot being taken) and dirty bitmaps are not part of the device state."""
         jobs: list[dict[str, Any]] = await monitor.execute("query-jobs")
         if working := [f"{job['id']} ({job['type']})" for job in jobs if job["status"] not in {"concluded", "null"}]:
@@ -187,7 +189,7 @@ class QemuSource(SourceGuest):
                 hint="remove them (block-dirty-bitmap-remove); the next backup has to be a full one",
             )
 
-    async def _refuse_nested_guest(self, monitor: Monitor) -> int:
+    async def _refuse_nested_guest(self, monitor: MonitorCommands) -> int:
         """How often virtual processors have entered a nested guest; raises if one is in a nested guest now.
 
         KVM writes some pages of a nested guest's hypervisor through mappings of its own, which tracking does not see.
@@ -216,9 +218,8 @@ class QemuSource(SourceGuest):
     async def tracking_uffd(self) -> int:
         uffd = self.qemu.uffd
         if uffd is None:
-            monitor = await self.qemu.monitor()
             await self._clear_left_tracking()
-            uffd = await self.qemu.open_uffd(monitor, faults=False)
+            uffd = await self.qemu.open_uffd(faults=False)
         return uffd.fd
 
     async def _clear_left_tracking(self) -> None:
@@ -256,11 +257,11 @@ class QemuSource(SourceGuest):
             await self._run_on(await self.qemu.monitor())
             self._quiesced_at = None
 
-    async def _stop(self, monitor: Monitor) -> None:
+    async def _stop(self, monitor: MonitorCommands) -> None:
         self._stopped = True  # also when the answer is lost
         await monitor.execute("stop", limit=self._timeouts.guest_pause)
 
-    async def _run_on(self, monitor: Monitor) -> None:
+    async def _run_on(self, monitor: MonitorCommands) -> None:
         """Take our ``stop`` back.  That leaves a guest ``paused``; any other state is somebody else's or QEMU's own doing.
 
         ``cont`` would run a guest that has moved away meanwhile (``postmigrate``), or hide an I/O error from its owner.
@@ -313,7 +314,7 @@ class QemuSource(SourceGuest):
 
     async def send_state(self, channel: StateChannel) -> None:
         del channel  # `pause` has sent it
-        monitor = await self.qemu.monitor()
+        monitor: MonitorCommands = await self.qemu.monitor()
         status = await monitor.status()
         # One that was resumed and stopped again has written to its memory, too.  A session that is new has seen nothing.
         if status == "running" or monitor.saw("RESUME") or monitor is not self._paused_by:
@@ -327,7 +328,7 @@ class QemuSource(SourceGuest):
                 f"guest {self.name}: a RAM block was resized while it was being paused", code="guest-state"
             )
 
-    async def _read_used_bytes(self, monitor: Monitor) -> dict[str, int]:
+    async def _read_used_bytes(self, monitor: MonitorCommands) -> dict[str, int]:
         regions = frozenset(region.name for region in self._memory.regions) if self._memory is not None else frozenset()
         blocks = await qemu_memory.ram_blocks(monitor)
         return {block.name: block.used_bytes for block in blocks if block.name in regions}
@@ -345,18 +346,6 @@ class QemuSource(SourceGuest):
         self._quiesced_at = None
         with contextlib.suppress(GuestError):  # one descriptor left over does no harm
             await monitor.remove_fds()
-
-    async def release(self) -> None:
-        process = self.qemu.handle
-        if process.poll() is not None or self._config.on_release == "keep":
-            return
-        with contextlib.suppress(MigratedError):
-            await (await self.qemu.monitor()).execute("quit")
-        try:
-            await process.wait(self._timeouts.release)
-        except TimeoutExceededError:
-            # The guest runs elsewhere: what is left here must not.
-            await process.kill(self._timeouts.release)
 
     def memento(self) -> Memento:
         return {"runs": self._runs}
@@ -378,6 +367,26 @@ class QemuSource(SourceGuest):
 
     async def died(self) -> str:
         return await self.qemu.handle.died()
+
+
+class QemuSource(RunningQemu):
+    """A QEMU with a QMP socket for us."""
+
+    def __init__(self, name: str, config: QemuSourceConfig, timeouts: Timeouts) -> None:
+        super().__init__(name, QemuProcess(name, Path(config.qmp), command_seconds=timeouts.guest_command), timeouts)
+        self._on_release = config.on_release
+
+    async def release(self) -> None:
+        process = self.qemu.handle
+        if process.poll() is not None or self._on_release == "keep":
+            return
+        with contextlib.suppress(MigratedError):
+            await (await self.qemu.monitor()).execute("quit")
+        try:
+            await process.wait(self._timeouts.release)
+        except TimeoutExceededError:
+            # The guest runs elsewhere: what is left here must not.
+            await process.kill(self._timeouts.release)
 
 
 def _open_memory(pid: int) -> int:

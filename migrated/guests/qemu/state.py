@@ -17,20 +17,24 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Iterable
 from typing import Self
 
 import msgspec
 
 from migrated.errors import GuestError, RemoteProtocolError
-from migrated.guests.qemu.qmp import Monitor
+from migrated.guests.qemu.qmp import MonitorCommands
 
 STREAM_HEAD = b"QEVM\0\0\0\3"
 END = b"\6\0\0\0\0"
 
 _CONFIGURATION = 0x07
-_SECTION_START, _SECTION_FOOTER = 0x01, 0x7E
+_SECTION_START, _SECTION_PART, _SECTION_FOOTER = 0x01, 0x02, 0x7E
 _RAM_VERSION = 4
-_MEM_SIZE, _EOS = 0x04, 0x10
+_MEM_SIZE, _PAGE, _EOS = 0x04, 0x08, 0x10
+#: Parts of a section are told by its id: one that QEMU gives to nothing else.
+_RAM_SECTION = 1 << 16
+_END_OF_SECTION = struct.pack(">QBI", _EOS, _SECTION_FOOTER, _RAM_SECTION)
 
 _HEAD = struct.Struct(">4sHI")
 _MAGIC = b"MGQS"
@@ -83,14 +87,33 @@ class HeaderDecoder:
 def stream_begin(machine: str, used_bytes: dict[str, int]) -> bytes:
     """QEMU's stream up to the first device; ``used_bytes`` by block id, as the incoming QEMU names its blocks."""
     name = machine.encode()
-    parts = [STREAM_HEAD, struct.pack(">BI", _CONFIGURATION, len(name)), name]
-    parts += [struct.pack(">BI", _SECTION_START, 0), b"\3ram", struct.pack(">II", 0, _RAM_VERSION)]
+    return b"".join(
+        [STREAM_HEAD, struct.pack(">BI", _CONFIGURATION, len(name)), name, ram_section(used_bytes)],
+    )
+
+
+def ram_section(used_bytes: dict[str, int]) -> bytes:
+    """A section that sets the used lengths of RAM blocks and holds no pages."""
+    parts = [struct.pack(">BI", _SECTION_START, _RAM_SECTION), b"\3ram", struct.pack(">II", 0, _RAM_VERSION)]
     parts.append(struct.pack(">Q", sum(used_bytes.values()) | _MEM_SIZE))
     for ident, used in used_bytes.items():
-        encoded = ident.encode()
-        parts += [struct.pack(">B", len(encoded)), encoded, struct.pack(">Q", used)]
-    parts += [struct.pack(">Q", _EOS), struct.pack(">BI", _SECTION_FOOTER, 0)]
+        parts += [_counted(ident), struct.pack(">Q", used)]
+    parts.append(_END_OF_SECTION)
     return b"".join(parts)
+
+
+def ram_pages(pages: Iterable[tuple[str, int, bytes]]) -> bytes:
+    """A further part of the RAM section: pages by block id and offset."""
+    parts = [struct.pack(">BI", _SECTION_PART, _RAM_SECTION)]
+    for ident, offset, data in pages:
+        parts += [struct.pack(">Q", offset | _PAGE), _counted(ident), data]
+    parts.append(_END_OF_SECTION)
+    return b"".join(parts)
+
+
+def _counted(ident: str) -> bytes:
+    encoded = ident.encode()
+    return struct.pack(">B", len(encoded)) + encoded
 
 
 class StateFile:
@@ -100,13 +123,13 @@ class StateFile:
     lacks, and nothing on a disk can block its monitor.
     """
 
-    def __init__(self, monitor: Monitor, fd: int, fdset: int) -> None:
+    def __init__(self, monitor: MonitorCommands, fd: int, fdset: int) -> None:
         self._monitor = monitor
         self._fd = fd
         self._fdset = fdset
 
     @classmethod
-    async def open(cls, monitor: Monitor) -> Self:
+    async def open(cls, monitor: MonitorCommands) -> Self:
         """Hand an empty file to QEMU.  Raises GuestError."""
         fd = os.memfd_create("migrated-device-state", os.MFD_CLOEXEC)
         try:

@@ -23,6 +23,7 @@ from migrated.guests.access import injection
 from migrated.guests.access.pidfd import PidHandle
 from migrated.guests.driver import Description, FaultSource, Memento, StateChannel, TargetGuest
 from migrated.guests.qemu import config as qemu_driver
+from migrated.guests.qemu import incoming
 from migrated.guests.qemu import memory as qemu_memory
 from migrated.guests.qemu.command import check_command, command_line, regions_differ
 from migrated.guests.qemu.config import QemuTargetConfig
@@ -30,10 +31,7 @@ from migrated.guests.qemu.memory import Block
 from migrated.guests.qemu.process import STATE_STREAM, QemuProcess
 from migrated.guests.qemu.qmp import Monitor
 from migrated.guests.qemu.state import HeaderDecoder, stream_begin
-from migrated.memory.maps import Area, areas, file_key, mapped_elsewhere
-from migrated.memory.native import uffd_register
-from migrated.memory.regions import Mapping, Region, TargetMemory
-from migrated.memory.smaps import mapped_areas
+from migrated.memory.regions import Region, TargetMemory
 from migrated.settings import Timeouts
 from migrated.waiting import cancel_and_wait, in_thread
 
@@ -134,20 +132,10 @@ class QemuTarget(TargetGuest):
         # Commands come first: from the registration on, QEMU's main thread may wait for a page until the switch-over.
         await self._await_state(monitor)
         await self._map_device_memory(monitor, blocks, memory)
-        pid = self.qemu.handle.pid
-        mappings = await self._mappings(pid, memory)
-        uffd = await self.qemu.open_uffd(monitor, faults=True)
-        await self._empty_page_tables(mappings)
-        for mapping in mappings:
-            uffd_register(uffd.fd, mapping.address, mapping.length_bytes, missing=True, minor=True, tracking=False)
-        # What was mapped between the two would never be reported.
-        if present := await self._present(mappings):
-            raise GuestRefusedError(
-                f"guest {self.name}: QEMU has touched its memory before it arrived, at {present[0].address:#x}",
-                code="memory-preallocated",
-                hint="something in the command (a device, a display) uses guest memory on an incoming QEMU: remove it",
-            )
-        return FaultSource(pid=pid, uffd=uffd.fd, mappings=mappings)
+        return await incoming.take_faults(self.name, self.qemu.handle, memory, self._open_uffd)
+
+    async def _open_uffd(self) -> int:
+        return (await self.qemu.open_uffd(faults=True)).fd
 
     async def _compare(self, monitor: Monitor, regions: tuple[Region, ...]) -> dict[str, Block]:
         """Hold this QEMU against the source's; its blocks by name."""
@@ -247,49 +235,6 @@ class QemuTarget(TargetGuest):
             hint="the command must start QEMU directly, or through a wrapper that keeps open descriptors",
         )
 
-    async def _present(self, mappings: tuple[Mapping, ...]) -> list[Mapping]:
-        """The mappings of which something is in the page tables of QEMU, or which are locked there."""
-        ranges = [(mapping.address, mapping.address + mapping.length_bytes) for mapping in mappings]
-        states = await asyncio.to_thread(mapped_areas, self.qemu.handle.pid, ranges)
-        present = [state.area for state in states if state.present_bytes]
-        return [
-            mapping
-            for mapping, (start, end) in zip(mappings, ranges, strict=True)
-            if any(area.start < end and start < area.end for area in present)
-        ]
-
-    async def _empty_page_tables(self, mappings: tuple[Mapping, ...]) -> None:
-        """QEMU has preallocated or locked memory: pages that are in its page tables would never fault."""
-        for mapping in await self._present(mappings):
-            await in_thread(injection.empty_page_tables, self.qemu.handle, mapping.address, mapping.length_bytes)
-
-    async def _mappings(self, pid: int, memory: tuple[TargetMemory, ...]) -> tuple[Mapping, ...]:
-        """Where QEMU maps our memory: each region whole and once."""
-        found: list[Mapping] = []
-        every = areas(pid)
-        for index, item in enumerate(memory):
-            key = file_key(item.memory_fd)
-            ours: list[Area] = [area for area in every if area.key == key]
-            ends = {area.offset + area.end - area.start for area in ours}
-            starts = {area.offset for area in ours}
-            covered = sum(area.end - area.start for area in ours)
-            whole = covered == item.region.size_bytes and starts - ends == {0} and ends - starts == {covered}
-            if not whole or not all(area.shared for area in ours):
-                raise regions_differ(
-                    self.name,
-                    f"QEMU maps {covered} of the {item.region.size_bytes} bytes made for {item.region.name}, or not as one",
-                )
-            found += [Mapping(index, area.start, area.offset, area.end - area.start) for area in ours]
-        keys = frozenset(file_key(item.memory_fd) for item in memory)
-        # Ourselves excluded: the alias is not the guest's.
-        for other in await asyncio.to_thread(mapped_elsewhere, keys, (pid, os.getpid())):
-            raise GuestRefusedError(
-                f"guest {self.name}: its memory is also mapped by {other}",
-                code="memory-mapped-elsewhere",
-                hint="vhost-user back ends cannot take part in a move yet",
-            )
-        return tuple(found)
-
     def _with_log(self, error: MigratedError) -> MigratedError:
         """The error, with the last words of QEMU in its message."""
         tail = self.log_tail()
@@ -316,7 +261,7 @@ class QemuTarget(TargetGuest):
                     f"guest {self.name}: process {pid} does not hold the userfaultfd of this migration",
                     code="guest-gone",
                 )
-            mappings = await self._mappings(pid, memory)
+            mappings = await incoming.find_mappings(self.name, pid, memory)
         except BaseException:
             process.close()
             raise

@@ -170,8 +170,8 @@ WRONG_GUESTS = [
         '"4K", "2M" or "1G"',
     ),
     ("target", {"driver": "process", "reserve": 1, "command": ["g"]}, "guests.vm1.reserve: 1 is", "true or false"),
-    ("target", {"driver": "xen"}, "guests.vm1.driver: 'xen' is unknown", 'driver = "qemu" or "process"'),
-    ("target", {"driver": 3}, "guests.vm1.driver: '3' is unknown", 'driver = "qemu" or "process"'),
+    ("target", {"driver": "xen"}, "guests.vm1.driver: 'xen' is unknown", 'driver = "qemu", "libvirt" or "process"'),
+    ("target", {"driver": 3}, "guests.vm1.driver: '3' is unknown", 'driver = "qemu", "libvirt" or "process"'),
 ]
 
 

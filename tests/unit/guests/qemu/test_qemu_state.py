@@ -50,11 +50,13 @@ def test_the_stream_begins_with_configuration_and_lengths() -> None:
         stream
         == bytes.fromhex(
             "5145564d00000003"  # QEVM, version 3
-            "070000000d" + b"pc-i440fx-7.2".hex() + "01000000000372616d0000000000000004"  # section 0: ram, version 4
+            "070000000d"
+            + b"pc-i440fx-7.2".hex()
+            + "01000100000372616d0000000000000004"  # section 65536: ram, version 4
             "0000000000003004"  # 0x3000 bytes
             "06" + b"pc.ram".hex() + "0000000000001000" + "12" + b"/rom@etc/acpi/rsdp".hex() + "0000000000002000"
             "0000000000000010"
-            "7e00000000"
+            "7e00010000"
         )
     )
 

@@ -1,0 +1,201 @@
+"""A running domain of libvirt's that is migrated away.
+
+All that is asked of its QEMU goes through libvirt's monitor; the rest is as with any running QEMU (RunningQemu).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from migrated.errors import GuestError, GuestRefusedError, MigratedError, TimeoutExceededError
+from migrated.guests.access.pidfd import open_files
+from migrated.guests.driver import Description as PlainDescription
+from migrated.guests.libvirt.config import Description, LibvirtSourceConfig, pack_xml
+from migrated.guests.libvirt.connection import Connection
+from migrated.guests.libvirt.monitor import LibvirtMonitor
+from migrated.guests.qemu.process import ManagedQemu
+from migrated.guests.qemu.source import RunningQemu
+from migrated.memory.regions import SourceMemory
+from migrated.settings import Timeouts
+from migrated.waiting import in_thread
+
+log = structlog.get_logger("migrated.libvirt")
+
+#: Devices whose state is not in what QEMU saves of its devices, or whose writes nobody sees, by path in the domain's XML.
+_UNMOVABLE = {
+    "devices/hostdev": "a host device",
+    "devices/interface[@type='hostdev']": "a host network device",
+    "devices/interface[@type='vhostuser']": "a vhost-user network device",
+    "devices/interface[@type='vdpa']": "a vDPA network device",
+    "devices/disk[@type='vhostuser']": "a vhost-user disk",
+    "devices/disk[@type='vhostvdpa']": "a vDPA disk",
+    "devices/disk/mirror": "a block job (mirror)",
+    "devices/filesystem/driver[@type='virtiofs']": "a virtiofs file system",
+    "devices/tpm/backend[@type='emulator']": "an emulated TPM, whose state is in another process",
+    "devices/tpm/backend[@type='passthrough']": "a TPM of the host",
+    "devices/video/driver[@name='vhostuser']": "a vhost-user video device",
+    "devices/shmem": "memory shared with others",
+    "launchSecurity": "encrypted memory",
+}
+
+
+class LibvirtQemu(ManagedQemu[LibvirtMonitor]):
+    """The QEMU of a domain."""
+
+    def __init__(self, guest: str, uri: str, domain: str, *, command_seconds: float) -> None:
+        super().__init__(guest)
+        self._uri = uri
+        self._domain = domain
+        self._command_seconds = command_seconds
+
+    async def _session(self, greeting_seconds: float | None = None) -> LibvirtMonitor:
+        del greeting_seconds
+        limit = self._command_seconds
+        connection = await Connection.connect(self._guest, self._uri, limit_seconds=limit)
+        try:
+            domain = await connection.domain(self._domain, limit_seconds=limit)
+            if domain is None or not await connection.call(
+                "asking for its state", domain.isActive, limit_seconds=limit
+            ):
+                raise GuestRefusedError(
+                    f"guest {self._guest}: no domain {self._domain} runs here ({self._uri})",
+                    code="guest-gone" if self._handle is not None else "no-domain",
+                    hint="`virsh list` shows those that do",
+                )
+            monitor = LibvirtMonitor(connection, domain, command_seconds=limit)
+            await monitor.listen()
+        except BaseException:
+            await connection.close()
+            raise
+        return monitor
+
+    async def _pid(self, monitor: LibvirtMonitor) -> int:
+        """Libvirt does not tell it: QEMU is the process that gets a file from us through libvirt."""
+        fd = os.memfd_create("migrated-who-are-you", os.MFD_CLOEXEC)
+        try:
+            await monitor.add_fd(fd)
+            uuid = await monitor.connection.call(
+                "asking for its UUID", monitor.domain.UUIDString, limit_seconds=self._command_seconds
+            )
+            found = await in_thread(_holders, fd, str(uuid))
+        finally:
+            os.close(fd)
+        with contextlib.suppress(GuestError):  # one descriptor left over does no harm
+            await monitor.remove_fds()
+        if len(found) != 1:
+            raise GuestRefusedError(
+                f"guest {self._guest}: cannot tell which process of this host is its QEMU: {len(found)} could be",
+                code="no-process",
+                hint="the agent must run on the host of libvirt's QEMUs, as root, and see their processes",
+            )
+        return found[0]
+
+
+def _holders(fd: int, uuid: str) -> list[int]:
+    """The processes that were started for the domain with this UUID and have our file open."""
+    ours = os.fstat(fd)
+    found = []
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit() and int(process.name) != os.getpid():
+            with contextlib.suppress(OSError):
+                if uuid.encode() not in (process / "cmdline").read_bytes():
+                    continue
+                for number, link in open_files(int(process.name)).items():
+                    if link.startswith("/memfd:") and os.path.samestat(ours, (process / "fd" / str(number)).stat()):
+                        found.append(int(process.name))
+                        break
+    return found
+
+
+class LibvirtSource(RunningQemu):
+    """See `SourceGuest`."""
+
+    def __init__(self, name: str, config: LibvirtSourceConfig, timeouts: Timeouts) -> None:
+        domain = config.domain or name
+        super().__init__(name, LibvirtQemu(name, config.uri, domain, command_seconds=timeouts.guest_command), timeouts)
+        self._undefine = config.undefine
+        self._described: Description | None = None
+
+    async def open(self) -> SourceMemory:
+        memory = await super().open()
+        plain = super().describe()
+        self._described = Description(
+            machine=plain["machine"],
+            version=tuple(plain["version"]),
+            backends=tuple(plain["backends"]),
+            ids=tuple(block.id for block in self.blocks),
+            used_bytes=tuple(block.used_bytes for block in self.blocks),
+            **await self._domain_description(),
+        )
+        return memory
+
+    async def _refuse_unmovable(self, monitor: Any) -> None:
+        await self._refuse_devices(monitor)
+        await super()._refuse_unmovable(monitor)
+
+    async def _refuse_devices(self, monitor: LibvirtMonitor) -> None:
+        xml = await self._ask(monitor, "reading its XML", monitor.domain.XMLDesc, 0)
+        found = [what for path, what in _UNMOVABLE.items() if ET.fromstring(xml).find(path) is not None]  # noqa: S314 - libvirt's own
+        if found:
+            raise GuestRefusedError(
+                f"guest {self.name} has {', '.join(found)}",
+                code="unsupported-device",
+                hint="detach it for the time of the migration (virsh detach-device)",
+            )
+
+    async def _domain_description(self) -> dict[str, Any]:
+        monitor: LibvirtMonitor = await self.qemu.monitor()
+        libvirt, domain = monitor.connection.libvirt, monitor.domain
+        flags = libvirt.VIR_DOMAIN_XML_SECURE | libvirt.VIR_DOMAIN_XML_MIGRATABLE
+        xml = await self._ask(monitor, "reading its XML", domain.XMLDesc, flags)
+        persistent = await self._ask(monitor, "asking whether it is persistent", domain.isPersistent)
+        definition, autostart = "", False
+        if persistent:
+            flags = libvirt.VIR_DOMAIN_XML_SECURE | libvirt.VIR_DOMAIN_XML_INACTIVE
+            definition = await self._ask(monitor, "reading its definition", domain.XMLDesc, flags)
+            autostart = bool(await self._ask(monitor, "asking whether it starts by itself", domain.autostart))
+        return {
+            "xml": pack_xml(self.name, xml),
+            "definition": pack_xml(self.name, definition),
+            "autostart": autostart,
+        }
+
+    async def _ask(self, monitor: LibvirtMonitor, what: str, function: Any, *arguments: Any) -> Any:
+        limit = self._timeouts.guest_command
+        return await monitor.connection.call(what, function, *arguments, limit_seconds=limit)
+
+    def describe(self) -> PlainDescription:
+        if self._described is None:
+            raise GuestError(f"guest {self.name} is not open", code="guest-not-open")
+        return self._described.encode()
+
+    async def release(self) -> None:
+        process = self.qemu.handle
+        if process.poll() is None:
+            try:
+                await self._give_up()
+                await process.wait(self._timeouts.release)
+            except (MigratedError, TimeoutExceededError) as error:
+                log.warning("libvirt did not end the domain; its QEMU is ended", guest=self.name, error=str(error))
+                # The guest runs elsewhere: what is left here must not.
+                await process.kill(self._timeouts.release)
+
+    async def _give_up(self) -> None:
+        """Have libvirt end the domain; it must not start again by itself, and is not kept if so configured."""
+        monitor: LibvirtMonitor = await self.qemu.monitor()
+        libvirt, domain = monitor.connection.libvirt, monitor.domain
+        persistent = await self._ask(monitor, "asking whether it is persistent", domain.isPersistent)
+        if persistent:
+            with contextlib.suppress(GuestError):
+                await self._ask(monitor, "turning autostart off", domain.setAutostart, 0)
+        await monitor.connection.call("ending the domain", domain.destroy, limit_seconds=self._timeouts.release)
+        if persistent and self._undefine:
+            flags = libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE | libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
+            flags |= libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA | libvirt.VIR_DOMAIN_UNDEFINE_KEEP_NVRAM
+            await self._ask(monitor, "undefining the domain", domain.undefineFlags, flags)

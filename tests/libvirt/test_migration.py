@@ -1,0 +1,84 @@
+"""A domain that libvirt manages migrates to another libvirt and back; virsh tells the truth about it on both."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from tests.libvirt.conftest import Domains
+from tests.rig.guest import MIB
+from tests.rig.host import PROGRAM
+
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.hugepages,
+    pytest.mark.guest,
+    pytest.mark.timeout(300),  # on a busy machine; usually seconds
+    pytest.mark.asyncio(loop_scope="module"),
+]
+
+
+async def inspect(domain: str, uri: str) -> dict[str, Any]:
+    """What `migrated inspect` says of a domain."""
+    process = await asyncio.create_subprocess_exec(
+        *(*PROGRAM, "inspect", domain, "--uri", uri, "--json"), stdout=asyncio.subprocess.PIPE
+    )
+    out, _ = await process.communicate()
+    answer: dict[str, Any] = json.loads(out)
+    return answer
+
+
+async def test_a_domain_on_default_memory_migrates_in_every_mode(domains: Domains) -> None:
+    async with domains(persistent=True) as domain:
+        await domain.libvirt.virsh("autostart", domain.name)
+        assert await domain.states() == ("running", "none")
+
+        inspected = await inspect(domain.name, domain.libvirt.uri)
+        assert {"pc.ram", "pc.bios"} <= {row["file"] for row in inspected["memory"] if row["movable"]}
+        assert [inspected["pid"]] == domain.pids
+
+        there = await domain.move(mode="hybrid", downtime_limit_ms=2000)
+        assert there.target["page_size"] == 2 * MIB
+        assert there.source["total_bytes"] > domain.memory_bytes  # firmware and ACPI tables too
+        assert await domain.states() == ("running", "shut off")
+        # It is defined where it runs, and does not start by itself where it was.
+        info = await domain.libvirt.virsh("dominfo", domain.name)
+        assert "Persistent:     yes" in info
+        assert "Autostart:      enable" in info
+        assert "Autostart:      disable" in await domain.other_libvirt.virsh("dominfo", domain.name)
+        assert await domain.libvirt.virsh("desc", "--title", domain.name) == f"the title of {domain.name}"
+        assert "kept" in await domain.libvirt.virsh("metadata", domain.name, "urn:migrated:test")
+
+        back = await domain.move(mode="precopy", downtime_limit_ms=2000)
+        assert (back.target["page_size"], back.source["stale_pages"]) == (4096, 0)
+        there = await domain.move(mode="postcopy")
+        assert there.source["stale_pages"] > 0
+        await domain.move(mode="postcopy")
+        assert await domain.states() == ("running", "shut off")
+
+
+async def test_a_transient_domain_stays_transient_and_a_paused_one_paused(domains: Domains) -> None:
+    video = "<video><model type='vga'/></video>"
+    async with domains(persistent=False, devices=video) as domain:
+        await domain.move(downtime_limit_ms=2000)
+        assert await domain.states() == ("running", "none")
+        assert "Persistent:     no" in await domain.libvirt.virsh("dominfo", domain.name)
+
+        before = await domain.console.stats()
+        await domain.libvirt.virsh("suspend", domain.name)
+        await domain.arrive(await domain.begin())
+        assert await domain.states() == ("paused", "none")
+        await domain.libvirt.virsh("resume", domain.name)
+        await domain.assert_sound(before)
+
+
+async def test_memory_that_libvirt_would_preallocate_is_not_held_twice(domains: Domains) -> None:
+    backing = "<source type='memfd'/><access mode='shared'/><allocation mode='immediate'/>"
+    async with domains(memory=backing) as domain:
+        await domain.move(downtime_limit_ms=2000)
+        assert "immediate" not in await domain.libvirt.virsh("dumpxml", domain.name)
+        assert "immediate" in await domain.libvirt.virsh("dumpxml", "--inactive", domain.name)
+        await domain.move(downtime_limit_ms=2000)
