@@ -68,14 +68,14 @@ class Landmarks:
     async def find(self, pid: int, *, limit_seconds: float) -> dict[str, LocatedBlock]:
         """Where the blocks are, by id.  Raises GuestRefusedError ``memory-not-found``."""
         deadline = time.monotonic() + limit_seconds
-        while (placed := await in_thread(self._look, pid)) is None:
+        while (located := await in_thread(self._look, pid)) is None:
             if time.monotonic() > deadline:
                 raise GuestError(
                     f"guest {self.guest}: QEMU did not read its migration stream within {limit_seconds:g} s",
                     code="guest-start",
                 )
             await asyncio.sleep(_POLL_SECONDS)
-        return placed
+        return located
 
     def _look(self, pid: int) -> dict[str, LocatedBlock] | None:
         """None while QEMU has not come to the last page."""

@@ -154,10 +154,10 @@ class LibvirtTarget(TargetGuest):
         landmarks = Landmarks(self.name, blocks)
         used = {block.id: block.used_bytes for block in blocks}
         await self._unless_failed(image.write(stream_begin(theirs.machine, used) + landmarks.stream()))
-        placed = await self._unless_failed(landmarks.find(process.pid, limit_seconds=self._timeouts.guest_start))
+        located = await self._unless_failed(landmarks.find(process.pid, limit_seconds=self._timeouts.guest_start))
         numbers = await in_thread(injection.give_fds, process, [item.memory_fd for item in memory])
         for block, item, number in zip(blocks, memory, numbers, strict=True):
-            address = placed[block.id].address
+            address = located[block.id].address
             await in_thread(injection.map_over, process, address, item.region.size_bytes, number)
         return await qemu_incoming.take_faults(self.name, process, memory, self._open_uffd)
 
