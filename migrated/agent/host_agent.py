@@ -11,7 +11,6 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Any, Generic, TypeVar
 
-from migrated import guests
 from migrated.agent import archive
 from migrated.agent.archive import Archive
 from migrated.agent.migration import Migration
@@ -20,6 +19,7 @@ from migrated.agent.requests import Health, SetRequest, StartRequest
 from migrated.agent.table import MigrationTable
 from migrated.config import AgentConfig
 from migrated.errors import ConflictError
+from migrated.guests.registry import GuestRegistry
 from migrated.recovery.store import CombinedStore, store_for
 from migrated.waiting import cancel_and_wait
 
@@ -45,7 +45,7 @@ class HostAgent(abc.ABC, Generic[M]):
         self._tasks: dict[asyncio.Task[None], M] = {}
         self._started = False  # what an agent before us left is taken back, and new work can come
         self._stopping = False
-        self._guests = guests.GuestRegistry(config)
+        self._guests = GuestRegistry(config)
         self._store = store_for(config.state_dir)
 
     # ------------------------------------------------------------ verbs

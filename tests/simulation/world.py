@@ -21,7 +21,6 @@ from typing import Any, Final, cast
 
 import structlog
 
-from migrated import guests as drivers
 from migrated.agent import archive, host_agent
 from migrated.agent.migration import Migration
 from migrated.agent.record import State, id_of
@@ -823,7 +822,7 @@ def seams(world: World) -> Iterator[None]:
         (Session, "_follow", followed),
         (Migration, "set_state", stated),
         (host_agent, "store_for", lambda state_dir: machine.SimStore(current().host)),
-        (drivers, "GuestRegistry", guest.SimGuestRegistry),
+        (host_agent, "GuestRegistry", guest.SimGuestRegistry),
         (journal, "BOOT_ID", _BootId),
         (pidfd, "process_started", _process_started),
         (source_migration, "process_started", _process_started),

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from migrated import config
-from migrated.guests import GuestRegistry, guest_log
+from migrated.guests import guest_log
 from migrated.guests.access.pidfd import PidHandle
+from migrated.guests.registry import GuestRegistry
 from migrated.waiting import within
 
 PATIENCE_SECONDS = 20.0
