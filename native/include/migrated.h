@@ -1,17 +1,17 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The C core of migrated: mechanism only.  Python decides what is to happen (when a round starts, when the guest
- * pauses, when to give up); the threads behind this header move pages, hash, scan and serve faults, and never need
- * the Python loop, its lock, QMP or the disk to do so.
+ * The C core of migrated provides mechanism; Python decides when a round starts, when the guest pauses and when to give
+ * up.  The threads behind this header copy and hash pages, scan and serve faults, and never need the Python loop, its
+ * lock, QMP or the disk to do so.
  *
  * Conventions
  *   - A function that can fail returns 0, or -1 with *err filled in.  err may be NULL.
  *   - Objects are opaque; _create and _destroy come in pairs; _destroy joins every thread of the object.
- *   - "Takes the descriptor" means: owned (and closed) by the object from then on, also when the call fails.
- *   - An object reports through one eventfd (mgd_*_event_fd) and a queue drained by mgd_*_next_event.
+ *   - "Takes the descriptor": the object owns it (and closes it) from then on, even if the call fails.
+ *   - An object reports events through one eventfd (mgd_*_event_fd) and a queue read with mgd_*_next_event.
  *   - Units are in the names: _bytes, _ns, _pages, _blocks.  A block is always 4 KiB.
- *   - Functions of one object may be called from any one thread at a time, except _stats, _set_* and _next_event,
- *     which may be called at any time.
+ *   - Any thread may call the functions of an object, but only one at a time.  Exceptions that may be called at any
+ *     time: _stats, _set_* and _next_event.
  */
 #ifndef MIGRATED_H
 #define MIGRATED_H

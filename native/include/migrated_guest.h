@@ -1,24 +1,26 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Client of a co-operative guest: a C program whose memory `migrated` can move to another host while it works.  Header only;
- * needs POSIX threads.  docs/process-guests.md describes the messages; the Python client is migrated/guests/process/client.py.
+ * Client of a co-operative guest: a C program whose memory `migrated` can move to another host while it works.  Header
+ * only; needs POSIX threads.  docs/process-guests.md describes the messages; the Python client is
+ * migrated/guests/process/client.py.
  *
- *	struct migrated_region regions[] = { { .name = "heap", .size_bytes = 1 << 30 } };
- *	struct migrated_guest guest;
+ * 	struct migrated_region regions[] = { { .name = "heap", .size_bytes = 1 << 30 } };
+ * 	struct migrated_guest guest;
  *
- *	migrated_guest_init(&guest, NULL, regions, 1, workers, 0);
- *	guest.save = save; guest.restore = restore; guest.context = me;
- *	migrated_guest_connect(&guest);        regions[i].address is mapped now
- *	migrated_guest_start(&guest);          the agent is answered by a thread from here on
- *	in each worker:
- *		while (!migrated_safe_point(&guest))
- *			work on the memory;
+ * 	migrated_guest_init(&guest, NULL, regions, 1, workers, 0);
+ * 	guest.save = save; guest.restore = restore; guest.context = me;
+ * 	migrated_guest_connect(&guest);        regions[i].address is mapped now
+ * 	migrated_guest_start(&guest);          a thread answers the agent from here on
+ * 	in each worker:
+ * 		while (!migrated_safe_point(&guest))
+ * 			work on the memory;
  *
- * migrated_safe_point returns 0 at once, or, when the guest was paused, once it runs again; 1 when the guest has moved away
- * and the process should end.  Where guest.incoming is set, the first safe point waits until the state has come and the guest
- * is to run: the memory must not be touched before, except by restore.
+ * migrated_safe_point returns 0 at once, or, if the guest is paused, when it runs again.  It returns 1 when the guest
+ * has moved away and the process should exit.  If guest.incoming is set, the first safe point waits until the state has
+ * arrived and the guest may run; until then only restore may touch the memory.
  *
- * The structure must not lie in the moved memory, and must not move.  Functions return 0, or -1 with errno.
+ * The structure must not lie in the moved memory, and its address must not change.  Functions return 0, or -1 with
+ * errno set.
  */
 #ifndef MIGRATED_GUEST_H
 #define MIGRATED_GUEST_H
@@ -43,7 +45,7 @@
 #define MIGRATED_MAX_REGIONS 64
 #define MIGRATED_MAX_NAME 255
 #define MIGRATED_MAX_PAYLOAD (64u << 20)
-#define MIGRATED_DIRECT_IO 2 /* flag of migrated_guest_init: something reads into the memory with O_DIRECT */
+#define MIGRATED_DIRECT_IO 2 /* flag of migrated_guest_init: O_DIRECT reads go into the memory */
 
 #ifndef UFFD_USER_MODE_ONLY
 #define UFFD_USER_MODE_ONLY 1
@@ -69,22 +71,22 @@ enum migrated_kind {
 };
 
 struct migrated_region {
-	const char *name; /* at most 255 bytes; stays the caller's */
+	const char *name; /* at most 255 bytes; owned by the caller */
 	uint64_t size_bytes; /* a multiple of the page size the agent is configured for */
-	void *address; /* filled in by migrated_guest_connect */
+	void *address; /* set by migrated_guest_connect */
 	uint64_t page_bytes;
 	int fd;
 };
 
 struct migrated_guest {
-	/* The caller's, between init and start.  save allocates *out with malloc; both return 0 or -1. */
+	/* Set by the caller between init and start.  save allocates *out with malloc; both return 0 or -1. */
 	int (*save)(void *context, void **out, size_t *out_bytes);
 	int (*restore)(void *context, const void *state, size_t bytes);
 	void *context;
-	/* To be read. */
-	int incoming; /* started to take a guest over */
-	char refusal[256]; /* why the agent refused, after a failure with ECONNREFUSED */
-	/* Ours. */
+	/* Read-only for the caller. */
+	int incoming; /* this process was started to receive a guest */
+	char refusal[256]; /* the agent's reason, after a failure with ECONNREFUSED */
+	/* Private. */
 	struct migrated_region *regions;
 	unsigned int region_count, workers, parked, flags;
 	int paused, ended, sock, uffd, uffd_incoming, has_memory;
@@ -103,7 +105,7 @@ struct migrated_header {
 
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "messages are little end first");
 
-/* path NULL: from the environment, MIGRATED_SOCKET. */
+/* path NULL: take it from the environment variable MIGRATED_SOCKET. */
 static inline int migrated_guest_init(struct migrated_guest *guest, const char *path, struct migrated_region *regions,
 				      unsigned int region_count, unsigned int workers, unsigned int flags)
 {
@@ -193,7 +195,7 @@ static inline void migrated_close_all(int *fds, unsigned int *fd_count)
 		close(fds[--*fd_count]);
 }
 
-/* Read exactly so many bytes; descriptors that come with them go to fds. */
+/* Read exactly `bytes` bytes; descriptors received with them go to fds. */
 static inline int migrated_read(int sock, void *data, size_t bytes, int *fds, unsigned int *fd_count)
 {
 	char *at = (char *)data;
@@ -238,7 +240,7 @@ static inline int migrated_read(int sock, void *data, size_t bytes, int *fds, un
 	return 0;
 }
 
-/* The next message.  *payload is the caller's to free, the descriptors the caller's to close, also after a failure. */
+/* Receive the next message.  The caller frees *payload and closes the descriptors, even after a failure. */
 static inline int migrated_receive(int sock, struct migrated_header *header, unsigned char **payload, int *fds,
 				   unsigned int *fd_count)
 {
@@ -304,7 +306,8 @@ static inline int migrated_dial(struct migrated_guest *guest)
 	return 0;
 }
 
-/* MEMORY: map what came along (takes the descriptors), or keep what there is; answer with the addresses. */
+/* Handle MEMORY: map the descriptors received (taking them), or keep the existing mappings; reply with the
+ * addresses. */
 static inline int migrated_map(struct migrated_guest *guest, const struct migrated_header *header,
 			       const unsigned char *payload, int *fds, unsigned int *fd_count)
 {
@@ -321,7 +324,7 @@ static inline int migrated_map(struct migrated_guest *guest, const struct migrat
 		struct migrated_region *r = &guest->regions[i];
 
 		if (!guest->has_memory) {
-			/* The agent has reserved what is to be reserved. */
+			/* The agent has reserved what needs reserving. */
 			void *memory = mmap(NULL, r->size_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE,
 					    fds[i], 0);
 
@@ -343,7 +346,7 @@ static inline int migrated_map(struct migrated_guest *guest, const struct migrat
 			     0);
 }
 
-/* Reach the agent and map the memory.  ECONNREFUSED with guest->refusal: the agent said no. */
+/* Connect to the agent and map the memory.  ECONNREFUSED with guest->refusal set: the agent refused. */
 static inline int migrated_guest_connect(struct migrated_guest *guest)
 {
 	const struct timespec pause = {0, 200000000};
@@ -382,7 +385,7 @@ static inline void migrated_forget(struct migrated_guest *guest)
 	guest->uffd_incoming = 0;
 }
 
-/* *out: 1 if the descriptor answers only for faults of user space. */
+/* *out: 1 if the descriptor handles only faults from user space. */
 static inline int migrated_open_uffd(struct migrated_guest *guest, int incoming, uint32_t *out)
 {
 	int fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK), device;
@@ -517,7 +520,8 @@ static inline void *migrated_serve(void *argument)
 			continue;
 		close(guest->sock);
 		guest->sock = -1;
-		/* An agent that is gone tracks nothing; but while pages are missing the descriptor must stay. */
+		/* If the agent is gone, nobody tracks writes; but while pages are missing, the descriptor must stay
+		 * open. */
 		if (!guest->uffd_incoming)
 			migrated_forget(guest);
 		if (!left)

@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Bitmaps of 64-bit words, little-endian, in anonymous memory that costs nothing until a bit is set: one bit a block of
- * a sparse 1 TiB guest is 32 MiB of addresses and no memory.  Their words are ordinary memory, as Python and the
- * network give and take them, so the compiler's builtins for atomic access are used here, and nowhere else in the core.
+ * Bitmaps of little-endian 64-bit words, in anonymous memory that costs nothing until a bit is set: one bit per block
+ * of a sparse 1 TiB guest takes 32 MiB of address space and no memory.  Python and the network exchange these words as
+ * plain memory, so this file, and no other file of the core, uses the compiler's builtins for atomic access.
  *
- * The _atomic functions may be used by several threads at once; the others need the bitmap to themselves.
+ * Several threads may call the _atomic functions at once; the others need exclusive use of the bitmap.
  */
 #pragma once
 
@@ -35,7 +35,7 @@ static inline size_t mgd_bitmap_words(uint64_t bits)
 	return (size_t)(bits / 64 + (bits % 64 != 0));
 }
 
-/* Zero-filled memory, or NULL with *err filled in. */
+/* Return zero-filled memory, or NULL with *err filled in. */
 static inline void *mgd_map_zeros(size_t bytes, struct mgd_error *err)
 {
 	void *at = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -47,7 +47,7 @@ static inline void *mgd_map_zeros(size_t bytes, struct mgd_error *err)
 	return at;
 }
 
-/* Neither of these does anything for what was never made. */
+/* Both ignore what was never created. */
 static inline void mgd_close(int fd)
 {
 	if (fd >= 0)
@@ -65,13 +65,13 @@ static inline uint64_t mgd_word_load_atomic(const uint64_t *word)
 	return __atomic_load_n(word, __ATOMIC_ACQUIRE);
 }
 
-/* Set the bits of mask; returns those among them that were clear. */
+/* Set the bits of mask; return those of them that were clear. */
 static inline uint64_t mgd_word_set_atomic(uint64_t *word, uint64_t mask)
 {
 	return mask & ~__atomic_fetch_or(word, mask, __ATOMIC_ACQ_REL);
 }
 
-/* The word as it was; it is empty now. */
+/* Return the word and clear it. */
 static inline uint64_t mgd_word_take_atomic(uint64_t *word)
 {
 	return __atomic_exchange_n(word, 0, __ATOMIC_ACQ_REL);
@@ -100,8 +100,8 @@ static inline bool mgd_bit_clear_atomic(uint64_t *words, uint64_t bit)
 	return __atomic_fetch_and(&words[bit / 64], ~mask, __ATOMIC_ACQ_REL) & mask;
 }
 
-/* First set bit at or after `from` and before `bits`; `bits` when there is none.  What other threads clear meanwhile may
- * or may not be found. */
+/* Return the first set bit at or after `from` and before `bits`, or `bits` if there is none.  It may or may not find
+ * bits that other threads clear meanwhile. */
 static inline uint64_t mgd_bitmap_next_atomic(const uint64_t *words, uint64_t from, uint64_t bits)
 {
 	uint64_t mask = ~0ull << (from % 64);
@@ -115,12 +115,12 @@ static inline uint64_t mgd_bitmap_next_atomic(const uint64_t *words, uint64_t fr
 	return bits;
 }
 
-/* Each set bit from `from` on; one that is set or cleared meanwhile may or may not be found. */
+/* Visit each set bit from `from` on; bits set or cleared meanwhile may or may not be visited. */
 #define mgd_bitmap_for_each_atomic(bit, words, from, bits)                                                             \
 	for (uint64_t bit = mgd_bitmap_next_atomic(words, from, bits); bit < (bits);                                   \
 	     bit = mgd_bitmap_next_atomic(words, bit + 1, bits))
 
-/* Bits first … first+63, those from `bits` on as zeros. */
+/* Return bits first … first+63; bits at and beyond `bits` read as zero. */
 static inline uint64_t mgd_bitmap_get64(const uint64_t *words, uint64_t first, uint64_t bits)
 {
 	size_t index = (size_t)(first / 64);
@@ -137,7 +137,7 @@ static inline uint64_t mgd_bitmap_get64(const uint64_t *words, uint64_t first, u
 	return value;
 }
 
-/* The bits of word `index` that lie in first … first+count-1. */
+/* Return the bits of word `index` that lie in first … first+count-1. */
 static inline uint64_t mgd_word_mask(uint64_t index, uint64_t first, uint64_t count)
 {
 	uint64_t mask = ~0ull, end = first + count;

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The token bucket: what may be sent when, and waiting for it.  The time is read in the functions that wait, and in no
- * others.
+ * The token bucket decides when a sender may send, and blocks it until then.  Only the functions that wait read the
+ * clock.
  */
 #include "bucket.h"
 

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * A page connection: reading and writing all of what is asked, whatever the socket takes at a time.  Options are set
- * for pages, of which some are waited for.
+ * A page connection reads and writes everything it is asked to, however little the socket takes at a time.  It sets
+ * socket options for pages, some of which a guest thread waits for.
  */
 #include "channel.h"
 
@@ -17,12 +17,13 @@
 
 #include "error.h"
 
-/* What a bulk sender may have written and the network not yet taken.  Small, so that what is decided late (a demand, a
- * limit) acts soon; large enough to keep a 10 Gbit/s link busy while the sender hashes its next 2 MiB. */
+/* How much a bulk sender may have written that the network has not taken yet.  Small, so that late decisions (a
+ * demand, a limit) take effect soon; large enough to keep a 10 Gbit/s link busy while the sender hashes its next 2
+ * MiB. */
 #define NOTSENT_LOWAT_BYTES (512 * 1024)
 
-/* A lost last packet of a page is sent again after this long, not after the kernel's 200 ms: a guest thread waits for it.
- * Linux 6.15; before, the option is refused and the kernel's value stays. */
+/* Retransmit the lost last packet of a page after this long instead of the kernel's 200 ms: a guest thread waits for
+ * it.  Linux 6.15; older kernels refuse the option and keep their value. */
 #ifndef TCP_RTO_MIN_US
 #define TCP_RTO_MIN_US 45
 #endif
@@ -31,7 +32,7 @@
 #define KEEPALIVE_IDLE_SECONDS 5
 #define KEEPALIVE_INTERVAL_SECONDS 3
 #define KEEPALIVE_PROBES 5
-/* Unacknowledged data older than this ends the connection: idle + interval * probes, as for a silent one. */
+/* Unacknowledged data older than this ends the connection: idle + interval * probes, as for a silent peer. */
 #define USER_TIMEOUT_MS 20000
 
 struct mgd_channel {
@@ -40,7 +41,8 @@ struct mgd_channel {
 
 static void set_option(int fd, int level, int option, int value)
 {
-	/* Every option set here is a refinement: without it pages move as correctly, only slower or noticed later. */
+	/* Every option set here is an optimization: without it migration is just as correct, but slower, or it
+	 * detects failures later. */
 	(void)setsockopt(fd, level, option, &value, sizeof(value));
 }
 
@@ -113,7 +115,7 @@ int mgd_iov_add(struct iovec *iov, int count, void *at, size_t bytes)
 	return count + 1;
 }
 
-/* Step over `bytes` already moved, and over entries that are empty. */
+/* Skip `bytes` that were moved, and empty entries. */
 static void advance(struct iovec **iov, int *count, size_t bytes)
 {
 	while (*count && bytes >= (*iov)->iov_len) {

@@ -1,7 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The clock of all time limits, rates and latencies is CLOCK_MONOTONIC, in nanoseconds.  Short pauses are made here,
- * too.
+ * All time limits, rates and latencies use CLOCK_MONOTONIC, in nanoseconds.  This file also provides short sleeps.
  */
 #pragma once
 

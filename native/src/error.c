@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Filling in a struct mgd_error.  A message that is too long is cut.
+ * Functions that fill in a struct mgd_error.  They truncate messages that are too long.
  */
 #include "error.h"
 
@@ -40,7 +40,8 @@ int mgd_fail_errno(struct mgd_error *err, int os_errno, const char *format, ...)
 	va_start(arguments, format);
 	length = fill(err, os_errno == ESRCH ? MGD_ERR_GUEST_GONE : MGD_ERR_OS, os_errno, format, arguments);
 	va_end(arguments);
-	/* strerror() is not thread-safe, and strerror_r() comes in two shapes: this is the GNU one, which returns the text. */
+	/* strerror() is not thread-safe, and strerror_r() has two prototypes: this is the GNU one, which returns the
+	 * text. */
 	snprintf(err->message + length, sizeof(err->message) - length, ": %s",
 		 strerror_r(os_errno, reason, sizeof(reason)));
 	return -1;

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The events' array grows as it must, and its last slot is kept for saying that it could not.  It holds a handful in
- * practice.
+ * The event array grows on demand and reserves its last slot to report that it could not grow.  In practice it holds a
+ * handful.
  */
 #include "event.h"
 
@@ -43,7 +43,7 @@ void mgd_event_queue_fini(struct mgd_event_queue *queue)
 	queue->fd = -1;
 }
 
-/* Room for one more event, the last slot of the array always left to spare. */
+/* Make room for one more event, not counting the reserved last slot. */
 static bool has_room(struct mgd_event_queue *queue)
 {
 	struct mgd_event *larger;
@@ -70,10 +70,10 @@ void mgd_event_post(struct mgd_event_queue *queue, uint32_t kind, uint32_t strea
 		event.kind = MGD_EVENT_FAILED;
 		mgd_fail_errno(&event.error, ENOMEM, "event queue");
 		if (queue->count == queue->capacity)
-			queue->count--; /* the loss has been told already; tell the newest loss */
+			queue->count--; /* the overflow is already reported; report only the newest one */
 	}
 	queue->events[queue->count++] = event;
-	/* EAGAIN: the counter is full, hence readable, which is all that is wanted. */
+	/* EAGAIN: the counter is full, so the descriptor is readable, which is all we need. */
 	(void)eventfd_write(queue->fd, 1);
 }
 

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The queue of events from the threads to Python.  It is short in practice, and never on a hot path.
+ * The queue carries events from the threads to Python.  It is short in practice, and never on a hot path.
  */
 #pragma once
 
@@ -16,7 +16,7 @@ struct mgd_event_queue {
 
 int mgd_event_queue_init(struct mgd_event_queue *queue, struct mgd_error *err);
 void mgd_event_queue_fini(struct mgd_event_queue *queue);
-/* error may be NULL.  Never fails: out of memory is reported by a reserved last slot of kind FAILED. */
+/* error may be NULL.  Never fails: a reserved last slot of kind FAILED reports that memory ran out. */
 void mgd_event_post(struct mgd_event_queue *queue, uint32_t kind, uint32_t stream, uint64_t value,
 		    const struct mgd_error *error);
-int mgd_event_next(struct mgd_event_queue *queue, struct mgd_event *out); /* drains the eventfd when it empties */
+int mgd_event_next(struct mgd_event_queue *queue, struct mgd_event *out); /* clears the eventfd once empty */

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Encoding and decoding of the page frame (layout: frame.h).  Whatever is decoded comes from the network: a field is
- * checked before it is used for anything, the order being such that no sum or product can overflow.
+ * This file encodes and decodes page frames (layout: frame.h).  All input comes from the network: the decoder checks
+ * each field before it uses it, in an order that rules out overflow in any sum or product.
  */
 #include "frame.h"
 
@@ -13,7 +13,7 @@
 
 _Static_assert(__BYTE_ORDER == __LITTLE_ENDIAN, "headers and bitmaps travel as they lie in memory");
 
-/* The header on the wire. */
+/* The header as sent. */
 struct wire_header {
 	uint32_t magic;
 	uint8_t version, kind;
@@ -44,7 +44,7 @@ uint32_t mgd_frame_present_count(const struct mgd_frame *frame)
 	return count;
 }
 
-/* Header and, for PAGES, bitmaps; `check` as given. */
+/* Write the header and, for PAGES, the bitmaps, with `check` as passed. */
 static size_t write_head(const struct mgd_frame *frame, uint64_t check, uint8_t *out)
 {
 	size_t bitmap_bytes = frame->kind == MGD_FRAME_PAGES ? 8 * bitmap_words(frame->block_count) : 0;
@@ -117,7 +117,7 @@ static int check_pages(const struct mgd_frame *frame, const struct mgd_frame_bou
 			return mgd_violation(err, "page frame: sequence %u: the page is one frame", frame->sequence);
 		return 0;
 	}
-	/* A page of several frames: each is one whole chunk, and sequence follows from the place. */
+	/* A page sent as several frames: each frame is one whole chunk, and sequence follows from its position. */
 	page_frames = page_blocks / MGD_CHUNK_BLOCKS;
 	if (frame->block_count != MGD_CHUNK_BLOCKS)
 		return mgd_violation(err, "page frame: block_count %u: must be a whole chunk", frame->block_count);
@@ -197,7 +197,7 @@ int mgd_frame_decode_bitmaps(const uint8_t *bitmaps, struct mgd_frame *frame, st
 					     frame->payload_bytes, present);
 		return 0;
 	}
-	/* A sender compresses only where it pays: never as long as the blocks themselves, never nothing. */
+	/* A sender compresses only if that pays: the payload is shorter than the blocks, and never empty. */
 	if (frame->payload_bytes == 0 || frame->payload_bytes >= present * MGD_BLOCK_BYTES)
 		return mgd_violation(err, "page frame: payload_bytes %u: cannot be %u blocks compressed",
 				     frame->payload_bytes, present);

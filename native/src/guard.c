@@ -1,7 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The handler of SIGBUS, and the jump out of a guarded look.  A signal of anybody else's goes to the handler that was
- * there before.
+ * The SIGBUS handler, and the jump out of a guarded access.  Signals that are not ours go to the previous handler.
  */
 #include "guard.h"
 
@@ -13,7 +12,7 @@
 
 #include "error.h"
 
-/* Where to go on when the look of this thread meets SIGBUS. */
+/* Where this thread continues if its access raises SIGBUS. */
 static _Thread_local sigjmp_buf *guard;
 static struct sigaction others;
 static pthread_once_t handler_once = PTHREAD_ONCE_INIT;
@@ -22,7 +21,7 @@ static int install_errno;
 static void on_sigbus(int number, siginfo_t *info, void *context)
 {
 	if (guard) {
-		/* What returning would have done, and a jump does not. */
+		/* Restore the signal mask: a return from the handler would do so, a jump does not. */
 		pthread_sigmask(SIG_SETMASK, &((ucontext_t *)context)->uc_sigmask, NULL);
 		siglongjmp(*guard, 1);
 	}

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Touching memory that may go away meanwhile.  SIGBUS ends the touch, not the process.
+ * Access to memory that may disappear at any time.  SIGBUS ends the access, not the process.
  */
 #pragma once
 
@@ -8,7 +8,8 @@
 
 #include "migrated.h"
 
-/* Take over SIGBUS, once a process; signals that are none of ours go to whoever had it. */
+/* Install the SIGBUS handler, once per process.  Signals that are not ours go to the previous handler. */
 int mgd_guard_install(struct mgd_error *err);
-/* Run `look`; false: it met SIGBUS and was left in the middle.  It may hold nothing that would have to be given back. */
+/* Run `look`; return false if it raised SIGBUS and was abandoned.  It must not hold anything that has to be
+ * released. */
 bool mgd_guarded(void (*look)(void *), void *argument);

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The keyed hashes and the test for zeros are the only places that look at every byte of the guest.  The hashes are
- * compiled for several processors, and the fastest that this one can run is taken.
+ * The keyed hashes and the test for zeros are the only code that reads every byte of the guest.  The hashes are
+ * compiled for several processors, and the fastest build that this processor supports is used.
  */
 #include "hash.h"
 
@@ -23,7 +23,8 @@ static bool always(void)
 	return true;
 }
 
-/* Carry-less, four bits of b at a time.  The table leaves out the upper bits of a, so that its entries fit a word. */
+/* Carry-less multiplication, four bits of b at a time.  The table omits the upper bits of a, so that its entries fit
+ * a word. */
 static void multiply(uint64_t a, uint64_t b, uint64_t *low, uint64_t *high)
 {
 	const uint64_t short_a = a & ~0ull >> 3;
@@ -76,7 +77,7 @@ static uint64_t polynomial_portable(uint64_t before, const uint64_t *words, size
 
 #include <immintrin.h>
 
-/* Each vector holds pairs of words: of every pair, the lower word times the upper one. */
+/* Each vector holds pairs of words: multiply the lower word of each pair by the upper one. */
 #define LOW_BY_HIGH 0x10
 
 static bool has_clmul(void)
@@ -167,7 +168,7 @@ __attribute__((target("pclmul,sse4.1"))) static uint64_t polynomial_clmul(uint64
 
 #endif
 
-/* ---- whichever this one has */
+/* ---- choosing a build */
 
 const struct mgd_hash_build mgd_hash_builds[] = {
 #ifdef __x86_64__
@@ -191,7 +192,7 @@ uint64_t mgd_block_hash(const void *block, const uint8_t *secret)
 {
 	uint64_t hash = best_build()->inner_product(block, secret);
 
-	return hash ? hash : 1; /* 0 is taken: the target has zeros */
+	return hash ? hash : 1; /* 0 is reserved: the target has zeros */
 }
 
 uint64_t mgd_words_hash(uint64_t before, const uint64_t *words, size_t count, const uint8_t *secret)
@@ -207,8 +208,8 @@ bool mgd_block_is_zero(const void *block)
 	const uint8_t *bytes = block;
 	uint64_t first;
 
-	/* Most blocks differ from zero early: look at one word before asking for all of them.  If a block equals itself
-	 * shifted by eight bytes and starts with eight zeros, it is zero throughout. */
+	/* Most blocks differ from zero early: check one word before checking all.  A block that equals itself
+	 * shifted by eight bytes and starts with eight zero bytes is all zeros. */
 	memcpy(&first, bytes, sizeof(first));
 	return first == 0 && memcmp(bytes, bytes + sizeof(first), MGD_BLOCK_BYTES - sizeof(first)) == 0;
 }

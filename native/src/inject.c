@@ -1,32 +1,32 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * One system call, made in a thread of another, unmodified process.  The process never notices, and is never left on
- * our registers.
+ * Make one system call in a thread of another, unmodified process.  The process does not notice, and is never left
+ * running with our registers.
  *
- * The thread is seized and interrupted with ptrace, its registers are pointed at a `syscall` instruction that the
- * process has anyway (vDSO, else any executable file mapping), it runs from system-call-entry stop to system-call-exit
- * stop, and everything is put back.  What makes it safe:
+ * We seize and interrupt the thread with ptrace and point its registers at a `syscall` instruction that the process
+ * already contains (vDSO, else any executable file mapping).  The thread runs from system-call-entry stop to
+ * system-call-exit stop, and we restore everything.  What makes this safe:
  *
- *   - A thread inside a system call has -ERESTART... in rax and the call's number in orig_rax.  The kernel rewinds such a
- *     thread when it leaves the signal-delivery code, so orig_rax is -1 while our call is set up (nothing to restart), and
- *     the saved registers are put back at a stop *inside the signal-delivery code* (a second PTRACE_INTERRUPT), where the
- *     restart still happens.  Putting them back at the exit stop would leak -ERESTARTSYS to the program.  Calls that end
- *     with EINTR after any stop, whatever SA_RESTART says, do so here too: epoll_wait, io_uring_enter, rt_sigtimedwait,
- *     semop, msgrcv (signal(7)); programs cope with that or could not be stopped and continued either.
- *   - While its registers are ours the thread is not let go: its freezing (cgroup) is waited out, in the helper.
- *   - All signals are blocked meanwhile (PTRACE_SETSIGMASK), so that no handler runs on our registers.  A signal that shows
- *     up before that is delivered as it would have been.  SIGSTOP cannot be blocked: the group stop takes effect when we
- *     detach.
- *   - A restartable sequence (rseq) that the thread was in would be forgotten by the kernel when it sees our instruction
- *     pointer: its descriptor's address is saved and put back.
- *   - Seccomp might kill the process for our call: it is suspended where we may (CAP_SYS_ADMIN), else a process with a
- *     filter is refused.
+ *  - A thread inside a system call has -ERESTART... in rax and the call's number in orig_rax.  The kernel rewinds such
+ *    a thread when it leaves the signal-delivery code.  So orig_rax is -1 while we set up our call (nothing to
+ *    restart), and we restore the saved registers at a stop *inside the signal-delivery code* (a second
+ *    PTRACE_INTERRUPT), where the restart still happens.  Restoring them at the exit stop would leak -ERESTARTSYS to
+ *    the program.  Calls that fail with EINTR after any stop, whatever SA_RESTART says, do so here too: epoll_wait,
+ *    io_uring_enter, rt_sigtimedwait, semop, msgrcv (signal(7)).  Programs must handle that anyway to survive SIGSTOP
+ *    and SIGCONT.
+ *  - While the thread has our registers we do not detach: if its cgroup is frozen, the helper waits for the thaw.
+ *  - We block all signals meanwhile (PTRACE_SETSIGMASK), so that no handler runs with our registers.  A signal that
+ *    arrives before that is delivered as usual.  SIGSTOP cannot be blocked: the group stop takes effect when we detach.
+ *  - The kernel would drop a restartable sequence (rseq) of the thread when it sees our instruction pointer.  We save
+ *    the address of its descriptor and restore it.
+ *  - Seccomp might kill the process for our call.  We suspend it if we may (CAP_SYS_ADMIN); otherwise we refuse a
+ *    process that has a filter.
  *
- * The tracing is done by a helper *process* that shares our memory (CLONE_VM | CLONE_VFORK), for two reasons.  ptrace
- * stops are reported by wait(): were we the tracer and the guest also our child, whoever else in this process waits for
- * children (an event loop) would take our stop for the guest's end.  And should this daemon be killed in the middle,
- * the helper is another process and finishes; whatever happens to the helper, the kernel detaches at its end.  The
- * helper must not touch what the suspended thread's libc may hold: it makes system calls only.
+ * A helper *process* that shares our memory (CLONE_VM | CLONE_VFORK) does the tracing, for two reasons.  wait() reports
+ * ptrace stops: if we were the tracer and the guest were also our child, any other code in this process that waits for
+ * children (an event loop) could take our stop for the guest's exit.  And if this daemon is killed halfway, the helper,
+ * being another process, finishes; if the helper exits for any reason, the kernel detaches.  The helper must not touch
+ * anything that the suspended thread's libc may hold, so it makes system calls only.
  */
 #include <errno.h>
 #include <stddef.h>
@@ -56,8 +56,8 @@
 #include "uapi.h"
 
 #define STOP_LIMIT_NS                                                                                                  \
-	2000000000LL /* told in meaning(); to reach a stop: a thread in uninterruptible sleep takes its time */
-#define CALL_LIMIT_NS 5000000000LL /* likewise; for the system call itself */
+	2000000000LL /* quoted in meaning(); to reach a stop: a thread in uninterruptible sleep needs time */
+#define CALL_LIMIT_NS 5000000000LL /* also quoted there; for the system call itself */
 #define NEVER INT64_MAX
 #define HELPER_STACK_BYTES (64 * 1024)
 #define CODE_CHUNK_BYTES 4096
@@ -65,7 +65,7 @@
 #define USER_CS_64 0x33
 #define SYSCALL_STOP (SIGTRAP | 0x80)
 #define EFLAGS_TRAP 0x100
-/* Returned inside the kernel only: include/linux/errno.h. */
+/* Used only inside the kernel: include/linux/errno.h. */
 #define ERESTART_FIRST 512
 #define ERESTART_LAST 516
 
@@ -87,17 +87,17 @@ enum step {
 	STEP_RESTORE,
 };
 
-/* Everything the helper is given and gives back. */
+/* The helper's input and output. */
 struct injection {
 	pid_t tid;
 	int memory_fd; /* /proc/TID/mem */
 	int suspend_seccomp;
-	uint64_t instruction; /* address of a `syscall` */
+	uint64_t instruction; /* address of a `syscall` instruction */
 	long number;
 	const uint64_t *arguments;
 
 	enum step failed;
-	int reason; /* errno at `failed` */
+	int reason; /* errno of step `failed` */
 	int64_t result;
 	uint64_t stopped_ns;
 };
@@ -106,7 +106,7 @@ struct injection {
 
 static int fail_step(struct injection *injection, enum step step, int reason)
 {
-	/* The first failure is the one to tell. */
+	/* Report the first failure. */
 	if (injection->failed == STEP_NONE) {
 		injection->failed = step;
 		injection->reason = reason;
@@ -114,7 +114,7 @@ static int fail_step(struct injection *injection, enum step step, int reason)
 	return -1;
 }
 
-/* A request of ptrace(2) that must succeed. */
+/* Make a ptrace(2) request that must succeed. */
 static int trace(struct injection *injection, int request, uintptr_t address, uintptr_t data, enum step step)
 {
 	if (!syscall(SYS_ptrace, request, injection->tid, address, data))
@@ -122,7 +122,7 @@ static int trace(struct injection *injection, int request, uintptr_t address, ui
 	return fail_step(injection, errno == ESRCH ? STEP_GONE : step, errno);
 }
 
-/* The next stop, as wait() tells it.  Sleeps on SIGCHLD, which is blocked. */
+/* Wait for the next stop and return its wait status.  Sleeps on SIGCHLD, which is blocked. */
 static int wait_stop(struct injection *injection, int64_t deadline_ns, enum step limit, int *out_status)
 {
 	sigset_t child;
@@ -147,8 +147,8 @@ static int wait_stop(struct injection *injection, int64_t deadline_ns, enum step
 }
 
 /*
- * From running to a stop inside the signal-delivery code, between two of the program's instructions.  With a deadline
- * of NEVER the thread is on our registers, and only its end is a reason to stop waiting.
+ * Stop the running thread inside the signal-delivery code, between two instructions of the program.  With a deadline of
+ * NEVER the thread has our registers, and only its exit ends the wait.
  */
 static int interrupt(struct injection *injection, int64_t deadline_ns)
 {
@@ -161,10 +161,11 @@ static int interrupt(struct injection *injection, int64_t deadline_ns)
 
 		if (wait_stop(injection, deadline_ns, STEP_STOP_LIMIT, &status))
 			return -1;
-		/* Ours, or a group stop: both are taken in the signal-delivery code. */
+		/* Our stop, or a group stop: both happen in the signal-delivery code. */
 		if (status >> 16 == PTRACE_EVENT_STOP)
 			return 0;
-		/* A signal for the program came first.  Asking again before it goes on makes the stop follow at once. */
+		/* A signal for the program came first.  Request the stop again before the thread continues, so that
+		 * it follows at once. */
 		if (status >> 16 == 0 && WSTOPSIG(status) != SYSCALL_STOP)
 			deliver = WSTOPSIG(status);
 		if (trace(injection, PTRACE_INTERRUPT, 0, 0, STEP_STOP) ||
@@ -174,10 +175,9 @@ static int interrupt(struct injection *injection, int64_t deadline_ns)
 }
 
 /*
- * Run to the next system call stop: the entry, or the exit.  A thread that does not get there in time is interrupted,
- * and waited for until it stops, however long that takes.  A call that blocks then ends with an exit stop all the
- * same.  One that was not made, since the thread is frozen (cgroup v2), ends with a stop in the signal-delivery code:
- * *out_made.
+ * Run to the next system call stop: the entry or the exit.  If the thread does not get there in time, interrupt it and
+ * wait until it stops, however long that takes.  A call that blocks then still ends with an exit stop.  If the call was
+ * not made because the thread is frozen (cgroup v2), the stop is in the signal-delivery code: *out_made.
  */
 static int run_to_syscall_stop(struct injection *injection, int64_t deadline_ns, bool *out_made)
 {
@@ -202,7 +202,8 @@ static int run_to_syscall_stop(struct injection *injection, int64_t deadline_ns,
 			*out_made = false;
 			return 0;
 		}
-		/* SIGSTOP passes every mask: let it be; the group stop that follows holds the thread once we let go. */
+		/* SIGSTOP passes every mask.  Deliver it; the group stop that follows holds the thread after we
+		 * detach. */
 		deliver = status >> 16 == 0 ? WSTOPSIG(status) : 0;
 	}
 }
@@ -225,7 +226,7 @@ static int set_registers(struct injection *injection, struct user_regs_struct *r
 	return trace(injection, PTRACE_SETREGSET, NT_PRSTATUS, (uintptr_t)&vector, step);
 }
 
-/* Address and content of the thread's rseq_cs field; content 0: in no restartable sequence. */
+/* Return the address and content of the thread's rseq_cs field; content 0: it is in no restartable sequence. */
 static uint64_t active_rseq(const struct injection *injection, uint64_t *out_address)
 {
 	struct mgd_ptrace_rseq_configuration configuration = {0};
@@ -243,9 +244,8 @@ static uint64_t active_rseq(const struct injection *injection, uint64_t *out_add
 }
 
 /*
- * With the signals blocked and `saved` known: make the call, and stop where `saved` can be put back.  From the moment
- * its registers are ours the thread is not let go: a helper that waits for ever is cheaper than a guest that runs on
- * them.
+ * Make the call, with signals blocked and `saved` filled in, and stop where `saved` can be restored.  Once the thread
+ * has our registers we do not detach: a helper that waits forever is cheaper than a guest that runs with them.
  */
 static void make_call(struct injection *injection, const struct user_regs_struct *saved)
 {
@@ -275,7 +275,8 @@ static void make_call(struct injection *injection, const struct user_regs_struct
 		if (injection->result >= -ERESTART_LAST && injection->result <= -ERESTART_FIRST)
 			injection->result = -EINTR;
 	}
-	/* Into the signal-delivery code; the call's own result keeps it from being restarted. */
+	/* Enter the signal-delivery code; the result of the call (no -ERESTART...) keeps the kernel from restarting
+	 * it. */
 	if (!trace(injection, PTRACE_INTERRUPT, 0, 0, STEP_EXIT) && !trace(injection, PTRACE_CONT, 0, 0, STEP_EXIT))
 		interrupt(injection, NEVER);
 }
@@ -294,7 +295,7 @@ static void inject_stopped(struct injection *injection)
 	make_call(injection, &saved);
 	if (injection->failed == STEP_GONE)
 		return;
-	/* Whatever happened: put all of it back. */
+	/* Restore everything, whatever happened. */
 	set_registers(injection, &saved, STEP_RESTORE);
 	trace(injection, PTRACE_SETSIGMASK, sizeof(mask), (uintptr_t)&mask, STEP_RESTORE);
 	if (rseq && pwrite(injection->memory_fd, &rseq, sizeof(rseq), (off_t)rseq_address) != sizeof(rseq))
@@ -308,7 +309,7 @@ static int helper(void *argument)
 	uintptr_t options = PTRACE_O_TRACESYSGOOD;
 	int64_t begin_ns;
 
-	/* An ignored SIGCHLD would not be sent; ours is blocked, and waited for. */
+	/* An ignored SIGCHLD would not be sent; ours is blocked, and we wait for it. */
 	sigaction(SIGCHLD, &by_default, NULL);
 	if (injection->suspend_seccomp)
 		options |= MGD_PTRACE_O_SUSPEND_SECCOMP;
@@ -317,15 +318,15 @@ static int helper(void *argument)
 	begin_ns = (int64_t)mgd_now_ns();
 	if (interrupt(injection, begin_ns + STOP_LIMIT_NS) == 0)
 		inject_stopped(injection);
-	/* A thread that could not be stopped is let go by the end of this process. */
+	/* If the thread could not be stopped, the exit of this process detaches from it. */
 	syscall(SYS_ptrace, PTRACE_DETACH, injection->tid, 0, 0);
 	injection->stopped_ns = (uint64_t)((int64_t)mgd_now_ns() - begin_ns);
 	return 0;
 }
 
-/* ---- before and after */
+/* ---- around the helper */
 
-/* Look for `syscall` (0f 05) in [start, end) of the process's memory. */
+/* Find `syscall` (0f 05) in [start, end) of the process's memory. */
 static uint64_t find_in_range(int memory_fd, uint64_t start, uint64_t end)
 {
 	unsigned char code[CODE_CHUNK_BYTES + 1];
@@ -343,7 +344,7 @@ static uint64_t find_in_range(int memory_fd, uint64_t start, uint64_t end)
 	return 0;
 }
 
-/* The vDSO first: small, always there, never unmapped; else executable code of a file. */
+/* Try the vDSO first: it is small, always present and never unmapped.  Then try executable file mappings. */
 static int find_instruction(struct injection *injection, struct mgd_error *err)
 {
 	char path[48], line[512];
@@ -376,7 +377,7 @@ static int find_instruction(struct injection *injection, struct mgd_error *err)
 	return 0;
 }
 
-/* Whether the kernel may answer a system call of the thread with a kill. */
+/* Return whether the kernel may kill the thread for a system call. */
 static int has_seccomp(pid_t tid)
 {
 	char path[48], line[256];
@@ -428,12 +429,12 @@ static int fail_injection(const struct injection *injection, struct mgd_error *e
 
 	if (injection->failed == STEP_32_BIT)
 		return mgd_fail(err, MGD_ERR_UNSUPPORTED, "ptrace: process %d: %s", pid, meaning(injection));
-	/* A process that has ended is ESRCH, and so GUEST_GONE. */
+	/* A process that has exited is ESRCH, hence GUEST_GONE. */
 	return mgd_fail_errno(err, injection->failed == STEP_GONE ? ESRCH : injection->reason,
 			      "ptrace: process %d: system call %ld: %s", pid, injection->number, meaning(injection));
 }
 
-/* Run the helper to its end, with every signal of ours held back: a handler must not run in it, on our memory. */
+/* Run the helper until it exits, with all our signals blocked: no handler may run in the helper, on our memory. */
 static int run_helper(struct injection *injection, struct mgd_error *err)
 {
 	sigset_t all, before;
@@ -446,8 +447,8 @@ static int run_helper(struct injection *injection, struct mgd_error *err)
 		return mgd_fail_errno(err, errno, "inject: stack");
 	sigfillset(&all);
 	pthread_sigmask(SIG_SETMASK, &all, &before);
-	/* No exit signal: the helper's end is nobody's business.  Our files, not copies of them: a connection that we close
-	 * meanwhile must end. */
+	/* No exit signal: nobody else may see the helper exit.  CLONE_FILES: with copies of our files, a connection
+	 * that we close meanwhile would stay open. */
 	child = clone(helper, stack + HELPER_STACK_BYTES, CLONE_VM | CLONE_VFORK | CLONE_FILES, injection);
 	reason = errno;
 	if (child > 0) {

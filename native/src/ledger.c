@@ -1,7 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The ledger's layout in its memfd, and the only place where the state of a page changes.  What the states mean is told
- * in ledger.h.
+ * The ledger's layout in its memfd, and the only code that changes the state of a page.  ledger.h explains the states.
  */
 #include "ledger.h"
 
@@ -28,7 +27,7 @@ _Static_assert(sizeof(struct mgd_ledger_header) <= LEDGER_HEADER_BYTES, "the hea
 _Static_assert(sizeof(_Atomic uint8_t) == 1, "one byte a page");
 
 #define BIT(state) (1u << MGD_PAGE_##state)
-/* legal[from]: the states a page may change to. */
+/* legal[from]: the states that a page may change to. */
 static const uint8_t legal[] = {
 	[MGD_PAGE_ABSENT] = BIT(RECEIVED) | BIT(STALE) | BIT(MAPPED),
 	[MGD_PAGE_RECEIVED] = BIT(STALE) | BIT(MAPPED),
@@ -70,7 +69,8 @@ static int check_geometry(const struct mgd_ledger_header *header, const struct m
 	return 0;
 }
 
-/* A ledger found: count it, and take back what its last owner had in hand.  Whoever waits will fault again. */
+/* Take over an existing ledger: count it, and clear the requests of its last owner.  Threads that wait will fault
+ * again. */
 static int take_over(struct mgd_ledger *ledger, struct mgd_error *err)
 {
 	mgd_ledger_for_each_known (ledger, page) {
@@ -78,7 +78,7 @@ static int take_over(struct mgd_ledger *ledger, struct mgd_error *err)
 
 		switch (mgd_page_state(byte)) {
 		case MGD_PAGE_STALE:
-			/* RECEIVING stays: the caller may have to blank such a page first (mgd_ledger_unclaim). */
+			/* Keep RECEIVING: the caller may have to blank such a page first (mgd_ledger_unclaim). */
 			ledger->pages[page] = byte & ~MGD_PAGE_REQUESTED;
 			ledger->stale_pages++;
 			break;
@@ -129,7 +129,7 @@ int mgd_ledger_open(struct mgd_ledger *ledger, int ledger_fd, const struct mgd_t
 			goto failed;
 		return 0;
 	}
-	/* Punching makes it all absent without writing to memory that will never be. */
+	/* Punching a hole makes every page absent, without writing to memory that may never be used. */
 	if (fallocate(ledger->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, (off_t)bytes)) {
 		mgd_fail_errno(err, errno, "ledger: fallocate (is it a memfd?)");
 		goto failed;
@@ -171,13 +171,14 @@ uint8_t mgd_ledger_get(const struct mgd_ledger *ledger, uint64_t page)
 	return ledger->pages[page];
 }
 
-/* The one way a byte changes: from exactly *byte, to a state the table allows.  On failure *byte is what is there. */
+/* The only way to change a byte: from exactly *byte to a state that the table allows.  On failure *byte is the byte
+ * found. */
 static bool change(struct mgd_ledger *ledger, uint64_t page, uint8_t *byte, uint8_t to)
 {
 	enum mgd_page_state from_state = mgd_page_state(*byte), to_state = mgd_page_state(to);
 
 	if (from_state != to_state && !(legal[from_state] & (1u << to_state)))
-		__builtin_trap(); /* a bug of this file: better no daemon than a page of the wrong state */
+		__builtin_trap(); /* a bug in this file: better to crash than to hold a page in the wrong state */
 	return atomic_compare_exchange_weak(&ledger->pages[page], byte, to);
 }
 
@@ -297,7 +298,8 @@ bool mgd_ledger_unpoison(struct mgd_ledger *ledger, uint64_t page)
 uint64_t mgd_ledger_next_known(const struct mgd_ledger *ledger, uint64_t page, uint64_t end)
 {
 	while (page < end) {
-		/* At the first page of each 4 KiB of ledger, ask the file before reading: reading a hole would fill it. */
+		/* At the first page of each 4 KiB of ledger, query the file before reading: reading a hole would
+		 * fill it. */
 		if (page % LEDGER_HEADER_BYTES == 0) {
 			off_t data = lseek(ledger->fd, (off_t)(LEDGER_HEADER_BYTES + page), SEEK_DATA);
 

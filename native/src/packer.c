@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * zstd for one connection, and the decision whether to use it.  What the decision rests on is told in packer.h.
+ * zstd for one connection, and the decision whether to use it.  packer.h explains how it is made.
  */
 #include "packer.h"
 
@@ -17,7 +17,7 @@ void mgd_payoff_init(struct mgd_payoff *payoff)
 	*payoff = (struct mgd_payoff){.packing = true, .stretches = STRETCHES_MIN};
 }
 
-/* Packing takes a processor that the guest may want: it must be better by a twentieth at least. */
+/* Compression uses a processor that the guest may want, so it must be at least 5 % faster. */
 static bool packing_pays(const struct mgd_payoff *payoff)
 {
 	return payoff->ns_per_mib[true] + payoff->ns_per_mib[true] / 20 < payoff->ns_per_mib[false];
@@ -31,7 +31,7 @@ static void next_stretch(struct mgd_payoff *payoff)
 	payoff->ns_per_mib[payoff->packing] = payoff->ns / (payoff->bytes / MIB) + 1;
 	payoff->bytes = payoff->ns = 0;
 	if (!payoff->ns_per_mib[!payoff->packing]) {
-		payoff->packing = !payoff->packing; /* the first try of the other way */
+		payoff->packing = !payoff->packing; /* the first trial of the other mode */
 		return;
 	}
 	if (!payoff->trying && payoff->stretches_left) {

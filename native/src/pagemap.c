@@ -1,7 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * PAGEMAP_SCAN, one call at a time, with its answer checked before anything is made of it.  What the categories mean is
- * told in tracker.c.
+ * Issue one PAGEMAP_SCAN at a time and check the answer before using it.  tracker.c explains the categories.
  */
 #include "pagemap.h"
 
@@ -48,7 +47,7 @@ int mgd_pagemap_fetch(int pagemap_fd, const struct mgd_pagemap_query *query, uin
 	int count = ioctl(pagemap_fd, MGD_PAGEMAP_SCAN, &arg);
 
 	if (count < 0)
-		return fail(errno, *start, end, err); /* EINTR comes for fatal signals alone */
+		return fail(errno, *start, end, err); /* only fatal signals cause EINTR */
 	for (int i = 0; i < count; i++) {
 		if (runs[i].start < reached || runs[i].start >= runs[i].end || runs[i].end > end ||
 		    (runs[i].start | runs[i].end) % page_bytes)
@@ -57,7 +56,7 @@ int mgd_pagemap_fetch(int pagemap_fd, const struct mgd_pagemap_query *query, uin
 					(uint64_t)runs[i].start, (uint64_t)runs[i].end, reached, end);
 		reached = runs[i].end;
 	}
-	/* Where the runs did not all fit, the walk has ended before the first that did not. */
+	/* If the runs did not all fit, the walk ended before the first one that did not. */
 	reached = arg.walk_end > reached ? arg.walk_end : reached;
 	if (reached == *start || reached > end)
 		return mgd_fail(err, MGD_ERR_OS, "PAGEMAP_SCAN: %#" PRIx64 "-%#" PRIx64 ": walked to %#" PRIx64, *start,

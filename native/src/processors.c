@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Counting processors: sched_getaffinity(2), and cpu.max of cgroup v2.  Nothing is kept, since both may change while
+ * Count processors from sched_getaffinity(2) and the cgroup v2 cpu.max.  Nothing is cached, since both may change while
  * the process runs.
  */
 #include "processors.h"
@@ -13,7 +13,7 @@
 
 #define PATH_BYTES 1024
 
-/* "QUOTA PERIOD" in microseconds, or "max PERIOD". */
+/* Parse "QUOTA PERIOD" in microseconds, or "max PERIOD". */
 static uint32_t quota_of(const char *mount, const char *path)
 {
 	char name[2 * PATH_BYTES];
@@ -24,7 +24,7 @@ static uint32_t quota_of(const char *mount, const char *path)
 	snprintf(name, sizeof(name), "%s%s/cpu.max", mount, path);
 	file = fopen(name, "re");
 	if (!file)
-		return UINT32_MAX; /* the root has none, nor has a group without the controller */
+		return UINT32_MAX; /* the root has no quota, nor has a group without the controller */
 	found = fscanf(file, "%" SCNu64 " %" SCNu64, &quota, &period);
 	fclose(file);
 	if (found != 2 || !period || quota / period >= UINT32_MAX)
@@ -50,7 +50,7 @@ uint32_t mgd_processor_quota(const char *mount, const char *path)
 	}
 }
 
-/* Where version 2 has us: the line "0::PATH". */
+/* Find our cgroup v2 path: the line "0::PATH". */
 static uint32_t own_quota(void)
 {
 	FILE *groups = fopen("/proc/self/cgroup", "re");
@@ -73,7 +73,7 @@ uint32_t mgd_processor_count(void)
 	cpu_set_t allowed;
 	long count;
 
-	/* It fails where there are more processors than a cpu_set_t has bits. */
+	/* This fails if there are more processors than a cpu_set_t has bits. */
 	if (sched_getaffinity(0, sizeof(allowed), &allowed))
 		count = sysconf(_SC_NPROCESSORS_ONLN);
 	else

@@ -1,14 +1,14 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The source engine as the agent has it: making and ending it, its connections, and the orders to their threads.  How
- * it works inside is told in source.h.
+ * The source engine as the agent sees it: creation and destruction, connections, and orders to the threads.  source.h
+ * explains how it works inside.
  */
 #include "source.h"
 
 #include <fcntl.h>
 #include <stdio.h>
 
-/* ---- making and ending */
+/* ---- creation and destruction */
 
 static int check_region(const struct mgd_source_region *region, uint32_t index, struct mgd_error *err)
 {
@@ -33,7 +33,7 @@ static size_t table_bytes(const struct source_region *region)
 	return (size_t)region->block_count * sizeof(*region->table);
 }
 
-/* The bitmaps of a region: where each is kept, and its bits. */
+/* Where each bitmap of a region is kept, and its number of bits. */
 struct bitmap_place {
 	uint64_t **words;
 	uint64_t bits;
@@ -43,7 +43,7 @@ struct bitmap_place {
 static void bitmap_places(struct source_region *region, struct bitmap_place places[BITMAP_COUNT])
 {
 	const struct bitmap_place all[BITMAP_COUNT] = {
-		{&region->marks, region->chunk_count * MGD_CHUNK_BLOCKS}, /* whole chunks, also where the region ends */
+		{&region->marks, region->chunk_count * MGD_CHUNK_BLOCKS}, /* whole chunks, even at the region's end */
 		{&region->marked_chunks, region->chunk_count},
 		{&region->scanned, region->page_count},
 		{&region->unseen, region->page_count},
@@ -168,7 +168,7 @@ void mgd_source_destroy(struct mgd_source *source)
 	free(source);
 }
 
-/* ---- looking at it, and its limits */
+/* ---- state and limits */
 
 int mgd_source_event_fd(const struct mgd_source *source)
 {
@@ -222,7 +222,7 @@ int mgd_source_set_compression(struct mgd_source *source, int level, struct mgd_
 
 static int start_thread(struct source_stream *stream, struct mgd_error *err)
 {
-	char name[24]; /* of which 15 characters are used at most */
+	char name[24]; /* of which the kernel keeps 15 characters at most */
 
 	if (stream->number == MGD_STREAM_URGENT)
 		return mgd_thread_start(&stream->thread, "mgd-src-urgent", source_urgent_main, stream, err);
@@ -248,7 +248,7 @@ int mgd_source_add_stream(struct mgd_source *source, uint32_t number, int fd, st
 				  known ? "connected already" : "there is no such stream");
 	}
 	stream->ended = stream->memory_failed = false;
-	/* Orders given before it was there are not for it. */
+	/* Orders given before this stream existed are not for it. */
 	stream->round_seen = source->round_generation;
 	stream->barrier_seen = source->barrier_generation;
 	if (mgd_channel_create(fd, &stream->channel, err))
@@ -284,7 +284,7 @@ void mgd_source_drop_streams(struct mgd_source *source)
 		stream->started = false;
 		any = true;
 	}
-	/* What was under way may or may not have arrived: the table no longer says what the target has. */
+	/* Frames in flight may not have arrived, so the table no longer tells what the target has. */
 	if (any && source->copied && source->phase == SOURCE_PRECOPY)
 		source->torn = true;
 	mgd_bucket_close(&source->common, false);
@@ -296,7 +296,7 @@ void mgd_source_drop_streams(struct mgd_source *source)
 
 /* ---- orders */
 
-/* Every bulk connection is there and alive; source->lock is held. */
+/* Check that every bulk connection exists and works.  The caller holds source->lock. */
 static int require_bulk(const struct mgd_source *source, const char *what, struct mgd_error *err)
 {
 	for (uint32_t i = 0; i < source->stream_count; i++)

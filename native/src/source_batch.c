@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Frames on their way out are gathered until there is enough of them: a batch is one write.  What limits sending, and
- * what is exempt from it, is decided here as well.
+ * A batch gathers outgoing frames until there are enough for one write.  This file also applies the bandwidth limits,
+ * and decides what is exempt from them.
  *
- * A claimed page must not wait long in a batch: looking at one huge page of which little has changed takes a quarter of
- * a millisecond, and a batch holds the frames of dozens.  So a batch with claims goes as soon as it is a millisecond
- * old, or the guest demands a page in it; a limit that holds it up lets it go then, too.
+ * A claimed page must not wait long in a batch: to examine one huge page with few changes takes a quarter of a
+ * millisecond, and a batch holds the frames of dozens.  So a batch with claims is written as soon as it is a
+ * millisecond old or the guest demands one of its pages.  In that case a limit that delays the batch also lets it go.
  */
 #include "source.h"
 
@@ -17,7 +17,7 @@ int source_batch_create(struct source_stream *stream, struct mgd_error *err)
 	batch->copy = mgd_map_zeros(SOURCE_COPY_BYTES, err);
 	batch->packed = mgd_map_zeros(SOURCE_COPY_BYTES, err);
 	if (!batch->copy || !batch->packed)
-		return -1; /* source_batch_destroy takes what there is */
+		return -1; /* source_batch_destroy frees what was allocated */
 	mgd_packer_init(&stream->packer);
 	return 0;
 }
@@ -43,7 +43,7 @@ static bool urgent_in_batch(void *context)
 	return false;
 }
 
-/* The guest waits for a page in the batch, or may soon have to. */
+/* The guest waits for a page in the batch, or may have to soon. */
 static bool overdue(struct source_stream *stream)
 {
 	struct source_batch *batch = &stream->batch;
@@ -60,7 +60,7 @@ static bool overdue(struct source_stream *stream)
 	return urgent_in_batch(batch);
 }
 
-/* Wait for the right to send, and return how much of `bytes` may go at once. */
+/* Wait until data may be sent, and return how much of `bytes` may be sent at once. */
 static uint64_t throttle(struct source_stream *stream, uint64_t bytes)
 {
 	struct mgd_source *source = stream->source;
@@ -107,7 +107,7 @@ static int write_out(struct source_stream *stream, uint64_t left, struct mgd_err
 				from++;
 			taken += bytes;
 		}
-		/* Counted first: whoever has seen the data arrive finds it in the figures. */
+		/* Count first: whoever sees that the data arrived also finds it in the statistics. */
 		source_count(source, wire_bytes, piece);
 		if (stream->number == MGD_STREAM_URGENT)
 			source_count(source, demand_bytes, piece);
@@ -120,7 +120,7 @@ static int write_out(struct source_stream *stream, uint64_t left, struct mgd_err
 	return 0;
 }
 
-/* Claims whose last frame was written are done; one that has frames to come stays. */
+/* Finish claims whose last frame was written; a claim with more frames to come stays. */
 static void finish_claims(struct source_stream *stream)
 {
 	struct source_batch *batch = &stream->batch;
@@ -179,7 +179,7 @@ void source_batch_close_claim(struct source_stream *stream)
 	stream->batch.claim_open = false;
 }
 
-/* Compress the payload if that makes it smaller; returns where it is now. */
+/* Compress the payload if that makes it smaller; return where it is now. */
 static uint8_t *pack(struct source_stream *stream, struct mgd_frame *frame)
 {
 	struct source_batch *batch = &stream->batch;

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * What is to be sent: marks are made of what the file holds, for the first round, and of the tracker's reports, for
- * later ones.  The threads take them chunk by chunk.
+ * Marks say what the next round sends.  They come from the contents of the file in the first round and from the
+ * tracker's reports in later ones; threads take them chunk by chunk.
  */
 #include "source.h"
 
@@ -59,7 +59,7 @@ uint64_t source_next_marked(const struct source_region *region, uint64_t block)
 	return region->block_count;
 }
 
-/* Mark every page of a bitmap and empty it; with `keep`, note them there. */
+/* Mark every page of a bitmap and clear it; with `keep`, add the pages to that. */
 static void mark_bits(struct mgd_source *source, struct source_region *region, uint64_t *bits, uint64_t *keep)
 {
 	for (size_t word = 0; word < mgd_bitmap_words(region->page_count); word++) {
@@ -91,8 +91,8 @@ int source_require_precopy(const struct mgd_source *source, const char *what, st
 
 /* ---- first round */
 
-/* SEEK_DATA tells all that a tmpfs (or any other ordinary) file holds, swapped out or not; the rest reads as zeros.  A
- * page written after the tracker was armed is reported by the next scan, whether or not it is seen here. */
+/* SEEK_DATA finds everything that a tmpfs (or any other ordinary) file holds, swapped out or not; the rest reads as
+ * zeros.  The next scan reports a page written after the tracker was armed, whether or not it is seen here. */
 static int mark_extents(struct mgd_source *source, struct source_region *region, struct mgd_error *err)
 {
 	uint64_t start = region->file_offset, end = start + region->size_bytes;
@@ -110,7 +110,7 @@ static int mark_extents(struct mgd_source *source, struct source_region *region,
 			break;
 		hole = lseek(region->fd, data, SEEK_HOLE);
 		if (hole < 0 && errno == ENXIO)
-			continue; /* punched between the two calls: look again */
+			continue; /* punched between the two calls: try again */
 		if (hole < 0)
 			return mgd_fail_errno(err, errno, "guest memory: SEEK_HOLE: region %u", region->index);
 		first = ((uint64_t)data - start) / MGD_BLOCK_BYTES;
@@ -130,7 +130,7 @@ static uint64_t count_bits(const uint64_t *words, uint64_t bits)
 	return count;
 }
 
-/* Ask which pages are mapped, into region->scanned of every region. */
+/* Query which pages are mapped, into region->scanned of every region. */
 static int look_present(struct mgd_source *source, struct mgd_tracker *tracker, struct mgd_error *err)
 {
 	uint64_t *bitmaps[MGD_MAX_REGIONS];
@@ -146,7 +146,7 @@ static bool same_file(const struct stat *a, const struct stat *b)
 	return a->st_dev == b->st_dev && a->st_ino == b->st_ino;
 }
 
-/* Bytes of the region's file that are mapped, over all regions in that file. */
+/* Return how many bytes of the region's file are mapped, over all regions in that file. */
 static int mapped_bytes(struct mgd_source *source, const struct source_region *region, uint64_t *out_mapped,
 			struct stat *out_stat, struct mgd_error *err)
 {
@@ -168,11 +168,12 @@ static int mapped_bytes(struct mgd_source *source, const struct source_region *r
 }
 
 /*
- * hugetlbfs tells no extents, only how much the file holds.  If that is as much as the guest has mapped, the mapped
- * pages are all there is.  If the file holds more (written by a process that has gone, or read in by the VMM before it
- * mapped it), any page may hold data and all are marked: reading a hole costs time, no memory.
+ * hugetlbfs reports no extents, only how much the file holds.  If that equals what the guest has mapped, the mapped
+ * pages are all there is.  If the file holds more (written by a process that has exited, or read in by the VMM before
+ * it mapped it), any page may hold data, so all are marked: reading a hole costs time, but no memory.
  *
- * The guest may fault pages in while we look.  So: present, file, present; believed only if all three say the same.
+ * The guest may fault pages in meanwhile.  So query mappings, file, mappings, and trust the result only if all three
+ * agree.
  */
 static int mark_mapped(struct mgd_source *source, struct source_region *region, struct mgd_tracker *tracker,
 		       struct mgd_error *err)
@@ -203,8 +204,8 @@ static void empty_scanned(struct source_region *region)
 }
 
 /*
- * Private memory: what is present or on swap is all there is, since an absent page holds zeros, unless there is a file
- * behind it.  A page that is populated later, or zapped, is reported by the next scan.
+ * Private memory: without a file behind it, an absent page holds zeros, so the pages that are present or swapped are
+ * all there is.  The next scan reports a page that is populated or zapped later.
  */
 static int mark_private(struct mgd_source *source, struct mgd_tracker *tracker, struct mgd_error *err)
 {
@@ -265,14 +266,15 @@ int mgd_source_scan(struct mgd_source *source, struct mgd_tracker *tracker, int 
 	for (uint32_t i = 0; i < source->region_count; i++)
 		bitmaps[i] = source->regions[i].scanned;
 	failed = mgd_tracker_scan(tracker, bitmaps, &bytes, err);
-	/* Also after a failure half-way: what it has reported is armed again and would never be reported twice. */
+	/* Do this even after a failure halfway: what the scan reported is armed again and would never be reported
+	 * twice. */
 	for (uint32_t i = 0; i < source->region_count; i++) {
 		struct source_region *region = &source->regions[i];
 
 		if (bytes || failed)
 			mark_bits(source, region, region->scanned, region->since_quiesced);
-		/* A buffer pinned before an earlier scan may have been filled after the copy of that round: look again
-		 * at all of them now that nothing is in flight. */
+		/* A buffer pinned before an earlier scan may have been filled after that round's copy: compare all
+		 * of them again, now that no I/O is in flight. */
 		if (quiesced && !failed)
 			mark_bits(source, region, region->since_quiesced, NULL);
 	}

@@ -1,16 +1,16 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Reading guest memory: through a mapping of our own where there is one, with pread where not.  Comparing in place is
- * four times as quick as copying through pread.
+ * Reading guest memory: through a mapping of our own if there is one, else with pread.  Comparing in place is four
+ * times as fast as copying with pread.
  *
- * Memory on huge pages is mapped, which the comments call the view: the same file, for reading.  Nothing is ever
- * written through it, and nothing ever made: a hole stays a hole, because the view is registered with a userfaultfd of
- * our own whose answer to a page that is not there is SIGBUS.  Each look is guarded against that signal, which also
- * stands for a file cut short and for memory gone bad; pread follows, which knows holes as zeros and tells the other
- * two by name.
+ * Memory on huge pages has such a mapping, the view: the same file, mapped for reading.  Nothing is ever written
+ * through it, and nothing is allocated.  A hole stays a hole, because the view is registered with a userfaultfd of our
+ * own that answers a missing page with SIGBUS.  Each access is guarded against that signal, which also means that the
+ * file was truncated or that the memory is bad.  pread follows: it reads holes as zeros and reports the other two by
+ * name.
  *
- * Memory on 4 KiB pages is not mapped: page tables would cost another 0.2 % of it, and there the kernel's report is
- * exact.  Private memory cannot be mapped by anybody else.
+ * Memory on 4 KiB pages is not mapped: page tables would cost another 0.2 % of it, and the kernel's dirty report is
+ * exact there.  Nobody else can map private memory.
  */
 #include "source.h"
 
@@ -50,12 +50,12 @@ void source_view_open(struct mgd_source *source, struct source_region *region)
 
 	if (region->page_bytes <= MGD_BLOCK_BYTES || region->is_private || mgd_guard_install(NULL))
 		return;
-	/* NORESERVE: or the mapping would set huge pages aside for the holes. */
+	/* NORESERVE: otherwise the mapping would reserve huge pages for the holes. */
 	at = mmap(NULL, region->size_bytes, PROT_READ, MAP_SHARED | MAP_NORESERVE, region->fd,
 		  (off_t)region->file_offset);
 	if (at == MAP_FAILED)
 		return;
-	/* Neither a child of ours nor a core file of ours may hold the guest's memory. */
+	/* No child and no core file of ours may contain the guest's memory. */
 	(void)madvise(at, region->size_bytes, MADV_DONTFORK);
 	(void)madvise(at, region->size_bytes, MADV_DONTDUMP);
 	if (forbid_filling(source, at, region->size_bytes))
@@ -75,7 +75,7 @@ static const uint8_t *in_view(const struct source_region *region, uint64_t block
 	return region->view + block * MGD_BLOCK_BYTES;
 }
 
-/* A look that fails costs a signal, and the next piece of the same hole would fail as well: the page is remembered. */
+/* A failed access costs a signal, and the next access to the same hole would fail too, so remember the page. */
 static bool try_look(const struct source_region *region, uint64_t first, void (*look)(void *), void *argument)
 {
 	uint64_t page = first / region->page_blocks;
@@ -104,7 +104,7 @@ static void copy(void *argument)
 	memcpy(copying->to, in_view(copying->region, copying->first), copying->bytes);
 }
 
-/* *offset is moved on to where it failed; *out_reason: an errno, 0 for an end of file. */
+/* On failure *offset is where it failed; *out_reason is an errno, or 0 at the end of the file. */
 static bool pread_all(int fd, uint8_t *to, size_t bytes, uint64_t *offset, int *out_reason)
 {
 	while (bytes) {
@@ -197,7 +197,7 @@ bool source_compare(const struct mgd_source *source, const struct source_region 
 	return true;
 }
 
-/* ---- digests, for tests and the final sweep: equal digests, equal bytes, whatever is a hole */
+/* ---- digests, for tests and the final sweep: equal digests mean equal bytes, wherever holes are */
 
 static void unmap_piece(void *piece)
 {

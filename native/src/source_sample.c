@@ -1,26 +1,25 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * How much of what is marked has really changed is estimated by comparing some of it.  Nothing is sent, noted or
- * unmarked.
+ * Estimate how much of the marked memory has really changed, by comparing a sample.  This sends nothing and changes no
+ * mark.
  *
- * The kernel reports pages, and of a huge page of which one block was
- * written all 512 are marked.  A few hundred of the marked blocks, one at a random place of each equal share of them,
- * are hashed and compared.
+ * The kernel reports pages: if one block of a huge page was written, all 512 are marked.  So a few hundred of the
+ * marked blocks, one at a random place in each equal share of them, are hashed and compared.
  *
- * The guest may be writing them meanwhile: what comes out is an estimate, for whoever has to decide whether another
- * round is worth it.
+ * The guest may be writing meanwhile, so the result is an estimate.  It helps to decide whether another round is
+ * worthwhile.
  */
 #include "source.h"
 
 struct sample {
 	struct mgd_source *source;
-	uint64_t share; /* marked blocks for each one that is looked at */
-	uint64_t share_end, chosen; /* numbers of marked blocks, counted through all regions */
+	uint64_t share; /* marked blocks per examined block */
+	uint64_t share_end, chosen; /* numbers of marked blocks, counted across all regions */
 	uint64_t random;
 	uint64_t examined, changed;
 };
 
-/* xorshift64 (Marsaglia): that a guest writes every 64th block must not matter, no more than that. */
+/* xorshift64 (Marsaglia): random enough that a guest which writes every 64th block does not distort the sample. */
 static uint64_t next_random(struct sample *sample)
 {
 	sample->random ^= sample->random << 13;

@@ -1,34 +1,33 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Helpers that search a large page for its changes, together with the thread that sends it.  Of a page of 1 GiB a
- * thousandth may have changed, and the kernel's tracking does not say which thousandth: all that is marked has to be
- * read and hashed.
+ * Helper threads search a large page for changes, together with the thread that sends it.  Perhaps a thousandth of a 1
+ * GiB page has changed, and the kernel's tracking does not say which: everything marked has to be read and hashed.
  *
- * One processor takes 40 ms and more for that, and a guest thread may be waiting.  So helpers compare from the end of
- * the page while the thread that sends it begins at the front, until they meet.
+ * One processor takes 40 ms or more for that, and a guest thread may be waiting.  So helpers compare from the end of
+ * the page while the sender starts at the front, until they meet.
  *
- * The memory is frozen and the table read-only: a block found unchanged stays so.  Whatever fails here is left marked,
- * and met again by the thread that sends.
+ * The memory is frozen and the table read-only: a block found unchanged stays unchanged.  If a helper fails, the marks
+ * stay, and the sender hits the same failure.
  */
 #include "source.h"
 
 #include "processors.h"
 
 #define HELPERS_MAX 7
-/* Less than this, and threads cost more than they bring. */
+/* With less than this, threads cost more than they gain. */
 #define WORTH_BLOCKS (8 * MGD_CHUNK_BLOCKS)
 
 struct source_search {
 	struct mgd_source *source;
 	struct source_region *region;
-	_Atomic uint64_t front; /* the sender's chunk; those before it are done */
-	_Atomic uint64_t back; /* chunks from this one on are taken by helpers */
+	_Atomic uint64_t front; /* the sender's chunk; earlier ones are done */
+	_Atomic uint64_t back; /* helpers have taken the chunks from here on */
 	_Atomic bool finished;
 	pthread_t helpers[HELPERS_MAX];
 	uint32_t helper_count;
 };
 
-/* Blocks first … first+count-1, all marked. */
+/* Search blocks first … first+count-1, all of them marked. */
 static int search_run(const struct source_search *search, uint64_t first, uint32_t count, uint8_t *copy)
 {
 	struct mgd_source *source = search->source;
@@ -71,8 +70,8 @@ static int search_chunk(const struct source_search *search, uint64_t chunk, uint
 	return 0;
 }
 
-/* The last chunk that nobody has; false when the next one would be the sender's.  It may be looked at by both where they
- * meet: both find the same. */
+/* Take the last free chunk; return false if that would be the sender's.  Where they meet, both may search a chunk,
+ * with the same result. */
 static bool take_chunk(struct source_search *search, uint64_t *out_chunk)
 {
 	uint64_t back = search->back;
@@ -115,7 +114,7 @@ struct source_search *source_search_begin(struct mgd_source *source, const struc
 
 	if (source->whole || !page_chunks || !worth_it(claim->region, front, back))
 		return NULL;
-	wanted = mgd_processor_count() - 1; /* the sender has one */
+	wanted = mgd_processor_count() - 1; /* the sender uses one */
 	if (!wanted)
 		return NULL;
 	search = calloc(1, sizeof(*search));

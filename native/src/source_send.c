@@ -1,18 +1,18 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * From guest memory to frames: blocks are copied, hashed and compared with the table, and sent from the copy.  Every
- * frame of a stream is made here.
+ * From guest memory to frames: copy blocks, hash them, compare them with the table, and send them from the copy.  This
+ * file makes every frame of a stream.
  */
 #include "source.h"
 
-/* A frame in the making, over a piece of a chunk.  Its present blocks are at the end of batch.copy. */
+/* A frame under construction over a piece of a chunk.  Its present blocks are at the end of batch.copy. */
 struct piece {
 	struct source_stream *stream;
 	struct source_region *region;
 	uint64_t chunk;
 	bool final;
-	uint64_t marks[SOURCE_CHUNK_WORDS]; /* the blocks to be looked at; bit 0: first block of the chunk */
-	uint64_t present[SOURCE_CHUNK_WORDS], zero[SOURCE_CHUNK_WORDS]; /* those that have changed */
+	uint64_t marks[SOURCE_CHUNK_WORDS]; /* blocks to examine; bit 0: first block of the chunk */
+	uint64_t present[SOURCE_CHUNK_WORDS], zero[SOURCE_CHUNK_WORDS]; /* blocks that have changed */
 	uint32_t present_count, zero_count;
 };
 
@@ -23,9 +23,8 @@ static uint8_t *end_of_copy(const struct piece *piece)
 	return batch->copy + batch->copy_bytes + (size_t)piece->present_count * MGD_BLOCK_BYTES;
 }
 
-/* Blocks first … first+count-1 have been read to the end of the copy: keep there those to be sent.  Pre-copy notes in the
- * table what is going to be sent; after the freeze the table is only read, so that a page sent again is the same page.
- * */
+/* Blocks first … first+count-1 have been read to the end of the copy: keep those to be sent.  In pre-copy, record
+ * them in the table.  After the freeze the table is only read, so that a page sent again is the same page. */
 static void keep_changed(struct piece *piece, uint32_t first, uint32_t count)
 {
 	struct mgd_source *source = piece->stream->source;
@@ -68,7 +67,7 @@ static int copy_run(struct piece *piece, uint32_t first, uint32_t count, struct 
 	return 0;
 }
 
-/* Marked blocks first … first+count-1: only what is seen to differ, in place, is worth a copy. */
+/* Examine marked blocks first … first+count-1: copy only those that differ in place. */
 static int look_at_run(struct piece *piece, uint32_t first, uint32_t count, struct mgd_error *err)
 {
 	struct mgd_source *source = piece->stream->source;
@@ -91,7 +90,7 @@ static int look_at_run(struct piece *piece, uint32_t first, uint32_t count, stru
 	return 0;
 }
 
-/* Look at the marked blocks among first … end-1, run by run. */
+/* Examine the marked blocks among first … end-1, run by run. */
 static int look_at(struct piece *piece, uint32_t first, uint32_t end, struct mgd_error *err)
 {
 	uint32_t block = first;
@@ -111,7 +110,7 @@ static int look_at(struct piece *piece, uint32_t first, uint32_t end, struct mgd
 		while (count < SOURCE_READ_BLOCKS && block + count < end && mgd_bit_test(piece->marks, block + count))
 			count++;
 		if (!count)
-			break; /* the next mark lies beyond the end */
+			break; /* the next mark is beyond the end */
 		if (look_at_run(piece, block, count, err))
 			return -1;
 		block += count;
@@ -119,7 +118,7 @@ static int look_at(struct piece *piece, uint32_t first, uint32_t end, struct mgd
 	return 0;
 }
 
-/* A frame over blocks first … first+count-1. */
+/* Send a frame over blocks first … first+count-1. */
 static int send_frame(const struct piece *piece, uint32_t first, uint32_t count, uint16_t flags, uint32_t sequence,
 		      struct mgd_error *err)
 {
@@ -147,14 +146,14 @@ static int send_frame(const struct piece *piece, uint32_t first, uint32_t count,
 
 /* ---- pre-copy */
 
-/* The marked blocks among first … end-1: nothing is said where nothing has changed. */
+/* Send the marked blocks among first … end-1 that have changed, and nothing if none has. */
 static int send_changed(struct piece *piece, uint32_t first, uint32_t end, struct mgd_error *err)
 {
 	if (look_at(piece, first, end, err))
 		return -1;
 	if (!piece->present_count && !piece->zero_count)
 		return 0;
-	/* Only the words of the bitmaps that say something. */
+	/* Only the bitmap words with bits set. */
 	while (!(piece->present[first / 64] | piece->zero[first / 64]))
 		first += 64;
 	while (!(piece->present[(end - 1) / 64] | piece->zero[(end - 1) / 64]))
@@ -180,7 +179,7 @@ int source_send_chunk(struct source_stream *stream, struct source_region *region
 
 /* ---- after the freeze */
 
-/* The marks of blocks first … first+count-1 as the freeze left them, or all of them. */
+/* Load the marks of blocks first … first+count-1 as the freeze left them, or mark all of them. */
 static void frozen_marks(struct piece *piece, uint32_t first, uint32_t count)
 {
 	const uint64_t *marks = piece->region->marks + piece->chunk * SOURCE_CHUNK_WORDS;
@@ -192,7 +191,7 @@ static void frozen_marks(struct piece *piece, uint32_t first, uint32_t count)
 	}
 }
 
-/* The frames of a claim. */
+/* Send the frames of a claim. */
 static int send_claim(struct source_stream *stream, const struct source_claim *claim, struct source_search *search,
 		      struct mgd_error *err)
 {
@@ -214,7 +213,7 @@ static int send_claim(struct source_stream *stream, const struct source_claim *c
 		frozen_marks(&piece, first, blocks);
 		if (look_at(&piece, first, first + blocks, err))
 			return -1;
-		/* Before its last frame is added: the batch that takes it may be written at once. */
+		/* Before the last frame is added: that may write the batch at once. */
 		if (block == end)
 			source_batch_close_claim(stream);
 		if (send_frame(&piece, first, blocks, flags, many ? sequence : 0, err))

@@ -1,14 +1,14 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Stale host pages: the freeze makes them from the marks, a reconnect from what the target lacks, and each is sent by
- * whoever clears its bit in `unclaimed`.  The maps of pages that travel to the target are made here, too.
+ * Stale host pages: the freeze derives them from the marks, a reconnect from what the target lacks, and the thread that
+ * clears a page's bit in `unclaimed` sends it.  The page maps for the target are made here, too.
  */
 #include "source.h"
 
-/* ---- who sends which */
+/* ---- claims */
 
-/* The longest run of claimable pages around `page` is taken, within one window: contiguous, since one FINAL frame makes
- * every page it covers current. */
+/* Take the longest run of claimable pages around `page` within one window.  It must be contiguous, since one FINAL
+ * frame makes every page it covers current. */
 bool source_claim(struct mgd_source *source, struct source_region *region, uint64_t page, uint64_t window_blocks,
 		  struct source_claim *out)
 {
@@ -45,7 +45,7 @@ bool source_claim_next(struct mgd_source *source, struct source_claim *out)
 	uint64_t cursor = source->cursor;
 	uint32_t start = region_of(source, cursor);
 
-	/* Once round all regions, and the beginning of the first one at the end. */
+	/* Once around all regions, ending with the beginning of the first one. */
 	for (uint32_t turn = 0; turn <= source->region_count; turn++) {
 		struct source_region *region = &source->regions[(start + turn) % source->region_count];
 		uint64_t first = turn == 0 ? cursor - region->first_host_page : 0, next;
@@ -55,7 +55,7 @@ bool source_claim_next(struct mgd_source *source, struct source_claim *out)
 		mgd_bitmap_for_each_atomic (page, region->unclaimed, first, region->host_page_count) {
 			if (!source_claim(source, region, page, MGD_CHUNK_BLOCKS, out))
 				continue;
-			/* Unless a demand has moved it meanwhile: that knows better. */
+			/* Unless a demand has moved it meanwhile: a demand takes precedence. */
 			next = region->first_host_page + out->page + out->count;
 			atomic_compare_exchange_strong(&source->cursor, &cursor, next % source->host_page_count);
 			return true;
@@ -80,7 +80,7 @@ void source_claim_done(struct mgd_source *source, uint64_t count)
 		source_tell_all_sent(source);
 }
 
-/* ---- which are stale */
+/* ---- stale pages */
 
 static void set_stale(struct mgd_source *source, struct source_region *region, uint64_t page)
 {
@@ -125,7 +125,8 @@ static int require_frozen(const struct mgd_source *source, const char *what, str
 	return 0;
 }
 
-/* Nothing may be under way on the streams, and none of them lost: what it had not delivered is in the table already. */
+/* Require that the streams are idle and that none was lost: what a lost one had not delivered is already in the
+ * table. */
 static int require_idle(struct mgd_source *source, const char *what, struct mgd_error *err)
 {
 	bool lost = source->torn;
@@ -140,7 +141,7 @@ static int require_idle(struct mgd_source *source, const char *what, struct mgd_
 	return 0;
 }
 
-/* What holds of both kinds of freeze. */
+/* The checks common to both kinds of freeze. */
 static int begin_freeze(struct mgd_source *source, const char *what, struct mgd_error *err)
 {
 	if (source_require_precopy(source, what, err) || require_idle(source, what, err) ||
@@ -173,7 +174,7 @@ int mgd_source_freeze_whole(struct mgd_source *source, struct mgd_error *err)
 	return 0;
 }
 
-/* Check a piece of a host page bitmap: bytes [first_page/8, first_page/8 + bytes) of it. */
+/* Check a piece of a host page bitmap: bytes [first_page/8, first_page/8 + bytes). */
 static int check_piece(const struct mgd_source *source, uint32_t index, uint64_t first_page, size_t bytes,
 		       struct mgd_error *err)
 {

@@ -1,14 +1,15 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The threads of the source, one a connection: they send rounds, drain stale pages and answer demands.  They take
- * orders under source->lock and work without it.
+ * The source's threads, one per connection, send rounds, drain stale pages and answer demands.  They take orders under
+ * source->lock and work without it.
  */
 #include "source.h"
 
-/* A demanded small page brings its stale neighbours along: the guest wants them next, and a frame costs more than they do. */
+/* A small demanded page brings its stale neighbours along: the guest wants them next, and they cost less than the
+ * frame. */
 #define DEMAND_WINDOW_BLOCKS 16
 
-/* The thread's last words. */
+/* Report how the thread ended. */
 static void stream_ended(struct source_stream *stream, const struct mgd_error *error)
 {
 	struct mgd_source *source = stream->source;
@@ -18,7 +19,7 @@ static void stream_ended(struct source_stream *stream, const struct mgd_error *e
 		stream->ended = true;
 		stopping = source->stopping;
 	}
-	/* The peer must see that nobody is here any more. */
+	/* Let the peer see that nobody is here any more. */
 	mgd_channel_shutdown(stream->channel);
 	if (!stopping)
 		mgd_event_post(&source->events, stream->memory_failed ? MGD_EVENT_FAILED : MGD_EVENT_STREAM_LOST,
@@ -31,7 +32,8 @@ static int send_region(struct source_stream *stream, struct source_region *regio
 	uint64_t marks[SOURCE_CHUNK_WORDS];
 
 	mgd_bitmap_for_each_atomic (chunk, region->marked_chunks, 0, region->chunk_count) {
-		/* Always the same stream for the same chunk: connections overtake each other, frames on one do not. */
+		/* A chunk always uses the same stream: frames can overtake each other between connections, but not
+		 * on one. */
 		if (chunk % source->stream_count != stream->number)
 			continue;
 		if (source->stopping)
@@ -66,7 +68,7 @@ static int drain_pages(struct source_stream *stream, struct mgd_error *err)
 
 enum order { ORDER_STOP, ORDER_ROUND, ORDER_BARRIER, ORDER_DRAIN };
 
-/* Wait for something to do. */
+/* Wait for an order. */
 static enum order next_order(struct source_stream *stream, uint64_t *out_value)
 {
 	struct mgd_source *source = stream->source;
@@ -129,7 +131,7 @@ void *source_bulk_main(void *argument)
 	return NULL;
 }
 
-/* Until the caller has said serve: a demand may be faster than the order.  False: stopping. */
+/* Wait for the order to serve: a demand may arrive before it.  Returns false to stop. */
 static bool wait_serving(struct mgd_source *source)
 {
 	MGD_HOLD(&source->lock);
@@ -149,7 +151,7 @@ static int serve_demand(struct source_stream *stream, const struct mgd_frame *de
 	if (!mgd_bit_test_atomic(region->stale, page))
 		return mgd_violation(err, "demand: page %" PRIu64 " of region %u: not stale", page, demand->region);
 	if (!source_claim(source, region, page, DEMAND_WINDOW_BLOCKS, &claim)) {
-		/* On its way on another connection: see to it that no limit holds it up there. */
+		/* Another connection is sending it: make sure that no limit delays it there. */
 		mgd_bit_set_atomic(region->urgent, page);
 		atomic_fetch_add(&source->urgent_count, 1);
 		mgd_bucket_wake(&source->drain);

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The target engine as the agent has it: making, arming and ending it, and its figures.  How it works inside is told in
- * target.h.
+ * The target engine as the agent sees it: creation, arming, destruction and statistics.  target.h explains how it works
+ * inside.
  */
 #include "target.h"
 
@@ -27,7 +27,7 @@ void target_tell_all_current(struct mgd_target *target)
 		mgd_event_post(&target->events, MGD_EVENT_ALL_CURRENT, 0, 0, NULL);
 }
 
-/* ---- life */
+/* ---- creation and destruction */
 
 static int check_region(const struct mgd_target_region *region, uint32_t index, struct mgd_error *err)
 {
@@ -67,13 +67,14 @@ static int map_region(struct target_region *region, const struct mgd_target_regi
 		return -1;
 	}
 	region->memory = memory;
-	/* Neither a child of ours nor a core file of ours may hold the guest's memory. */
+	/* No child and no core file of ours may contain the guest's memory. */
 	(void)madvise(memory, given->size_bytes, MADV_DONTFORK);
 	(void)madvise(memory, given->size_bytes, MADV_DONTDUMP);
 	return 0;
 }
 
-/* Pages half received by the process before us are stale again, the blank ones blank.  Counts what is stale by region. */
+/* Make pages that the previous process had half received stale again, and blank ones blank.  Counts stale pages per
+ * region. */
 static int take_back_claims(struct mgd_target *target, struct mgd_error *err)
 {
 	struct mgd_ledger *ledger = &target->ledger;
@@ -166,7 +167,7 @@ int mgd_target_create(const struct mgd_target_region *regions, uint32_t region_c
 	return 0;
 }
 
-/* Never unregisters: a guest thread that waits must go on waiting. */
+/* Never unregister: a guest thread that waits must go on waiting. */
 void mgd_target_destroy(struct mgd_target *target)
 {
 	if (!target)
@@ -260,7 +261,8 @@ int mgd_target_arm(struct mgd_target *target, int uffd, const struct mgd_mapping
 		close(own);
 		return -1;
 	}
-	/* Reports read by the process before us died with it; woken, the threads fault and are reported again. */
+	/* The fault reports that the previous process read are lost.  Once woken, the threads fault and are reported
+	 * again. */
 	for (uint32_t i = 0; recovered && i < mapping_count; i++)
 		if (mgd_uffd_wake(own, mappings[i].address, mappings[i].length_bytes, err))
 			return -1;
@@ -288,7 +290,7 @@ void mgd_target_stats(const struct mgd_target *target, struct mgd_target_stats *
 		.faults_held = mgd_waiting_count((struct mgd_waiting *)&target->waiting),
 		.fault_thread_heartbeat_ns = target->heartbeat_ns,
 	};
-	/* A page that has just come in may still be counted by its region. */
+	/* A page that has just arrived may still be in its region's count. */
 	for (uint32_t i = 0; i < target->region_count && out->stale_pages; i++)
 		out->stale_bytes += target->regions[i].stale_pages * target->regions[i].page_bytes;
 	away = out->stale_pages + out->mapped_pages + ledger->poisoned_pages;

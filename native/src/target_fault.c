@@ -1,17 +1,17 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The fault thread answers the guest's page faults: with CONTINUE where a page is current, with a demand to the source
- * where it is stale.  It is the one thing a waiting guest waits for.
+ * The fault thread answers the guest's page faults: with CONTINUE if the page is current, with a demand to the source
+ * if it is stale.  A guest thread that faults waits for this thread alone.
  *
- * It never waits for anybody but the kernel: no lock of its own is held by others over a call that can block, demands
- * are sent without blocking (for the socket's own lock it may wait while the urgent receiver copies, some 50 us), and
- * Python is told, never asked.  Nor does it zero a huge page that the guest wants and nobody ever wrote: the hole
- * thread does that, and kicks it.
+ * It never waits for anything but the kernel.  No other thread holds its locks over a call that can block, and it sends
+ * demands without blocking (it may wait some 50 us for the socket's own lock while the urgent receiver copies).  It
+ * notifies Python and never asks it.  Nor does it zero a huge page that the guest touches and nobody ever wrote: the
+ * hole thread does that, and wakes it.
  *
- * While an event (REMOVE …) is unread, every ioctl on the descriptor returns EAGAIN.  So each turn reads first and
- * answers then; what still meets EAGAIN stays in `waiting` and is looked at again in a millisecond.  What an event says
- * is not noted, be it a page or a terabyte: a fault on a page that is mapped already, as far as we know, is simply
- * answered again, and the kernel knows whether it was (EEXIST).
+ * While an event (REMOVE …) is unread, every ioctl on the descriptor returns EAGAIN.  So each iteration reads first and
+ * then answers; what still gets EAGAIN stays in `waiting` and is tried again after a millisecond.  The thread does not
+ * record what an event says, whether it covers a page or a terabyte: it simply answers again a fault on a page that is
+ * recorded as mapped, and the kernel knows whether it was (EEXIST).
  */
 #include "target.h"
 
@@ -24,11 +24,11 @@
 #define BATCH 64
 #define HEARTBEAT_MS 500
 #define RETRY_MS 1
-#define FILL_AT_ONCE_BYTES (64 << 10) /* zeroing this takes no longer than telling another thread to */
+#define FILL_AT_ONCE_BYTES (64 << 10) /* zeroing this takes no longer than waking another thread */
 
 struct faults {
 	struct mgd_target *target;
-	bool retry; /* a fault could not be answered yet */
+	bool retry; /* some fault could not be answered yet */
 };
 
 static void count(_Atomic uint64_t *counter, struct mgd_histogram *histogram, uint64_t since_ns)
@@ -59,7 +59,7 @@ static void kick(struct mgd_target *target)
 {
 	uint64_t one = 1;
 
-	(void)!write(target->kick_fd, &one, sizeof(one)); /* EAGAIN: readable already */
+	(void)!write(target->kick_fd, &one, sizeof(one)); /* EAGAIN: already readable */
 }
 
 void target_fault_look_again(struct mgd_target *target)
@@ -68,7 +68,8 @@ void target_fault_look_again(struct mgd_target *target)
 	kick(target);
 }
 
-/* ---- demands: queued by the fault thread, sent without blocking, kept until taken */
+/* ---- demands: the fault thread queues them, sends them without blocking, and keeps them until the socket takes
+ * them */
 
 void target_urgent_open(struct mgd_target *target, struct mgd_channel *channel)
 {
@@ -76,7 +77,7 @@ void target_urgent_open(struct mgd_target *target, struct mgd_channel *channel)
 		target->urgent = channel;
 		target->demand_bytes = 0;
 	}
-	/* Whatever guest threads wait for is asked (again) on this connection. */
+	/* Demand (again) on this connection everything that guest threads wait for. */
 	target->ask_again = true;
 	kick(target);
 }
@@ -120,14 +121,14 @@ static void ask(struct mgd_target *target, const struct target_region *region, u
 		return;
 	place = reserve(target, bytes);
 	if (!place) {
-		target->ask_again = true; /* no memory: the next turn tries again */
+		target->ask_again = true; /* no memory: the next iteration tries again */
 		return;
 	}
 	memcpy(place, head, bytes);
 	target->demand_bytes += bytes;
 }
 
-/* Send what the socket takes; returns what to poll for POLLOUT, -1 when nothing is queued. */
+/* Send what the socket takes; return the descriptor to poll for POLLOUT, or -1 if nothing is queued. */
 static int flush_demands(struct mgd_target *target)
 {
 	size_t taken = 0;
@@ -135,7 +136,7 @@ static int flush_demands(struct mgd_target *target)
 	MGD_HOLD(&target->urgent_lock);
 	while (target->urgent && target->demand_bytes) {
 		if (mgd_channel_try_send(target->urgent, target->demands, target->demand_bytes, &taken, NULL)) {
-			/* Its receiving thread meets the same end and reports it; the pages stay in `waiting`. */
+			/* The receiving thread gets the same error and reports it; the pages stay in `waiting`. */
 			mgd_channel_shutdown(target->urgent);
 			target->urgent = NULL;
 			target->demand_bytes = 0;
@@ -159,7 +160,7 @@ static void wake(struct mgd_target *target, struct target_region *region, uint64
 		target_wake(target, address, region->page_bytes);
 }
 
-/* CONTINUE of a page that is current, by whatever it takes. */
+/* Map a current page with CONTINUE; have it filled, or poison it, if the errno says so. */
 static void answer(struct faults *faults, uint64_t page, uint64_t since_ns)
 {
 	struct mgd_target *target = faults->target;
@@ -173,7 +174,7 @@ static void answer(struct faults *faults, uint64_t page, uint64_t since_ns)
 		this.was_hole = true;
 		code = target_map(target, region, index, 1, &done);
 	}
-	if (code == EIO) { /* the memory is bad: a memory error it is for the guest */
+	if (code == EIO) { /* bad memory: pass the error on to the guest */
 		int poisoned = target_poison_page(target, region, index);
 
 		code = !poisoned ? EEXIST : poisoned == EAGAIN ? EAGAIN : EIO;
@@ -192,11 +193,11 @@ static void answer(struct faults *faults, uint64_t page, uint64_t since_ns)
 		mgd_waiting_add(&target->waiting, page, since_ns, MGD_WAITING_RETRY);
 		faults->retry = true;
 		break;
-	case EFAULT: /* a hole, or punched out again between filling and mapping */
+	case EFAULT: /* a hole, or punched between filling and mapping */
 		mgd_waiting_add(&target->waiting, page, since_ns, MGD_WAITING_HOLE);
 		sem_post(&target->holes);
 		break;
-	case ENOENT: /* unmapped since then: whatever is there now answers */
+	case ENOENT: /* unmapped meanwhile: let the kernel handle what is there now */
 		mgd_waiting_take(&target->waiting, page, &waiter);
 		wake(target, region, index);
 		break;
@@ -222,7 +223,7 @@ static void serve(struct faults *faults, uint64_t page, uint64_t since_ns)
 	case MGD_PAGE_STALE:
 		mgd_waiting_add(&target->waiting, page, since_ns, MGD_WAITING_STALE);
 		if (!mgd_ledger_request(&target->ledger, page, &before))
-			break; /* it has come in meanwhile */
+			break; /* it has arrived meanwhile */
 		if (before & MGD_PAGE_REQUESTED)
 			target_count(target, faults_duplicate, 1);
 		else
@@ -237,13 +238,13 @@ static void serve(struct faults *faults, uint64_t page, uint64_t since_ns)
 	}
 	if (mgd_page_state(mgd_ledger_get(&target->ledger, page)) != MGD_PAGE_POISONED)
 		answer(faults, page, since_ns);
-	else /* since the look above: whoever poisoned it wakes its waiters */
+	else /* poisoned since the check above: whoever did so wakes its waiters */
 		mgd_waiting_take(&target->waiting, page, &waiter);
 }
 
-/* Look again at every page somebody waits for: after the switch-over, on a new urgent connection, after EAGAIN.  With
- * `again`, demand again those that were waited for before `ask_before_ns`: later ones went to the new connection
- * already. */
+/* Check again every page that is waited for: after the switchover, on a new urgent connection, after EAGAIN.  With
+ * `again`, repeat the demands for pages waited for since before `ask_before_ns`; later ones already went to the new
+ * connection. */
 static void serve_waiting(struct faults *faults, bool again, uint64_t ask_before_ns)
 {
 	struct mgd_target *target = faults->target;
@@ -257,7 +258,7 @@ static void serve_waiting(struct faults *faults, bool again, uint64_t ask_before
 		bool stale = mgd_page_state(mgd_ledger_get(&target->ledger, list[i].page)) == MGD_PAGE_STALE;
 
 		if (list[i].why == MGD_WAITING_HOLE)
-			continue; /* whoever fills it kicks us */
+			continue; /* the thread that fills it wakes us */
 		if (!stale || list[i].why != MGD_WAITING_STALE)
 			serve(faults, list[i].page, list[i].since_ns);
 		else if (again && list[i].since_ns < ask_before_ns)
@@ -266,9 +267,9 @@ static void serve_waiting(struct faults *faults, bool again, uint64_t ask_before
 	free(list);
 }
 
-/* ---- what the descriptor tells */
+/* ---- reports from the descriptor */
 
-/* The mapping that holds an address, as (region, page). */
+/* Find the mapping that holds an address, as (region, page). */
 static struct target_region *locate(struct mgd_target *target, uint64_t address, uint64_t *out_page)
 {
 	for (uint32_t i = 0; i < target->mapping_count; i++) {
@@ -308,7 +309,7 @@ static void handle_fault(struct faults *faults, const struct uffd_msg *message, 
 	serve(faults, page, since_ns);
 }
 
-/* Read one batch; whether there may be more. */
+/* Read one batch; return whether there may be more. */
 static bool read_batch(struct faults *faults)
 {
 	struct mgd_target *target = faults->target;
@@ -365,21 +366,21 @@ static void *run(void *argument)
 		if (atomic_exchange(&target->look_again, false) || again || retry)
 			serve_waiting(&faults, again, turn_ns);
 	}
-	/* After unregistering: an event left unread would keep the guest's madvise waiting. */
+	/* After unregistering: an unread event would keep the guest's madvise waiting. */
 	if (target->releasing)
 		while (read_batch(&faults))
 			;
 	return NULL;
 }
 
-/* ---- life */
+/* ---- start and stop */
 
 int target_fault_start(struct mgd_target *target, struct mgd_error *err)
 {
 	int uffd = target->uffd;
 	int flags = fcntl(uffd, F_GETFL);
 
-	/* A blocking userfaultfd polls POLLERR. */
+	/* poll() on a blocking userfaultfd returns POLLERR. */
 	if (flags < 0 || fcntl(uffd, F_SETFL, flags | O_NONBLOCK))
 		return mgd_fail_errno(err, errno, "userfaultfd: fcntl");
 	target->fault_stop = false;

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * UFFDIO_CONTINUE: putting current pages into the guest, whatever the kernel answers.  In the background that happens
- * before anything touches them, so that they never fault.
+ * UFFDIO_CONTINUE maps current pages into the guest, and this file handles every errno it returns.  A background thread
+ * maps pages before they are touched, so that they never fault.
  */
 #include "target.h"
 
@@ -9,7 +9,7 @@
 
 #include "uapi.h"
 
-#define RANGE_BYTES (16ull << 20) /* the most of one call in the background: it goes on between faults */
+#define RANGE_BYTES (16ull << 20) /* the most that one background call covers, so that faults get their turn */
 
 uint64_t target_guest_address(const struct mgd_target *target, const struct target_region *region, uint64_t page,
 			      uint64_t *out_count)
@@ -33,7 +33,7 @@ void target_wake(struct mgd_target *target, uint64_t address, uint64_t bytes)
 {
 	struct uffdio_range range = {.start = address, .len = bytes};
 
-	/* Fails only where nobody can wait: the range is gone, or the guest. */
+	/* This fails only if nobody can be waiting: the range or the guest is gone. */
 	(void)ioctl(target->uffd, UFFDIO_WAKE, &range);
 }
 
@@ -66,22 +66,22 @@ int target_map(struct mgd_target *target, struct target_region *region, uint64_t
 		code = ioctl(uffd, UFFDIO_CONTINUE, &arg) ? errno : 0;
 		mapped = !code ? arg.range.len : arg.mapped > 0 ? (uint64_t)arg.mapped : 0;
 		if (mapped > arg.range.len)
-			mapped = 0; /* never written by the kernel: an early failure */
+			mapped = 0; /* the kernel does not set it on an early failure */
 		mapped /= region->page_bytes;
 		note_mapped(target, region, page + done, mapped);
 		done += mapped;
 		*out_done = done;
 		if (!code || (code == EAGAIN && mapped))
-			continue; /* partly done: the next try tells why */
+			continue; /* partly done: the next call returns the reason */
 		if (code == EINTR)
 			continue;
 		if (code == ENOENT && arg.range.len > region->page_bytes) {
-			most = 1; /* the guest has split its mapping, and one call fills one piece of it */
+			most = 1; /* the guest has split its mapping, and one call handles one piece only */
 			continue;
 		}
 		if (code != EEXIST)
 			return code;
-		/* Mapped by someone else just before; CONTINUE has woken nobody then. */
+		/* Somebody else mapped it just before; CONTINUE wakes nobody in that case. */
 		target_wake(target, arg.range.start, region->page_bytes);
 		note_mapped(target, region, page + done, 1);
 		existed = true;
@@ -113,8 +113,8 @@ void target_report_unmapped(struct mgd_target *target, struct target_region *reg
 	struct mgd_error error;
 
 	if (target->releasing)
-		return; /* unregistered meanwhile, as it should be */
-	if (code == ESRCH) { /* which makes it GUEST_GONE */
+		return; /* unregistered meanwhile, as intended */
+	if (code == ESRCH) { /* which yields GUEST_GONE */
 		mgd_fail_errno(&error, code, "UFFDIO_CONTINUE: the guest process has ended");
 		target_tell_failed(target, &target->guest_gone, &error);
 		return;
@@ -127,9 +127,9 @@ void target_report_unmapped(struct mgd_target *target, struct target_region *reg
 /* ---- in the background */
 
 /*
- * While pages are stale: after that the guest is released, and the kernel maps what is left when it is touched.  Holes
- * stay holes, since memory is for pages that hold something.  One pass is enough: what comes in meanwhile is mapped on
- * arrival.
+ * Map only while some page is stale: afterwards the guest is released, and the kernel maps the rest on first touch.
+ * Holes stay holes, since only pages with contents deserve memory.  One pass is enough: pages that arrive meanwhile are
+ * mapped on arrival.
  */
 static bool stopping(struct mgd_target *target)
 {
@@ -152,7 +152,7 @@ static void map_run(struct mgd_target *target, struct target_region *region, uin
 			page++;
 			count--;
 		} else if (code == EAGAIN) {
-			mgd_pause_ns(200000); /* the fault thread has an event to read */
+			mgd_pause_ns(200000); /* the fault thread must read an event first */
 		} else if (code && code != EEXIST) {
 			target_report_unmapped(target, region, page, code);
 			return;
@@ -177,7 +177,7 @@ static void *run(void *argument)
 		limit = RANGE_BYTES / region->page_bytes ? RANGE_BYTES / region->page_bytes : 1;
 		if (limit > region->first + region->page_count - page)
 			limit = region->first + region->page_count - page;
-		/* Never known and not backed by us: a hole, which ends a run too. */
+		/* Not in the ledger and not allocated by us: a hole, which also ends a run. */
 		while (run < limit && mgd_ledger_get(ledger, page + run) &&
 		       mgd_page_is_current(mgd_ledger_get(ledger, page + run)))
 			run++;

@@ -1,18 +1,18 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * What a frame does to pages: it claims them, is written to memory, and makes them current.  What is not complete when
- * a connection ends is taken back here, too.
+ * What a frame does to pages: claim them, write their memory, and make them current.  When a connection ends, this file
+ * also undoes what is incomplete.
  *
- * Pre-copy frames are read from the socket straight into the alias.  If one turns out damaged, the session ends, the
- * guest runs on at the source, and what was written here is thrown away with everything else.
+ * Pre-copy frames are read from the socket straight into the alias.  If one is damaged, the migration ends, the guest
+ * keeps running at the source, and what was written here is discarded with everything else.
  *
- * After the switch-over a page that goes back to stale must be as it was: the source sends again only what changed
- * since pre-copy.  So a damaged frame (or one damaged in its own address) must not have written anything.  Payload of a
- * page that holds pre-copied data therefore goes through a scratch buffer and is copied once the check is right: it is
- * changed blocks only, a few.  A BLANK page, for which nothing came in pre-copy, is read in place, whole pages that
- * they usually are, and on failure zeroed again: all its other blocks are zeros or sent anew.
+ * After the switchover a page that returns to stale must be as it was, because the source resends only what changed
+ * since pre-copy.  So a damaged frame (perhaps one whose address is damaged) must not have written anything.  Payload
+ * for a page with pre-copied data therefore goes through a scratch buffer and is copied once the check matches: it is
+ * only the few changed blocks.  A BLANK page, for which nothing arrived in pre-copy, is usually sent whole; it is read
+ * in place and zeroed again on failure, since all its other blocks are zeros or will be sent again.
  *
- * A page claimed by nobody but us is written; for any other the payload is read and dropped.
+ * We write only pages that we have claimed; for any other page the payload is read and dropped.
  */
 #include "target_receive.h"
 
@@ -33,7 +33,7 @@ static uint64_t ledger_page(const struct target_receiver *receiver, uint64_t pag
 	return receiver->region->first + receiver->first_page + page;
 }
 
-/* ---- which pages a frame may write, and how */
+/* ---- routes: which pages a frame may write, and how */
 
 static enum route claim(struct target_receiver *receiver, uint64_t page)
 {
@@ -102,8 +102,8 @@ static int route_frame(struct target_receiver *receiver, struct mgd_error *err)
 	return 0;
 }
 
-/* Memory for every page the frame is going to write, before anything is read into it: an empty pool is an error of this
- * stream then, not a signal in the middle of a copy. */
+/* Allocate memory for every page that the frame will write, before anything is read into it: an empty pool is then
+ * an error of this stream, not a signal in the middle of a copy. */
 static int back_frame(struct target_receiver *receiver, struct mgd_error *err)
 {
 	const struct mgd_frame *frame = &receiver->frame;
@@ -117,7 +117,7 @@ static int back_frame(struct target_receiver *receiver, struct mgd_error *err)
 		if (written[page] || receiver->route[page] == ROUTE_DROP)
 			continue;
 		byte = mgd_ledger_get(&receiver->target->ledger, ledger_page(receiver, page));
-		/* After the switch-over backed pages too: the guest may have punched them out meanwhile. */
+		/* After the switchover do this for backed pages too: the guest may have punched them out meanwhile. */
 		if (mgd_bit_test(frame->present, block))
 			written[page] = final || !(byte & MGD_PAGE_BACKED);
 		else if (mgd_bit_test(frame->zero, block))
@@ -136,7 +136,7 @@ static int back_frame(struct target_receiver *receiver, struct mgd_error *err)
 
 /* ---- payload */
 
-/* Where each present block is to be read to. */
+/* Set where each present block is read to. */
 static void place_payload(struct target_receiver *receiver)
 {
 	const struct mgd_frame *frame = &receiver->frame;
@@ -150,7 +150,7 @@ static void place_payload(struct target_receiver *receiver)
 					      ? block_address(receiver, block)
 					      : receiver->scratch + (size_t)count * MGD_BLOCK_BYTES;
 		count++;
-		if (!(frame->flags & MGD_FRAME_FINAL)) /* before it holds anything: it is not BLANK, come what may */
+		if (!(frame->flags & MGD_FRAME_FINAL)) /* before it has contents: it is not BLANK from now on */
 			mgd_ledger_received(&target->ledger, ledger_page(receiver, page_of(receiver, block)));
 	}
 	receiver->present_count = count;
@@ -172,7 +172,7 @@ static int take_payload(struct target_receiver *receiver, struct mgd_error *err)
 	return 0;
 }
 
-/* The frame is good: what was read aside goes to its place, and zero blocks are zeroed where there is memory. */
+/* The check matches: copy scratch blocks into place, and zero the zero blocks that have memory. */
 static void apply(struct target_receiver *receiver)
 {
 	const struct mgd_frame *frame = &receiver->frame;
@@ -209,8 +209,8 @@ static void take(void *argument)
 		apply(taking->receiver);
 }
 
-/* The payload, and what it does to memory.  The guest may punch out a page that is just being written (a balloon does), and
- * back_frame's memory with it: if the pool is empty then, the next touch is SIGBUS. */
+/* Receive the payload and apply it to memory.  The guest (a balloon) may punch out a page that is being written, and
+ * with it the memory from back_frame: if the pool is empty then, the next access raises SIGBUS. */
 static int take_and_apply(struct target_receiver *receiver, struct mgd_error *err)
 {
 	struct taking taking = {.receiver = receiver, .err = err};
@@ -225,9 +225,9 @@ static int take_and_apply(struct target_receiver *receiver, struct mgd_error *er
 			receiver->first_page, receiver->frame.region);
 }
 
-/* ---- pages complete, or given up */
+/* ---- completed and abandoned pages */
 
-/* Put the run of just settled pages into the guest; see to those a guest thread waits for. */
+/* Map the run of pages just settled into the guest, and answer those that a guest thread waits for. */
 static void map_run(struct target_receiver *receiver, uint64_t page, uint64_t count, const bool *requested)
 {
 	struct mgd_target *target = receiver->target;
@@ -291,7 +291,7 @@ static void zero_block(void *block)
 	memset(block, 0, MGD_BLOCK_BYTES);
 }
 
-/* A BLANK page whose blocks are not all right becomes blank again. */
+/* Blank a BLANK page again if some of its blocks are damaged. */
 static void blank_torn_blocks(struct target_receiver *receiver)
 {
 	for (uint32_t block = 0; block < receiver->frame.block_count; block++) {
@@ -300,7 +300,7 @@ static void blank_torn_blocks(struct target_receiver *receiver)
 		if (receiver->route[page] != ROUTE_IN_PLACE || !mgd_bit_test(receiver->frame.present, block))
 			continue;
 		if (mgd_ledger_get(&receiver->target->ledger, ledger_page(receiver, page)) & MGD_PAGE_BACKED)
-			/* Or punched out meanwhile: that is zeros, too. */
+			/* It may have been punched out meanwhile: those are zeros, too. */
 			(void)mgd_guarded(zero_block, block_address(receiver, block));
 	}
 }

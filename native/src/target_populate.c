@@ -1,22 +1,21 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Memory for pages: ahead of the data that is about to come, and for holes that the guest touches.  A huge page costs
- * its zeroing when it is first touched, and several threads do that while the network is still busy with the pages
- * before.
+ * Allocate memory for pages: before their data arrives, and for holes that the guest touches.  The first touch of a
+ * huge page pays for zeroing it, and several threads do that while the network is busy with earlier pages.
  *
- * MADV_POPULATE_WRITE, not fallocate: on hugetlbfs fallocate zeroes page after page under the file's lock.  Whoever
- * else needs a page before its turn takes it the same way; the kernel sees to it that it is zeroed once.
+ * We use MADV_POPULATE_WRITE, not fallocate, which on hugetlbfs zeroes page after page under the file's lock.  Another
+ * thread that needs a page early allocates it in the same way; the kernel makes sure that it is zeroed once.
  *
- * What is wanted is one bit a page, however often the source asks for it.  The threads are of low priority: where
- * processors are scarce, receiving goes first, and takes its memory itself.  After the switch-over only stale pages are
- * still worth it; the rest has no data to come, and a hole is better left one.
+ * Requests are kept as one bit per page, however often the source repeats them.  The threads have low priority: where
+ * processors are scarce, receiving goes first and allocates its memory itself.  After the switchover only stale pages
+ * are worth it; no data will arrive for the rest, and a hole should stay one.
  */
 #include "target.h"
 
 #include <sys/mman.h>
 #include <sys/resource.h>
 
-#define LARGE_PAGE_BYTES (1ull << 30) /* from here on a page is taken by itself, below it a word of 64 */
+#define LARGE_PAGE_BYTES (1ull << 30) /* from this size on a thread takes single pages, below it words of 64 */
 #define NICE 10
 #define MAX_THREADS 16
 #define POOL_RETRY_MS 200
@@ -25,13 +24,13 @@ struct target_populator {
 	struct mgd_target *target;
 	pthread_mutex_t lock;
 	pthread_cond_t requested;
-	uint64_t requests; /* each thread looks through the bitmaps once for each, or for several */
+	uint64_t requests; /* each thread searches the bitmaps once per request, or for several at once */
 	uint32_t busy;
 	_Atomic bool stop;
-	struct mgd_error error; /* met since the last POPULATED */
+	struct mgd_error error; /* hit since the last POPULATED */
 	pthread_t threads[MAX_THREADS];
-	uint32_t started; /* the caller's */
-	uint64_t *wanted[MGD_MAX_REGIONS]; /* a bit a page; atomic */
+	uint32_t started; /* used by the caller only */
+	uint64_t *wanted[MGD_MAX_REGIONS]; /* one bit per page; atomic */
 };
 
 int target_back(struct mgd_target *target, struct target_region *region, uint64_t page, uint64_t count,
@@ -67,7 +66,7 @@ static bool worth_it(struct mgd_target *target, const struct target_region *regi
 	return !(byte & MGD_PAGE_BACKED);
 }
 
-/* The pages of a word: small ones in runs, huge ones one by one, so that the next look at the ledger comes soon. */
+/* Populate the pages of a word: small ones in runs, huge ones one by one, so that the ledger is checked again soon. */
 static int populate_word(struct target_populator *populator, struct target_region *region, uint64_t first,
 			 uint64_t bits, struct mgd_error *err)
 {
@@ -83,7 +82,7 @@ static int populate_word(struct target_populator *populator, struct target_regio
 	return 0;
 }
 
-/* All that is wanted in a region and that no other thread takes. */
+/* Populate all wanted pages of a region that no other thread takes. */
 static int populate_region(struct target_populator *populator, uint32_t index, struct mgd_error *err)
 {
 	struct target_region *region = &populator->target->regions[index];
@@ -109,7 +108,7 @@ static void *run(void *argument)
 	struct mgd_target *target = populator->target;
 	uint64_t seen = 0;
 
-	/* Of this thread only (Linux); without it the threads merely compete. */
+	/* Affects only this thread (Linux); without it the threads merely compete. */
 	(void)setpriority(PRIO_PROCESS, (id_t)gettid(), getpriority(PRIO_PROCESS, 0) + NICE);
 	MGD_HOLD(&populator->lock);
 	for (;;) {
@@ -208,7 +207,7 @@ int mgd_target_populate(struct mgd_target *target, uint32_t index, uint64_t firs
 	}
 	while (populator->started < threads) {
 		if (mgd_thread_start(&populator->threads[populator->started], "mgd-populate", run, populator, err))
-			return populator->started ? 0 : -1; /* fewer threads do it too */
+			return populator->started ? 0 : -1; /* fewer threads will do */
 		populator->started++;
 	}
 	return 0;
@@ -230,9 +229,9 @@ void target_populate_stop(struct mgd_target *target)
 	target->populator = NULL;
 }
 
-/* ---- where a guest thread waits */
+/* ---- holes that guest threads wait for */
 
-/* Fill the holes that guest threads wait for; whether all of them could be filled. */
+/* Fill the holes that guest threads wait for; return whether all could be filled. */
 static bool fill_holes(struct mgd_target *target, struct mgd_error *err)
 {
 	size_t waiters;
@@ -255,7 +254,8 @@ static bool fill_holes(struct mgd_target *target, struct mgd_error *err)
 	return filled;
 }
 
-/* Zeroing a huge page takes 0.1 ms, one of 1 GiB 100 to 300: too long for the fault thread, which others wait for. */
+/* Zeroing a huge page takes 0.1 ms, a 1 GiB page 100 to 300 ms: too long for the fault thread, for which others
+ * wait. */
 void *target_holes_main(void *argument)
 {
 	struct mgd_target *target = argument;
@@ -268,7 +268,7 @@ void *target_holes_main(void *argument)
 			while (sem_wait(&target->holes) && errno == EINTR)
 				;
 		} else {
-			/* The pool is empty: the guest waits until there is memory. */
+			/* The pool is empty: the guest waits until it has memory. */
 			struct timespec until;
 
 			clock_gettime(CLOCK_REALTIME, &until);

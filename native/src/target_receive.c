@@ -1,14 +1,14 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * One thread a connection takes what the source sends: barriers, and frames with their payloads.  What frames do to
- * pages is in target_pages.c.
+ * One thread per connection receives what the source sends: barriers, and frames with their payloads.  target_pages.c
+ * handles what frames do to pages.
  */
 #include "target_receive.h"
 
 #include <zstd.h>
 
 #define PIECE_BLOCKS 64
-#define SCRATCH_BYTES (2 * MGD_CHUNK_BLOCKS * MGD_BLOCK_BYTES) /* and as much for a payload still compressed */
+#define SCRATCH_BYTES (2 * MGD_CHUNK_BLOCKS * MGD_BLOCK_BYTES) /* half of it for a payload still compressed */
 
 static int recv_bytes(struct target_receiver *receiver, void *buffer, size_t bytes, struct mgd_error *err)
 {
@@ -38,7 +38,7 @@ static int receive_barrier(struct target_receiver *receiver, struct mgd_error *e
 		return mgd_violation(err, "barrier: number %" PRIu64 " after %" PRIu64, number, receiver->barrier);
 	receiver->barrier_seen = true;
 	receiver->barrier = number;
-	/* A stream may be ahead of another: what has arrived on all is the least. */
+	/* A stream may be ahead of another: the lowest number has arrived on all of them. */
 	for (uint32_t i = 0; i < target->stream_count; i++) {
 		struct target_receiver *other = target->receivers[i];
 
@@ -53,9 +53,9 @@ static int receive_barrier(struct target_receiver *receiver, struct mgd_error *e
 	return 0;
 }
 
-/* ---- payload: in pieces, so that what has just come in is hashed while it is in the cache.  A compressed one is read whole,
- * since its length is known and bounded (no more than the blocks it stands for), and must unpack to exactly those
- * blocks. */
+/* ---- payload: read in pieces, so that data is hashed while it is in the cache.  A compressed payload is read
+ * whole: its length is known and bounded (no more than the blocks it stands for), and it must unpack to exactly
+ * those blocks. */
 
 static int receive_iov(struct target_receiver *receiver, int count, struct mgd_error *err)
 {
@@ -116,7 +116,7 @@ static int receive_packed(struct target_receiver *receiver, struct mgd_error *er
 {
 	bool direct = contiguous(receiver);
 
-	/* Also checked with the bitmaps; here it is the size of a buffer. */
+	/* The bitmaps' decoder checks this too; here it is the size of a buffer. */
 	if (receiver->frame.payload_bytes > MGD_CHUNK_BLOCKS * MGD_BLOCK_BYTES)
 		return mgd_violation(err, "page frame: compressed payload: %u bytes", receiver->frame.payload_bytes);
 	receiver->iov[0] = (struct iovec){receiver->packed, receiver->frame.payload_bytes};
@@ -177,7 +177,7 @@ static int receive_frame(struct target_receiver *receiver, struct mgd_error *err
 			return mgd_violation(err, "page frame: FINAL before the switch-over");
 		return receive_pages(receiver, err);
 	}
-	/* First the flag, then the phase; the switch-over does it the other way round: one of us sees the other. */
+	/* Set the flag, then read the phase; the switchover does it in the opposite order: one of us sees the other. */
 	receiver->writing = true;
 	if (mgd_ledger_phase(&target->ledger) != MGD_PHASE_PRECOPY)
 		result = mgd_violation(err, "page frame: late frame after switch-over");
@@ -199,13 +199,13 @@ static void *receive(void *argument)
 	target_receive_give_up(receiver);
 	if (receiver->stream == MGD_STREAM_URGENT)
 		target_urgent_close(receiver->target);
-	mgd_channel_shutdown(receiver->channel); /* the peer must not go on writing to nobody */
+	mgd_channel_shutdown(receiver->channel); /* the peer must not keep writing to nobody */
 	if (!receiver->stopping)
 		mgd_event_post(&receiver->target->events, MGD_EVENT_STREAM_LOST, receiver->stream, 0, &error);
 	return NULL;
 }
 
-/* ---- life */
+/* ---- start and stop */
 
 static void destroy(struct target_receiver *receiver)
 {

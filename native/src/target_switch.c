@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The stale map and the switch-over of a target, and its two ends.  Either everything is current and the guest is
- * released, or what will never come is given up.
+ * The stale map and the switchover of a target, and its two ends.  Either everything is current and the guest is
+ * released, or the pages that will never arrive are poisoned.
  */
 #include "target.h"
 
-/* How long UFFDIO_POISON may meet EAGAIN because an event waits to be read: the fault thread reads at once, but the
- * guest's own thread has to run before the kernel is done with it. */
+/* How long UFFDIO_POISON may return EAGAIN because an event is unread: the fault thread reads at once, but the
+ * guest's own thread has to run before the kernel is done with the event. */
 #define POISON_PATIENCE_NS 2000000000ull
 
 static int check_piece(const struct mgd_target *target, uint32_t index, uint64_t first_page, size_t bytes,
@@ -144,7 +144,7 @@ int mgd_target_release(struct mgd_target *target, struct mgd_error *err)
 	target_populate_stop(target);
 	target_background_stop(target);
 	target_receiver_drop_all(target);
-	/* The fault thread serves until the last mapping is free: no fault falls between. */
+	/* The fault thread serves until the last mapping is unregistered, so that no fault is missed in between. */
 	target->releasing = true;
 	for (uint32_t i = 0; i < target->mapping_count; i++) {
 		if (mgd_uffd_unregister(target->uffd, target->mappings[i].address, target->mappings[i].length_bytes,

@@ -1,7 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Starting threads, and their place with the scheduler.  Each function says what becomes of a failure: only a thread
- * that cannot be started is one.
+ * Start threads, and set their scheduling.  A thread that cannot be started is an error; anything less is not.
  */
 #include "thread.h"
 
@@ -14,7 +13,7 @@
 #include "error.h"
 
 #define NICE_BETTER 10
-#define SLICE_NS 100000 /* the least there is */
+#define SLICE_NS 100000 /* the minimum */
 
 int mgd_thread_start(pthread_t *thread, const char *name, void *(*run)(void *), void *argument, struct mgd_error *err)
 {
@@ -35,7 +34,7 @@ int mgd_thread_start(pthread_t *thread, const char *name, void *(*run)(void *), 
 	return 0;
 }
 
-/* struct sched_attr of sched_setattr(2), for which glibc has no name before 2.41. */
+/* struct sched_attr of sched_setattr(2), which glibc before 2.41 does not define. */
 struct attributes {
 	uint32_t size, policy;
 	uint64_t flags;
@@ -54,7 +53,7 @@ void mgd_thread_low_latency(void)
 		.runtime_ns = SLICE_NS,
 	};
 
-	/* Both are refinements: without them everything works, later. */
+	/* Both are optimizations: without them everything works, but later. */
 	if (syscall(SYS_sched_setattr, 0, &attributes, 0) == 0)
 		return;
 	attributes.nice = nice;

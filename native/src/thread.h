@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * What every thread of the engines needs: a start without the daemon's signals, a lock that ends with its block, and a
- * word with the scheduler.  Nothing in here knows what the threads do.
+ * What every thread of the engines needs: a start without the daemon's signals, a scoped lock, and scheduling.  Nothing
+ * here knows what the threads do.
  */
 #pragma once
 
@@ -9,15 +9,16 @@
 
 #include "migrated.h"
 
-/* pthread_create with every signal blocked, since they are the daemon's; but for those that a thread raises itself, such
- * as SIGBUS: blocked, they would end the process without a trace.  name: at most 15 characters. */
+/* Call pthread_create with every signal blocked, since signals belong to the daemon, except for those that a thread
+ * raises itself, such as SIGBUS: if blocked, they would kill the process without a trace.  name: at most 15
+ * characters. */
 int mgd_thread_start(pthread_t *thread, const char *name, void *(*run)(void *), void *argument, struct mgd_error *err);
 
 /*
- * Called by a thread that works only while a guest thread waits for it: little work, wanted at once.  On a busy host it
- * would else wait a whole time slice of whoever runs.  A short slice of its own (Linux 6.12; ignored before) lets it in
- * early without a greater share; where the rights are there, a better nice value too.  Not a real-time class: what such
- * a thread does is asked for by the network.
+ * Called by a thread that works only while a guest thread waits for it: little work, needed at once.  On a busy host it
+ * would otherwise wait for a whole time slice of the running thread.  A short slice of its own (Linux 6.12; ignored
+ * before) lets it run early without a larger share; a better nice value helps too, if permitted.  Not a real-time
+ * class: the network controls how much such a thread does.
  */
 void mgd_thread_low_latency(void);
 
@@ -32,7 +33,7 @@ static inline void mgd_unlock(pthread_mutex_t **held)
 	pthread_mutex_unlock(*held);
 }
 
-/* Hold the lock until the end of the enclosing block, however that is left. */
+/* Hold the lock until the end of the enclosing block, however control leaves it. */
 #define MGD_HOLD(lock) __attribute__((cleanup(mgd_unlock), unused)) pthread_mutex_t *held_lock = mgd_lock(lock)
 /* Hold it for the block that follows, which must not be left with break. */
 #define MGD_LOCKED(lock)                                                                                               \

@@ -1,52 +1,53 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Dirty tracking of another process, from outside.
+ * Dirty tracking of another process, from outside.  This file finds the pages that a guest has written.
  *
  * The guest's mappings are registered with userfaultfd for asynchronous write-protection: the first write to a
- * protected page lifts the protection by itself, without a message.  PAGEMAP_SCAN on the guest's pagemap says of each
- * page whether its page table entry is PRESENT, SWAPPED or neither (empty), and whether it is WRITTEN, that is, carries
- * no protection.
+ * protected page removes the protection by itself, without a message.  PAGEMAP_SCAN on the guest's pagemap reports for
+ * each page whether its page table entry is PRESENT, SWAPPED or neither (empty), and whether it is WRITTEN, that is,
+ * unprotected.
  *
  * Four rules:
  *
- *   1. Present or swapped, and WRITTEN: the page was written since the last scan.  It is protected again under the page
- *      table lock by the scan that finds it (PM_SCAN_WP_MATCHING), so no write falls between "reported" and "protected".
- *   2. Empty, though we protected it: the page was zapped since (MADV_DONTNEED, a punched hole, reclaim, a split or
- *      collapsed huge page).  The entry took with it what it knew of earlier writes, so the page counts as written.  It is
- *      protected again, absent as it is: that leaves a marker in the entry, which counts as SWAPPED and becomes the
- *      protection of whatever is populated there.  A page of shared memory that is zapped unwritten leaves a marker by
- *      itself: its content is still in the file.
- *   3. Protect first, report afterwards.  Whoever reads the page after the report sees every write before the protection,
- *      and the next scan reports every write after it.
- *   4. The error of this interface is always to report too much, also where a call fails half-way.
+ *   1.  Present or swapped, and WRITTEN: the page was written since the last scan.  The scan that finds it protects it
+ *      again under the page table lock (PM_SCAN_WP_MATCHING), so no write falls between "reported" and "protected".
+ *   2.  Empty, although we protected it: the page was zapped since then (MADV_DONTNEED, a punched hole, reclaim, a
+ *      split or collapsed huge page).  The record of earlier writes is lost with the entry, so the page counts as
+ *      written.  The scan protects it again while absent: that leaves a marker in the entry, which counts as SWAPPED
+ *      and becomes the protection of whatever is populated there.  A page of shared memory that is zapped unwritten
+ *      leaves a marker by itself: its contents are still in the file.
+ *   3.  Protect first, report afterwards.  Whoever reads the page after the report sees every write before the
+ *      protection, and the next scan reports every write after it.
+ *   4.  When in doubt, this interface reports too much, even if a call fails halfway.
  *
- * Shared memory is protected whole, absent pages included, so that only what was zapped is empty.  In a mapping that is
- * SPARSE, absent pages hold zeros, and there may be far more of them than memory: markers would fill the page tables of
- * memory that the guest never used.  There, only what is present or swapped is protected; one bit a page remembers
- * which pages ever were.  A page populated afterwards carries no protection, and so is WRITTEN at the next scan.
- * Nobody has read it before that: only protected pages are reported, and only reported pages are read.
+ * Shared memory is protected as a whole, absent pages included, so only what was zapped is empty.  In a SPARSE mapping
+ * absent pages hold zeros, and there may be far more of them than memory: markers would fill the page tables of memory
+ * that the guest never used.  There we protect only what is present or swapped, and one bit per page records which
+ * pages ever were.  A page populated afterwards is unprotected, so it is WRITTEN at the next scan.  Nobody has read it
+ * before that: only protected pages are reported, and only reported pages are read.
  *
  * A step is scanned in two looks.  The first changes nothing: it asks for pages that are WRITTEN or not PRESENT, which
- * costs 3 ns for a small page that is neither, and 11 ns for one that is (6.18).  Empty pages are dealt with at once.
- * Only the part that has written pages, if any, is looked at again to protect them: a look that may do so invalidates
- * all of its range in KVM's page tables, and on hugetlb it takes the file's lock for each page.  A page that is written
- * and zapped between the two is found empty by the next scan.
+ * costs 3 ns for a small page that is neither, and 11 ns for one that is (6.18).  It handles empty pages at once.  The
+ * second look covers only the part that has written pages, if any, and protects them: such a look invalidates all of
+ * its range in KVM's page tables, and on hugetlb it takes the file's lock for each page.  If a page is written and
+ * zapped between the two looks, the next scan finds it empty.
  *
- * What is asked of PAGEMAP_SCAN is narrower than what it offers, because kernels differ in the rest:
- *   - Whether an empty entry counts as WRITTEN depends on kernel, page size and masks (07b4377bdbe7, 40de8160ca7f).  It is
- *     never asked; and no look that protects matches an empty entry, which has hung kernels on hugetlb (14a2508b1bf6).
- *   - Gigantic pages are protected again with UFFDIO_WRITEPROTECT, by rule 3: PM_SCAN_WP_MATCHING did not do it before
+ * We use less of PAGEMAP_SCAN than it offers, because kernels differ in the rest:
+ *   - Whether an empty entry counts as WRITTEN depends on kernel, page size and masks (07b4377bdbe7, 40de8160ca7f).  We
+ *     never ask; and no look that protects matches an empty entry, which has hung kernels on hugetlb (14a2508b1bf6).
+ *   - We protect gigantic pages again with UFFDIO_WRITEPROTECT, by rule 3: PM_SCAN_WP_MATCHING did not do so before
  *     645fc055fd92.
  *
- * What it does not see: writes other than through this process's page tables (other processes, devices, buffers pinned
- * before a scan and filled after it); the caller deals with those.  Memory whose content is dropped without having been
- * written since the last scan: reported where the mapping is SPARSE, but not always on shared memory or huge pages,
- * where a marker keeps the protection.  A process that has exited: a scan of it reports nothing and does not fail; the
- * caller watches the process.
+ * The tracker does not see:
+ *   - Writes that bypass this process's page tables (other processes, devices, buffers pinned before a scan and filled
+ *     after it).  The caller handles those.
+ *   - Memory whose contents are dropped without a write since the last scan.  It is reported in a SPARSE mapping, but
+ *     not always on shared memory or huge pages, where a marker keeps the protection.
+ *   - A process that has exited: a scan of it reports nothing and does not fail.  The caller watches the process.
  *
- * All of this runs beside a guest that maps and unmaps memory, and one that waits for its mmap_lock stands still.  So
- * no ioctl covers more than a step, about a millisecond of work.  The steps of a walk are shared among threads, because
- * the last scan is made while the guest is paused.
+ * All of this runs while the guest maps and unmaps memory, and a guest that waits for its mmap_lock is stalled.  So no
+ * ioctl covers more than a step, about a millisecond of work.  Threads share the steps of a walk, because the last scan
+ * runs while the guest is paused.
  */
 #include <fcntl.h>
 #include <inttypes.h>
@@ -63,12 +64,12 @@
 /* The most that one ioctl covers. */
 #define STEP_BYTES ((uint64_t)16 << 20)
 #define STEP_BYTES_HUGE ((uint64_t)1 << 30)
-/* One thread for so many pages, below which it costs more than it brings. */
+/* One thread per so many pages; with fewer it costs more than it gains. */
 #define THREAD_PAGES ((uint64_t)1 << 16)
 #define THREADS_MAX 16
-/* How often an ioctl may find the address space changing before it counts as failed. */
+/* How often an ioctl may find the address space changing before it fails. */
 #define CHANGING_TRIES 1000
-/* What PM_SCAN_WP_MATCHING can re-arm: it compares with the size of a transparent huge page. */
+/* The largest page that PM_SCAN_WP_MATCHING re-arms: it compares with the size of a transparent huge page. */
 #define REARMED_BYTES_MAX ((uint64_t)2 << 20)
 
 #define POPULATED (MGD_PAGE_IS_PRESENT | MGD_PAGE_IS_SWAPPED)
@@ -92,7 +93,7 @@ struct tracked {
 	struct mgd_mapping mapping;
 	uint64_t page_bytes;
 	bool registered; /* by us */
-	uint64_t *armed; /* SPARSE: a bit a page of the mapping, those that were protected */
+	uint64_t *armed; /* SPARSE: one bit per page of the mapping, set if it was protected */
 };
 
 struct mgd_tracker {
@@ -107,20 +108,20 @@ struct step {
 	uint64_t start, end;
 };
 
-/* Going through all mappings, step by step, by several threads. */
+/* A walk through all mappings, step by step, by several threads. */
 struct walk {
 	struct mgd_tracker *tracker;
 	int (*visit)(struct walk *walk, const struct step *step, struct mgd_error *err);
-	uint64_t **bitmaps; /* [region], where pages are reported */
+	uint64_t **bitmaps; /* per region: where pages are reported */
 	_Atomic uint64_t bytes; /* reported */
-	pthread_mutex_t lock; /* for what follows */
+	pthread_mutex_t lock; /* protects the following */
 	uint32_t index;
-	uint64_t offset; /* where the next step begins, in mapping `index` */
+	uint64_t offset; /* where the next step begins in mapping `index` */
 	int result;
 	struct mgd_error error; /* the first one */
 };
 
-/* ---- making and ending */
+/* ---- creation and destruction */
 
 static int check_mapping(const struct mgd_mapping *mapping, const uint64_t *page_bytes, uint32_t region_count,
 			 struct mgd_error *err)
@@ -199,7 +200,7 @@ void mgd_tracker_destroy(struct mgd_tracker *tracker)
 
 /* ---- walking */
 
-/* Steps end at round addresses, so that they cut no transparent huge page. */
+/* Steps end at aligned addresses, so that they split no transparent huge page. */
 static bool next_step(struct walk *walk, struct step *step)
 {
 	MGD_HOLD(&walk->lock);
@@ -222,7 +223,7 @@ static bool next_step(struct walk *walk, struct step *step)
 	return true;
 }
 
-/* Every step is tried, whatever became of the others; the first failure is reported. */
+/* Try every step, whatever happens to the others; report the first failure. */
 static void *walk_steps(void *argument)
 {
 	struct walk *walk = argument;
@@ -254,7 +255,7 @@ static uint64_t threads_wanted(const struct mgd_tracker *tracker)
 	return count > most ? most : count;
 }
 
-/* The calling thread is one of `threads`; it does the work of those that could not be started. */
+/* The calling thread is one of `threads`, and does the work of those that could not be started. */
 static int walk_all(struct walk *walk, uint64_t threads, struct mgd_error *err)
 {
 	pthread_t started[THREADS_MAX];
@@ -272,7 +273,7 @@ static int walk_all(struct walk *walk, uint64_t threads, struct mgd_error *err)
 	return walk->result;
 }
 
-/* ---- what a step is made of */
+/* ---- the parts of a step */
 
 static int write_protect(const struct mgd_tracker *tracker, uint64_t start, uint64_t end, struct mgd_error *err)
 {
@@ -282,7 +283,7 @@ static int write_protect(const struct mgd_tracker *tracker, uint64_t start, uint
 	};
 
 	for (int tries = 0; ioctl(tracker->uffd, UFFDIO_WRITEPROTECT, &arg); tries++) {
-		/* EAGAIN: the address space is being changed (mremap, madvise).  Doing it all again is harmless. */
+		/* EAGAIN: the address space is changing (mremap, madvise).  Repeating all of it is harmless. */
 		if ((errno == EAGAIN || errno == EINTR) && tries < CHANGING_TRIES)
 			continue;
 		return mgd_fail_errno(err, errno, "UFFDIO_WRITEPROTECT: %#" PRIx64 "+%#" PRIx64, start, (end - start));
@@ -290,20 +291,20 @@ static int write_protect(const struct mgd_tracker *tracker, uint64_t start, uint
 	return 0;
 }
 
-/* Set bits [first, end).  Other threads may be setting bits, and taking words of the bitmap away. */
+/* Set bits [first, end).  Other threads may be setting bits, and clearing words of the bitmap. */
 static void set_bits(uint64_t *bitmap, uint64_t first, uint64_t end)
 {
 	for (uint64_t word = first / 64; word * 64 < end; word++)
 		(void)mgd_word_set_atomic(&bitmap[word], mgd_word_mask(word, first, end - first));
 }
 
-/* The number of a page within its mapping. */
+/* Return the number of a page within its mapping. */
 static uint64_t page_of(const struct tracked *tracked, uint64_t address)
 {
 	return (address - tracked->mapping.address) / tracked->page_bytes;
 }
 
-/* The first run of pages in [*start, end) that were protected. */
+/* Find the first run of pages in [*start, end) that were protected. */
 static bool next_armed(const struct tracked *tracked, uint64_t *start, uint64_t *out_run_end, uint64_t end)
 {
 	uint64_t first = page_of(tracked, *start), last = page_of(tracked, end), page;
@@ -328,7 +329,7 @@ static void report(struct walk *walk, const struct tracked *tracked, uint64_t st
 	atomic_fetch_add(&walk->bytes, end - start);
 }
 
-/* Fetch runs from the beginning of the step on; the step then begins where the next call has to go on. */
+/* Fetch runs from the start of the step on, and move that to where the next call continues. */
 static int fetch(const struct mgd_tracker *tracker, struct step *step, const struct mgd_pagemap_query *query,
 		 struct mgd_page_region runs[MGD_PAGEMAP_RUNS], int *out_count, struct mgd_error *err)
 {
@@ -380,14 +381,14 @@ failed:
 	return -1;
 }
 
-/* Unregistering lifts the protection and takes the markers away. */
+/* Unregistering lifts the protection and removes the markers. */
 static int disarm_step(struct walk *walk, const struct step *step, struct mgd_error *err)
 {
 	if (!step->tracked->registered)
 		return 0;
 	if (!mgd_uffd_unregister(walk->tracker->uffd, step->start, step->end - step->start, err))
 		return 0;
-	/* A guest that has ended needs no freeing. */
+	/* A guest that has exited needs no release. */
 	return err->kind == MGD_ERR_GUEST_GONE ? 0 : -1;
 }
 
@@ -409,7 +410,7 @@ int mgd_tracker_disarm(struct mgd_tracker *tracker, struct mgd_error *err)
 
 /* ---- scanning */
 
-/* Pages whose entries are empty: rule 2. */
+/* Report pages whose entries are empty: rule 2. */
 static int scan_empty(struct walk *walk, const struct tracked *tracked, uint64_t start, uint64_t end,
 		      struct mgd_error *err)
 {
@@ -423,7 +424,7 @@ static int scan_empty(struct walk *walk, const struct tracked *tracked, uint64_t
 	return 0;
 }
 
-/* Pages that have been protected again: rule 1. */
+/* Report pages that have been protected again: rule 1. */
 static void scan_written(struct walk *walk, const struct tracked *tracked, uint64_t start, uint64_t end)
 {
 	if (tracked->armed)
@@ -431,7 +432,7 @@ static void scan_written(struct walk *walk, const struct tracked *tracked, uint6
 	report(walk, tracked, start, end);
 }
 
-/* The first look: deal with empty pages, and find out between which addresses there are written ones. */
+/* The first look: handle empty pages, and find the range that contains written ones. */
 static int look(struct walk *walk, const struct step *step, struct step *out_written, struct mgd_error *err)
 {
 	struct mgd_page_region runs[MGD_PAGEMAP_RUNS];
@@ -478,7 +479,7 @@ static int scan_step(struct walk *walk, const struct step *step, struct mgd_erro
 		uint64_t start = rest.start;
 
 		if (fetch(walk->tracker, &rest, &PROTECT_WRITTEN, runs, &count, err)) {
-			/* What was protected before it failed is unknown: rule 4. */
+			/* What was protected before the failure is unknown: rule 4. */
 			report(walk, tracked, start, rest.end);
 			return -1;
 		}
@@ -498,11 +499,11 @@ int mgd_tracker_scan(struct mgd_tracker *tracker, uint64_t **bitmaps, uint64_t *
 }
 
 /*
- * On shared memory, SWAPPED is a marker and no page: pages on swap are in the file's page cache, never in a page table.
- * Nothing else would be seen by it but a page that is being migrated at this moment; the source engine finds such a gap
- * by the size of the file.
+ * On shared memory SWAPPED is a marker and no page: swapped pages are in the file's page cache, never in a page table.
+ * The only page missed by ignoring it is one that is being migrated at this moment; the source engine detects such a
+ * gap from the size of the file.
  *
- * A SPARSE page populated since it was armed is left to the next scan, like anything that is not protected.
+ * A SPARSE page populated since arming is left to the next scan, like everything that is not protected.
  */
 static int present_step(struct walk *walk, const struct step *step, struct mgd_error *err)
 {

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Kernel interfaces newer than the headers of the distributions we build on (the oldest: Linux 6.1).  Whether the
- * running kernel has them is found out at run time (mgd_probe); numbers and layouts are those of
+ * Kernel interfaces newer than the headers of the distributions on which we build (the oldest: Linux 6.1).  mgd_probe
+ * finds out at run time whether the kernel has them; numbers and layouts are those of
  * include/uapi/linux/{userfaultfd,fs,ptrace}.h.
  */
 #pragma once

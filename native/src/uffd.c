@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * userfaultfd from our side of the descriptor: each function is one ioctl, checked and named.  What this kernel can do
- * is tried on throw-away descriptors; versions are never compared, since distributions carry features back and
- * configurations leave them out.
+ * userfaultfd, from the holder's side of the descriptor: each function issues one ioctl, and checks and names it.
+ * Probes use throw-away descriptors and never compare versions, since distributions backport features and
+ * configurations omit them.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -45,7 +45,7 @@ int mgd_uffd_open(int user_mode_only, int *out_fd, struct mgd_error *err)
 	int reason = errno, device;
 
 	if (fd < 0 && reason == EPERM && !user_mode_only) {
-		/* Rights given by file permissions instead of a capability, 6.1. */
+		/* Access by file permissions instead of a capability, Linux 6.1. */
 		device = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
 		if (device >= 0) {
 			fd = ioctl(device, USERFAULTFD_IOC_NEW, O_CLOEXEC | O_NONBLOCK);
@@ -97,7 +97,8 @@ int mgd_probe(struct mgd_features *out, struct mgd_error *err)
 	return 0;
 }
 
-/* Name what this kernel lacks of `wanted`; a throw-away descriptor is asked, since UFFDIO_API works once on each. */
+/* Name the features in `wanted` that this kernel lacks.  Queries a throw-away descriptor, since UFFDIO_API works
+ * once per descriptor. */
 static int fail_unsupported(uint64_t wanted, struct mgd_error *err)
 {
 	struct mgd_features features;
@@ -132,8 +133,8 @@ int mgd_uffd_api(int uffd, int faults, int tracking, struct mgd_error *err)
 }
 
 /*
- * What an errno of (UN)REGISTER means.  Both answer ENOMEM when the address space is gone, where all the others answer
- * ESRCH; so one of the others is asked.  Lifting write-protection errs to the safe side: pages count as written.
+ * Interpret an errno of (UN)REGISTER.  Both return ENOMEM when the address space is gone, where all other ioctls return
+ * ESRCH, so try one of those.  Lifting write-protection errs on the safe side: pages count as written.
  */
 static int true_reason(int uffd, uint64_t start, uint64_t length_bytes, int reason)
 {
@@ -195,6 +196,6 @@ int mgd_uffd_unregister(int uffd, uint64_t start, uint64_t length_bytes, struct 
 	if (ioctl(uffd, UFFDIO_UNREGISTER, &range))
 		return mgd_fail_errno(err, true_reason(uffd, start, length_bytes, errno),
 				      "UFFDIO_UNREGISTER: %#" PRIx64 "+%#" PRIx64, start, length_bytes);
-	/* Unregistering wakes threads waiting in missing faults, not those in minor faults. */
+	/* Unregistering wakes threads that wait in missing faults, but not in minor faults. */
 	return mgd_uffd_wake(uffd, start, length_bytes, err);
 }

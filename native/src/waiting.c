@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The table of waiting pages, and the histograms of their latencies.  The lock is held for no call.
+ * The table of waiting pages, and the histograms of their latencies.  No thread holds the lock over a call that can
+ * block.
  */
 #include "waiting.h"
 
@@ -118,7 +119,7 @@ struct mgd_waiter *mgd_waiting_list(struct mgd_waiting *waiting, size_t *out_cou
 
 /* ---- histograms */
 
-/* Bucket i counts [2^i, 2^(i+1)) us, bucket 0 from 0 on, the last one without an end. */
+/* Bucket i counts [2^i, 2^(i+1)) us; bucket 0 starts at 0, and the last one has no upper bound. */
 static unsigned bucket_of(uint64_t ns)
 {
 	uint64_t us = ns / 1000;
