@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: MIT
 /*
- * A co-operative guest that checks its memory as it writes it, in several threads.
+ * A co-operative guest that checks its memory as it writes it, in several threads.  It shows how a program uses
+ * migrated_guest.h.
  *
- *	cc -std=gnu11 -O2 -pthread -Inative/include -Imigrated/demo/images -o process_guest native/examples/process_guest.c
- *	MIGRATED_SOCKET=/run/p1.sock ./process_guest --size 256 --threads 2 --rate max --pattern sparse
+ * 	cc -std=gnu11 -O2 -pthread -Inative/include -Imigrated/demo/images -o process_guest native/examples/process_guest.c
+ * 	MIGRATED_SOCKET=/run/p1.sock ./process_guest --size 256 --threads 2 --rate max --pattern sparse
  *
- * --regions N splits the memory; --within MIB spreads it, 2 MiB by 2 MiB, over a memory as large as that, the rest of which
- * is never touched (the agent must be told not to reserve it: reserve = false); --sweep S checks all of it every S seconds (default 10), --console PATH talks on a Unix
- * socket and not on standard streams.  Lines and commands as the other test guests have them: READY, LOAD, CORRUPT, SWEPT;
- * sweep, reset, quit.
+ * --regions N splits the memory.  --within MIB spreads it, 2 MiB by 2 MiB, over a memory of that size, the rest of
+ * which is never touched (tell the agent not to reserve it: reserve = false).  --sweep S checks all of it every S
+ * seconds (default 10).  --console PATH uses a Unix socket instead of standard streams.  Lines and commands are those
+ * of the other test guests: READY, LOAD, CORRUPT, SWEPT; sweep, reset, quit.
  */
 #define _GNU_SOURCE
 #include <getopt.h>
@@ -30,9 +31,9 @@ struct worker {
 	struct sc_load load;
 	pthread_t thread;
 	uint64_t first; /* of its blocks */
-	uint64_t stall, gap; /* ns; read and reset by the console without care: they are for people */
-	uint64_t wrong; /* of the last whole sweep */
-	unsigned int sweep_done; /* number of the last whole sweep it has made */
+	uint64_t stall, gap; /* ns; the console accesses them unsynchronized: only for people */
+	uint64_t wrong; /* of the last complete sweep */
+	unsigned int sweep_done; /* number of the last complete sweep by this thread */
 };
 
 struct guest_load {
@@ -42,9 +43,9 @@ struct guest_load {
 	struct worker workers[MOST_THREADS];
 	unsigned int threads, region_count, sweep_wanted;
 	uint64_t blocks, blocks_per_region, rate, sweep_seconds;
-	uint64_t stride; /* chunks of address space for each one used */
+	uint64_t stride; /* chunks of address space per chunk used */
 	uint64_t *expected;
-	int filled; /* threads that have written their blocks for the first time */
+	int filled; /* threads that have written all their blocks once */
 	int listener, peer, console_in;
 };
 
@@ -108,7 +109,7 @@ static void *work(void *argument)
 		if (w->sweep_done != wanted) {
 			w->wrong = sc_sweep_all(&w->load);
 			__atomic_store_n(&w->sweep_done, wanted, __ATOMIC_RELEASE);
-			last = now_ns(); /* our own doing, not a stall */
+			last = now_ns(); /* a pause of our own, not a stall */
 		}
 		if (all->rate || w->load.pattern == SC_IDLE)
 			nanosleep(&nap, NULL);
@@ -116,7 +117,7 @@ static void *work(void *argument)
 	return NULL;
 }
 
-/* ---- the state that is not in the memory: the counters that the blocks have to hold */
+/* ---- the state outside the memory: the counters that the blocks must hold */
 
 static int save(void *context, void **out, size_t *out_bytes)
 {
@@ -222,7 +223,7 @@ static void say_corrupt(struct guest_load *all)
 	}
 }
 
-/* 's', 'r', 'q' for a whole command, 0 for none within the time. */
+/* Return 's', 'r' or 'q' for a whole command, 0 if none arrives in time. */
 static char next_command(struct guest_load *all, int wait_ms)
 {
 	static char first;
@@ -242,7 +243,7 @@ static char next_command(struct guest_load *all, int wait_ms)
 		return 0;
 	if (read(watched[1].fd, &c, 1) != 1) {
 		if (all->listener < 0) {
-			all->console_in = -1; /* nobody will command any more */
+			all->console_in = -1; /* nobody can send commands any more */
 		} else {
 			close(all->peer);
 			all->peer = -1;

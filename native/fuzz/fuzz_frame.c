@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The page frame's decoder under a fuzzer: input is what a hostile peer writes on a page connection.  A frame that is
- * accepted must keep every promise the receivers build on, and survive encoding unchanged.
+ * Fuzzes the decoder of page frames: the input is what a hostile peer writes on a page connection.  An accepted frame
+ * must keep every promise that the receivers rely on, and survive encoding unchanged.
  */
 #include <assert.h>
 #include <string.h>
@@ -65,7 +65,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		check = frame.check;
 		assert(mgd_frame_encode(&frame, hashes, secret, head) == bytes);
 		assert(frame.check == mgd_frame_check(&frame, hashes, secret));
-		memcpy(head + 32, &check, sizeof(check)); /* the one field that encoding sets by itself */
+		memcpy(head + 32, &check, sizeof(check)); /* the only field that encoding sets itself */
 		assert(!memcmp(head, data, bytes));
 		data += bytes;
 		size -= bytes;

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Compressed payloads under a fuzzer: the bytes are what a hostile peer says is zstd.  Byte 0: how many blocks the frame
- * claims; byte 1: whether they lie together in memory.  Nothing beyond those blocks may be written.
+ * Fuzzes compressed payloads: the bytes are what a hostile peer claims is zstd.  Byte 0: how many blocks the frame
+ * claims; byte 1: whether they are contiguous in memory.  Nothing beyond those blocks may be written.
  */
 #include <assert.h>
 #include <stdlib.h>
@@ -54,7 +54,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		receiver->present_count = 1 + data[0] % BLOCKS_MAX;
 		receiver->frame.flags = MGD_FRAME_COMPRESSED;
 		receiver->frame.payload_bytes = (uint32_t)(size - 2);
-		/* As the decoder of frames bounds it. */
+		/* Bounded like this by the decoder of frames. */
 		if (receiver->frame.payload_bytes >= receiver->present_count * MGD_BLOCK_BYTES)
 			receiver->frame.payload_bytes = receiver->present_count * MGD_BLOCK_BYTES - 1;
 		memset(memory, GUARD, sizeof(memory));

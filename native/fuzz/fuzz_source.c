@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * What a hostile target sends: demands, on the urgent connection of a frozen source.  Input: frames as they are on the wire,
- * but for magic, version and check, which are made right.  Whatever is demanded, and however often, a page is sent once.
+ * Fuzzes what a hostile target sends: demands, on the urgent connection of a frozen source.  Input: frames as on the
+ * wire, except that magic, version and check are corrected.  Whatever is demanded, and however often, a page is sent
+ * once.
  */
 #include <assert.h>
 #include <poll.h>
@@ -40,7 +41,7 @@ static void set_up(void)
 		secret[i] = (uint8_t)(i * 73 + i / 256);
 }
 
-/* The other end takes whatever comes. */
+/* The other end reads whatever arrives. */
 static void *drain(void *argument)
 {
 	static uint8_t buffer[1 << 16];

@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * What a hostile source sends, all the way through the target engine: frames before the switch-over, the stale map, frames
- * after it.  Input: byte 0: how many frames come before; byte 1: the pages that are stale; then frames as they are on the
- * wire, but for what would stop them too soon: magic, version and check are made right, and one byte stands for the payload.
+ * Fuzzes what a hostile source sends, through the whole target engine: frames before the switchover, the stale map, and
+ * frames after it.  Input: byte 0: the number of frames before it; byte 1: the stale pages; then frames as on the wire,
+ * except for what would stop them too early: magic, version and check are corrected, and one byte stands for the
+ * payload.
  */
 #include <assert.h>
 #include <poll.h>
@@ -45,7 +46,7 @@ static bool send_all(int fd, const void *bytes, size_t count)
 	return !count || send(fd, bytes, count, MSG_NOSIGNAL) == (ssize_t)count;
 }
 
-/* Send the next frame; how much of the input it was, 0 when there is no more or the engine has refused it. */
+/* Send the next frame; return how much of the input it used, 0 if there is no more or the engine has rejected it. */
 static size_t send_frame(int fd, const uint8_t *data, size_t size)
 {
 	static uint8_t payload[MGD_CHUNK_BLOCKS * MGD_BLOCK_BYTES];
@@ -135,7 +136,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	close(fd);
 	wait_lost(target);
 	mgd_target_drop_streams(target);
-	/* Nothing of a frame that was not complete is left. */
+	/* Nothing of an incomplete frame remains. */
 	for (uint64_t page = 0; page < target->ledger.page_count; page++)
 		assert(!(mgd_ledger_get(&target->ledger, page) & MGD_PAGE_RECEIVING));
 	mgd_target_destroy(target);

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: MIT */
-/* All a C test needs: a check that names itself, and a list of tests to run. */
+/* This header has everything that a C test needs.  Its checks print what failed, and its runner takes a list of
+ * tests. */
 #ifndef MGD_TEST_CHECK_H
 #define MGD_TEST_CHECK_H
 
@@ -8,7 +9,8 @@
 
 #include "migrated.h"
 
-/* A key.  It must look random: where the key of the block hash is zeros, a zero of the input hides its neighbour. */
+/* Fill in a key.  It must look random: where the key of the block hash is zero, a zero in the input hides its
+ * neighbour. */
 static inline void fill_secret(uint8_t secret[MGD_SECRET_BYTES])
 {
 	uint64_t state = 0x9e3779b97f4a7c15ull;
@@ -19,7 +21,7 @@ static inline void fill_secret(uint8_t secret[MGD_SECRET_BYTES])
 	}
 }
 
-/* Exit code of a test that cannot run here; it says why. */
+/* Exit code of a test that cannot run here; it prints why. */
 #define SKIPPED 77
 
 #define CHECK(condition)                                                                                               \
@@ -40,7 +42,7 @@ static inline void fill_secret(uint8_t secret[MGD_SECRET_BYTES])
 		}                                                                                                      \
 	} while (0)
 
-/* A call of the core that must succeed; `err` is the struct mgd_error it was given. */
+/* Check that a call of the core succeeds; `err` is the struct mgd_error passed to it. */
 #define CHECK_OK(call, err)                                                                                            \
 	do {                                                                                                           \
 		if ((call) != 0) {                                                                                     \
@@ -49,7 +51,7 @@ static inline void fill_secret(uint8_t secret[MGD_SECRET_BYTES])
 		}                                                                                                      \
 	} while (0)
 
-/* … that must fail with this kind. */
+/* Check that the call fails with this kind. */
 #define CHECK_FAILS(call, err, expected_kind)                                                                          \
 	do {                                                                                                           \
 		(err).kind = MGD_ERR_NONE;                                                                             \

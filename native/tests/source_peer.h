@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The other side of a source engine, for tests: guest memory in a memfd, a tracker that reports what the test says, and a
- * plain receiver that applies frames to a mirror and notes everything the tests ask about afterwards.
+ * The peer of a source engine, for tests: guest memory in a memfd, a tracker that reports what the test tells it to,
+ * and a simple receiver.  The receiver applies frames to a mirror and records everything that the tests check
+ * afterwards.
  */
 #ifndef MGD_TEST_SOURCE_PEER_H
 #define MGD_TEST_SOURCE_PEER_H
@@ -23,7 +24,7 @@
 #define MIB (1024 * KIB)
 #define GIB (1024 * MIB)
 #define BLOCK MGD_BLOCK_BYTES
-#define PATIENCE_SECONDS 60 /* how long a test waits for what must come */
+#define PATIENCE_SECONDS 60 /* how long a test waits for an event */
 
 static uint8_t peer_secret[MGD_SECRET_BYTES];
 
@@ -32,10 +33,10 @@ __attribute__((constructor)) static void peer_fill_secret(void)
 	fill_secret(peer_secret);
 }
 
-/* ---- the tracker, as the test wants it */
+/* ---- a tracker controlled by the test */
 
 struct mgd_tracker {
-	uint64_t *report; /* of region 0: what the next scan says */
+	uint64_t *report; /* of region 0: what the next scan reports */
 	uint64_t words;
 	uint64_t page_bytes;
 };
@@ -81,12 +82,12 @@ struct peer {
 
 	pthread_mutex_t lock;
 	pthread_cond_t moved;
-	uint8_t *mirror; /* what the frames made of zeros */
-	uint8_t *finals; /* a host page: how often it became current */
+	uint8_t *mirror; /* zeros with the frames applied */
+	uint8_t *finals; /* per host page: how often it became current */
 	uint64_t final_pages, urgent_pages;
 	uint64_t frames, zero_blocks, present_blocks;
-	uint32_t barriers; /* streams it has come on */
-	uint64_t stop_after_finals; /* 0, or: cut the connections then (a network that fails) */
+	uint32_t barriers; /* number of streams on which it has arrived */
+	uint64_t stop_after_finals; /* if not 0: cut the connections then (a network failure) */
 	bool cut;
 };
 
@@ -105,7 +106,8 @@ static inline void peer_apply(struct peer_stream *stream, const struct mgd_frame
 
 	for (uint32_t i = 0; i < mgd_frame_present_count(frame); i++)
 		hashes[i] = mgd_block_hash(payload + (size_t)i * BLOCK, peer_secret);
-	/* Hash and send saw the same bytes: the check was made from the sender's hashes, this from what has come. */
+	/* Hash and payload come from the same bytes: the check covers the sender's hashes; these are of what
+	 * arrived. */
 	CHECK(frame->check == mgd_frame_check(frame, hashes, peer_secret));
 	if (!(frame->flags & MGD_FRAME_FINAL))
 		CHECK_EQUAL(frame->first_block / MGD_CHUNK_BLOCKS % peer->stream_count, stream->number);
@@ -158,7 +160,7 @@ static inline void *peer_main(void *argument)
 	struct peer_stream *stream = argument;
 	struct peer *peer = stream->peer;
 	uint8_t *payload = malloc(MGD_CHUNK_BLOCKS * BLOCK);
-	uint64_t chunks_done = 0, page = UINT64_MAX; /* of a large page under way on this connection */
+	uint64_t chunks_done = 0, page = UINT64_MAX; /* of the large page in progress on this connection */
 
 	CHECK(payload);
 	while (!peer_is_cut(peer)) {
@@ -222,7 +224,7 @@ static inline void peer_connect_one(struct peer *peer, uint32_t number)
 
 static inline void peer_connect(struct peer *peer)
 {
-	peer->cut = false; /* no thread of an earlier connection is left */
+	peer->cut = false; /* no thread of an earlier connection still runs */
 	for (uint32_t i = 0; i < peer->stream_count; i++)
 		peer_connect_one(peer, i);
 	peer_connect_one(peer, MGD_STREAM_URGENT);
@@ -253,7 +255,7 @@ static inline void peer_new_source(struct peer *peer)
 	CHECK_OK(mgd_source_create(&region, 1, peer->stream_count, peer_secret, &peer->source, &err), err);
 }
 
-/* memory: more flags for memfd_create.  NULL: there are no huge pages for it. */
+/* memory: additional flags for memfd_create.  Returns NULL if there are no huge pages for it. */
 static inline struct peer *peer_create_on(unsigned int memory, uint64_t bytes, uint64_t page_bytes,
 					  uint64_t host_page_bytes, uint32_t stream_count)
 {
@@ -307,9 +309,9 @@ static inline void peer_destroy(struct peer *peer)
 	free(peer);
 }
 
-/* ---- what the guest does */
+/* ---- actions of the guest */
 
-/* Write a block that says where it is and how often it was written; report it to the next scan. */
+/* Write a block that encodes its position and version; report it to the next scan. */
 static inline void guest_write_quietly(struct peer *peer, uint64_t block, uint64_t version)
 {
 	uint64_t *words = (uint64_t *)(peer->memory + block * BLOCK);
@@ -337,7 +339,7 @@ static inline void guest_zero(struct peer *peer, uint64_t block)
 	guest_report(peer, block);
 }
 
-/* ---- waiting for what must come */
+/* ---- waiting for events */
 
 static inline struct timespec peer_deadline(void)
 {
@@ -348,7 +350,7 @@ static inline struct timespec peer_deadline(void)
 	return until;
 }
 
-/* The next event of this kind; events of other kinds fail the test. */
+/* Return the next event of this kind; events of other kinds fail the test. */
 static inline struct mgd_event peer_event(struct peer *peer, uint32_t kind)
 {
 	struct pollfd poll_fd = {.fd = mgd_source_event_fd(peer->source), .events = POLLIN};
@@ -372,7 +374,7 @@ static inline void peer_wait(struct peer *peer, const uint64_t *figure, uint64_t
 	pthread_mutex_unlock(&peer->lock);
 }
 
-/* A round, and everything of it received. */
+/* Run a round, and wait until all of it has been received. */
 static inline void peer_round(struct peer *peer, uint64_t round)
 {
 	struct timespec until = peer_deadline();
@@ -425,8 +427,8 @@ static inline bool peer_piece_absent(const struct peer *peer, uint64_t at, uint6
 	return !memchr(resident, 1, bytes / BLOCK);
 }
 
-/* Read, not touched through the mapping: a hole must stay one, or a sparse guest would fill this machine.  In pieces small
- * enough that a sparse guest costs what it holds. */
+/* Read instead of touching the mapping: a hole must stay one, or a sparse guest would fill this machine.  The pieces
+ * are so small that a sparse guest costs only what it holds. */
 #define PEER_CHECK_BYTES (64 * KIB)
 static inline void peer_check_same(const struct peer *peer)
 {

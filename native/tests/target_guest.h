@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * A guest for the tests of the fault server: a process of its own that maps the memory in two pieces, registers it, sends
- * its userfaultfd, and touches what it is told over a socket.  And the host around it: an engine armed for that guest.
+ * A guest for the tests of the fault server, and the host around it: an engine armed for that guest.  The guest is a
+ * separate process that maps the memory in two pieces, registers it, sends its userfaultfd, and touches what it is told
+ * to over a socket.
  */
 #ifndef MGD_TEST_TARGET_GUEST_H
 #define MGD_TEST_TARGET_GUEST_H
@@ -23,15 +24,15 @@
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wunused-function"
 
-/* ---- the guest: told over a socket what to touch, each order in a thread of its own */
+/* ---- the guest: takes orders over a socket, and runs each in a thread of its own */
 
 enum order_kind {
 	READ_BLOCK, /* answer: version of block `block`, or -1 */
 	WRITE_BLOCK, /* fill block `block` with `argument` */
 	GIVE_BACK, /* madvise(`argument`) the page of `page_bytes` at `block` */
-	READ_ALL, /* every block from `block` on, `argument` of them: the sum of versions, or -1 */
+	READ_ALL, /* read `argument` blocks from `block` on; answer: the sum of versions, or -1 */
 	UNMAP, /* munmap the page of `page_bytes` at `block` */
-	POISON_READ, /* read, expecting SIGBUS: -2 when it came */
+	POISON_READ, /* read, expecting SIGBUS; answer -2 if it was raised */
 };
 
 struct order {
@@ -168,7 +169,7 @@ static void be_the_guest(void)
 	CHECK(reserved != MAP_FAILED);
 	first = ((uint64_t)reserved + child.page_bytes - 1) & ~(child.page_bytes - 1);
 	for (uint32_t i = 0; i < child.pieces; i++) {
-		/* Pieces lie apart, in the wrong order. */
+		/* The pieces are not adjacent, and in reverse order. */
 		void *memory =
 			mmap((void *)(first + 2 * (child.pieces - 1 - i) * slot_bytes), piece_bytes,
 			     PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, child.memory, (off_t)(i * piece_bytes));
@@ -259,7 +260,7 @@ struct host {
 	struct mgd_frame_bounds bounds;
 	struct mgd_target *target;
 	int ledger, bulk, urgent;
-	uint64_t blocks; /* a host page */
+	uint64_t blocks; /* per host page */
 };
 
 static uint64_t page_bytes_under_test;
@@ -308,7 +309,7 @@ static void close_host(struct host *host)
 	close(host->urgent);
 }
 
-/* Send host page `page` whole, in as many frames as it takes. */
+/* Send all of host page `page`, in as many frames as that takes. */
 static void send_page(struct host *host, int fd, uint64_t page, uint16_t flags, int version)
 {
 	uint64_t first = page * host->blocks;
@@ -317,7 +318,7 @@ static void send_page(struct host *host, int fd, uint64_t page, uint16_t flags, 
 	rig_send_all(fd, 0, first, (uint32_t)host->blocks, flags, version);
 }
 
-/* In a process of its own, so that the pool is put back whatever becomes of it. */
+/* Run in a separate process, so that the pool is restored whatever happens to it. */
 static int run_with(uint64_t page_bytes, void (*run)(void))
 {
 	int status;
@@ -336,7 +337,7 @@ static int run_with(uint64_t page_bytes, void (*run)(void))
 	return WIFEXITED(status) ? WEXITSTATUS(status) : 1;
 }
 
-/* The tests on 4 KiB pages, and on 2 MiB ones if `pages` of them can be had. */
+/* Run the tests on 4 KiB pages, and on 2 MiB pages if `pages` of them are available. */
 static int run_on_page_sizes(void (*run)(void), long pages)
 {
 	int probe, status;

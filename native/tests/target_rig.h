@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: MIT */
-/* What the tests of the target engine share: memory, a sender of frames, waiting for events, and patterns. */
+/* The common part of the target engine's tests.  It provides memory, a sender of frames, waiting for events, and
+ * patterns. */
 #ifndef MGD_TEST_TARGET_RIG_H
 #define MGD_TEST_TARGET_RIG_H
 
@@ -70,7 +71,8 @@ static long rig_pool(uint64_t page_bytes)
 	return pages;
 }
 
-/* Add pages to the pool of this size (or take them away).  Returns whether all were had; others may be at it too. */
+/* Add pages to the pool of this size (or remove them).  Returns whether all were obtained; others may be changing it
+ * too. */
 static bool rig_pool_add(uint64_t page_bytes, long pages)
 {
 	long before = rig_pool(page_bytes);
@@ -88,7 +90,7 @@ static bool rig_pool_add(uint64_t page_bytes, long pages)
 	return rig_pool(page_bytes) >= before + pages;
 }
 
-/* ---- patterns: a block of version v > 0 tells its number and version in every word; version 0 is zeros */
+/* ---- patterns: a block of version v > 0 holds its number and version in every word; version 0 is zeros */
 
 static void rig_fill(uint64_t *words, uint64_t block, int version)
 {
@@ -96,7 +98,7 @@ static void rig_fill(uint64_t *words, uint64_t block, int version)
 		words[i] = version ? (uint64_t)version << 48 | ((block << 9 | i) & 0xffffffffffffull) : 0;
 }
 
-/* The version of the block, or -1 when it is torn or another block. */
+/* Return the version of the block, or -1 if it is torn or a different block. */
 static int rig_version(const volatile uint64_t *words, uint64_t block)
 {
 	int version = (int)(words[0] >> 48);
@@ -151,7 +153,7 @@ static void rig_write(int fd, const void *data, size_t bytes)
 		ssize_t sent = send(fd, data, bytes, MSG_NOSIGNAL);
 
 		if (sent < 0 && (errno == EPIPE || errno == ECONNRESET))
-			return; /* the engine has refused what came before: an event says so */
+			return; /* the engine has rejected earlier data: an event reports that */
 		CHECK(sent > 0);
 		data = (const char *)data + sent;
 		bytes -= (size_t)sent;
@@ -175,7 +177,7 @@ static void rig_send(int fd, uint32_t region, uint64_t first_block, uint32_t blo
 	free(frame);
 }
 
-/* The same version for all blocks of the frame. */
+/* Send one frame with the same version for all blocks. */
 static void rig_send_all(int fd, uint32_t region, uint64_t first_block, uint32_t block_count, uint16_t flags,
 			 int version)
 {
@@ -247,7 +249,7 @@ static uint64_t rig_now_ms(void)
 	return (uint64_t)now.tv_sec * 1000 + (uint64_t)now.tv_nsec / 1000000;
 }
 
-/* Look at the statistics until `condition` (of `stats`) holds. */
+/* Poll the statistics until `condition` (of `stats`) holds. */
 #define RIG_UNTIL(target, stats, condition)                                                                            \
 	do {                                                                                                           \
 		uint64_t until_ = rig_now_ms() + PATIENCE_MS;                                                          \

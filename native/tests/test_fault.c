@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* The fault server with a guest: what it gets to read, and what the engine tells. */
+/* Tests of the fault server with a guest.  They check what the guest reads, and what the engine reports. */
 #include "target_guest.h"
 
 #include <linux/userfaultfd.h>
@@ -10,11 +10,11 @@
 #include "target.h"
 #include "uapi.h"
 
-/* What the kernel answers for a page whose memory has gone bad; 0: none has. */
+/* Address of a page for which the kernel reports bad memory; 0: none. */
 static _Atomic uint64_t bad_address;
-static atomic_bool poison_unknown; /* as with a kernel before 6.6 */
+static atomic_bool poison_unknown; /* as on a kernel before 6.6 */
 
-/* In place of libc's. */
+/* Replaces libc's function. */
 int ioctl(int fd, unsigned long request, ...)
 {
 	va_list arguments;
@@ -33,7 +33,7 @@ int ioctl(int fd, unsigned long request, ...)
 			return -1;
 		}
 		if (this->range.start < bad && bad < this->range.start + this->range.len)
-			this->range.len = bad - this->range.start; /* and then the kernel would fail; ask for less */
+			this->range.len = bad - this->range.start; /* and then the kernel would fail; request less */
 	}
 	if (request == MGD_UFFDIO_POISON && atomic_load(&poison_unknown)) {
 		errno = EINVAL;
@@ -42,7 +42,7 @@ int ioctl(int fd, unsigned long request, ...)
 	return (int)syscall(SYS_ioctl, fd, request, argument);
 }
 
-/* Pre-copy the first `pages` pages as version 1, then switch over with the pages of `stale` (a bit each) stale. */
+/* Pre-copy the first `pages` pages as version 1, then switch over with the pages in `stale` (one bit each) stale. */
 static void switch_over(struct host *host, uint64_t pages, uint32_t stale)
 {
 	uint8_t bits[4] = {(uint8_t)stale, (uint8_t)(stale >> 8)};
@@ -56,7 +56,7 @@ static void switch_over(struct host *host, uint64_t pages, uint32_t stale)
 	CHECK_OK(mgd_target_switchover(host->target, &err), err);
 }
 
-/* ---- what the guest gets */
+/* ---- what the guest reads */
 
 static void a_current_page_is_there_at_once(void)
 {
@@ -68,7 +68,7 @@ static void a_current_page_is_there_at_once(void)
 	rig_event(host.target, MGD_EVENT_ALL_CURRENT);
 	CHECK_EQUAL(ask(&host.guest, READ_BLOCK, 0, 0), 1);
 	CHECK_EQUAL(ask(&host.guest, READ_BLOCK, 3 * host.blocks, 0), 1);
-	/* The guest runs on before the fault thread has counted. */
+	/* The guest may continue before the fault thread has counted. */
 	RIG_UNTIL(host.target, stats, stats.latency_current.count == 2 && stats.faults_current == 2);
 	CHECK_EQUAL(stats.mapped_pages, 2);
 	close_host(&host);
@@ -88,7 +88,7 @@ static void a_page_never_written_reads_as_zeros(void)
 	close_host(&host);
 }
 
-/* The engine's own mapping is registered, so that filling a hole takes until the test lets it. */
+/* The engine's own mapping is registered, so filling a hole takes until the test allows it. */
 static void while_a_hole_is_filled_other_faults_are_served(void)
 {
 	struct pollfd poll_fd = {.events = POLLIN};
@@ -112,7 +112,7 @@ static void while_a_hole_is_filled_other_faults_are_served(void)
 	waits = tell(&host.guest, READ_BLOCK, 9 * host.blocks, 0);
 	CHECK(poll(&poll_fd, 1, PATIENCE_MS) == 1);
 	CHECK_EQUAL(read(poll_fd.fd, &message, sizeof(message)), sizeof(message));
-	/* It is being filled: a current page, and a stale one. */
+	/* While it is being filled, read a current page and a stale one. */
 	CHECK_EQUAL(ask(&host.guest, READ_BLOCK, 0, 0), 1);
 	tell(&host.guest, READ_BLOCK, 2 * host.blocks, 0);
 	CHECK_EQUAL(rig_demand(host.urgent, &host.bounds, 1).first_block, 2 * host.blocks);
@@ -192,8 +192,8 @@ static void faults_before_the_switchover_are_held_until_it(void)
 	int sum = 0;
 
 	open_host(&host);
-	tell(&host.guest, READ_BLOCK, 0, 0); /* current then */
-	tell(&host.guest, READ_BLOCK, host.blocks, 0); /* stale then */
+	tell(&host.guest, READ_BLOCK, 0, 0); /* current at the switchover */
+	tell(&host.guest, READ_BLOCK, host.blocks, 0); /* stale at the switchover */
 	tell(&host.guest, READ_BLOCK, 12 * host.blocks, 0); /* a hole */
 	RIG_UNTIL(host.target, stats, stats.faults_held == 3);
 	switch_over(&host, 4, 1u << 1);
@@ -231,7 +231,7 @@ static void background_maps_all_but_holes_and_the_guest_is_released(void)
 	open_host(&host);
 	switch_over(&host, 10, 1u << 5);
 	CHECK_OK(mgd_target_background(host.target, &err), err);
-	/* Racing with it, the guest reads everything that is there. */
+	/* Meanwhile the guest reads everything that exists. */
 	for (uint64_t page = 0; page < 5; page++)
 		tell(&host.guest, READ_ALL, page * host.blocks, host.blocks);
 	for (uint64_t page = 0; page < 5; page++)
@@ -241,7 +241,7 @@ static void background_maps_all_but_holes_and_the_guest_is_released(void)
 	rig_event(host.target, MGD_EVENT_ALL_CURRENT);
 	RIG_UNTIL(host.target, stats, stats.mapped_pages == 10);
 	CHECK_OK(mgd_target_release(host.target, &err), err);
-	/* Nobody serves any more, and nobody has to: mapped pages, and holes. */
+	/* Nobody serves faults any more, and nobody needs to, for mapped pages or for holes. */
 	CHECK_EQUAL(ask(&host.guest, READ_ALL, 0, 5 * host.blocks), (int)(5 * host.blocks));
 	CHECK_EQUAL(ask(&host.guest, READ_BLOCK, 14 * host.blocks, 0), 0);
 	CHECK_EQUAL(ask(&host.guest, WRITE_BLOCK, 15 * host.blocks, 8), 0);
@@ -260,7 +260,7 @@ static void release_before_anything_was_mapped(void)
 	close_host(&host);
 }
 
-/* An madvise has split the guest's mapping in three, and a call of the kernel's must not cross from one to the next. */
+/* An madvise has split the guest's mapping in three, and no ioctl may cross from one to the next. */
 static void a_mapping_split_by_the_guest_is_mapped_whole(void)
 {
 	struct mgd_target_stats stats;
@@ -278,7 +278,7 @@ static void a_mapping_split_by_the_guest_is_mapped_whole(void)
 	close_host(&host);
 }
 
-/* Pages that cannot be put into the guest, as it has unmapped them: nobody waits for them, and neither does the end. */
+/* Pages that cannot be mapped because the guest has unmapped them delay neither a thread nor the release. */
 static void a_page_that_cannot_be_mapped_holds_up_nothing(void)
 {
 	struct mgd_target_stats stats;
@@ -312,7 +312,7 @@ static void a_page_given_back_is_served_again(void)
 	CHECK_EQUAL(ask(&host.guest, READ_BLOCK, 0, 0), 1);
 	CHECK_EQUAL(ask(&host.guest, GIVE_BACK, 0, MADV_REMOVE), 0);
 	CHECK_EQUAL(ask(&host.guest, READ_BLOCK, 0, 0), 0);
-	/* A stale page stays one. */
+	/* A stale page stays stale. */
 	CHECK_EQUAL(ask(&host.guest, GIVE_BACK, 3 * host.blocks, MADV_DONTNEED), 0);
 	tell(&host.guest, READ_BLOCK, 3 * host.blocks, 0);
 	rig_demand(host.urgent, &host.bounds, 1);
@@ -336,13 +336,13 @@ static void demands_are_asked_again_after_a_reconnect(void)
 	event = rig_event(host.target, MGD_EVENT_STREAM_LOST);
 	CHECK_EQUAL(event.stream, MGD_STREAM_URGENT);
 	CHECK_EQUAL(event.error.kind, MGD_ERR_CLOSED);
-	/* Faults go on being taken while there is nobody to ask. */
+	/* The engine keeps reading faults while there is no source to ask. */
 	tell(&host.guest, READ_BLOCK, 2 * host.blocks, 0);
 	mgd_target_drop_streams(host.target);
 	close(host.bulk);
 	host.bulk = rig_stream(host.target, 0);
 	host.urgent = rig_stream(host.target, MGD_STREAM_URGENT);
-	/* A fault that is met just as the connection opens may be asked twice; the source serves it once. */
+	/* A fault read just as the connection opens may be demanded twice; the source sends it once. */
 	while (demanded != 0x6)
 		demanded |= 1u << rig_demand(host.urgent, &host.bounds, 1).first_block / host.blocks;
 	send_page(&host, host.urgent, 1, MGD_FRAME_FINAL, 2);
@@ -398,7 +398,8 @@ static void a_lost_page_is_a_memory_error_not_an_endless_wait(void)
 	close_host(&host);
 }
 
-/* Two pages with bad memory, one current and one that comes: a memory error for who reads them, and no end to wait for. */
+/* Two pages with bad memory, one current and one that arrives: readers get a memory error, and the release does not
+ * wait. */
 static void bad_memory_is_a_memory_error_and_holds_up_nothing(bool stale)
 {
 	struct mgd_features features;
@@ -441,7 +442,7 @@ static void a_page_that_comes_into_bad_memory(void)
 	bad_memory_is_a_memory_error_and_holds_up_nothing(true);
 }
 
-/* The reader waits until the guest is released, and has the kernel's own answer then. */
+/* The reader waits until the guest is released, and then gets the kernel's own answer. */
 static void bad_memory_without_poison_waits_for_the_release(void)
 {
 	struct mgd_error err = {0};

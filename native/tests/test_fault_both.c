@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: MIT */
-/* Both engines against each other: pre-copy, switch-over, and a guest that reads while the drain runs. */
+/* Tests of both engines against each other.  They pre-copy and switch over, and the guest reads while the drain
+ * runs. */
 #include "target_guest.h"
 
 #define SIZE_BYTES (16 * MIB)
@@ -21,7 +22,7 @@ static void fill_source(int memory, uint16_t *versions, int step, int version)
 
 	for (uint64_t block = 0; block < BLOCKS; block += (uint64_t)step) {
 		if (block / 1024 == 2)
-			continue; /* 4 MiB of it never exist */
+			continue; /* 4 MiB of it are never populated */
 		versions[block] = (uint16_t)version;
 		rig_fill(words, block, version);
 		CHECK_EQUAL(pwrite(memory, words, sizeof(words), (off_t)(block * MGD_BLOCK_BYTES)), sizeof(words));
@@ -80,7 +81,7 @@ static void a_guest_moves_with_its_changed_blocks_only(void)
 	CHECK_OK(mgd_target_switchover(host.target, &err), err);
 	CHECK_OK(mgd_source_serve(source, 0, &err), err);
 
-	/* Demanded while there is no drain, and while there is. */
+	/* Demand pages without the drain, and with it. */
 	CHECK_EQUAL(ask(&host.guest, READ_BLOCK, 14, 0), versions[14]);
 	for (uint64_t i = 0; i < 8; i++)
 		tell(&host.guest, READ_ALL, i * (BLOCKS / 8), BLOCKS / 8);

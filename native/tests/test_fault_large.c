@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: MIT */
-/* A host page of 1 GiB: only its changed blocks travel, in frames of one chunk each, and none of it shows before the end. */
+/* Test of a 1 GiB host page.  Only its changed blocks are sent, in frames of one chunk each, and none is visible
+ * before the end. */
 #include "target_guest.h"
 
 #define CHUNKS (GIB / (2 * MIB))
 
-/* Chunks [from, to) of the page; every hundredth carries two changed blocks. */
+/* Send chunks [from, to) of the page; every hundredth has two changed blocks. */
 static void send_chunks(int fd, struct rig_frame *frame, uint32_t from, uint32_t to, int version)
 {
 	int versions[MGD_CHUNK_BLOCKS];
@@ -44,7 +45,7 @@ static void a_page_of_1_gib_comes_by_its_changed_blocks(void)
 	tell(&host.guest, READ_BLOCK, far + 3, 0);
 	CHECK_EQUAL(rig_demand(host.urgent, &host.bounds, 1).first_block, 0);
 
-	/* Half of it, and the connection is gone. */
+	/* Half of it arrives, then the connection is lost. */
 	send_chunks(host.urgent, frame, 0, CHUNKS / 2, 2);
 	RIG_UNTIL(host.target, stats, stats.frames == 2 + CHUNKS / 2);
 	close(host.urgent);

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Everything at once, from a seed: a guest that reads, writes and gives pages back while pages are demanded, drained, sent
- * twice, sent damaged, torn off in the middle, and the connections or the whole engine are replaced.  The test knows what
- * every block must hold, and asks the guest.
+ * Everything at once, from a seed.  A guest reads, writes and discards pages while pages are demanded, drained, sent
+ * twice, damaged or cut short, and while connections or the whole engine are replaced.  The test knows what every block
+ * must hold, and asks the guest.
  */
 #include "target_guest.h"
 
@@ -14,9 +14,9 @@ struct world {
 	struct host host;
 	uint64_t random;
 	uint64_t pages, blocks;
-	uint16_t *expected; /* version of each block, once its page is in */
-	uint8_t *changed; /* blocks sent after the switch-over */
-	bool *stale, *busy; /* pages: still to be sent; an order of the guest is under way */
+	uint16_t *expected; /* version of each block, once its page has arrived */
+	uint8_t *changed; /* blocks sent after the switchover */
+	bool *stale, *busy; /* per page: not yet sent; the guest is executing an order */
 	struct rig_frame *frame;
 	struct {
 		uint32_t id;
@@ -72,7 +72,7 @@ static void send_order(struct world *world)
 		kind = WRITE_BLOCK;
 		argument = world->expected[block] = (uint16_t)world->next_version++;
 		expected = 0;
-		/* The whole block is the guest's now. */
+		/* The guest owns the whole block now. */
 		break;
 	case 1:
 		kind = GIVE_BACK;
@@ -125,7 +125,7 @@ static void reconnect(struct world *world)
 		world->stale[page] = bits[page / 8] >> page % 8 & 1;
 }
 
-/* Send a page on one of the connections: as it is, twice, damaged, or torn. */
+/* Send a page on one of the connections: intact, twice, damaged or cut short. */
 static void send_stale(struct world *world, uint64_t page)
 {
 	int fd = draw(world, 2) ? world->host.bulk : world->host.urgent;
@@ -142,7 +142,7 @@ static void send_stale(struct world *world, uint64_t page)
 			;
 		reconnect(world);
 		return;
-	case 1: /* torn */
+	case 1: /* cut short */
 		rig_write(fd, world->frame->head, world->frame->head_bytes);
 		rig_write(fd, world->frame->payload, draw(world, world->frame->frame.payload_bytes + 1));
 		reconnect(world);
@@ -150,13 +150,13 @@ static void send_stale(struct world *world, uint64_t page)
 	case 2: /* on both connections at once */
 		rig_send_built(other, world->frame);
 		break;
-	case 3: /* a page that is in already, with what must never be seen */
+	case 3: /* a page that has already arrived, with contents that must never be visible */
 		for (uint64_t i = 0, done = draw(world, world->pages); i < 4; i++, done = (done + 1) % world->pages) {
 			uint8_t byte;
 
 			CHECK_EQUAL(pread(world->host.ledger, &byte, 1, (off_t)(4096 + done)), 1);
 			if ((byte & 7) == 2)
-				continue; /* stale yet */
+				continue; /* still stale */
 			build_page(world, done, 0x7777);
 			rig_send_built(other, world->frame);
 		}

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* The page frame: what is encoded is decoded, and every field that is wrong is refused. */
+/* Tests of the page frame and its hashes.  Decoding returns what was encoded, and rejects every invalid field. */
 #include <string.h>
 
 #include "check.h"
@@ -39,7 +39,7 @@ static int encode_decode(struct mgd_frame frame, struct mgd_frame *out, struct m
 	uint32_t block_count = frame.block_count;
 
 	if (frame.block_count > MGD_CHUNK_BLOCKS)
-		frame.block_count = MGD_CHUNK_BLOCKS; /* more has no room in a frame: only a liar's header can say it */
+		frame.block_count = MGD_CHUNK_BLOCKS; /* more does not fit a frame: only a forged header can claim it */
 	mgd_frame_encode(&frame, hashes, secret, head);
 	memcpy(head + 12, &block_count, sizeof(block_count));
 	return decode(head, out, err);
@@ -70,7 +70,7 @@ static void test_check_covers_everything(void)
 	uint8_t head[MGD_FRAME_HEAD_MAX_BYTES], other[MGD_SECRET_BYTES];
 	size_t bytes = mgd_frame_encode(&frame, hashes, secret, head);
 
-	/* Any bit of header or bitmaps: refused, or the check no longer fits. */
+	/* Flip any bit of header or bitmaps: the decoder rejects it, or the check no longer matches. */
 	for (size_t bit = 0; bit < bytes * 8; bit++) {
 		struct mgd_frame out;
 
@@ -189,7 +189,7 @@ static void test_large_page_sequence(void)
 	last.sequence = 510;
 	CHECK_FAILS(encode_decode(last, &out, &err), err, MGD_ERR_PEER);
 	last.sequence = 511;
-	last.flags = MGD_FRAME_FINAL; /* the end not marked */
+	last.flags = MGD_FRAME_FINAL; /* end not marked */
 	CHECK_FAILS(encode_decode(last, &out, &err), err, MGD_ERR_PEER);
 	last.first_block -= 512;
 	last.sequence = 510;
@@ -212,7 +212,7 @@ static void test_zero_and_hash(void)
 	}
 }
 
-/* Two hosts with different processors must agree, and the table of one must be readable by the other. */
+/* Two hosts with different processors must agree, and one must be able to read the other's table. */
 static void test_every_build_of_the_hash_says_the_same(void)
 {
 	uint8_t secret[MGD_SECRET_BYTES], block[MGD_BLOCK_BYTES];
@@ -244,7 +244,7 @@ static void test_every_build_of_the_hash_says_the_same(void)
 	}
 }
 
-/* a · b, bit by bit, from the definition alone. */
+/* a · b, bit by bit, straight from the definition. */
 static uint64_t product(uint64_t a, uint64_t b)
 {
 	uint64_t sum = 0;
@@ -271,11 +271,11 @@ static void test_the_hash_is_what_it_says(void)
 		polynomial = product(polynomial ^ words[i], key[MGD_BLOCK_WORDS]);
 	CHECK(mgd_block_hash(words, (const uint8_t *)key) == inner);
 	CHECK(mgd_words_hash(0, words, MGD_BLOCK_WORDS, (const uint8_t *)key) == polynomial);
-	/* A block that is its key has nothing but zeros to multiply, and 0 is taken. */
+	/* A block that equals its key has only zeros to multiply, and 0 is reserved. */
 	CHECK(mgd_block_hash(key, (const uint8_t *)key) == 1);
 }
 
-/* What the older hash did not see with odds of 2^-33: one word grows by what another one, 64 bytes on, loses. */
+/* The older hash missed this with odds of 2^-33: one word grows by what another one, 64 bytes on, loses. */
 static void test_moves_between_words_of_a_lane_are_seen(void)
 {
 	uint64_t words[MGD_BLOCK_WORDS], before;

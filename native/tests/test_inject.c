@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: MIT */
-/* System calls made in other processes: they answer as if the process had made them, and the process never notices. */
+/* Tests of system calls made in other processes.  They return as if the process had made them, and the process never
+ * notices. */
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/filter.h>
@@ -26,7 +27,7 @@
 
 #define ROUNDS 50
 
-/* What child and test share. */
+/* Shared between child and test. */
 struct board {
 	atomic_uint futex;
 	atomic_ulong turns;
@@ -42,7 +43,7 @@ typedef int (*child_function)(int pipe_fd);
 
 struct child {
 	pid_t pid;
-	int pipe_fd; /* the writing end of what it may read */
+	int pipe_fd; /* the write end of a pipe that it may read */
 };
 
 static struct child start(child_function function)
@@ -64,7 +65,7 @@ static struct child start(child_function function)
 	return child;
 }
 
-/* It must end by itself and find everything in order. */
+/* It must exit by itself and find everything in order. */
 static void finish(struct child *child)
 {
 	int status;
@@ -143,7 +144,7 @@ static int sleep_once(int pipe_fd)
 	if (nanosleep(&time, NULL))
 		return 1;
 	clock_gettime(CLOCK_MONOTONIC, &end);
-	/* It slept its time, not less. */
+	/* It slept for the full time, not less. */
 	return (end.tv_sec - begin.tv_sec) * 1000000000L + end.tv_nsec - begin.tv_nsec < 400000000;
 }
 
@@ -170,8 +171,8 @@ static void a_futex_wait_goes_on(void)
 	wait_for_syscall(child.pid, SYS_futex);
 	inject_often(child.pid);
 	/*
-	 * A process that /proc shows in futex(2) may not have queued itself yet, and a wake-up that finds nobody is lost.
-	 * The word keeps its value, so that the child sleeps however late it comes.
+	 * A process that /proc shows in futex(2) may not have queued itself yet, and then the wake-up is lost.  The
+	 * word keeps its value, so the child sleeps however late it arrives.
 	 */
 	while (syscall(SYS_futex, &board->futex, FUTEX_WAKE, 1, NULL, NULL, 0) == 0) {
 		siginfo_t info = {0};
@@ -189,7 +190,7 @@ static void note_signal(int number)
 	atomic_fetch_add(&board->signals, 1);
 }
 
-/* The temporary mask of sigsuspend lets the signal in, and the mask before it comes back after it. */
+/* The temporary mask of sigsuspend lets the signal in, and the earlier mask is restored afterwards. */
 static int suspend_for_signal(int pipe_fd)
 {
 	struct sigaction action = {.sa_handler = note_signal};
@@ -220,7 +221,7 @@ static void a_sigsuspend_keeps_both_its_masks(void)
 
 /* ---- running */
 
-/* Integer and floating point registers hold the only copy of what is counted. */
+/* Only integer and floating point registers hold the counters. */
 static int count(int pipe_fd)
 {
 	unsigned long turns = 0, mixed = 1;
@@ -308,7 +309,7 @@ static void note_timer(int number)
 	atomic_fetch_add(&board->turns, 1);
 }
 
-/* A timer that fires all the time, and queued signals that carry values: none may be lost, doubled or emptied. */
+/* A timer that fires all the time, and queued signals that carry values: none may be lost, duplicated or stripped. */
 static int take_signals(int pipe_fd)
 {
 	struct sigaction queued = {.sa_sigaction = add_value, .sa_flags = SA_SIGINFO | SA_RESTART};
@@ -323,7 +324,7 @@ static int take_signals(int pipe_fd)
 	return read(pipe_fd, &byte, 1) != 0;
 }
 
-/* The runtime of ThreadSanitizer holds signals back while a thread is in read(2), and keeps one of each number. */
+/* The ThreadSanitizer runtime delays signals while a thread is in read(2), and keeps one per number. */
 #ifdef __SANITIZE_THREAD__
 #define SIGNALS_ARE_HELD_BACK true
 #else
@@ -357,7 +358,7 @@ static void no_signal_is_lost_or_doubled(void)
 	CHECK_EQUAL(board->sum_of_values, sum);
 }
 
-/* ---- answers */
+/* ---- results */
 
 static void arguments_and_errors_come_through(void)
 {
@@ -430,7 +431,7 @@ static void a_traced_process_is_refused(void)
 	close(child.pipe_fd);
 }
 
-/* userfaultfd(2) is death here: either the filter is suspended, or the process is refused; never killed. */
+/* The filter kills for userfaultfd(2): either it is suspended, or the process is refused; the process never dies. */
 static int confine(int pipe_fd)
 {
 	struct sock_filter code[] = {
@@ -469,7 +470,7 @@ static void note_child(int number)
 	int status;
 
 	(void)number;
-	/* What an event loop does: any report about the guest counts as its end. */
+	/* Like an event loop: any report about the guest counts as its exit. */
 	if (waitpid(-1, &status, WNOHANG) > 0)
 		atomic_fetch_add(&ends_seen, 1);
 }
@@ -489,9 +490,9 @@ static void our_own_wait_for_children_sees_nothing(void)
 	finish(&child);
 }
 
-/* ---- frozen by a control group */
+/* ---- frozen by a cgroup */
 
-/* How to freeze with each version of control groups, and where that may be mounted. */
+/* How to freeze with each cgroup version, and where that version may be mounted. */
 struct freezer {
 	const char *name, *mounts[3], *file, *freeze, *thaw;
 	const char *state_file, *frozen; /* a line of state_file once every thread has stopped */
@@ -524,7 +525,7 @@ static void group_write(const struct group *group, const char *file, const char 
 	close(fd);
 }
 
-/* A new group that can be frozen; false: not here. */
+/* Create a group that can be frozen; return false if that is impossible here. */
 static bool group_make(struct group *group, const struct freezer *freezer)
 {
 	char path[192];
@@ -546,7 +547,7 @@ static bool group_make(struct group *group, const struct freezer *freezer)
 static void group_remove(const struct group *group)
 {
 	while (rmdir(group->path))
-		CHECK(errno == EBUSY && !sched_yield()); /* its process has ended, and is being taken out */
+		CHECK(errno == EBUSY && !sched_yield()); /* its process has exited and is being removed */
 }
 
 static void freeze(const struct group *group)
@@ -585,7 +586,7 @@ static struct child start_in(const struct group *group, child_function function)
 	return child;
 }
 
-/* It cannot make the call, and must not come to make it later. */
+/* It cannot make the call, and must not make it later. */
 static void a_frozen_process_is_left_as_it_was(void)
 {
 	for (size_t i = 0; i < sizeof(freezers) / sizeof(freezers[0]); i++) {
@@ -618,7 +619,7 @@ static void *inject_pause(void *argument)
 	struct mgd_error err = {0};
 	int64_t result = 0;
 
-	/* Ended by the freeze, or because it took too long: it was interrupted. */
+	/* Either the freeze ended the call, or it took too long and was interrupted. */
 	do {
 		if (mgd_inject_syscall(child->pid, SYS_pause, arguments, &result, NULL, &err) == 0)
 			CHECK_EQUAL(result, -EINTR);
@@ -628,8 +629,8 @@ static void *inject_pause(void *argument)
 	return NULL;
 }
 
-/* In the middle of our call: it ends, and whenever the thread runs again, it runs on its own registers.  A connection of
- * ours that is closed during the call ends then, not when the call does. */
+/* Frozen in the middle of our call: the call ends, and whenever the thread runs again it has its own registers.  A
+ * connection that we close during the call closes at once, not after it. */
 static void a_process_frozen_in_our_call_goes_on(void)
 {
 	for (size_t i = 0; i < sizeof(freezers) / sizeof(freezers[0]); i++) {

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: MIT */
-/* The ledger: each change only from the state it belongs to, and claims that exclude each other (run under TSan). */
+/* Tests of the ledger.  Each change happens only from its proper state, and claims exclude each other (run under
+ * TSan). */
 #include <fcntl.h>
 #include <pthread.h>
 
@@ -44,7 +45,7 @@ static void a_page_goes_through_its_states_only(void)
 	CHECK(!mgd_ledger_settle(&ledger, 7, &before, &last)); /* not claimed */
 	CHECK(mgd_ledger_claim(&ledger, 7, &before));
 	CHECK(!mgd_ledger_claim(&ledger, 7, &before));
-	CHECK(!mgd_ledger_poison(&ledger, 7)); /* it is coming in */
+	CHECK(!mgd_ledger_poison(&ledger, 7)); /* it is being received */
 	CHECK(mgd_ledger_request(&ledger, 7, &before) && !(before & MGD_PAGE_REQUESTED));
 	CHECK(mgd_ledger_request(&ledger, 7, &before) && (before & MGD_PAGE_REQUESTED));
 	CHECK(mgd_ledger_settle(&ledger, 7, &before, &last) && !last && (before & MGD_PAGE_REQUESTED));
@@ -79,7 +80,7 @@ static void it_survives_its_process_and_knows_its_own(void)
 	CHECK_EQUAL(ledger.stale_pages, 2);
 	CHECK_EQUAL(ledger.mapped_pages, 1);
 	CHECK_EQUAL(mgd_ledger_phase(&ledger), MGD_PHASE_SWITCHED);
-	/* Nobody has asked in this life; the claim is its owner's to take back. */
+	/* Nobody has asked since the restart; the caller takes back the claim. */
 	CHECK_EQUAL(mgd_ledger_get(&ledger, 3), MGD_PAGE_STALE | MGD_PAGE_BLANK | MGD_PAGE_RECEIVING);
 	mgd_ledger_close(&ledger);
 
@@ -106,13 +107,13 @@ static void absent_memory_costs_nothing_to_walk(void)
 	mgd_ledger_received(&ledger, pages / 2 + 5);
 	CHECK_EQUAL(mgd_ledger_next_known(&ledger, 0, pages), pages / 2 + 5);
 	CHECK_EQUAL(mgd_ledger_next_known(&ledger, pages / 2 + 6, pages), pages);
-	/* Nothing but the header and the page with something in it is there. */
+	/* Only the header and the page with contents exist. */
 	CHECK_EQUAL(lseek(fd, 4096, SEEK_DATA), (off_t)(4096 + pages / 2));
 	mgd_ledger_close(&ledger);
 	close(fd);
 }
 
-/* ---- claims under contention: memory that is written without a lock by whoever holds the claim */
+/* ---- claims under contention: the holder of the claim writes memory without a lock */
 
 static struct mgd_ledger shared;
 static uint64_t written[PAGES];
@@ -130,7 +131,7 @@ static void *claimer(void *argument)
 			continue;
 		written[page]++; /* a data race unless claims exclude each other */
 		if ((page + written[page]) % 3 == 0 && written[page] < 3) {
-			mgd_ledger_unclaim(&shared, page); /* torn */
+			mgd_ledger_unclaim(&shared, page); /* abandoned */
 			i--;
 			continue;
 		}
@@ -176,7 +177,7 @@ static void claims_exclude_each_other(void)
 			pthread_join(threads[i], NULL);
 		CHECK_EQUAL(shared.stale_pages, 0);
 		CHECK_EQUAL(settled_last, 1);
-		/* Whoever was told "requested" by its own change is seen by whoever made the page current. */
+		/* Each request that succeeded is seen by the thread that made the page current. */
 		CHECK_EQUAL(requested_seen, requests_won);
 		mgd_ledger_close(&shared);
 		close(fd);

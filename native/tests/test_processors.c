@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: MIT */
-/* Threads are counted by what the process may use: its affinity, and the quota of each control group it is in. */
+/* Tests of the processor count.  It follows what the process may use: its affinity, and the quota of each control
+ * group it is in. */
 #include <sched.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -47,7 +48,7 @@ static void test_the_least_quota_up_the_tree_counts(void)
 	set_quota("/system", "200000 50000\n");
 	CHECK_EQUAL(mgd_processor_quota(mount, "/system"), 4);
 	CHECK_EQUAL(mgd_processor_quota(mount, "/system/agent"), 2);
-	/* In a container the root of what is seen is a group like any other. */
+	/* In a container the visible root is a group like any other. */
 	set_quota("", "100000 100000\n");
 	CHECK_EQUAL(mgd_processor_quota(mount, "/"), 1);
 	CHECK_EQUAL(mgd_processor_quota(mount, "/system"), 1);

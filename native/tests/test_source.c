@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: MIT */
-/* The source engine in pre-copy: what is sent, what is not, and that it is what the guest had. */
+/* Tests of the source engine in pre-copy.  They check what it sends and skips, and that the contents are the
+ * guest's. */
 #include "source_peer.h"
 
 static void mark_populated(struct peer *peer)
@@ -31,11 +32,11 @@ static void test_zero_and_absent_blocks_are_not_sent(void)
 	peer_connect(peer);
 	guest_write(peer, 3, 1);
 	guest_write(peer, 2047, 1);
-	guest_zero(peer, 10); /* there, but zero */
+	guest_zero(peer, 10); /* present, but zero */
 	mark_populated(peer);
 	CHECK_EQUAL(peer_stats(peer).dirty_bytes, 3 * BLOCK);
 	peer_round(peer, 1);
-	CHECK_EQUAL(peer_stats(peer).read_bytes, 3 * BLOCK); /* the rest is holes: not even looked at */
+	CHECK_EQUAL(peer_stats(peer).read_bytes, 3 * BLOCK); /* the rest is holes: not even read */
 	CHECK_EQUAL(peer_stats(peer).sent_blocks, 2);
 	CHECK_EQUAL(peer_stats(peer).zero_blocks, 0);
 	CHECK_EQUAL(peer_stats(peer).dirty_bytes, 0);
@@ -59,7 +60,7 @@ static void test_reading_populates_nothing(void)
 	peer_destroy(peer);
 }
 
-/* Exact where all are looked at; near enough where some are; and the looking changes nothing. */
+/* The sample is exact if all blocks are examined, close if some are, and changes nothing. */
 static void test_a_sample_tells_how_much_has_changed(void)
 {
 	struct peer *peer = peer_create(16 * MIB, 2 * MIB, 2 * MIB, 1);
@@ -78,7 +79,7 @@ static void test_a_sample_tells_how_much_has_changed(void)
 	peer_round(peer, 1);
 	CHECK_OK(mgd_source_sample(peer->source, 1 << 20, &examined, &changed, &err), err);
 	CHECK_EQUAL(examined, 0);
-	/* Every eighth block of four pages: marked are all of them. */
+	/* Every eighth block of four pages: all of their blocks are marked. */
 	for (uint64_t block = 0; block < 2048; block += 8)
 		guest_write(peer, block, 2);
 	peer_scan(peer, 0);
@@ -96,7 +97,7 @@ static void test_a_sample_tells_how_much_has_changed(void)
 	peer_destroy(peer);
 }
 
-/* What the target is told to have memory ready for: every page with a mark, no other, taken back with the marks. */
+/* The target learns which pages to populate: every page with a mark, no others, and none once the marks are gone. */
 static void test_marked_pages_are_told_before_they_are_sent(void)
 {
 	const uint64_t host_pages[] = {4 * KIB, 64 * KIB, 2 * MIB, 4 * MIB};
@@ -145,7 +146,7 @@ static void test_unchanged_blocks_are_not_sent(void)
 	after = peer_stats(peer);
 	CHECK_EQUAL(after.sent_blocks, before.sent_blocks);
 	CHECK_EQUAL(after.unchanged_blocks - before.unchanged_blocks, 2);
-	/* Two barriers, no frame. */
+	/* Two barriers and no frame. */
 	CHECK_EQUAL(after.wire_bytes - before.wire_bytes, 2 * MGD_FRAME_HEADER_BYTES);
 	peer_destroy(peer);
 }
@@ -186,7 +187,7 @@ static void test_a_block_that_becomes_zero_is_told(void)
 	peer_destroy(peer);
 }
 
-/* Invariant 7: a disk read fills a buffer after the scan that armed its page; nothing reports the page again. */
+/* Invariant 7: a disk read fills a buffer after the scan that armed its page; no later scan reports the page. */
 static void test_a_quiesced_scan_finds_pinned_buffers(void)
 {
 	struct peer *peer = sent_once(1);
@@ -194,7 +195,7 @@ static void test_a_quiesced_scan_finds_pinned_buffers(void)
 	guest_report(peer, 700); /* pinned for the read: counts as written */
 	peer_scan(peer, 0);
 	peer_round(peer, 2);
-	guest_write_quietly(peer, 700, 2); /* the read arrives */
+	guest_write_quietly(peer, 700, 2); /* the read completes */
 	peer_scan(peer, 0);
 	peer_round(peer, 3);
 	CHECK(memcmp(peer->memory + 700 * BLOCK, peer->mirror + 700 * BLOCK, BLOCK)); /* missed, as expected */
@@ -203,7 +204,7 @@ static void test_a_quiesced_scan_finds_pinned_buffers(void)
 	peer_round(peer, 4);
 	peer_check_same(peer);
 	peer_scan(peer, 1);
-	CHECK_EQUAL(peer_stats(peer).dirty_bytes, 0); /* the set starts anew */
+	CHECK_EQUAL(peer_stats(peer).dirty_bytes, 0); /* the set is empty again */
 	peer_destroy(peer);
 }
 
@@ -223,7 +224,7 @@ static void *scribble(void *argument)
 		random ^= random << 13;
 		random ^= random >> 7;
 		random ^= random << 17;
-		/* One word at a time, in the middle of whatever the engine is doing with the block. */
+		/* Write one word at a time, whatever the engine is doing with the block. */
 		word = (uint64_t *)(scribbler->peer->memory + random % scribbler->peer->bytes / 8 * 8);
 		__atomic_store_n(word, ++version, __ATOMIC_RELAXED);
 	}
@@ -270,7 +271,7 @@ static void test_many_streams_and_a_region_that_ends_inside_a_chunk(void)
 	peer_destroy(peer);
 }
 
-/* 1 TiB of which nothing is there but two blocks. */
+/* 1 TiB of which only two blocks exist. */
 static void test_sparse_memory_costs_nothing(void)
 {
 	struct mgd_source_region region = {.page_bytes = 4 * KIB, .host_page_bytes = 2 * MIB, .size_bytes = 1024 * GIB};
@@ -287,7 +288,7 @@ static void test_sparse_memory_costs_nothing(void)
 	CHECK_OK(mgd_source_mark_populated(source, NULL, &err), err);
 	mgd_source_stats(source, &stats);
 	CHECK_EQUAL(stats.dirty_bytes, 2 * BLOCK);
-	CHECK(stats.table_bytes < region.size_bytes / 200); /* 0.5 % even if all of it were there */
+	CHECK(stats.table_bytes < region.size_bytes / 200); /* 0.5 % even if all of it existed */
 	mgd_source_destroy(source);
 	close(region.memory_fd);
 }
@@ -324,7 +325,7 @@ static void test_wrong_calls_are_refused(void)
 	peer_destroy(peer);
 }
 
-/* Invariant 1: once connections were lost in pre-copy the table says more than is true. */
+/* Invariant 1: once a connection is lost in pre-copy, the table claims more than is true. */
 static void test_lost_connections_in_precopy_end_it(void)
 {
 	struct peer *peer = sent_once(2);

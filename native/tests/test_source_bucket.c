@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* The token bucket, with a clock of our own. */
+/* Tests of the token bucket.  They use a simulated clock. */
 #include "bucket.h"
 #include "check.h"
 
@@ -82,7 +82,7 @@ static void test_exempt_and_closed_do_not_wait(void)
 
 	mgd_bucket_init(&bucket);
 	mgd_bucket_set(&bucket, 1);
-	mgd_bucket_take(&bucket, 1 << 20, NULL, NULL); /* goes on credit: a million seconds of it */
+	mgd_bucket_take(&bucket, 1 << 20, NULL, NULL); /* sent on credit: a million seconds of it */
 	mgd_bucket_take(&bucket, 1 << 20, yes, NULL);
 	mgd_bucket_close(&bucket, true);
 	mgd_bucket_take(&bucket, 1 << 20, NULL, NULL);

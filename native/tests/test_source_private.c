@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: MIT */
-/* The source engine reads private memory of a process: only what is there, and it says so when that is gone. */
+/* Tests of the source engine on private memory of a process.  It reads only what exists, and reports when that is
+ * gone. */
 #include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
@@ -17,9 +18,9 @@
 #define PATIENCE_MS 60000
 
 struct rig {
-	int mem, uffd, pagemap, peer; /* the peer never reads: what is sent here fits the socket */
+	int mem, uffd, pagemap, peer; /* the peer never reads: everything sent here fits the socket */
 	uint8_t *memory;
-	pid_t pid; /* of the guest; ours has the same memory at the same place */
+	pid_t pid; /* the guest; our process has the same memory at the same address */
 	struct mgd_tracker *tracker;
 	struct mgd_source *source;
 };
@@ -83,7 +84,7 @@ static struct rig map(void)
 	return rig;
 }
 
-/* Mark it, begin a round, and wait for what becomes of it. */
+/* Mark the memory, begin a round, and wait for its outcome. */
 static struct mgd_event first_round(struct rig *rig)
 {
 	struct pollfd poll_fd = {.fd = mgd_source_event_fd(rig->source), .events = POLLIN};

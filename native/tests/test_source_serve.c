@@ -1,16 +1,16 @@
 /* SPDX-License-Identifier: MIT */
-/* The source engine after the freeze: stale map, demands, drain, claims, reconnect. */
+/* Tests of the source engine after the freeze.  They cover the stale map, demands, drain, claims and reconnect. */
 #include "processors.h"
 #include "source_peer.h"
 
-/* The core's answer is replaced: as many helpers as a large machine would start, whatever this one has. */
+/* Replaces the core's function: start as many helpers as on a large machine, whatever this one has. */
 uint32_t mgd_processor_count(void)
 {
 	return 8;
 }
 
-/* All of the guest's blocks `step` apart written and sent, then some of them (`again` apart) written once more and frozen:
- * returns the stale pages. */
+/* Write all of the guest's blocks `step` apart and send them, write some of them (`again` apart) once more and
+ * freeze.  Returns the number of stale pages. */
 static uint64_t freeze_some(struct peer *peer, uint64_t step, uint64_t again)
 {
 	struct mgd_error err;
@@ -37,7 +37,7 @@ static uint8_t *stale_map(struct peer *peer, size_t *out_bytes)
 	*out_bytes = (pages + 7) / 8;
 	map = calloc(*out_bytes, 1);
 	CHECK(map);
-	/* In two pieces, as it travels. */
+	/* In two pieces, as sent to the target. */
 	CHECK_OK(mgd_source_stale_map(peer->source, 0, 0, map, *out_bytes / 2, &err), err);
 	CHECK_OK(mgd_source_stale_map(peer->source, 0, *out_bytes / 2 * 8, map + *out_bytes / 2,
 				      *out_bytes - *out_bytes / 2, &err),
@@ -96,7 +96,7 @@ static void test_the_drain_brings_each_stale_page_once(void)
 		CHECK_EQUAL(peer_stats(peer).stale_pages_left, 0);
 		CHECK_EQUAL(peer_stats(peer).stale_bytes_left, 0);
 		check_each_stale_page_came(peer, map, 1);
-		/* Changed blocks and no others. */
+		/* Changed blocks, and no others. */
 		CHECK_EQUAL(peer_stats(peer).sent_blocks - sent_before,
 			    (peer_block_count(peer) + grains[i].again - 1) / grains[i].again);
 		peer_check_same(peer);
@@ -130,7 +130,7 @@ static void test_demands_alone_bring_everything(void)
 	}
 }
 
-/* Demands from the far end while the drain runs: each page is claimed by one of them. */
+/* Demands while the drain runs: only one of the two claims each page. */
 static void test_demands_and_drain_do_not_send_a_page_twice(void)
 {
 	for (size_t i = 0; i < GRAIN_COUNT; i++) {
@@ -139,7 +139,7 @@ static void test_demands_and_drain_do_not_send_a_page_twice(void)
 		size_t bytes;
 		uint8_t *map = stale_map(peer, &bytes);
 
-		/* Some demands come before the order to serve. */
+		/* Some demands arrive before the order to serve. */
 		for (uint64_t page = peer->bytes / peer->host_page_bytes; page-- > 0;) {
 			if (map[page / 8] >> (page % 8) & 1)
 				peer_demand(peer, page);
@@ -157,7 +157,7 @@ static void test_demands_and_drain_do_not_send_a_page_twice(void)
 	}
 }
 
-/* Only dirty, not changed: the page still has to be told, or it would never become current. */
+/* Only dirty, not changed: the page must still be sent, or it would never become current. */
 static void test_a_stale_page_without_changes_is_told(void)
 {
 	struct peer *peer = peer_create(8 * MIB, 2 * MIB, 2 * MIB, 1);
@@ -193,16 +193,16 @@ static void test_nothing_stale_is_all_sent_at_once(void)
 	peer_destroy(peer);
 }
 
-/* The drain may be held back as much as the user likes: a page the guest waits for is not. */
+/* The user may limit the drain as much as they like: that does not delay a page the guest waits for. */
 static void test_a_demanded_page_is_exempt_from_the_limits(void)
 {
 	struct peer *peer = peer_create(4 * MIB, 2 * MIB, 2 * MIB, 1);
 	uint64_t stale = freeze_some(peer, 1, 1);
 
 	CHECK_EQUAL(stale, 2);
-	mgd_source_set_bandwidth(peer->source, 0, 1); /* a byte a second */
+	mgd_source_set_bandwidth(peer->source, 0, 1); /* one byte per second */
 	serve(peer, 1);
-	/* Whichever of the two the drain has claimed: it hurries, and the other goes the urgent way. */
+	/* Whichever of the two the drain has claimed is expedited; the other is sent on the urgent connection. */
 	peer_demand(peer, 0);
 	peer_demand(peer, 1);
 	peer_wait(peer, &peer->final_pages, 2);
@@ -232,10 +232,10 @@ static void test_a_throttled_source_ends_at_once(void)
 	freeze_some(peer, 1, 1);
 	mgd_source_set_bandwidth(peer->source, 1, 0);
 	serve(peer, 1);
-	peer_destroy(peer); /* the test's own limit is the check */
+	peer_destroy(peer); /* the test's time limit is the check */
 }
 
-/* Tell the source what is lacking, as the target would: stale pages that did not become current. */
+/* Tell the source what is missing, as the target would: stale pages that did not become current. */
 static uint64_t tell_lacking(struct peer *peer, const uint8_t *map, size_t bytes)
 {
 	uint8_t *lacking = calloc(bytes, 1);
@@ -256,7 +256,7 @@ static uint64_t tell_lacking(struct peer *peer, const uint8_t *map, size_t bytes
 	return count;
 }
 
-/* All may have been written out, though not received, before the cut. */
+/* Everything may have been written, though not received, before the cut. */
 static void forget_events(struct peer *peer)
 {
 	struct mgd_event event;
@@ -274,7 +274,7 @@ static void test_reconnect_goes_on_from_what_is_lacking(void)
 		size_t bytes;
 		uint8_t *map = stale_map(peer, &bytes);
 
-		/* The network fails half-way, wherever that is. */
+		/* The network fails halfway, wherever that is. */
 		peer_stop_after(peer, (stale + 1) / 2);
 		serve(peer, 1);
 		peer_wait(peer, &peer->final_pages, (stale + 1) / 2);
@@ -297,7 +297,7 @@ static void test_reconnect_goes_on_from_what_is_lacking(void)
 	}
 }
 
-/* The source agent has crashed: a new engine knows no hashes, and sends all there is of what is lacking. */
+/* The source agent has crashed: a new engine has no hashes, and sends all contents of what is missing. */
 static void test_freeze_whole_sends_all_and_tells_zeros(void)
 {
 	struct peer *peer = peer_create(8 * MIB, 2 * MIB, 2 * MIB, 1);
@@ -312,7 +312,7 @@ static void test_freeze_whole_sends_all_and_tells_zeros(void)
 	mgd_source_destroy(peer->source);
 	peer_new_source(peer);
 	CHECK_OK(mgd_source_freeze_whole(peer->source, &err), err);
-	map[0] &= (uint8_t)~1; /* page 0 has arrived before */
+	map[0] &= (uint8_t)~1; /* page 0 has already arrived */
 	CHECK_EQUAL(tell_lacking(peer, map, bytes), 3);
 	peer_connect(peer);
 	serve(peer, 1);
@@ -332,7 +332,7 @@ static void test_a_bad_lacking_map_is_refused(void)
 	struct mgd_error err;
 
 	freeze_some(peer, 1, 1);
-	CHECK_FAILS(mgd_source_lacking_begin(peer->source, &err), err, MGD_ERR_ARGUMENT); /* connected */
+	CHECK_FAILS(mgd_source_lacking_begin(peer->source, &err), err, MGD_ERR_ARGUMENT); /* still connected */
 	peer_disconnect(peer);
 	CHECK_OK(mgd_source_lacking_begin(peer->source, &err), err);
 	CHECK_FAILS(mgd_source_lacking(peer->source, 0, 0, &beyond, 1, &err), err, MGD_ERR_PEER);
@@ -341,7 +341,7 @@ static void test_a_bad_lacking_map_is_refused(void)
 	peer_destroy(peer);
 }
 
-/* What the peer must not say on the urgent connection ends that connection, named, and nothing else. */
+/* An invalid message on the urgent connection ends that connection, with an error that names it, and nothing else. */
 static void check_urgent_refuses(const void *bytes, size_t length)
 {
 	struct peer *peer = peer_create(4 * MIB, 2 * MIB, 2 * MIB, 1);
@@ -358,7 +358,7 @@ static void check_urgent_refuses(const void *bytes, size_t length)
 	event = peer_event(peer, MGD_EVENT_STREAM_LOST);
 	CHECK_EQUAL(event.stream, MGD_STREAM_URGENT);
 	CHECK_EQUAL(event.error.kind, MGD_ERR_PEER);
-	serve(peer, 1); /* the drain lives on */
+	serve(peer, 1); /* the drain continues */
 	peer_event(peer, MGD_EVENT_ALL_SENT);
 	peer_wait(peer, &peer->final_pages, 1);
 	peer_destroy(peer);
@@ -382,7 +382,8 @@ static void test_what_is_no_demand_is_refused(void)
 	check_urgent_refuses(head, bytes);
 }
 
-/* All of a page larger than a chunk is marked, little of it has changed: found by several threads, sent once, complete. */
+/* All of a page larger than a chunk is marked, but little has changed: several threads find it, and it is sent once
+ * and complete. */
 static void test_a_large_page_is_searched_for_its_changes(void)
 {
 	struct peer *peer = peer_create(64 * MIB, 2 * MIB, 32 * MIB, 2);
@@ -411,14 +412,14 @@ static void test_a_large_page_is_searched_for_its_changes(void)
 	peer_wait(peer, &peer->final_pages, 2);
 	peer_disconnect(peer);
 	CHECK_EQUAL(peer_stats(peer).sent_blocks - sent, (peer_block_count(peer) + 99) / 100);
-	/* All of it once, and twice only where two threads met. */
+	/* All of it is read once, and twice only where two threads met. */
 	read = peer_stats(peer).read_bytes - read;
 	CHECK(read >= 64 * MIB && read <= 64 * MIB + 2 * 7 * 2 * MIB);
 	peer_check_same(peer);
 	peer_destroy(peer);
 }
 
-/* The helpers are through with a page before its sender has got beyond the first chunk. */
+/* The helpers finish a page before its sender is past the first chunk. */
 static void test_helpers_stop_where_the_sender_is(void)
 {
 	struct peer *peer = peer_create(64 * MIB, 2 * MIB, 32 * MIB, 1);
@@ -438,7 +439,7 @@ static void test_helpers_stop_where_the_sender_is(void)
 	CHECK_OK(mgd_source_freeze(peer->source, &stale, &err), err);
 	CHECK_EQUAL(stale, 1);
 	unchanged = peer_stats(peer).unchanged_blocks;
-	mgd_source_set_bandwidth(peer->source, 0, 1); /* a byte a second: the sender is held up at once */
+	mgd_source_set_bandwidth(peer->source, 0, 1); /* one byte per second: the sender is blocked at once */
 	serve(peer, 1);
 	while (peer_stats(peer).unchanged_blocks - unchanged < 15 * MGD_CHUNK_BLOCKS)
 		sched_yield();
@@ -450,8 +451,8 @@ static void test_helpers_stop_where_the_sender_is(void)
 	peer_destroy(peer);
 }
 
-/* Small pages wait in a batch for the limit to let it go, and the guest wants them now: those claimed hurry, with all that
- * is in their batch, and the others go the urgent way. */
+/* Small pages wait in a batch for the limit, and the guest wants them now.  Claimed pages are expedited with
+ * everything in their batch; the others are sent on the urgent connection. */
 static void test_demanded_pages_in_a_batch_hurry(void)
 {
 	struct peer *peer = peer_create(8 * MIB, 4 * KIB, 4 * KIB, 1);
@@ -460,7 +461,7 @@ static void test_demanded_pages_in_a_batch_hurry(void)
 	uint8_t *map = stale_map(peer, &bytes);
 
 	CHECK_EQUAL(stale, 256);
-	mgd_source_set_bandwidth(peer->source, 0, 1); /* a byte a second */
+	mgd_source_set_bandwidth(peer->source, 0, 1); /* one byte per second */
 	serve(peer, 1);
 	for (uint64_t page = 0; page < peer_block_count(peer); page += 8)
 		peer_demand(peer, page);

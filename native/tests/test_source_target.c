@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Source engine, dirty tracker and target engine together: two regions of our own memory move while a thread writes them,
- * and the digests agree.  Over ordinary pages, over 2 MiB pages where the pool has them, and from private memory to either.
+ * Source engine, dirty tracker and target engine together: two regions of our own memory migrate while a thread writes
+ * them, and the digests agree.  Runs over ordinary pages, over 2 MiB pages if the pool has them, and from private
+ * memory to either.
  */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -36,7 +37,7 @@ struct move {
 	struct mgd_source *source;
 	struct mgd_target *target;
 	uint8_t secret[MGD_SECRET_BYTES];
-	uint64_t version; /* the last one written */
+	uint64_t version; /* the last version written */
 	bool stop;
 };
 
@@ -83,7 +84,7 @@ static void *keep_writing(void *argument)
 	return NULL;
 }
 
-/* Wait for a write that begins after this call: the second one to end from now on. */
+/* Wait for a write that begins after this call: the second one that ends from now on. */
 static void await_a_write(const struct move *move)
 {
 	uint64_t version = __atomic_load_n(&move->version, __ATOMIC_ACQUIRE);
@@ -270,7 +271,7 @@ static void move_memory(struct move move, int compression_level)
 	pthread_t writer;
 
 	open_memory(&move);
-	for (uint64_t version = 1; version < 2000; version++) /* before anybody looks */
+	for (uint64_t version = 1; version < 2000; version++) /* before anybody reads them */
 		write_word(&move, next_random(&state), version);
 	start_tracking(&move);
 	create_engines(&move);
@@ -282,7 +283,7 @@ static void move_memory(struct move move, int compression_level)
 	CHECK(stats.dirty_bytes > 0);
 	for (uint64_t round = 1; round <= 4; round++)
 		round_of(&move, round);
-	await_a_write(&move); /* or the last round may leave nothing stale */
+	await_a_write(&move); /* or the last round might leave nothing stale */
 	__atomic_store_n(&move.stop, true, __ATOMIC_RELAXED);
 	pthread_join(writer, NULL);
 	switch_over(&move);
@@ -319,7 +320,7 @@ static void test_private_memory_moves(void)
 	move_memory(private, 0);
 }
 
-/* Asked of the pool by reserving them: pages that count as free may be promised to others. */
+/* Test by reserving them: pages that count as free may be promised to others. */
 static bool pool_has(uint64_t bytes)
 {
 	void *at = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_HUGETLB | MAP_HUGE_2MB,
@@ -342,7 +343,7 @@ static void test_private_memory_moves_to_huge_pages(void)
 	move_memory(private_to_huge, 0);
 }
 
-/* hugetlbfs does not say where its data is: what is mapped is all, unless the file holds more than that. */
+/* hugetlbfs does not report where its data is: the mapped pages are all, unless the file holds more than that. */
 static void test_only_populated_huge_pages_are_marked(void)
 {
 	struct move move = huge;

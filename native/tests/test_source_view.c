@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: MIT */
-/* Reading guest memory through a mapping: what is not there, what goes away, and signals that are somebody else's. */
+/* Tests of reading guest memory through a mapping.  They cover memory that is absent or goes away, and signals that
+ * belong to others. */
 #include <fcntl.h>
 #include <linux/memfd.h>
 #include <setjmp.h>
@@ -8,7 +9,7 @@
 
 #include "source_peer.h"
 
-/* The guard, with its looks counted. */
+/* The guard, with its calls counted. */
 #define mgd_guarded guarded
 #include "../src/guard.c"
 #undef mgd_guarded
@@ -42,7 +43,7 @@ static void report_all(struct peer *peer)
 	peer_scan(peer, 0);
 }
 
-/* A page given back after it was sent is zeros now, and looking at it makes nothing. */
+/* A page discarded after it was sent reads as zeros now, and the access allocates nothing. */
 static void holes_stay_holes(struct peer *peer)
 {
 	uint64_t examined, changed, held;
@@ -68,7 +69,7 @@ static void holes_stay_holes(struct peer *peer)
 	peer_destroy(peer);
 }
 
-/* The lines of /proc/self/smaps from the mapping of the guest's file with these rights on, up to its flags. */
+/* Return whether smaps shows these flags for the mapping of the guest's file with these rights. */
 static bool has_flags(const char *rights, const char *one, const char *other)
 {
 	FILE *smaps = fopen("/proc/self/smaps", "re");
@@ -90,13 +91,13 @@ static void test_the_view_is_in_no_child_and_no_core_file(void)
 {
 	struct peer *peer = peer_create(8 * MIB, HUGE, HUGE, 1);
 
-	if (has_flags(" r--s ", "", "")) /* else there is no right to a view */
+	if (has_flags(" r--s ", "", "")) /* otherwise we may not create a view */
 		CHECK(has_flags(" r--s ", " dc", " dd"));
 	peer_destroy(peer);
 }
 
-/* Where the file holds more than is mapped everything is read, holes too: a signal for each page of them, not for each piece
- * of each page.  A page that the guest fills is looked at in place again. */
+/* If the file holds more than is mapped, everything is read, holes too: one signal for each page of them, not for
+ * each piece of a page.  A page that the guest then fills is read in place again. */
 static void test_a_hole_is_met_once(void)
 {
 	struct peer *peer = peer_create(8 * MIB, HUGE, HUGE, 1);
@@ -106,7 +107,7 @@ static void test_a_hole_is_met_once(void)
 	report_all(peer);
 	peer_round(peer, 1);
 	CHECK(signals_met <= peer->bytes / HUGE);
-	if (looks) { /* else there is no right to a view */
+	if (looks) { /* otherwise we may not create a view */
 		for (uint64_t block = 0; block < HUGE / BLOCK; block++)
 			guest_write(peer, block, 1);
 		looks = signals_met = 0;
@@ -154,7 +155,7 @@ static void *punch(void *argument)
 	return NULL;
 }
 
-/* Pages come and go while rounds look at them: no look ends the process, and the last one finds what is there. */
+/* Pages come and go while rounds read them: no access kills the process, and the last one finds what is there. */
 static void test_pages_may_go_while_they_are_read(void)
 {
 	struct puncher puncher = {.peer = peer_create(4 * MIB, HUGE, HUGE, 2)};
@@ -177,7 +178,7 @@ static void test_pages_may_go_while_they_are_read(void)
 	peer_destroy(peer);
 }
 
-/* A file cut short under us is an error of that migration by name, not a signal. */
+/* A file truncated under us is a named error of that migration, not a signal. */
 static void test_memory_that_ends_is_told(void)
 {
 	struct peer *peer = peer_create(8 * MIB, HUGE, HUGE, 1);
@@ -208,7 +209,7 @@ static void on_theirs(int number)
 	siglongjmp(elsewhere, 1);
 }
 
-/* Whoever had a handler before keeps it for what is not ours. */
+/* A handler installed before ours still gets the signals that are not ours. */
 static void test_foreign_signals_go_where_they_went(void)
 {
 	int fd = memfd_create("short", MFD_CLOEXEC);

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: MIT */
-/* The target engine without a guest: what frames do to memory and ledger, and what bad ones do not. */
+/* Tests of the target engine without a guest.  They check what valid frames do to memory and ledger, and what
+ * invalid ones do not. */
 #include "target_rig.h"
 
 #include <linux/sockios.h>
@@ -12,7 +13,7 @@
 
 struct bench {
 	int memory, ledger, bulk[2], urgent;
-	uint64_t *view; /* our own look at the memory, through the file */
+	uint64_t *view; /* the test's own mapping of the file */
 	struct mgd_target_region region;
 	struct mgd_target *target;
 };
@@ -55,7 +56,7 @@ static uint8_t ledger_byte(const struct bench *bench, uint32_t page)
 {
 	uint8_t byte;
 
-	/* The pages' bytes are the end of what is asked for, after the header. */
+	/* The pages' bytes are the end of the required size, after the header. */
 	CHECK_EQUAL(pread(bench->ledger, &byte, 1,
 			  (off_t)(mgd_ledger_bytes(&bench->region, 1) -
 				  bench->region.size_bytes / bench->region.host_page_bytes + page)),
@@ -147,7 +148,7 @@ static void barrier_waits_for_every_bulk_stream(void)
 	struct bench bench;
 
 	open_bench(&bench, MGD_BLOCK_BYTES, PAGES * MGD_BLOCK_BYTES);
-	/* One stream is ahead: each barrier is told when the last stream has it. */
+	/* One stream is ahead: each barrier is reported when the last stream has it. */
 	rig_send_barrier(bench.bulk[0], 1);
 	rig_send_barrier(bench.bulk[0], 2);
 	rig_send_barrier(bench.bulk[1], 1);
@@ -192,7 +193,7 @@ static void a_page_sent_twice_is_written_once(void)
 	switch_over(&bench, stale, 2);
 	rig_send_all(bench.bulk[0], 0, 1, 1, MGD_FRAME_FINAL, 1);
 	RIG_UNTIL(bench.target, stats, stats.stale_pages == 1);
-	/* Of the second frame only page 2 is wanted; of the third nothing. */
+	/* Only page 2 of the second frame is needed, and nothing of the third. */
 	rig_send_all(bench.bulk[1], 0, 1, 2, MGD_FRAME_FINAL, 9);
 	rig_event(bench.target, MGD_EVENT_ALL_CURRENT);
 	rig_send_all(bench.urgent, 0, 0, 4, MGD_FRAME_FINAL, 9);
@@ -220,7 +221,7 @@ static void a_page_claimed_by_one_connection_is_not_written_by_another(void)
 	for (int i = 0; i < MGD_CHUNK_BLOCKS; i++)
 		versions[i] = i < 4 ? 2 : UNCHANGED;
 	rig_build(first, 0, 0, MGD_CHUNK_BLOCKS, MGD_FRAME_FINAL, versions);
-	/* Half of it on the first connection: claimed as soon as the head is read. */
+	/* Half of it on the first connection: the page is claimed as soon as the head is read. */
 	rig_write(bench.bulk[0], first->head, first->head_bytes);
 	rig_write(bench.bulk[0], first->payload, MGD_BLOCK_BYTES);
 	RIG_UNTIL(bench.target, stats, ledger_byte(&bench, 0) & MGD_PAGE_RECEIVING);
@@ -237,7 +238,7 @@ static void a_page_claimed_by_one_connection_is_not_written_by_another(void)
 	free(first);
 }
 
-/* The page was pre-copied: only the changed blocks come again, so a bad frame must not have touched the others. */
+/* The page was pre-copied and only changed blocks are resent, so a damaged frame must not have touched the others. */
 static void a_damaged_frame_leaves_a_precopied_page_as_it_was(void)
 {
 	struct rig_frame *bad = malloc(sizeof(*bad));
@@ -260,7 +261,7 @@ static void a_damaged_frame_leaves_a_precopied_page_as_it_was(void)
 	CHECK(lacks(&bench, 0));
 	for (int i = 0; i < MGD_CHUNK_BLOCKS; i++)
 		CHECK_EQUAL(version_at(&bench, i), i < 64 ? 1 : 0);
-	/* Torn, on another connection. */
+	/* Cut short, on another connection. */
 	bad->payload[31 * WORDS + 17] ^= 1;
 	rig_write(bench.bulk[1], bad->head, bad->head_bytes);
 	rig_write(bench.bulk[1], bad->payload, 9 * MGD_BLOCK_BYTES);
@@ -268,7 +269,7 @@ static void a_damaged_frame_leaves_a_precopied_page_as_it_was(void)
 	lost(&bench, 1, MGD_ERR_CLOSED, "");
 	CHECK(lacks(&bench, 0));
 	CHECK_EQUAL(version_at(&bench, 0), 1);
-	/* And completed after a reconnect. */
+	/* Then completed after a reconnect. */
 	mgd_target_drop_streams(bench.target);
 	close(bench.bulk[0]);
 	bench.bulk[0] = rig_stream(bench.target, 0);
@@ -337,7 +338,7 @@ static void frames_out_of_their_time_end_the_stream(void)
 	close_bench(&bench);
 }
 
-/* Wait until all that was written to this end has been read. */
+/* Wait until everything written to this end has been read. */
 static void all_read(int fd)
 {
 	int left = 1;
@@ -348,8 +349,8 @@ static void all_read(int fd)
 	}
 }
 
-/* The guest gives a page back while it is being received, and there is no other: here, its file has become too short.  The
- * connection ends, the page is stale, and comes once there is memory. */
+/* The guest discards a page while it is being received, and there is no other: here, its file has become too short.
+ * The connection ends, the page is stale, and it arrives once there is memory. */
 static void memory_that_goes_away_ends_only_the_stream(void)
 {
 	struct rig_frame *frame = malloc(sizeof(*frame));
@@ -360,7 +361,7 @@ static void memory_that_goes_away_ends_only_the_stream(void)
 
 	CHECK(frame != NULL);
 	open_bench(&bench, 2 * MIB, 4 * MIB);
-	rig_send_all(bench.bulk[0], 0, 0, MGD_CHUNK_BLOCKS, 0, 1); /* page 0 is there, page 1 BLANK */
+	rig_send_all(bench.bulk[0], 0, 0, MGD_CHUNK_BLOCKS, 0, 1); /* page 0 exists, page 1 is BLANK */
 	barrier(&bench, 1);
 	switch_over(&bench, stale, 2);
 	for (int i = 0; i < MGD_CHUNK_BLOCKS; i++)
@@ -369,7 +370,7 @@ static void memory_that_goes_away_ends_only_the_stream(void)
 		rig_build(frame, 0, page * MGD_CHUNK_BLOCKS, MGD_CHUNK_BLOCKS, MGD_FRAME_FINAL, versions);
 		rig_write(bench.bulk[page], frame->head, frame->head_bytes);
 		rig_write(bench.bulk[page], frame->payload, MGD_BLOCK_BYTES);
-		all_read(bench.bulk[page]); /* so it has its memory */
+		all_read(bench.bulk[page]); /* so its memory is allocated */
 		CHECK_EQUAL(ftruncate(bench.memory, 0), 0);
 		rig_write(bench.bulk[page], frame->payload + WORDS, MGD_BLOCK_BYTES);
 		CHECK_EQUAL(rig_event(bench.target, MGD_EVENT_STREAM_LOST).error.kind, MGD_ERR_POOL);
@@ -402,7 +403,7 @@ static void garbage_ends_only_its_stream(void)
 	close_bench(&bench);
 }
 
-/* One frame of page 0, of several; one block of it is present. */
+/* Send one of several frames of page 0; one block of it is present. */
 static void send_part(int fd, struct rig_frame *frame, uint32_t part, bool end, const int *versions)
 {
 	uint64_t hash;
@@ -424,7 +425,7 @@ static void a_page_larger_than_a_chunk_comes_in_order_on_one_connection(void)
 	int versions[MGD_CHUNK_BLOCKS];
 
 	CHECK(frame != NULL);
-	open_bench(&bench, 8 * MIB, 16 * MIB); /* 4 chunks a page */
+	open_bench(&bench, 8 * MIB, 16 * MIB); /* 4 chunks per page */
 	switch_over(&bench, stale, 2);
 	for (int i = 0; i < MGD_CHUNK_BLOCKS; i++)
 		versions[i] = i == 1 ? 7 : UNCHANGED;
@@ -432,12 +433,12 @@ static void a_page_larger_than_a_chunk_comes_in_order_on_one_connection(void)
 		send_part(bench.bulk[0], frame, part, false, versions);
 	RIG_UNTIL(bench.target, stats, stats.frames == 3);
 	CHECK_EQUAL(stats.stale_pages, 2);
-	/* Another connection sends the same page: dropped.  It ends in the middle: no harm. */
+	/* Another connection sends the same page: dropped.  That one is cut short, without harm. */
 	for (uint32_t part = 0; part < 2; part++)
 		send_part(bench.bulk[1], frame, part, false, versions);
 	RIG_UNTIL(bench.target, stats, stats.frames == 5);
 	CHECK_EQUAL(stats.discarded_frames, 2);
-	/* A barrier or another page in between is the peer's mistake, and gives the page back. */
+	/* A barrier or another page in between violates the protocol, and releases the page. */
 	rig_send_barrier(bench.bulk[0], 1);
 	lost(&bench, 0, MGD_ERR_PEER, "in the middle of a page");
 	CHECK(lacks(&bench, 0));
@@ -574,13 +575,13 @@ static void populated_pages_have_memory(void)
 	CHECK_EQUAL(rig_event(bench.target, MGD_EVENT_POPULATED).error.kind, MGD_ERR_NONE);
 	CHECK_EQUAL(lseek(bench.memory, 0, SEEK_DATA), 64 * MGD_BLOCK_BYTES);
 	CHECK_EQUAL(lseek(bench.memory, 64 * MGD_BLOCK_BYTES, SEEK_HOLE), 192 * MGD_BLOCK_BYTES);
-	/* Again, and stopped in the middle by the end of the engine. */
+	/* Again, but the engine is destroyed in the middle. */
 	memset(bits, 0xff, sizeof(bits));
 	CHECK_OK(mgd_target_populate(bench.target, 0, 0, bits, sizeof(bits), 8, &err), err);
 	close_bench(&bench);
 }
 
-/* A source may ask as often as it likes, and faster than memory is zeroed: here it is not zeroed at all meanwhile. */
+/* A source may ask as often as it likes, and faster than memory is zeroed: here nothing is zeroed meanwhile. */
 static void populating_takes_no_memory_for_its_requests(void)
 {
 	enum { PIECE_BYTES = 1 << 20, PIECES = 100 };
@@ -618,7 +619,7 @@ static void populating_takes_no_memory_for_its_requests(void)
 	free(bits);
 }
 
-/* Once the stale map is known, memory is for what is to come: a page that is current as a hole stays one. */
+/* Once the stale map is known, only pages that will arrive get memory: a page that is current as a hole stays one. */
 static void after_the_switchover_only_stale_pages_are_populated(void)
 {
 	uint8_t bits[PAGES / 8], stale[PAGES / 8] = {0};

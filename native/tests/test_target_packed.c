@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: MIT */
-/* Compression: when it is kept up, and what packed frames (good ones, bad ones) do to the target's memory. */
+/* Tests of compression.  They check when it stays on, and what compressed frames, valid or not, do to the target's
+ * memory. */
 #include <zstd.h>
 
 #include "packer.h"
@@ -8,9 +9,9 @@
 #define PAGES 1024u /* of 4 KiB */
 #define STRETCH MGD_PAYOFF_STRETCH_BYTES
 
-/* ---- when it pays, with figures instead of a clock */
+/* ---- when it pays, with numbers instead of a clock */
 
-/* Send `stretches` where a stretch takes so long with and without packing; returns how many were packed. */
+/* Send `stretches` that take so long with and without compression; return how many were compressed. */
 static int packed_of(struct mgd_payoff *payoff, int stretches, uint64_t packed_ns, uint64_t plain_ns)
 {
 	int packed = 0;
@@ -30,7 +31,7 @@ static void packing_goes_off_by_itself_where_it_does_not_pay(void)
 	mgd_payoff_init(&payoff);
 	packed_of(&payoff, 50, 16000000, 4000000);
 	CHECK(!payoff.packing || payoff.trying);
-	/* It is tried again, ever less often. */
+	/* The other mode is tried again, less and less often. */
 	CHECK(packed_of(&payoff, 1000, 16000000, 4000000) <= 1000 / 50);
 }
 
@@ -52,7 +53,7 @@ static void a_gain_too_small_for_a_processor_is_not_taken(void)
 	CHECK(packed_of(&payoff, 1000, 9800000, 10000000) <= 1000 / 50);
 }
 
-/* The network becomes slow, and fast again: no answer is for ever. */
+/* The network becomes slow, and fast again: no decision is final. */
 static void the_answer_follows_the_network(void)
 {
 	struct mgd_payoff payoff;
@@ -65,7 +66,7 @@ static void the_answer_follows_the_network(void)
 	CHECK(packed_of(&payoff, 100, 16000000, 4000000) <= 10);
 }
 
-/* ---- packed frames at the target */
+/* ---- compressed frames at the target */
 
 struct bench {
 	int memory, ledger, bulk;
@@ -98,7 +99,7 @@ static void close_bench(struct bench *bench)
 	close(bench->bulk);
 }
 
-/* Encode the frame anew, packed as `packed` says, under the check its blocks have. */
+/* Encode the frame again with the compressed payload `packed`, and the check of its own blocks. */
 static void repack(struct rig_frame *frame, const void *packed, size_t bytes)
 {
 	uint64_t hashes[MGD_CHUNK_BLOCKS];
@@ -111,7 +112,7 @@ static void repack(struct rig_frame *frame, const void *packed, size_t bytes)
 	memmove(frame->payload, packed, bytes);
 }
 
-/* Send a frame of these versions whose payload is zstd of `packed_blocks` of its blocks, cut short by `cut`. */
+/* Send a frame of these versions whose payload is `packed_blocks` of its blocks as zstd, cut short by `cut`. */
 static void send_packed(int fd, uint64_t first_block, uint32_t count, uint16_t flags, const int *versions,
 			uint32_t packed_blocks, size_t cut)
 {
@@ -186,7 +187,7 @@ static void packed_blocks_complete_a_stale_page(void)
 	send_packed(bench.bulk, 0, MGD_CHUNK_BLOCKS, 0, before, 0, 0);
 	rig_send_barrier(bench.bulk, 1);
 	CHECK_EQUAL(rig_event(bench.target, MGD_EVENT_BARRIER).value, 1);
-	switch_over(&bench, 3); /* a page that came, and one that did not */
+	switch_over(&bench, 3); /* a page that has arrived, and one that has not */
 	send_packed(bench.bulk, 0, MGD_CHUNK_BLOCKS, MGD_FRAME_FINAL, after, 0, 0);
 	send_packed(bench.bulk, MGD_CHUNK_BLOCKS, MGD_CHUNK_BLOCKS, MGD_FRAME_FINAL, before, 0, 0);
 	wait_current(&bench);
@@ -198,7 +199,7 @@ static void packed_blocks_complete_a_stale_page(void)
 	close_bench(&bench);
 }
 
-/* Whatever a packed payload turns out to be, it ends its stream by name, and the page is as it was. */
+/* An invalid compressed payload ends its stream with an error that names it, and leaves the page unchanged. */
 static void check_refused(uint32_t packed_blocks, size_t cut, const char *text)
 {
 	int before[MGD_CHUNK_BLOCKS], after[MGD_CHUNK_BLOCKS];
@@ -227,8 +228,8 @@ static void check_refused(uint32_t packed_blocks, size_t cut, const char *text)
 
 static void a_payload_that_is_not_what_it_says_is_refused(void)
 {
-	check_refused(255, 0, "compressed payload"); /* a block too few */
-	check_refused(257, 0, "compressed payload"); /* too many */
+	check_refused(255, 0, "compressed payload"); /* one block too few */
+	check_refused(257, 0, "compressed payload"); /* one too many */
 	check_refused(256, 1, "compressed payload"); /* cut short */
 }
 

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: MIT */
-/* The hint for threads a guest waits for: taken where it may be, and no harm where not. */
+/* Tests of the scheduling hint for threads that a guest waits for.  It is set where permitted, and harmless
+ * elsewhere. */
 #include <pthread.h>
 #include <sys/resource.h>
 #include <unistd.h>

@@ -1,12 +1,13 @@
 /* SPDX-License-Identifier: MIT */
-/* Dirty tracking of another process: every page it writes is reported, no other is, and no write is ever lost. */
+/* Tests of dirty tracking of another process.  Every page it writes is reported, no other is, and no write is ever
+ * lost. */
 #include <errno.h>
 
 #include "tracker_guest.h"
 
 #define STORM_ROUNDS 60
 
-/* Where a page is populated by 512 others, only memory that is there is reported exactly. */
+/* If one page is populated together with 511 others, only memory that exists is reported exactly. */
 static void populate(struct guest *guest)
 {
 	if (guest->kind->transparent)
@@ -17,7 +18,7 @@ static void exactly_the_written_pages(struct guest *guest)
 {
 	uint64_t half = guest->pages / 2;
 
-	/* Half of it is there before arming, half comes later. */
+	/* Half of it exists before arming; the other half is populated later. */
 	populate(guest);
 	order(guest, ORDER_WRITE, 0, half);
 	arm(guest);
@@ -37,7 +38,7 @@ static void exactly_the_written_pages(struct guest *guest)
 	disarm(guest);
 }
 
-/* Large mappings are walked in steps: nothing is lost, or reported twice, where they meet. */
+/* Large mappings are walked in steps: nothing is lost or reported twice at their boundaries. */
 static void steps_of_a_large_mapping(struct guest *guest)
 {
 	arm(guest);
@@ -66,7 +67,7 @@ static void scattered_writes(struct guest *guest)
 	disarm(guest);
 }
 
-/* What matters most: whatever was copied after its last report is what is in memory at the end. */
+/* What matters most: the copies made after each page's last report equal the memory at the end. */
 static void weather(struct guest *guest, enum order kind_of_storm)
 {
 	uint64_t *copy = calloc(guest->pages, sizeof(*copy));
@@ -108,7 +109,7 @@ static void no_write_is_lost_where_pages_are_dropped(struct guest *guest)
 	weather(guest, ORDER_DROPPING_STORM);
 }
 
-/* The marks that arming leaves in the page table are no pages, and looking re-arms nothing. */
+/* The markers that arming leaves in the page table are not pages, and looking re-arms nothing. */
 static void present_pages_before_and_after_arming(struct guest *guest)
 {
 	bool sparse = guest->kind->is_private;
@@ -118,7 +119,7 @@ static void present_pages_before_and_after_arming(struct guest *guest)
 	arm(guest);
 	check_present(guest, 2, 3);
 	order(guest, ORDER_WRITE, 5, 1);
-	check_present(guest, 2, sparse ? 3 : 4); /* it is not protected yet: the next scan reports it */
+	check_present(guest, 2, sparse ? 3 : 4); /* not protected yet: the next scan reports it */
 	check_reported(guest, 5, 1);
 	check_present(guest, 2, 4);
 	disarm(guest);
@@ -135,7 +136,7 @@ static void a_scan_before_arming_is_refused(struct guest *guest)
 	CHECK(strstr(err.message, "not registered"));
 }
 
-/* Mappings of the process, and whether any of them is registered for write-protection ("uw"). */
+/* Count the mappings of the process, and find whether any of them is registered for write-protection ("uw"). */
 static int count_mappings(const struct guest *guest, bool *registered)
 {
 	char path[48], line[512];
@@ -156,7 +157,7 @@ static int count_mappings(const struct guest *guest, bool *registered)
 	return count;
 }
 
-/* Disarming goes by steps as well, and each cuts a mapping for a moment. */
+/* Disarming also works in steps, and each splits a mapping for a moment. */
 static void nothing_stays_after_disarming(struct guest *guest)
 {
 	struct mgd_error err = {0};
@@ -187,7 +188,7 @@ static void a_dead_guest_is_disarmed_without_complaint(struct guest *guest)
 	arm(guest);
 	order(guest, ORDER_WRITE, 0, 1);
 	kill_guest(guest);
-	check_reported(guest, 0, 0); /* it has no memory any more; the caller watches the process */
+	check_reported(guest, 0, 0); /* the memory is gone; the caller watches the process */
 	disarm(guest);
 }
 
@@ -222,7 +223,7 @@ static void wrong_arguments_are_refused(struct guest *guest)
 		    MGD_ERR_OS);
 }
 
-/* Dropping an unwritten page of these loses content without a write: see the head of tracker.c. */
+/* Dropping an unwritten page of these kinds loses contents without a write: see the head of tracker.c. */
 #define DROPS_UNSEEN (ON(PRIVATE_HUGE) | ON(PRIVATE_FILE))
 #define ONE_OF_EACH (ON(SHARED) | ON(SHARED_HUGE) | ON(ANONYMOUS))
 

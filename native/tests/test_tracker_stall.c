@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * A guest maps and unmaps memory while it is tracked: it goes on, and nothing is missed.  How long it was held up at most
- * is printed; "test_tracker_stall 8" measures a guest of 8 GiB, which needs 16 MiB (its pages are holes, or zero pages).
+ * A guest maps and unmaps memory while it is tracked: it keeps running, and no write is missed.  The test prints the
+ * longest stall; "test_tracker_stall 8" measures a guest of 8 GiB, which needs 16 MiB (its pages are holes, or zero
+ * pages).
  */
 #include <stdlib.h>
 
@@ -11,7 +12,7 @@ static void note_longest(const char *what)
 {
 	unsigned long before = atomic_load(&stall[0]), longest;
 
-	while (atomic_load(&stall[0]) < before + 2) /* one that was held up has ended */
+	while (atomic_load(&stall[0]) < before + 2) /* a stalled one has ended */
 		sched_yield();
 	longest = atomic_exchange(&stall[1], 0);
 	printf("  %-10s longest mmap and munmap: %8.3f ms\n", what, (double)longest / 1e6);

@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: MIT */
-/* Dirty tracking where the guest gives memory back, or has never used it. */
+/* Tests of dirty tracking where the guest discards memory or has never used it.  They check what the scans report,
+ * and that unused memory stays unused. */
 #include "tracker_guest.h"
 
 /*
- * A page that was written and taken from the page table before the scan is reported, however it went; once.  Its content
- * may be in the file still, or be gone: both are news.
+ * A page that was written and removed from the page table before the scan is reported, however it was removed, and only
+ * once.  Its contents may still be in the file or be gone: both must be reported.
  */
 static void written_then(struct guest *guest, enum order zap)
 {
@@ -17,7 +18,7 @@ static void written_then(struct guest *guest, enum order zap)
 	order(guest, zap, 1, 1);
 	check_reported(guest, 1, 1);
 	check_reported(guest, 0, 0);
-	/* At the ends, where no run follows or precedes; and more than one. */
+	/* At both ends, where no run follows or precedes; and more than one. */
 	order(guest, ORDER_WRITE, 0, 1);
 	order(guest, zap, 0, 1);
 	order(guest, ORDER_WRITE, last - 1, 2);
@@ -25,7 +26,7 @@ static void written_then(struct guest *guest, enum order zap)
 	CHECK_EQUAL(scan(guest), 3 * guest->page_bytes);
 	CHECK(bit(guest, 0) && bit(guest, last - 1) && bit(guest, last));
 	check_reported(guest, 0, 0);
-	/* Back again: read, then written. */
+	/* Populated again: read, then written. */
 	order(guest, ORDER_WRITE, last - 1, 1);
 	CHECK(scan(guest) >= guest->page_bytes && bit(guest, last - 1));
 	check_reported(guest, 0, 0);
@@ -34,7 +35,7 @@ static void written_then(struct guest *guest, enum order zap)
 	check_reported(guest, 0, 0);
 	order(guest, ORDER_WRITE, 0, guest->pages);
 	check_reported(guest, 0, guest->pages);
-	/* All of it: there is no entry left for the scan to stop at, and perhaps no page table. */
+	/* All of it: no entry is left at which the scan would stop, and perhaps no page table. */
 	order(guest, zap, 0, guest->pages);
 	scan(guest);
 	order(guest, ORDER_WRITE, 0, guest->pages);
@@ -61,7 +62,7 @@ static void a_page_written_then_punched_is_reported(struct guest *guest)
 	written_then(guest, ORDER_PUNCH);
 }
 
-/* Every other page is zapped, and there are more of them than runs that one ioctl returns. */
+/* Every other page is zapped, and they are more runs than one ioctl returns. */
 static void scattered_zaps(struct guest *guest)
 {
 	order(guest, ORDER_WRITE, 0, guest->pages);
@@ -74,7 +75,7 @@ static void scattered_zaps(struct guest *guest)
 	disarm(guest);
 }
 
-/* The content of private memory goes with the page, written or not: it now holds zeros. */
+/* The contents of private memory are lost with the page, written or not: it now holds zeros. */
 static void an_unwritten_private_page_dropped_is_reported(struct guest *guest)
 {
 	order(guest, ORDER_WRITE, 0, guest->pages);
@@ -90,7 +91,7 @@ static void an_unwritten_private_page_dropped_is_reported(struct guest *guest)
 	disarm(guest);
 }
 
-/* … that of shared memory stays in the file: nothing has changed, and nothing is reported. */
+/* The contents of shared memory stay in the file: nothing has changed, and nothing is reported. */
 static void an_unwritten_shared_page_dropped_is_not_reported(struct guest *guest)
 {
 	order(guest, ORDER_WRITE, 0, guest->pages);
@@ -142,7 +143,8 @@ static void absent_memory_stays_absent(struct guest *guest)
 	order(guest, ORDER_WRITE, far + 3, 1);
 	check_reported(guest, far + 3, 1);
 	after = status_kib(guest, "VmRSS:");
-	/* Much less than all of it takes, whatever a sanitizer needs of its own: 1.2 GB, and 2 344 KiB of page tables. */
+	/* Much less than protecting all of it takes (1.2 GB, and 2 344 KiB of page tables), whatever a sanitizer
+	 * itself needs. */
 	CHECK(after - before < 64 * 1024);
 	CHECK(status_kib(guest, "VmPTE:") - tables < 100);
 	disarm(guest);

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* For tests of the dirty tracker: a process with memory of any kind, which does with it what it is told to. */
+/* The guest of the dirty tracker's tests.  It is a process with memory of any kind, which uses it as ordered. */
 #ifndef MGD_TEST_TRACKER_GUEST_H
 #define MGD_TEST_TRACKER_GUEST_H
 
@@ -30,7 +30,7 @@
 #define MADV_POPULATE_WRITE 23
 #endif
 
-/* The core's answer is replaced: as many threads as a large machine would start, whatever this one has. */
+/* Replaces the core's function: start as many threads as on a large machine, whatever this one has. */
 uint32_t mgd_processor_count(void)
 {
 	return 8;
@@ -65,10 +65,10 @@ enum order {
 	ORDER_READ,
 	ORDER_DROP, /* MADV_DONTNEED */
 	ORDER_REMOVE, /* MADV_REMOVE */
-	ORDER_PUNCH, /* a hole into the file */
-	ORDER_STORM, /* write here and there until told to stop */
-	ORDER_DROPPING_STORM, /* … and drop some of it right afterwards */
-	ORDER_MAP, /* map and unmap other memory, in a thread of its own, from now on */
+	ORDER_PUNCH, /* punch a hole into the file */
+	ORDER_STORM, /* write at random until told to stop */
+	ORDER_DROPPING_STORM, /* the same, and drop some of it right afterwards */
+	ORDER_MAP, /* map and unmap other memory in a separate thread from now on */
 	ORDER_END,
 };
 
@@ -82,7 +82,7 @@ struct guest {
 	uint64_t page_bytes, pages;
 	pid_t pid;
 	int file, socket, uffd, pagemap_fd;
-	int content; /* to be read: the file, or the memory of the process */
+	int content; /* for reading: the file, or the memory of the process */
 	uint64_t address, content_offset;
 	struct mgd_tracker *tracker;
 	uint64_t *bitmap;
@@ -93,8 +93,8 @@ struct hello {
 	struct mgd_error err;
 };
 
-static atomic_ulong *storm; /* shared with the guest: writes made, and whether to stop */
-static atomic_ulong *stall; /* likewise: mappings made, and the longest that one took, in ns */
+static atomic_ulong *storm; /* shared with the guest: number of writes, and whether to stop */
+static atomic_ulong *stall; /* likewise: number of mappings, and the longest time for one, in ns */
 
 static inline void send_fd(int socket, int fd, const struct hello *hello)
 {
@@ -135,7 +135,7 @@ static inline int receive_fd(int socket, struct hello *hello)
 
 /* ---- in the guest */
 
-/* At a round address, so that transparent huge pages fit; MAP_FAILED where the pool is empty. */
+/* At an aligned address, so that transparent huge pages fit; MAP_FAILED if the pool is empty. */
 static inline char *map_memory(const struct guest *guest)
 {
 	const struct kind *kind = guest->kind;
@@ -157,7 +157,7 @@ static inline char *map_memory(const struct guest *guest)
 	return at;
 }
 
-/* One counter a page: the number is in the memory, so what a scan missed can be seen there. */
+/* One counter per page: memory holds the number, so a write that the scan missed shows. */
 static inline void rage(const struct guest *guest, char *memory, bool dropping)
 {
 	uint64_t seed = 1;
@@ -267,7 +267,7 @@ static inline int open_file(const struct kind *kind, uint64_t bytes)
 	return fd;
 }
 
-/* False: the pool has not so many pages. */
+/* Return false if the pool does not have that many pages. */
 static inline bool pages_available(const struct guest *guest)
 {
 	uint64_t bytes = guest->pages * guest->page_bytes;
@@ -362,7 +362,7 @@ static inline void finish(struct guest *guest)
 	free(guest->bitmap);
 }
 
-/* The first word of a page, as the source engine would read it. */
+/* Read the first word of a page as the source engine would. */
 static inline uint64_t peek(const struct guest *guest, uint64_t page)
 {
 	off_t at = (off_t)(guest->content_offset + page * guest->page_bytes);
@@ -387,7 +387,7 @@ static inline bool bit(const struct guest *guest, uint64_t page)
 	return guest->bitmap[page / 64] >> page % 64 & 1;
 }
 
-/* Exactly [first, first + count) is in the bitmap. */
+/* Check that exactly [first, first + count) is in the bitmap. */
 static inline void check_bits(const struct guest *guest, uint64_t first, uint64_t count)
 {
 	for (uint64_t page = 0; page < guest->pages; page++)

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * A fuzzer's main where libFuzzer is not to be had: replays the files (or directories of files) it is given, then mutates
- * valid frames blindly.
+ * A fuzzer's main for systems without libFuzzer.  It replays the files (or directories of files) it is given, then
+ * mutates valid frames blindly.
  *
  *   fuzz_frame [-runs=N] [-max_total_time=SECONDS] [-seed=N] [FILE …]
  */
@@ -57,7 +57,7 @@ static int replay(const char *path)
 	return 0;
 }
 
-/* A frame that is right, most of the time, with up to four bytes that are not. */
+/* Build a frame that is usually valid, with up to four wrong bytes. */
 static void mutate_one(void)
 {
 	static const uint64_t hashes[MGD_CHUNK_BLOCKS];
@@ -90,7 +90,7 @@ int main(int argc, char **argv)
 		    sscanf(argv[i], "-max_total_time=%llu", &seconds) == 1)
 			continue;
 		if (argv[i][0] == '-')
-			continue; /* libFuzzer's other options mean nothing here */
+			continue; /* libFuzzer's other options have no meaning here */
 		if (replay(argv[i]))
 			return 1;
 	}
