@@ -11,7 +11,7 @@
 
 #include "bitmap.h"
 
-_Static_assert(__BYTE_ORDER == __LITTLE_ENDIAN, "headers and bitmaps travel as they lie in memory");
+_Static_assert(__BYTE_ORDER == __LITTLE_ENDIAN, "headers and bitmaps are sent as they are in memory");
 
 /* The header as sent. */
 struct wire_header {
@@ -111,7 +111,7 @@ static int check_pages(const struct mgd_frame *frame, const struct mgd_frame_bou
 	}
 	if (page_blocks <= MGD_CHUNK_BLOCKS) {
 		if (frame->first_block % page_blocks || frame->block_count % page_blocks)
-			return mgd_violation(err, "page frame: first_block %" PRIu64 ": covers a page in part",
+			return mgd_violation(err, "page frame: first_block %" PRIu64 ": covers part of a page",
 					     frame->first_block);
 		if (frame->sequence)
 			return mgd_violation(err, "page frame: sequence %u: the page is one frame", frame->sequence);
@@ -122,7 +122,7 @@ static int check_pages(const struct mgd_frame *frame, const struct mgd_frame_bou
 	if (frame->block_count != MGD_CHUNK_BLOCKS)
 		return mgd_violation(err, "page frame: block_count %u: must be a whole chunk", frame->block_count);
 	if (frame->sequence != frame->first_block % page_blocks / MGD_CHUNK_BLOCKS)
-		return mgd_violation(err, "page frame: sequence %u: not that of block %" PRIu64, frame->sequence,
+		return mgd_violation(err, "page frame: sequence %u: does not match block %" PRIu64, frame->sequence,
 				     frame->first_block);
 	if ((frame->sequence + 1 == page_frames) != !!(frame->flags & MGD_FRAME_PAGE_END))
 		return mgd_violation(err, "page frame: PAGE_END: wrong at sequence %u", frame->sequence);
@@ -146,7 +146,7 @@ int mgd_frame_decode_header(const uint8_t header[MGD_FRAME_HEADER_BYTES], const 
 
 	memcpy(&wire, header, sizeof(wire));
 	if (wire.magic != MGD_FRAME_MAGIC)
-		return mgd_violation(err, "page frame: magic %#010x: not ours", wire.magic);
+		return mgd_violation(err, "page frame: magic %#010x: unknown", wire.magic);
 	if (wire.version != MGD_FRAME_VERSION)
 		return mgd_violation(err, "page frame: version %u: only %d is known", wire.version, MGD_FRAME_VERSION);
 	*frame = (struct mgd_frame){
@@ -167,7 +167,7 @@ int mgd_frame_decode_header(const uint8_t header[MGD_FRAME_HEADER_BYTES], const 
 		return 0;
 	}
 	if (frame->region >= region_count)
-		return mgd_violation(err, "page frame: region %u: there are %u", frame->region, region_count);
+		return mgd_violation(err, "page frame: region %u: only %u exist", frame->region, region_count);
 	if (frame->kind == MGD_FRAME_PAGES)
 		return check_pages(frame, &regions[frame->region], err);
 	if (frame->flags || frame->payload_bytes || frame->sequence)

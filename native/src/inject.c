@@ -400,24 +400,24 @@ static const char *meaning(const struct injection *injection)
 {
 	switch (injection->failed) {
 	case STEP_SEIZE:
-		return injection->reason == EPERM ? "it is being traced already, or CAP_SYS_PTRACE is missing"
+		return injection->reason == EPERM ? "it is already being traced, or CAP_SYS_PTRACE is missing"
 						  : "it cannot be seized";
 	case STEP_SEIZE_SECCOMP:
 		if (has_seccomp(getpid()))
-			return "it is confined by seccomp, and so is this agent, which may not suspend that: start it "
-			       "without a filter (`migrated check` there says how)";
-		return "it is confined by seccomp, which could kill it for our call; suspending that needs CAP_SYS_ADMIN "
+			return "it has a seccomp filter that this agent cannot suspend, having one itself: start the "
+			       "agent without a filter (`migrated check` says how)";
+		return "it has a seccomp filter, which could kill it for our call; suspending it needs CAP_SYS_ADMIN "
 		       "and a kernel with CONFIG_CHECKPOINT_RESTORE, and no other tracer";
 	case STEP_32_BIT:
 		return "it is not a 64-bit x86 process";
 	case STEP_GONE:
-		return "it has ended";
+		return "it has exited";
 	case STEP_STOP_LIMIT:
 		return "it did not stop within 2 s";
 	case STEP_CALL_LIMIT:
 		return "the system call was not made or did not return within 5 s: is the process frozen?";
 	case STEP_RESTORE:
-		return "its registers could not be put back";
+		return "its registers could not be restored";
 	default:
 		return "a step of the system call failed";
 	}
@@ -496,7 +496,7 @@ int mgd_inject_syscall(int pid, long number, const uint64_t arguments[6], int64_
 		       struct mgd_error *err)
 {
 	(void)number, (void)arguments, (void)out_result, (void)out_stopped_ns;
-	return mgd_fail(err, MGD_ERR_UNSUPPORTED, "inject: process %d: reaching into a process is done on x86-64 only",
+	return mgd_fail(err, MGD_ERR_UNSUPPORTED, "inject: process %d: injecting a system call works only on x86-64",
 			pid);
 }
 

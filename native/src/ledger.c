@@ -58,7 +58,7 @@ static int check_geometry(const struct mgd_ledger_header *header, const struct m
 	if (header->magic != LEDGER_MAGIC)
 		return mgd_misuse(err, "recover: ledger: not a ledger of this version");
 	if (header->region_count != region_count)
-		return mgd_misuse(err, "recover: ledger: it is of %u regions, not %u", header->region_count,
+		return mgd_misuse(err, "recover: ledger: it has %u regions, not %u", header->region_count,
 				  region_count);
 	for (uint32_t i = 0; i < region_count; i++)
 		if (header->regions[i].size_bytes != regions[i].size_bytes ||
@@ -93,8 +93,7 @@ static int take_over(struct mgd_ledger *ledger, struct mgd_error *err)
 		case MGD_PAGE_CURRENT:
 			break;
 		default:
-			return mgd_misuse(err, "recover: ledger: page %" PRIu64 " has the unknown state %#x", page,
-					  byte);
+			return mgd_misuse(err, "recover: ledger: page %" PRIu64 " has unknown state %#x", page, byte);
 		}
 	}
 	return 0;
@@ -111,8 +110,7 @@ int mgd_ledger_open(struct mgd_ledger *ledger, int ledger_fd, const struct mgd_t
 	if (fstat(ledger_fd, &status))
 		return mgd_fail_errno(err, errno, "ledger: fstat");
 	if (status.st_size < 0 || (uint64_t)status.st_size < bytes)
-		return mgd_misuse(err, "ledger: it has %lld bytes, %" PRIu64 " are needed", (long long)status.st_size,
-				  bytes);
+		return mgd_misuse(err, "ledger: it has %lld bytes, needs %" PRIu64, (long long)status.st_size, bytes);
 	ledger->fd = fcntl(ledger_fd, F_DUPFD_CLOEXEC, 0);
 	if (ledger->fd < 0)
 		return mgd_fail_errno(err, errno, "ledger: dup");

@@ -18,7 +18,8 @@ static int fail(int reason, uint64_t start, uint64_t end, struct mgd_error *err)
 	uint64_t length = end - start;
 
 	if (reason == ENOTTY)
-		return mgd_fail(err, MGD_ERR_UNSUPPORTED, "PAGEMAP_SCAN: this kernel has none (Linux 6.7)");
+		return mgd_fail(err, MGD_ERR_UNSUPPORTED,
+				"PAGEMAP_SCAN: not supported by this kernel (needs Linux 6.7)");
 	if (reason == EPERM)
 		return mgd_fail_errno(err, reason,
 				      "PAGEMAP_SCAN: %#" PRIx64 "+%#" PRIx64

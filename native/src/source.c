@@ -16,7 +16,7 @@ static int check_region(const struct mgd_source_region *region, uint32_t index, 
 
 	if (page < MGD_BLOCK_BYTES || host_page < MGD_BLOCK_BYTES || (page & (page - 1)) ||
 	    (host_page & (host_page - 1)))
-		return mgd_misuse(err, "source: region %u: page sizes must be powers of two from 4096 on", index);
+		return mgd_misuse(err, "source: region %u: page sizes must be powers of two of at least 4096", index);
 	if (!region->size_bytes || region->size_bytes % page || region->size_bytes % host_page)
 		return mgd_misuse(err, "source: region %u: %" PRIu64 " bytes: not whole pages on both sides", index,
 				  region->size_bytes);
@@ -108,7 +108,7 @@ int mgd_source_create(const struct mgd_source_region *regions, uint32_t region_c
 	struct mgd_source *source;
 
 	if (!region_count || region_count > MGD_MAX_REGIONS || !stream_count || stream_count > MGD_MAX_STREAMS)
-		return mgd_misuse(err, "source: %u regions, %u streams: 1 to %d and 1 to %d are possible", region_count,
+		return mgd_misuse(err, "source: %u regions, %u streams: must be 1 to %d and 1 to %d", region_count,
 				  stream_count, MGD_MAX_REGIONS, MGD_MAX_STREAMS);
 	for (uint32_t i = 0; i < region_count; i++)
 		if (check_region(&regions[i], i, err))
@@ -244,8 +244,7 @@ int mgd_source_add_stream(struct mgd_source *source, uint32_t number, int fd, st
 
 	if (!known || stream->started) {
 		close(fd);
-		return mgd_misuse(err, "source: stream %u: %s", number,
-				  known ? "connected already" : "there is no such stream");
+		return mgd_misuse(err, "source: stream %u: %s", number, known ? "already connected" : "no such stream");
 	}
 	stream->ended = stream->memory_failed = false;
 	/* Orders given before this stream existed are not for it. */
@@ -313,7 +312,7 @@ int mgd_source_round(struct mgd_source *source, uint64_t round, struct mgd_error
 		return mgd_misuse(err, "round: connections were lost in pre-copy: start a new migration");
 	MGD_HOLD(&source->lock);
 	if (source->round_left)
-		return mgd_misuse(err, "round: round %" PRIu64 " is under way", source->round);
+		return mgd_misuse(err, "round: round %" PRIu64 " is still running", source->round);
 	if (require_bulk(source, "round", err))
 		return -1;
 	source->copied = true;

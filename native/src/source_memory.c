@@ -128,7 +128,7 @@ static int fail_read(const struct source_region *region, int reason, uint64_t of
 	uint64_t at = offset - region->file_offset;
 
 	if (region->is_private && !reason)
-		return mgd_fail(err, MGD_ERR_GUEST_GONE, "guest memory: region %u: the process has ended",
+		return mgd_fail(err, MGD_ERR_GUEST_GONE, "guest memory: region %u: the process has exited",
 				region->index);
 	if (region->is_private && (reason == EIO || reason == EFAULT))
 		return mgd_fail_errno(err, reason,

@@ -85,10 +85,10 @@ int mgd_source_sample(struct mgd_source *source, uint64_t wanted, uint64_t *out_
 	if (source_require_precopy(source, "sample", err))
 		return -1;
 	if (!wanted)
-		return mgd_misuse(err, "sample: of no blocks at all");
+		return mgd_misuse(err, "sample: no blocks requested");
 	MGD_LOCKED (&source->lock) {
 		if (source->round_left)
-			return mgd_misuse(err, "sample: a round is under way");
+			return mgd_misuse(err, "sample: a round is running");
 	}
 	sample.share = marked > wanted ? marked / wanted : 1;
 	next_share(&sample);

@@ -137,7 +137,7 @@ static int require_idle(struct mgd_source *source, const char *what, struct mgd_
 	if (lost)
 		return mgd_misuse(err, "%s: connections were lost in pre-copy: what the target has is unknown", what);
 	if (source->round_left)
-		return mgd_misuse(err, "%s: a round is under way", what);
+		return mgd_misuse(err, "%s: a round is running", what);
 	return 0;
 }
 
@@ -164,7 +164,7 @@ int mgd_source_freeze(struct mgd_source *source, uint64_t *out_stale_pages, stru
 int mgd_source_freeze_whole(struct mgd_source *source, struct mgd_error *err)
 {
 	if (source->copied)
-		return mgd_misuse(err, "freeze whole: a round was sent already: use freeze");
+		return mgd_misuse(err, "freeze whole: a round was already sent: use freeze");
 	if (begin_freeze(source, "freeze whole", err))
 		return -1;
 	source->whole = true;
@@ -181,7 +181,7 @@ static int check_piece(const struct mgd_source *source, uint32_t index, uint64_t
 	uint64_t all;
 
 	if (index >= source->region_count)
-		return mgd_misuse(err, "page map: region %u: there are %u", index, source->region_count);
+		return mgd_misuse(err, "page map: region %u: only %u exist", index, source->region_count);
 	all = (source->regions[index].host_page_count + 7) / 8;
 	if (first_page % 8 || first_page / 8 > all || bytes > all - first_page / 8)
 		return mgd_misuse(err, "page map: %zu bytes from page %" PRIu64 ": outside region %u", bytes,

@@ -175,10 +175,9 @@ static int next_demand(struct source_stream *stream, struct mgd_error *err)
 	    mgd_frame_decode_header(header, source->bounds, source->region_count, &demand, err))
 		return -1;
 	if (demand.kind != MGD_FRAME_DEMAND)
-		return mgd_violation(err, "urgent connection: frame of kind %u: only demands come this way",
-				     demand.kind);
+		return mgd_violation(err, "urgent connection: frame of kind %u: only demands are allowed", demand.kind);
 	if (demand.check != mgd_frame_check(&demand, NULL, source->secret))
-		return mgd_violation(err, "urgent connection: demand: checksum does not fit");
+		return mgd_violation(err, "urgent connection: demand: check is wrong");
 	if (!wait_serving(source))
 		return mgd_fail(err, MGD_ERR_CLOSED, "page connection: dropped");
 	return serve_demand(stream, &demand, err);

@@ -36,7 +36,7 @@ static int check_region(const struct mgd_target_region *region, uint32_t index, 
 	if (page_bytes < MGD_BLOCK_BYTES || (page_bytes & (page_bytes - 1)))
 		return mgd_misuse(err, "region %u: host page size %" PRIu64, index, page_bytes);
 	if (region->size_bytes == 0 || region->size_bytes % page_bytes || region->size_bytes > (uint64_t)INT64_MAX)
-		return mgd_misuse(err, "region %u: size %" PRIu64 " is not a number of pages of %" PRIu64, index,
+		return mgd_misuse(err, "region %u: size %" PRIu64 " is not a multiple of page size %" PRIu64, index,
 				  region->size_bytes, page_bytes);
 	return 0;
 }
@@ -54,7 +54,7 @@ static int map_region(struct target_region *region, const struct mgd_target_regi
 	if (fstat(region->memory_fd, &status))
 		return mgd_fail_errno(err, errno, "region %u: fstat", index);
 	if ((uint64_t)status.st_size < given->size_bytes)
-		return mgd_misuse(err, "region %u: its file has %" PRIu64 " bytes, %" PRIu64 " are needed", index,
+		return mgd_misuse(err, "region %u: the file has %" PRIu64 " bytes, needs %" PRIu64, index,
 				  (uint64_t)status.st_size, given->size_bytes);
 	memory = mmap(NULL, given->size_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | unreserved, region->memory_fd, 0);
 	if (memory == MAP_FAILED) {
@@ -140,7 +140,7 @@ int mgd_target_create(const struct mgd_target_region *regions, uint32_t region_c
 	if (mgd_guard_install(err))
 		return -1;
 	if (!region_count || region_count > MGD_MAX_REGIONS || !stream_count || stream_count > MGD_MAX_STREAMS)
-		return mgd_misuse(err, "target: %u regions, %u streams: 1 to %d and 1 to %d are possible", region_count,
+		return mgd_misuse(err, "target: %u regions, %u streams: must be 1 to %d and 1 to %d", region_count,
 				  stream_count, MGD_MAX_REGIONS, MGD_MAX_STREAMS);
 	for (uint32_t i = 0; i < region_count; i++)
 		if (check_region(&regions[i], i, err))
@@ -223,7 +223,7 @@ static int check_mapping(const struct mgd_target *target, const struct mgd_mappi
 	const struct target_region *region;
 
 	if (mapping->region >= target->region_count)
-		return mgd_misuse(err, "arm: mapping %u: there is no region %u", index, mapping->region);
+		return mgd_misuse(err, "arm: mapping %u: no region %u", index, mapping->region);
 	region = &target->regions[mapping->region];
 	if (mapping->length_bytes == 0 || mapping->offset > region->size_bytes ||
 	    mapping->length_bytes > region->size_bytes - mapping->offset)
@@ -240,7 +240,7 @@ int mgd_target_arm(struct mgd_target *target, int uffd, const struct mgd_mapping
 	int own;
 
 	if (target->uffd >= 0)
-		return mgd_misuse(err, "arm: done already");
+		return mgd_misuse(err, "arm: already done");
 	if (mapping_count == 0)
 		return mgd_misuse(err, "arm: no mapping given");
 	for (uint32_t i = 0; i < mapping_count; i++)

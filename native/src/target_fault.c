@@ -294,7 +294,7 @@ static void handle_fault(struct faults *faults, const struct uffd_msg *message, 
 	if (!region) {
 		struct mgd_error error;
 
-		mgd_fail(&error, MGD_ERR_OS, "fault at %#" PRIx64 ": in none of the mappings that were given",
+		mgd_fail(&error, MGD_ERR_OS, "fault at %#" PRIx64 ": outside all given mappings",
 			 (uint64_t)message->arg.pagefault.address);
 		target_tell_failed(target, &target->mapping_changed, &error);
 		return;

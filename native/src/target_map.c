@@ -115,7 +115,7 @@ void target_report_unmapped(struct mgd_target *target, struct target_region *reg
 	if (target->releasing)
 		return; /* unregistered meanwhile, as intended */
 	if (code == ESRCH) { /* which yields GUEST_GONE */
-		mgd_fail_errno(&error, code, "UFFDIO_CONTINUE: the guest process has ended");
+		mgd_fail_errno(&error, code, "UFFDIO_CONTINUE: the guest process has exited");
 		target_tell_failed(target, &target->guest_gone, &error);
 		return;
 	}
@@ -191,9 +191,9 @@ static void *run(void *argument)
 int mgd_target_background(struct mgd_target *target, struct mgd_error *err)
 {
 	if (mgd_ledger_phase(&target->ledger) != MGD_PHASE_SWITCHED || target->uffd < 0)
-		return mgd_misuse(err, "background: only armed and after the switch-over");
+		return mgd_misuse(err, "background: only for an armed target, after the switchover");
 	if (target->background_running)
-		return mgd_misuse(err, "background: running already");
+		return mgd_misuse(err, "background: already running");
 	target->background_stop = false;
 	if (mgd_thread_start(&target->background_thread, "mgd-background", run, target, err))
 		return -1;

@@ -221,7 +221,8 @@ static int take_and_apply(struct target_receiver *receiver, struct mgd_error *er
 		return taking.result;
 	}
 	return mgd_fail(err, MGD_ERR_POOL,
-			"memory for page %" PRIu64 " of region %u: given back while it came in, and the pool is empty",
+			"memory for page %" PRIu64
+			" of region %u: discarded while it was received, and the pool is empty",
 			receiver->first_page, receiver->frame.region);
 }
 

@@ -44,7 +44,7 @@ int target_back(struct mgd_target *target, struct target_region *region, uint64_
 		if (code == EAGAIN || code == EINTR)
 			continue;
 		mgd_fail_errno(err, code,
-			       "memory for page %" PRIu64 " of region %u (%" PRIu64 " KiB a page): the pool is empty",
+			       "memory for page %" PRIu64 " of region %u (%" PRIu64 " KiB per page): the pool is empty",
 			       page, region->index, (region->page_bytes >> 10));
 		if (err && (code == EFAULT || code == ENOMEM || code == ENOSPC))
 			err->kind = MGD_ERR_POOL;

@@ -171,16 +171,16 @@ static int receive_frame(struct target_receiver *receiver, struct mgd_error *err
 	if (receiver->frame.kind == MGD_FRAME_BARRIER)
 		return receive_barrier(receiver, err);
 	if (receiver->frame.kind != MGD_FRAME_PAGES)
-		return mgd_violation(err, "page frame: a demand, from the side that has the pages");
+		return mgd_violation(err, "page frame: a demand from the source");
 	if (receiver->frame.flags & MGD_FRAME_FINAL) {
 		if (mgd_ledger_phase(&target->ledger) != MGD_PHASE_SWITCHED)
-			return mgd_violation(err, "page frame: FINAL before the switch-over");
+			return mgd_violation(err, "page frame: FINAL before the switchover");
 		return receive_pages(receiver, err);
 	}
 	/* Set the flag, then read the phase; the switchover does it in the opposite order: one of us sees the other. */
 	receiver->writing = true;
 	if (mgd_ledger_phase(&target->ledger) != MGD_PHASE_PRECOPY)
-		result = mgd_violation(err, "page frame: late frame after switch-over");
+		result = mgd_violation(err, "page frame: late frame after the switchover");
 	else
 		result = receive_pages(receiver, err);
 	receiver->writing = false;
@@ -229,8 +229,7 @@ int target_receiver_start(struct mgd_target *target, uint32_t stream, int fd, st
 
 	if (!known || target->receivers[slot]) {
 		close(fd);
-		return mgd_misuse(err, "add stream %u: %s", stream,
-				  known ? "it is there already" : "there is no such stream");
+		return mgd_misuse(err, "add stream %u: %s", stream, known ? "already added" : "no such stream");
 	}
 	receiver = calloc(1, sizeof(*receiver));
 	if (!receiver) {

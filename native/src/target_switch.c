@@ -15,10 +15,10 @@ static int check_piece(const struct mgd_target *target, uint32_t index, uint64_t
 	uint64_t pages;
 
 	if (index >= target->region_count)
-		return mgd_violation(err, "%s: there is no region %u", what, index);
+		return mgd_violation(err, "%s: no region %u", what, index);
 	pages = target->regions[index].page_count;
 	if (first_page % 8 || first_page > pages || bytes > (pages - first_page + 7) / 8)
-		return mgd_violation(err, "%s: %zu bytes from page %" PRIu64 " on: region %u has %" PRIu64, what, bytes,
+		return mgd_violation(err, "%s: %zu bytes from page %" PRIu64 ": region %u has %" PRIu64, what, bytes,
 				     first_page, index, pages);
 	return 0;
 }
@@ -43,7 +43,7 @@ int mgd_target_stale_map(struct mgd_target *target, uint32_t index, uint64_t fir
 	uint64_t made = 0;
 
 	if (mgd_ledger_phase(&target->ledger) != MGD_PHASE_PRECOPY)
-		return mgd_misuse(err, "stale map: the switch-over has been");
+		return mgd_misuse(err, "stale map: too late, after the switchover");
 	if (target_check_bits(target, index, first_page, bits, bytes, "stale map", err))
 		return -1;
 	region = &target->regions[index];
@@ -58,11 +58,11 @@ int mgd_target_stale_map(struct mgd_target *target, uint32_t index, uint64_t fir
 int mgd_target_switchover(struct mgd_target *target, struct mgd_error *err)
 {
 	if (mgd_ledger_phase(&target->ledger) != MGD_PHASE_PRECOPY)
-		return mgd_misuse(err, "switch-over: it has been");
+		return mgd_misuse(err, "switchover: already done");
 	mgd_ledger_set_phase(&target->ledger, MGD_PHASE_SWITCHED);
 	if (target_receiver_any_writing(target)) {
 		mgd_ledger_set_phase(&target->ledger, MGD_PHASE_PRECOPY);
-		return mgd_violation(err, "switch-over: a pre-copy frame is still coming in, after its barrier");
+		return mgd_violation(err, "switchover: a pre-copy frame is still being received after its barrier");
 	}
 	target_fault_look_again(target);
 	if (!target->ledger.stale_pages)
@@ -108,7 +108,7 @@ int mgd_target_poison_stale(struct mgd_target *target, uint64_t *out_pages, stru
 
 	*out_pages = 0;
 	if (mgd_ledger_phase(ledger) != MGD_PHASE_SWITCHED || target->uffd < 0)
-		return mgd_misuse(err, "poison: only armed and after the switch-over");
+		return mgd_misuse(err, "poison: only for an armed target, after the switchover");
 	target_receiver_drop_all(target);
 	mgd_ledger_for_each_known (ledger, page) {
 		struct target_region *region = target_region_of(target, page);
@@ -138,9 +138,9 @@ int mgd_target_release(struct mgd_target *target, struct mgd_error *err)
 	uint64_t stale = target->ledger.stale_pages;
 
 	if (mgd_ledger_phase(&target->ledger) != MGD_PHASE_SWITCHED || target->uffd < 0)
-		return mgd_misuse(err, "release: only armed and after the switch-over");
+		return mgd_misuse(err, "release: only for an armed target, after the switchover");
 	if (stale)
-		return mgd_misuse(err, "release: %" PRIu64 " pages are stale yet", stale);
+		return mgd_misuse(err, "release: %" PRIu64 " pages are still stale", stale);
 	target_populate_stop(target);
 	target_background_stop(target);
 	target_receiver_drop_all(target);

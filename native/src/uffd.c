@@ -53,7 +53,8 @@ int mgd_uffd_open(int user_mode_only, int *out_fd, struct mgd_error *err)
 		}
 	}
 	if (fd < 0 && reason == ENOSYS)
-		return mgd_fail(err, MGD_ERR_UNSUPPORTED, "userfaultfd: this kernel has none (CONFIG_USERFAULTFD)");
+		return mgd_fail(err, MGD_ERR_UNSUPPORTED,
+				"userfaultfd: not supported by this kernel (needs CONFIG_USERFAULTFD)");
 	if (fd < 0)
 		return mgd_fail_errno(err, reason, "userfaultfd");
 	*out_fd = fd;
@@ -113,7 +114,7 @@ static int fail_unsupported(uint64_t wanted, struct mgd_error *err)
 			used += (size_t)snprintf(names + used, sizeof(names) - used, "%s%s", used ? ", " : "",
 						 FEATURE_NAMES[i].text);
 	if (!used)
-		return mgd_misuse(err, "UFFDIO_API: done before on this descriptor, or not a userfaultfd");
+		return mgd_misuse(err, "UFFDIO_API: already done on this descriptor, or not a userfaultfd");
 	return mgd_fail(err, MGD_ERR_UNSUPPORTED, "userfaultfd: this kernel lacks %s", names);
 }
 
@@ -166,7 +167,7 @@ int mgd_uffd_register(int uffd, uint64_t start, uint64_t length_bytes, int mode,
 		if (reason == EBUSY)
 			return mgd_fail_errno(err, reason,
 					      "UFFDIO_REGISTER: %#" PRIx64 "+%#" PRIx64
-					      ": another userfaultfd has this memory",
+					      ": another userfaultfd covers this memory",
 					      start, length_bytes);
 		return mgd_fail_errno(err, reason, "UFFDIO_REGISTER: %#" PRIx64 "+%#" PRIx64, start, length_bytes);
 	}

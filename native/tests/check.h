@@ -27,7 +27,7 @@ static inline void fill_secret(uint8_t secret[MGD_SECRET_BYTES])
 #define CHECK(condition)                                                                                               \
 	do {                                                                                                           \
 		if (!(condition)) {                                                                                    \
-			fprintf(stderr, "%s:%d: %s: not so: %s\n", __FILE__, __LINE__, __func__, #condition);          \
+			fprintf(stderr, "%s:%d: %s: failed: %s\n", __FILE__, __LINE__, __func__, #condition);          \
 			abort();                                                                                       \
 		}                                                                                                      \
 	} while (0)

@@ -356,7 +356,7 @@ static int run_on_page_sizes(void (*run)(void), long pages)
 		status = run_with(2 * MIB, run);
 		rig_pool_add(2 * MIB, -pages);
 	} else if (status == 0) {
-		printf("2 MiB pages: none can be had here: skipped\n");
+		printf("2 MiB pages: none available here: skipped\n");
 	}
 	return status;
 }

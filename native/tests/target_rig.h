@@ -221,7 +221,7 @@ static struct mgd_event rig_event(struct mgd_target *target, uint32_t kind)
 
 	while (!mgd_target_next_event(target, &event))
 		if (poll(&poll_fd, 1, PATIENCE_MS) != 1) {
-			fprintf(stderr, "no event %u came\n", kind);
+			fprintf(stderr, "event %u did not arrive\n", kind);
 			abort();
 		}
 	if (event.kind != kind) {

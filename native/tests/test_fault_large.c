@@ -89,7 +89,7 @@ int main(void)
 	}
 	close(probe);
 	if (!rig_pool_add(GIB, 1)) {
-		printf("no page of 1 GiB can be had here: skipped\n");
+		printf("no 1 GiB page available here: skipped\n");
 		return SKIPPED;
 	}
 	status = run_with(GIB, run);

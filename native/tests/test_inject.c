@@ -425,7 +425,7 @@ static void a_traced_process_is_refused(void)
 	CHECK(ptrace(PTRACE_SEIZE, child.pid, NULL, NULL) == 0);
 	CHECK_FAILS(mgd_inject_syscall(child.pid, SYS_getpid, arguments, &result, NULL, &err), err, MGD_ERR_OS);
 	CHECK_EQUAL(err.os_errno, EPERM);
-	CHECK(strstr(err.message, "being traced already"));
+	CHECK(strstr(err.message, "already being traced"));
 	kill(child.pid, SIGKILL);
 	CHECK_EQUAL(waitpid(child.pid, &status, 0), child.pid);
 	close(child.pipe_fd);
@@ -540,7 +540,7 @@ static bool group_make(struct group *group, const struct freezer *freezer)
 			return true;
 		rmdir(group->path);
 	}
-	printf("%s: none can be made here: skipped\n", freezer->name);
+	printf("%s: cannot be created here: skipped\n", freezer->name);
 	return false;
 }
 

@@ -319,7 +319,7 @@ static void frames_out_of_their_time_end_the_stream(void)
 
 	open_bench(&bench, MGD_BLOCK_BYTES, PAGES * MGD_BLOCK_BYTES);
 	rig_send_all(bench.bulk[0], 0, 0, 1, MGD_FRAME_FINAL, 1);
-	lost(&bench, 0, MGD_ERR_PEER, "FINAL before the switch-over");
+	lost(&bench, 0, MGD_ERR_PEER, "FINAL before the switchover");
 	rig_send_all(bench.urgent, 0, 0, 1, 0, 1);
 	lost(&bench, MGD_STREAM_URGENT, MGD_ERR_PEER, "pre-copy frame on the urgent connection");
 	mgd_target_drop_streams(bench.target);
@@ -332,7 +332,7 @@ static void frames_out_of_their_time_end_the_stream(void)
 	lost(&bench, 0, MGD_ERR_PEER, "comes after the stale map");
 	switch_over(&bench, stale, 1);
 	rig_send_all(bench.bulk[1], 0, 0, 1, 0, 1);
-	lost(&bench, 1, MGD_ERR_PEER, "late frame after switch-over");
+	lost(&bench, 1, MGD_ERR_PEER, "late frame after the switchover");
 	CHECK_EQUAL(version_at(&bench, 0), 0);
 	CHECK(lacks(&bench, 0));
 	close_bench(&bench);
