@@ -103,7 +103,7 @@ struct migrated_header {
 	uint32_t sequence;
 } __attribute__((packed));
 
-_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "messages are little end first");
+_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "messages are little-endian");
 
 /* path NULL: take it from the environment variable MIGRATED_SOCKET. */
 static inline int migrated_guest_init(struct migrated_guest *guest, const char *path, struct migrated_region *regions,

@@ -1,7 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * This file compresses what a connection sends, for as long as that pays.
- *
  * Whether it pays depends on the data, the processor and the network, all of which change.  So nothing is modelled.
  * The sender tries both modes in turn for a stretch of payload and compares the time to compress and write it.  It
  * keeps the faster mode for longer and longer stretches, until the other mode gets its next trial.

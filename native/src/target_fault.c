@@ -68,8 +68,7 @@ void target_fault_look_again(struct mgd_target *target)
 	kick(target);
 }
 
-/* ---- demands: the fault thread queues them, sends them without blocking, and keeps them until the socket takes
- * them */
+/* ---- demands: queued by the fault thread, sent without blocking, kept until the socket takes them */
 
 void target_urgent_open(struct mgd_target *target, struct mgd_channel *channel)
 {
