@@ -1,4 +1,7 @@
-"""``HOST:PORT``, IPv6 in brackets."""
+"""TCP addresses in the form ``HOST:PORT``, with IPv6 addresses in brackets.
+
+The command line and the configuration files parse theirs here.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ _ALLOWED: Final = "give HOST:PORT, such as host-b.example:7440, 192.0.2.7:7440 o
 
 
 class Address(NamedTuple):
-    """A TCP address: ``host`` without brackets, ``port`` 1 … 65535 (0: any free one, for listening)."""
+    """A TCP address: ``host`` without brackets, ``port`` 1 … 65535 (0, for listening only: any free port)."""
 
     host: str
     port: int
@@ -23,7 +26,7 @@ class Address(NamedTuple):
 
     @property
     def is_loopback(self) -> bool:
-        """Whether only this host can reach it."""
+        """Whether only this host can reach the address."""
         if self.host == "localhost":
             return True
         try:
@@ -33,7 +36,7 @@ class Address(NamedTuple):
 
 
 def parse_address(text: str, *, listening: bool = False) -> Address:
-    """``"host:7440"`` or ``"[::1]:7440"``.  Port 0 only when ``listening``.  Raises ConfigError."""
+    """Parse ``"host:7440"`` or ``"[::1]:7440"``.  Port 0 is allowed only when ``listening``.  Raises ConfigError."""
     host, colon, port_text = text.strip().rpartition(":")
     if not colon or not host:
         message = f"{text!r} is not an address: " + ("the port is missing" if not colon else "the host is missing")
@@ -44,7 +47,7 @@ def parse_address(text: str, *, listening: bool = False) -> Address:
         raise ConfigError(message, hint=_ALLOWED)
     port = int(port_text)
     if port == 0 and not listening:
-        message = f"{text!r} is not an address one can connect to: port 0"
+        message = f"{text!r} is not an address to connect to: the port is 0"
         raise ConfigError(message, hint=_ALLOWED)
     return Address(host, port)
 
@@ -53,12 +56,12 @@ def _checked_host(host: str, text: str) -> str:
     if host.startswith("[") and host.endswith("]"):
         inner = host[1:-1]
         try:
-            ipaddress.IPv6Address(inner)  # takes a zone (fe80::1%eth0) too
+            ipaddress.IPv6Address(inner)  # also accepts a zone (fe80::1%eth0)
         except ValueError as error:
             message = f"{text!r} is not an address: {error}"
             raise ConfigError(message, hint=_ALLOWED) from error
         return inner
     if _HOST.fullmatch(host) is None:
-        message = f"{text!r} is not an address: {host!r} is no host name, and an IPv6 address needs brackets"
+        message = f"{text!r} is not an address: {host!r} is not a host name, and an IPv6 address needs brackets"
         raise ConfigError(message, hint=_ALLOWED)
     return host

@@ -1,8 +1,8 @@
-"""Logging: structlog in front, the standard library's handlers behind, one line an event.
+"""Set up logging: structlog on top of the standard library's handlers, one line per event.
 
-On a terminal the lines are for people; anywhere else (the journal, a file) each is one JSON object.  What libraries log
-with the standard library comes out in the same form.  Bind ``migration`` to a logger, and every line of that migration
-carries its id.
+On a terminal the lines are formatted for people; elsewhere (the journal, a file) each line is one JSON object.  Library
+messages logged through the standard library take the same form.  Bind ``migration`` to a logger to put the migration's
+id on each of its lines.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ Format = Literal["auto", "console", "json"]
 FORMATS: Final = get_args(Format)
 LEVELS: Final = ("debug", "info", "warning", "error")
 
-#: Values under these keys never reach a log, however they got there.
+#: Values under these keys never reach a log.
 SECRET_KEYS: Final = frozenset({"token", "secret", "block_secret", "password", "private_key"})
 _REDACTED: Final = "(secret)"
 
 
 def configure(*, level: str = "info", fmt: str = "auto", stream: TextIO | None = None) -> bool:
-    """Set up logging for this process, replacing a former set-up; True if the lines are for people.  Raises ConfigError."""
+    """Configure logging, also repeatedly; return True if the lines are for people.  Raises ConfigError."""
     if level not in LEVELS:
         message = f"{level!r} is not a log level"
         raise ConfigError(message, hint=f"give one of {', '.join(LEVELS)}")
@@ -39,7 +39,7 @@ def configure(*, level: str = "info", fmt: str = "auto", stream: TextIO | None =
     output = stream if stream is not None else sys.stderr
     people = fmt == "console" or (fmt == "auto" and output.isatty())
 
-    # What both our own events and those of libraries go through.
+    # Applied to our own events and to those of libraries.
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_logger_name,
@@ -59,7 +59,7 @@ def configure(*, level: str = "info", fmt: str = "auto", stream: TextIO | None =
         processors=[structlog.stdlib.filter_by_level, *shared, ProcessorFormatter.wrap_for_formatter],
         logger_factory=structlog.stdlib.LoggerFactory(),
         wrapper_class=structlog.stdlib.BoundLogger,
-        cache_logger_on_first_use=False,  # loggers made before this call must not keep the former set-up
+        cache_logger_on_first_use=False,  # loggers made before this call must not keep the old configuration
     )
     handler = logging.StreamHandler(output)
     handler.setFormatter(ProcessorFormatter(foreign_pre_chain=shared, processors=final))
@@ -68,7 +68,7 @@ def configure(*, level: str = "info", fmt: str = "auto", stream: TextIO | None =
         root.removeHandler(former)
     root.addHandler(handler)
     root.setLevel(level.upper())
-    # One line a request is the job of a web server that faces people; ours would drown the rest.
+    # An access log would drown everything else.
     logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
     if level != "debug":
         logging.getLogger("qemu.qmp").setLevel(logging.WARNING)
@@ -77,7 +77,7 @@ def configure(*, level: str = "info", fmt: str = "auto", stream: TextIO | None =
 
 
 def redact(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """Replace what is secret (a structlog processor): the values of `SECRET_KEYS`, in nested tables too."""
+    """Replace the values of `SECRET_KEYS`, also in nested tables (a structlog processor)."""
     for key, value in event.items():
         if key in SECRET_KEYS:
             event[key] = _REDACTED

@@ -1,8 +1,8 @@
-"""Sizes and rates as people write and read them, durations as they read them.
+"""Parse and format sizes and rates, and format durations, for people.
 
-Sizes are bytes.  ``K M G T`` and ``KiB MiB GiB TiB`` are powers of 1024 (as page sizes are written everywhere),
-``KB MB GB TB`` powers of 1000.  Rates are bytes a second and always carry a unit, since ``500M`` could mean bits, bytes
-or mebibytes: ``10Gbit``, ``500MB``, ``200MiB``, each with or without ``/s``; ``0`` is "no limit".
+Sizes are in bytes.  ``K M G T`` and ``KiB MiB GiB TiB`` are powers of 1024, as is usual for page sizes; ``KB MB GB TB``
+are powers of 1000.  Rates are in bytes per second and always need a unit, since ``500M`` could mean bits, bytes or
+mebibytes: ``10Gbit``, ``500MB``, ``200MiB``, each with or without ``/s``; ``0`` means "no limit".
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SIZE_UNITS: Final[dict[str, int]] = {
     **{f"{letter}ib": 1 << 10 * power for power, letter in enumerate("kmgt", 1)},
     **{f"{letter}b": 1000**power for power, letter in enumerate("kmgt", 1)},
 }
-# bits a second are decimal, as links are sold
+# bits per second are decimal, as in link speeds
 _BIT_UNITS: Final[dict[str, int]] = {
     "bit": 1,
     **{f"{letter}bit": 1000**power for power, letter in enumerate("kmgt", 1)},
@@ -35,7 +35,7 @@ RATE_EXAMPLES: Final = "a rate such as 10Gbit, 500MB or 200MiB (a second), or 0 
 
 
 def parse_size(text: str) -> int:
-    """Bytes of ``"2M"``, ``"1.5GiB"``, ``"4096"``.  Raises ConfigError."""
+    """Parse a size such as ``"2M"``, ``"1.5GiB"`` or ``"4096"``; return bytes.  Raises ConfigError."""
     number, unit = _split(text, "size", SIZE_EXAMPLES)
     factor = _SIZE_UNITS.get(unit.lower())
     if factor is None:
@@ -45,7 +45,7 @@ def parse_size(text: str) -> int:
 
 
 def parse_rate(text: str) -> int:
-    """Bytes a second of ``"10Gbit"``, ``"500MB"``, ``"200MiB/s"``; 0 is "no limit".  Raises ConfigError."""
+    """Parse a rate (``"10Gbit"``, ``"200MiB/s"``); return bytes per second, 0 for "no limit".  Raises ConfigError."""
     number, unit = _split(text.removesuffix("/s"), "rate", RATE_EXAMPLES)
     key = unit.lower().removesuffix("ps") if unit.lower().endswith("bitps") else unit.lower()
     if float(number) == 0.0:
@@ -65,18 +65,18 @@ def parse_rate(text: str) -> int:
 
 
 def format_size(size_bytes: float) -> str:
-    """``"1.5 GiB"``: three figures at most, exact below 1 KiB."""
+    """Format bytes as ``"1.5 GiB"``: at most three digits, exact below 1 KiB."""
     return _format(size_bytes, 1024, ("B", "KiB", "MiB", "GiB", "TiB", "PiB"))
 
 
 def format_rate(bytes_per_second: float) -> str:
-    """``"1.2 GB/s"``, decimal, as links are measured."""
+    """Format bytes per second as ``"1.2 GB/s"``: decimal, as in link speeds."""
     return _format(bytes_per_second, 1000, ("B", "KB", "MB", "GB", "TB")) + "/s"
 
 
 def format_duration(seconds: float) -> str:
-    """``"85 µs"``, ``"48 ms"``, ``"3.4 s"``, ``"2 m 05 s"``, ``"1 h 10 m"``."""
-    # each bound is where rounding would reach the next unit: no "1000 ms", no "60.0 s"
+    """Format seconds as ``"85 µs"``, ``"48 ms"``, ``"3.4 s"``, ``"2 m 05 s"`` or ``"1 h 10 m"``."""
+    # Rounding reaches the next unit at these bounds: no "1000 ms", no "60.0 s".
     if seconds < 0.0009995:
         return f"{_three_figures(seconds * 1e6)} µs" if seconds else "0 s"
     if seconds < 0.9995:
@@ -98,7 +98,7 @@ def _split(text: str, noun: str, examples: str) -> tuple[str, str]:
 
 
 def _scaled(number: str, factor: int) -> int:
-    """Exact: a float would lose bytes above 2^53."""
+    """Multiply exactly: a float would lose bytes above 2^53."""
     whole, _, fraction = number.partition(".")
     return int(whole) * factor + (int(fraction) * factor // 10 ** len(fraction) if fraction else 0)
 

@@ -1,4 +1,7 @@
-"""Every wait has a limit and an error that names what was waited for; tasks that belong together fail together."""
+"""Helpers for waiting and for structured concurrency on asyncio.
+
+Every wait has a limit and an error that names what was awaited, and tasks that belong together fail together.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,15 @@ from migrated.errors import TimeoutExceededError
 
 T = TypeVar("T")
 
-#: A cancelled piece of work that is not over after so long is cancelled again.
+#: A cancelled task that has not finished after this time is cancelled again.
 CANCEL_AGAIN_SECONDS = 3.0
 
 
 async def in_thread(function: Callable[..., T], *arguments: Any, undo: Callable[[T], None] | None = None) -> T:
-    """``asyncio.to_thread`` that is over when it returns, cancelled or not.
+    """Run ``asyncio.to_thread``, but return only when the thread has finished, even if cancelled.
 
-    A thread cannot be cancelled: whoever cleans up after a cancellation would otherwise do so beside it.  ``undo`` takes
-    the result (a descriptor, say) back when nobody is left to take it; it runs in a thread too.
+    A thread cannot be cancelled.  If it outlived a cancellation, the caller's clean-up would race with it.  ``undo``
+    disposes of the result (a descriptor, say) that a cancelled caller no longer takes; it also runs in a thread.
     """
     task = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
     try:
@@ -36,7 +39,7 @@ async def in_thread(function: Callable[..., T], *arguments: Any, undo: Callable[
 
 @contextlib.asynccontextmanager
 async def within(limit_seconds: float, what: str, *, who: str = "") -> AsyncIterator[None]:
-    """End the block after ``limit_seconds`` with a TimeoutExceededError that says ``what`` was waited for."""
+    """Limit the block to ``limit_seconds``; raise a TimeoutExceededError that names ``what`` it waited for."""
     try:
         async with asyncio.timeout(limit_seconds):
             yield
@@ -49,10 +52,10 @@ async def within(limit_seconds: float, what: str, *, who: str = "") -> AsyncIter
 
 
 async def cancel_and_wait(task: asyncio.Future[Any]) -> None:
-    """Cancel it and wait until it is over.
+    """Cancel a task and wait until it has finished.
 
-    Cancelled again now and then: a cancellation that meets the end of an ``asyncio.wait_for`` is lost (Python 3.11), and a
-    library's may be; the work would go on as if nothing had been asked.
+    The cancellation is repeated: one that coincides with the end of an ``asyncio.wait_for`` is lost (Python 3.11), and
+    a library may lose one too.  The task would then continue as if nobody had cancelled it.
     """
     while not task.done():
         task.cancel()
@@ -66,30 +69,31 @@ class Scope:
             scope.spawn(read())
             await write()
 
-    The first failure, reported by `fail` or raised by a task, cancels the block and is raised where the block ends, whatever
-    else broke because of it.  A block that has come to its end has succeeded, whatever failed meanwhile.  The tasks are over
-    when the block is left.
+    The first failure, reported by `fail` or raised by a task, cancels the block and is raised where the block ends;
+    failures that follow from it are not.  A block that reaches its end has succeeded, whatever else failed.  All tasks
+    have finished when the block is left.
 
-    This is ``asyncio.TaskGroup`` but for three things: others may report a failure, also before the block is entered; one
-    exception is raised, not a group; and the block is cancelled again and again until it ends (see `cancel_and_wait`).
+    This differs from ``asyncio.TaskGroup`` in three ways: others may report a failure, even before the block is
+    entered; it raises one exception, not a group; and it repeats the cancellation until the block ends (see
+    `cancel_and_wait`).
     """
 
     def __init__(self) -> None:
         self.failure: BaseException | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._block: asyncio.Task[Any] | None = None  # the task that executes the block, while it does
+        self._block: asyncio.Task[Any] | None = None  # the task that is executing the block
         self._cancel_at: asyncio.Handle | None = None
         self._cancelled = 0
 
     def fail(self, error: BaseException) -> None:
-        """End the block with ``error``, or with the failure before it."""
+        """End the block with ``error``, unless it has failed already."""
         if self.failure is None:
             self.failure = error
             if self._block is not None:
                 self._cancel_at = asyncio.get_running_loop().call_soon(self._cancel)
 
     def check(self) -> None:
-        """Raise the failure, if there is one: the block is told a moment after `fail`."""
+        """Raise the failure, if there is one: `fail` cancels the block only a moment later."""
         if self.failure is not None:
             raise self.failure
 
@@ -133,21 +137,21 @@ class Scope:
 
 
 class Backoff:
-    """Pauses between tries: ``first`` seconds, then twice as long after each try that fails, up to ``limit``.
+    """Pauses between tries: ``first`` seconds, then twice as long after each failed try, up to ``limit``.
 
-    The first try is made at once.  So is one after a success (`reset`), but not within ``first`` seconds of the beginning of
-    the try that succeeded: a peer that ends every connection is not dialled in a loop.
+    The first try starts at once.  So does the try after a success (`reset`), but no sooner than ``first`` seconds after
+    the successful one began: a peer that closes every connection is not dialled in a tight loop.
     """
 
     def __init__(self, first: float, limit: float) -> None:
-        self.seconds = first  # the pause that follows the present try, should it fail
+        self.seconds = first  # the pause after the current try, if it fails
         self._first, self._limit = first, limit
         self._failing = False
         self._not_before = 0.0
         self._now = asyncio.Event()
 
     async def pause(self) -> None:
-        """Until it is time for the next try, or `skip`."""
+        """Wait until it is time for the next try, or until `skip`."""
         loop = asyncio.get_running_loop()
         until = loop.time() + self.seconds if self._failing else self._not_before
         if self._failing:
@@ -155,15 +159,15 @@ class Backoff:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout_at(until):
                 await self._now.wait()
-        self._now.clear()  # before the try: who asks while it is under way means the next one
+        self._now.clear()  # before the try: a `skip` during it means the next one
         self._failing = True
         self._not_before = loop.time() + self._first
 
     def skip(self) -> None:
-        """Begin the next try now."""
+        """Start the next try now."""
         self._now.set()
 
     def reset(self) -> None:
-        """The present try has succeeded."""
+        """Report that the current try has succeeded."""
         self._failing = False
         self.seconds = self._first

@@ -1,11 +1,12 @@
-"""The connection between two agents: a control connection around the sans-I/O session, and the guest-state pipe inside it.
+"""The control connection between two agents: the sans-I/O session's transport, and the guest-state pipe inside it.
 
-`ControlLink` owns one TCP connection.  A reader task feeds the session and sorts what comes out: heartbeats are answered
-here, guest-state bytes go to the `StatePipe`, everything else waits in order for `receive`.  Whatever ends the connection
-(close, reset, silence, a broken rule, the peer's Abort) is kept in `lost` and raised from every later call.
+`ControlLink` owns one TCP connection.  A reader task feeds the session and dispatches its messages: it answers
+heartbeats, passes guest-state bytes to the `StatePipe`, and queues everything else in order for `receive`.  `lost`
+keeps the reason why the connection ended (close, reset, silence, a protocol error, the peer's Abort), and every later
+call raises it.
 
-A slow driver stops the reader (back pressure), and a peer that is slow to read stops `send`.  Neither is silence:
-heartbeats never wait for room, and while the reader waits for the driver nobody is blamed for not being heard.
+A slow driver stops the reader (back pressure), and a peer that reads slowly stops `send`.  Neither counts as silence:
+heartbeats never wait for buffer space, and the silence limit is suspended while the reader waits for the driver.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from migrated.waiting import within
 
 READ_BYTES = 1 << 18
 STATE_PIECE_BYTES = 1 << 18
-#: State bytes waiting for a slow driver before the link stops reading.
+#: Guest-state pieces queued for a slow driver before the link stops reading.
 STATE_QUEUE_PIECES = 64
-#: Messages waiting for the flow before the link stops reading.
+#: Messages queued for the flow before the link stops reading.
 INBOX_MESSAGES = 64
-#: With so much unsent there is no need for heartbeats of ours: what is queued says that we live.
+#: With more than this unsent no heartbeat is sent: the queued bytes themselves show that we are alive.
 UNSENT_BYTES = 1 << 16
-#: How long the peer's reason may take, once a page connection has ended without one.
+#: How long to wait for the peer's reason after a page connection has ended.
 LAST_WORDS_SECONDS = 0.25
 
 M = TypeVar("M")
@@ -38,7 +39,7 @@ T = TypeVar("T")
 
 
 def tune(sock: socket.socket, *, silence_seconds: float) -> None:
-    """Options of every connection: no delay, keepalive, and a dead peer noticed after ``silence_seconds``."""
+    """Set a connection's options: no delay, keepalive, and detection of a dead peer after ``silence_seconds``."""
     if sock.family not in (socket.AF_INET, socket.AF_INET6):
         return
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -51,7 +52,7 @@ def tune(sock: socket.socket, *, silence_seconds: float) -> None:
 
 
 async def _next(queue: asyncio.Queue[T], end: asyncio.Future[MigratedError]) -> T:
-    """The next item, what is there already first; raises what ``end`` says when nothing more can come."""
+    """Return the next item; once the queue is empty and ``end`` has resolved, raise the error it holds."""
     if not queue.empty():
         return queue.get_nowait()
     get = asyncio.ensure_future(queue.get())
@@ -74,7 +75,7 @@ class StatePipe:
         self._link = link
 
     async def feed(self, data: bytes) -> None:
-        """From the link; ``b""`` is the end."""
+        """Take bytes from the link; ``b""`` ends the stream."""
         await self._incoming.put(data)
 
     async def read(self) -> bytes:
@@ -96,7 +97,7 @@ class StatePipe:
 
 
 class ControlLink:
-    """One control connection; `start` it for a session that is nobody else's, `close` it at the end."""
+    """One control connection.  `start` it for a session that no other link uses; `close` it at the end."""
 
     def __init__(
         self,
@@ -106,7 +107,7 @@ class ControlLink:
         heartbeat: Heartbeat,
         received: bytes = b"",
     ) -> None:
-        """Take bytes already ``received`` before reading any more."""
+        """Process the bytes already ``received`` before reading more."""
         self.pipe = StatePipe(self)
         self._session: Session | None = None
         self._reader = reader
@@ -119,19 +120,19 @@ class ControlLink:
         self._ping = 0
         self._heard_at = asyncio.get_running_loop().time()
         self._received = received
-        self._feeding = False  # the reader waits for somebody to take what came
+        self._feeding = False  # the reader waits for a consumer
         peer = writer.get_extra_info("peername")
         self.peer = str(Address(*peer[:2])) if isinstance(peer, tuple) else str(peer or "local")
 
     @property
     def session(self) -> Session:
-        """Whose messages travel here."""
+        """The session whose messages this link carries."""
         if self._session is None:
             raise ConnectionLostError(f"nobody has begun to talk to {self.peer}")
         return self._session
 
     def start(self, session: Session) -> None:
-        """Begin reading and heart-beating; from now on until `close` this is the session's connection."""
+        """Start the reader and the heartbeat; until `close` this is the session's connection."""
         self._session = session
         self._tasks = [asyncio.ensure_future(self._read()), asyncio.ensure_future(self._beat())]
 
@@ -139,21 +140,21 @@ class ControlLink:
 
     @property
     def lost(self) -> MigratedError | None:
-        """Why the session on this connection is over, if it is: broken, silent, or ended by the peer's Abort."""
+        """Why the session on this connection has ended, if it has: broken, silent, or ended by the peer's Abort."""
         return self._lost.result() if self._lost.done() else None
 
     @property
     def broken(self) -> MigratedError | None:
-        """Why nothing can be sent any more.  After the peer's Abort something still can: the answer to it."""
+        """Why nothing can be sent any more, if so.  After the peer's Abort the answer to it can still be sent."""
         return self._broken.result() if self._broken.done() else None
 
     @property
     def ended(self) -> asyncio.Future[MigratedError]:
-        """Resolves when the session on this connection is over; only to be waited for."""
+        """Resolves when the session on this connection has ended.  Only wait for it."""
         return self._lost
 
     async def reason_for(self, error: BaseException) -> BaseException:
-        """Why it really ended: a peer that gives up closes its page connections, and may be heard of here a moment later."""
+        """Return the root cause: a failing peer closes its page connections, and its Abort may arrive just after."""
         if not isinstance(error, ConnectionLostError):
             return error
         await asyncio.wait({self._lost}, timeout=LAST_WORDS_SECONDS)
@@ -167,7 +168,7 @@ class ControlLink:
             self._lost.set_result(error)
 
     async def close(self) -> None:
-        """Send what is queued, end the connection.  Idempotent."""
+        """Send what is queued and close the connection.  Idempotent."""
         for task in self._tasks:
             task.cancel()
         if self._tasks:
@@ -177,7 +178,7 @@ class ControlLink:
             async with asyncio.timeout(2):
                 await self._writer.wait_closed()
         except (OSError, TimeoutError):
-            pass  # what was queued may not have left
+            pass  # some of the queued bytes may not have been sent
         finally:
             self._lose(ConnectionLostError(f"the connection to {self.peer} was closed by us"))
             if self._session is not None:
@@ -186,7 +187,7 @@ class ControlLink:
     # ------------------------------------------------------------ sending
 
     async def send(self, message: AnyMessage) -> None:
-        """Send one message.  LocalProtocolError if the session does not allow it; ConnectionLostError."""
+        """Send one message.  Raises LocalProtocolError if the session does not allow it, ConnectionLostError."""
         self.post(message)
         try:
             await self._writer.drain()
@@ -195,29 +196,30 @@ class ControlLink:
             raise ConnectionLostError(f"the connection to {self.peer} broke: {error}") from error
 
     def post(self, message: AnyMessage) -> None:
-        """Send one message without waiting for room, where something more urgent waits.
+        """Send one message without waiting for buffer space, when something more urgent waits.
 
-        Where this raises, the session has made no step: what was sent counts as sent, whether its bytes ever leave or not.
+        If this raises, the session has made no step.  If it returns, the message counts as sent, whether its bytes ever
+        leave or not.
         """
         if self._broken.done():
             raise self._broken.result()
         frame = self.session.send(message)
         try:
             self._writer.write(frame)
-        except Exception as error:  # noqa: BLE001 - whatever a transport says of it: its connection is over
+        except Exception as error:  # noqa: BLE001 - any error of the transport means that the connection is lost
             self._lose(ConnectionLostError(f"the connection to {self.peer} broke: {error}"))
 
     # ------------------------------------------------------------ receiving
 
     async def receive(self, *, after_abort: bool = False) -> AnyMessage:
-        """The next message that is neither heartbeat nor guest state; raises what ended the session.
+        """Return the next message that is neither heartbeat nor guest state; raise the error that ended the session.
 
-        ``after_abort``: the session is known to be over; what is still said on the connection is wanted.
+        ``after_abort``: the session has been aborted; return what still arrives on the connection.
         """
         return await _next(self._inbox, self._broken if after_abort else self._lost)
 
     async def expect(self, kind: type[M], *, limit_seconds: float, what: str) -> M:
-        """The next message, which must be of this kind, within the limit; ``what`` names it for people."""
+        """Return the next message, which must be of this kind and arrive in time; ``what`` names it for people."""
         async with within(limit_seconds, what, who=self.peer):
             message = await self.receive()
         if isinstance(message, Abort):
@@ -243,7 +245,7 @@ class ControlLink:
         except RemoteProtocolError as error:
             hint = error.hint or "is that the port of a target agent of the same version?"
             self._lose(RemoteProtocolError(f"{self.peer}: {error.message}", code=error.code, hint=hint))
-        except Exception as error:  # noqa: BLE001 - one that is not ours is a bug: it ends this session, named
+        except Exception as error:  # noqa: BLE001 - any other error is a bug: it ends this session by name
             self._lose(as_migrated_error(error))
 
     async def _sort(self, message: AnyMessage) -> None:
@@ -258,7 +260,7 @@ class ControlLink:
             case StateEnd():
                 await self._hand_over(self.pipe.feed(b""))
             case Abort(code=code, message=text, hint=hint):
-                # Told to whoever waits, and to the one who receives (it may have to clean up and answer).
+                # Fail all waiters, and hand the message to the receiver: it may have to clean up and answer.
                 if not self._lost.done():
                     self._lost.set_result(PeerError(f"{self.peer}: {text}", code=code, hint=hint))
                 await self._hand_over(self._inbox.put(message))
@@ -266,7 +268,7 @@ class ControlLink:
                 await self._hand_over(self._inbox.put(message))
 
     async def _hand_over(self, work: Coroutine[Any, Any, None]) -> None:
-        """While the one who takes it is slow, nothing is read, and nobody is blamed for not being heard."""
+        """Wait for the consumer.  Meanwhile nothing is read, and the silence limit is suspended."""
         self._feeding = True
         try:
             await work
@@ -274,7 +276,7 @@ class ControlLink:
             self._feeding = False
 
     def _say(self, message: Ping | Pong) -> None:
-        """Send a heartbeat without waiting; not at all where that would only lengthen a queue."""
+        """Send a heartbeat without waiting; skip it if it would only lengthen the queue."""
         if self._broken.done() or self._writer.transport.get_write_buffer_size() > UNSENT_BYTES:
             return
         if self.session.may_send(message):

@@ -1,4 +1,7 @@
-"""Connections to a target agent: dialled, tuned and introduced by their preamble."""
+"""Dial connections to a target agent, set their options and send the preamble.
+
+The source makes all connections of a session; the target only accepts them.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from migrated.settings import Timeouts
 
 
 class Dialer:
-    """Makes the connections of one session.  ``address`` may change between reconnects."""
+    """Make the connections of one session.  ``address`` may change between reconnects."""
 
     def __init__(self, address: Address, *, session_id: bytes, token: bytes, timeouts: Timeouts) -> None:
         self.address = address
@@ -61,7 +64,7 @@ class Dialer:
         raise ConnectionLostError(f"{where} cannot be reached: {problem}", code="target-unreachable", hint=hint)
 
     async def control(self) -> ControlLink:
-        """A control connection, not started yet."""
+        """Dial a control connection.  The link is not started yet."""
         sock = await self._connect(Preamble(Purpose.CONTROL, self._session_id, self._token))
         try:
             reader, writer = await asyncio.open_connection(sock=sock)
@@ -71,7 +74,7 @@ class Dialer:
         return ControlLink(reader, writer, heartbeat=heartbeat(self._timeouts))
 
     async def pages(self, bulk_count: int) -> tuple[list[int], int]:
-        """The page connections: descriptors of ``bulk_count`` bulk ones and the urgent one.  All or none."""
+        """Dial ``bulk_count`` bulk connections and the urgent one; return their descriptors.  All or none."""
         sockets: list[socket.socket] = []
         with contextlib.ExitStack() as undo:
             for stream in range(bulk_count):
@@ -86,5 +89,5 @@ class Dialer:
 
 
 def heartbeat(timeouts: Timeouts) -> Heartbeat:
-    """A fresh heartbeat by the configured limits."""
+    """Return a new heartbeat with the configured limits."""
     return Heartbeat(timeouts.heartbeat_interval, timeouts.heartbeat_limit, asyncio.get_running_loop().time())

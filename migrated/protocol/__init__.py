@@ -1,1 +1,1 @@
-"""The control protocol, without I/O and without a clock: messages, framing, and the two session state machines."""
+"""The control protocol: messages, framing, and the two session state machines.  No I/O and no clock here."""

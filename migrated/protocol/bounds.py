@@ -1,7 +1,7 @@
-"""What the fields of a message may hold beyond what their types say: nothing from the network is believed.
+"""Check message fields beyond what their types enforce, since nothing from the network is trusted.
 
-`check` needs nothing but the message; `Geometry` holds page numbers against the regions of the session.  Both raise
-ValueError with a sentence; framing and session turn it into LocalProtocolError or RemoteProtocolError.
+`check` needs only the message; `Geometry` checks page numbers against the regions of the session.  Both raise
+ValueError with a sentence, which framing and session turn into LocalProtocolError or RemoteProtocolError.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _require(holds: bool, sentence: str) -> None:
 
 
 def check(message: AnyMessage) -> None:
-    """Hold a message against what its types do not say.  ValueError (WrongVersionError) with a sentence."""
+    """Check what the field types cannot express.  Raises ValueError (WrongVersionError) with a sentence."""
     if isinstance(message, Hello | Resume) and message.version != PROTOCOL_VERSION:
         raise WrongVersionError(f"the peer speaks protocol version {message.version}, we speak {PROTOCOL_VERSION}")
     _check_texts(message)
@@ -73,19 +73,19 @@ def _check_page_bytes(page_bytes: int) -> None:
 def _check_multiple(region: RegionInfo, page_bytes: int) -> None:
     _require(
         region.size_bytes % page_bytes == 0,
-        f"region {region.name} has {region.size_bytes} bytes, no multiple of the page size {page_bytes}",
+        f"region {region.name} has {region.size_bytes} bytes, not a multiple of the page size {page_bytes}",
     )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Geometry:
-    """Host pages of each region, known once Ready was said."""
+    """Number of host pages in each region, known once Ready has been sent."""
 
     pages: tuple[int, ...]
 
     @classmethod
     def of(cls, hello: Hello, ready: Ready) -> Geometry:
-        """ValueError when Ready does not answer that Hello."""
+        """Derive the geometry.  Raises ValueError if Ready does not match that Hello."""
         _require(
             len(ready.page_bytes) == len(hello.regions),
             f"page sizes for {len(ready.page_bytes)} regions, but the guest has {len(hello.regions)}",
@@ -96,7 +96,7 @@ class Geometry:
         return cls(tuple(region.size_bytes // page_bytes for region, page_bytes in sizes))
 
     def check(self, message: AnyMessage) -> None:
-        """Hold page numbers and counts against the regions.  ValueError with a sentence."""
+        """Check page numbers and counts against the regions.  Raises ValueError with a sentence."""
         match message:
             case Populated() | StaleMap() | Lacking():
                 self._check_piece(message.region, message.first_page, message.bits)
@@ -125,7 +125,7 @@ class Geometry:
 
 
 def abort_of(failure: BaseException) -> Abort:
-    """The Abort that tells the peer of an error: shortened and cleaned to what may travel."""
+    """Return the Abort that reports an error to the peer, shortened and reduced to printable characters."""
     error = as_migrated_error(failure)
     code = error.code if len(error.code) <= MAX_CODE_CHARACTERS and re.fullmatch(CODE, error.code) else "internal"
     return Abort(code=code, message=_printable(error.message), hint=_printable(error.hint))

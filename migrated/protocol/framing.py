@@ -1,4 +1,4 @@
-"""Control messages as bytes: a 32-bit length, big end first, then one msgpack map."""
+"""Encode and decode control messages.  A frame is a big-endian 32-bit length, followed by one msgpack map."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ T = TypeVar("T")
 LENGTH_BYTES = 4
 MAX_FRAME_BYTES = 16 * 1024 * 1024
 
-#: What a frame may hold, so that it cannot become many times its size in objects.  A Hello has the most: a map of fields, an
-#: array of regions, a map for each, and the driver's description; twice as many, so that one region too many is refused by
-#: its name (bounds).
-#: msgpack itself refuses more than 1,024 arrays and maps inside each other.
+#: Limits on a frame's contents, so that it cannot unpack to many times its size.  A Hello has the most containers: a
+#: map of fields, an array of regions, a map for each region, and the driver's description.  The limit is twice that, so
+#: that the field's own limit refuses one region too many, with a better message.  msgpack itself limits nesting to
+#: 1,024 levels.
 MAX_CONTAINERS = 2 * (8 + MAX_REGIONS)
 MAX_FIELDS = 16
 
 
 def encode(message: AnyMessage) -> bytes:
-    """The frame of a message.  Raises LocalProtocolError when a field is out of range."""
+    """Return the frame of a message.  Raises LocalProtocolError if a field is out of range."""
     name = type(message).__name__
     try:
         values = msgspec.to_builtins(message, builtin_types=(bytes,))
@@ -40,7 +40,7 @@ def encode(message: AnyMessage) -> bytes:
 
 
 def _unpack(body: bytes) -> object:
-    """Raises ValueError."""
+    """Unpack a frame's body.  Raises ValueError."""
     containers = 0
 
     def count(container: T) -> T:
@@ -64,7 +64,7 @@ def _unpack(body: bytes) -> object:
 
 def _decode(body: bytes) -> AnyMessage:
     try:
-        # builtin_types: a text where bytes belong is wrong, not base64.
+        # builtin_types: text in place of bytes is an error, not base64.
         message: AnyMessage = msgspec.convert(_unpack(body), AnyMessage, builtin_types=(bytes,))
     except ValueError as error:
         raise RemoteProtocolError(
@@ -88,10 +88,10 @@ class FrameDecoder:
         self._error: RemoteProtocolError | None = None
 
     def feed(self, data: bytes) -> Iterator[AnyMessage]:
-        """Take bytes (kept at once); iterate over the messages that are whole.
+        """Buffer the bytes at once; return an iterator over the complete messages.
 
-        The iterator raises RemoteProtocolError at the first malformed frame, after the good messages before it; from then on
-        every call raises it again.  Messages not fetched stay for the next call.
+        The iterator raises RemoteProtocolError at the first malformed frame, after yielding the valid messages before
+        it; every later call raises it again.  Messages not consumed remain for the next call.
         """
         if self._error is None:
             self._buffer += data
@@ -105,7 +105,7 @@ class FrameDecoder:
             yield message
 
     def next_message(self) -> AnyMessage | None:
-        """The next message that is whole, or None.  RemoteProtocolError as in `feed`."""
+        """Return the next complete message, or None.  Raises RemoteProtocolError as `feed` does."""
         if self._error is not None:
             raise self._error
         try:
@@ -120,7 +120,7 @@ class FrameDecoder:
             return None
         length = int.from_bytes(self._buffer[:LENGTH_BYTES], "big")
         if not 0 < length <= MAX_FRAME_BYTES:
-            # Said before a byte of it is kept: a peer cannot make us hold more than the limit.
+            # Raised before the body is buffered: a peer cannot make us hold more than the limit.
             raise RemoteProtocolError(
                 f"control frame of {length} bytes, allowed are 1 to {MAX_FRAME_BYTES}: "
                 f"the stream starts {bytes(self._buffer[:8])!r}",

@@ -1,17 +1,17 @@
-"""When to ask the peer for a sign of life, and when to stop waiting for one.  The time is an argument: no clock here."""
+"""Decide when to send a heartbeat, and when the peer counts as silent.  Time is an argument: there is no clock here."""
 
 from __future__ import annotations
 
 
 class Heartbeat:
-    """Times of one connection, in seconds of any clock that never goes back; ``now`` is always the caller's reading of it.
+    """Heartbeat times of one connection, in seconds of any monotonic clock; the caller passes its reading as ``now``.
 
-    Use: when `due`, send a Ping; whatever arrives (not only a Pong) is `heard`; when `expired`, the peer is silent:
-    drop the connection.
+    When `due`, send a Ping.  Report whatever arrives (not only a Pong) with `heard`.  When `expired`, the peer is
+    silent: drop the connection.
     """
 
     def __init__(self, interval_seconds: float, limit_seconds: float, now: float) -> None:
-        """Ask every ``interval_seconds``; the peer is silent after ``limit_seconds`` without a byte.
+        """Send a Ping every ``interval_seconds``; the peer is silent after ``limit_seconds`` without a byte.
 
         Raises ValueError unless 0 < interval < limit.
         """
@@ -24,14 +24,14 @@ class Heartbeat:
         self._heard = now
 
     def due(self, now: float) -> bool:
-        """Whether it is time for a Ping.  True is an order: the next one is due an interval later."""
+        """Whether to send a Ping now.  If True, the caller must send it: the next one is due an interval later."""
         if now - self._asked < self._interval:
             return False
         self._asked = now
         return True
 
     def heard(self, now: float) -> None:
-        """Bytes of the peer have arrived."""
+        """Report that bytes from the peer have arrived."""
         self._heard = max(self._heard, now)
 
     def expired(self, now: float) -> bool:
@@ -39,5 +39,5 @@ class Heartbeat:
         return now - self._heard > self._limit
 
     def next_at(self) -> float:
-        """When to look again: the earlier of the next Ping and the limit."""
+        """Return when to check again: the earlier of the next Ping and the limit."""
         return min(self._asked + self._interval, self._heard + self._limit)

@@ -1,6 +1,7 @@
-"""Control messages and what their fields may hold: msgspec structs carried in length-prefixed msgpack frames (framing.py).
+"""The control messages and the limits of their fields, as msgspec structs.
 
-S→T: source to target, T→S: target to source.  Pages never travel here: they have connections of their own.
+framing.py carries them in length-prefixed msgpack frames.  Pages never travel here: they have their own connections.
+S→T means source to target, T→S target to source.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ STANDINGS: Final = ("loaded", "running", "done")
 MAX_NAME_CHARACTERS = 255
 MAX_CODE_CHARACTERS = 64
 MAX_TEXT_CHARACTERS = 4096
-MAX_CHUNK_BYTES = 1 << 20  # of guest state in a message: the driver contract's limit of a read
-MAX_BITS_BYTES = 1 << 20  # of a map in a message: 8 Mi pages
+MAX_CHUNK_BYTES = 1 << 20  # of guest state per message: the driver contract's limit for one read
+MAX_BITS_BYTES = 1 << 20  # of a bitmap per message: 8 Mi pages
 MAX_NUMBER = (1 << 63) - 1
 CODE = "[a-z0-9]+(-[a-z0-9]+)*"
 
-# Every text must be printable as well (bounds.py).
+# Every text must also be printable (bounds.py).
 Number = Annotated[int, Meta(ge=0, le=MAX_NUMBER)]
 Session = Annotated[bytes, Meta(min_length=SESSION_BYTES, max_length=SESSION_BYTES)]
 Token = Annotated[bytes, Meta(min_length=TOKEN_BYTES, max_length=TOKEN_BYTES)]
@@ -38,15 +39,15 @@ Name = Annotated[str, Meta(min_length=1, max_length=MAX_NAME_CHARACTERS)]
 Text = Annotated[str, Meta(max_length=MAX_TEXT_CHARACTERS)]
 Region = Annotated[int, Meta(ge=0, lt=MAX_REGIONS)]
 FirstPage = Annotated[int, Meta(ge=0, le=MAX_NUMBER, multiple_of=8)]
-Bits = Annotated[bytes, Meta(min_length=1, max_length=MAX_BITS_BYTES)]  # lowest bit first
+Bits = Annotated[bytes, Meta(min_length=1, max_length=MAX_BITS_BYTES)]  # least significant bit first
 
 
 class Message(msgspec.Struct, frozen=True, tag_field="t", forbid_unknown_fields=True):
-    """Base of all control messages; on the wire a map with the tag in ``t``."""
+    """Base of all control messages; on the wire, a map with the tag in ``t``."""
 
 
 class RegionInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A region as the source has it."""
+    """A region, as on the source."""
 
     name: Name
     size_bytes: Annotated[int, Meta(ge=1, le=MAX_REGION_BYTES)]
@@ -55,11 +56,11 @@ class RegionInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Hello(Message, frozen=True, tag="hello"):
-    """S→T, first message of a new migration."""
+    """S→T: the first message of a new migration."""
 
     version: int
     session: Session  # 16 bytes, random
-    token: Token  # 32 bytes, random: page connections and reconnects show it
+    token: Token  # 32 bytes, random: authenticates page connections and reconnects
     guest: Name
     driver: Name
     mode: Annotated[str, Meta(pattern=f"^({'|'.join(MODES)})\\Z")]
@@ -67,11 +68,11 @@ class Hello(Message, frozen=True, tag="hello"):
     block_secret: Secret  # MGD_SECRET_BYTES, key of the block hash
     regions: Annotated[tuple[RegionInfo, ...], Meta(min_length=1, max_length=MAX_REGIONS)]
     agent: Name  # "migrated 0.1.0", for people
-    description: dict[str, Any] = {}  # what the source's driver says of the guest; checked by the target's driver
+    description: dict[str, Any] = {}  # the source driver's description of the guest; checked by the target's driver
 
 
 class Ready(Message, frozen=True, tag="ready"):
-    """T→S: memory reserved, guest process up, fault server armed."""
+    """T→S: the memory is reserved, the guest process is running, the fault server is armed."""
 
     page_bytes: Annotated[
         tuple[int, ...], Meta(min_length=1, max_length=MAX_REGIONS)
@@ -79,22 +80,22 @@ class Ready(Message, frozen=True, tag="ready"):
 
 
 class Populated(Message, frozen=True, tag="populated"):
-    """S→T: host pages that will come (a piece of the map): the target may have them ready."""
+    """S→T: a piece of the map of host pages that will arrive, so that the target can populate them in advance."""
 
     region: Region
     first_page: FirstPage
-    bits: Bits  # little end first
+    bits: Bits  # least significant bit first
 
 
 class Round(Message, frozen=True, tag="round"):
-    """S→T, for people: a pre-copy round begins."""
+    """S→T: a pre-copy round begins.  For display only."""
 
     number: Number
     dirty_bytes: Number
 
 
 class BarrierAck(Message, frozen=True, tag="barrier-ack"):
-    """T→S: everything sent before this barrier on every bulk stream is in memory."""
+    """T→S: everything sent before this barrier, on every bulk stream, is in memory."""
 
     barrier: Number
 
@@ -106,7 +107,7 @@ class Switchover(Message, frozen=True, tag="switchover"):
 
 
 class StaleMap(Message, frozen=True, tag="stale-map"):
-    """S→T: a piece of a region's stale map, one bit a host page."""
+    """S→T: a piece of a region's stale map, one bit per host page."""
 
     region: Region
     first_page: FirstPage
@@ -114,25 +115,25 @@ class StaleMap(Message, frozen=True, tag="stale-map"):
 
 
 class StaleMapEnd(Message, frozen=True, tag="stale-map-end"):
-    """S→T: the stale map is whole: faults are served from here on."""
+    """S→T: the stale map is complete.  Faults are served from here on."""
 
 
 class StateChunk(Message, frozen=True, tag="state"):
-    """Both ways: bytes of the guest state, driver to driver."""
+    """Both ways: guest-state bytes, from driver to driver."""
 
     data: Annotated[bytes, Meta(min_length=1, max_length=MAX_CHUNK_BYTES)]
 
 
 class StateEnd(Message, frozen=True, tag="state-end"):
-    """Both ways: no more state bytes from here."""
+    """Both ways: this side sends no more guest-state bytes."""
 
 
 class Loaded(Message, frozen=True, tag="loaded"):
-    """T→S: the guest state is in; the guest could run."""
+    """T→S: the guest state is loaded; the guest could run."""
 
 
 class Commit(Message, frozen=True, tag="commit"):
-    """S→T: the point of no return: the source will never run the guest again by itself."""
+    """S→T: the point of no return.  The source will never again run the guest by itself."""
 
 
 class Running(Message, frozen=True, tag="running"):
@@ -140,23 +141,23 @@ class Running(Message, frozen=True, tag="running"):
 
 
 class Done(Message, frozen=True, tag="done"):
-    """T→S: every page is current, the guest needs nobody any more."""
+    """T→S: every page is current; the guest no longer needs the source."""
 
 
 class Released(Message, frozen=True, tag="released"):
-    """S→T: the source has let go.  Last message."""
+    """S→T: the source has released the guest.  The last message."""
 
 
-#: ``code`` of the Abort by which a target of this session says that the guest has ended there.
+#: ``code`` of the Abort with which this session's target reports that the guest has ended there.
 GUEST_LOST = "guest-lost"
-#: … and of one that speaks another version.
+#: ``code`` of the Abort of a peer that speaks another version.
 VERSION_MISMATCH = "version-mismatch"
 
 
 class Abort(Message, frozen=True, tag="abort"):
-    """The session is over, and why: from the source before COMMIT, from the target before Loaded.
+    """End the session and say why.  The source may send it before COMMIT, the target before Loaded.
 
-    From the target in answer to Resume(committed=True): it cannot go on, and why; nothing else changes.
+    From the target in answer to Resume(committed=True): it cannot continue, and why; nothing else changes.
     """
 
     code: Annotated[str, Meta(pattern=f"^{CODE}\\Z", max_length=MAX_CODE_CHARACTERS)]
@@ -165,23 +166,23 @@ class Abort(Message, frozen=True, tag="abort"):
 
 
 class Aborted(Message, frozen=True, tag="aborted"):
-    """T→S: answer to Abort: no process and no memory of the guest is left on the target."""
+    """T→S: the answer to Abort.  No process and no memory of the guest is left on the target."""
 
 
 class Ping(Message, frozen=True, tag="ping"):
-    """Both ways: asks for a sign of life."""
+    """Both ways: a heartbeat that asks for a Pong."""
 
     sequence: Number
 
 
 class Pong(Message, frozen=True, tag="pong"):
-    """Both ways: the answer to Ping, with its number."""
+    """Both ways: the answer to a Ping, with its sequence number."""
 
     sequence: Number
 
 
 class Resume(Message, frozen=True, tag="resume"):
-    """S→T, first message of a reconnect: the same session goes on.  ``committed``: COMMIT was (or may have been) sent."""
+    """S→T: the first message of a reconnect of the same session.  ``committed``: COMMIT was (or may have been) sent."""
 
     version: int
     session: Session
@@ -190,14 +191,14 @@ class Resume(Message, frozen=True, tag="resume"):
 
 
 class Resumed(Message, frozen=True, tag="resumed"):
-    """T→S: where the target stands: ``loaded``, ``running`` or ``done``.  Lacking pieces follow, then LackingEnd."""
+    """T→S: the target's standing: ``loaded``, ``running`` or ``done``.  Lacking pieces follow, then LackingEnd."""
 
     state: Annotated[str, Meta(pattern=f"^({'|'.join(STANDINGS)})\\Z")]
     lacking_pages: Number
 
 
 class Lacking(Message, frozen=True, tag="lacking"):
-    """T→S: a piece of the map of pages the target does not have."""
+    """T→S: a piece of the map of pages that the target lacks."""
 
     region: Region
     first_page: FirstPage
@@ -205,7 +206,7 @@ class Lacking(Message, frozen=True, tag="lacking"):
 
 
 class LackingEnd(Message, frozen=True, tag="lacking-end"):
-    """T→S: that was all."""
+    """T→S: the map of lacking pages is complete."""
 
 
 AnyMessage = (

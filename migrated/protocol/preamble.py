@@ -1,15 +1,15 @@
-"""The first 64 bytes of every connection to the target's port: what it is for, and the right to it.
+"""The preamble: the first 64 bytes of every connection to the target's port.  It gives the purpose and the token.
 
     offset  size
        0      4   magic "MGRT"
-       4      2   version, big end first
+       4      2   version, big-endian
        6      1   purpose: 0 control, 1 bulk, 2 urgent
        7      1   stream (bulk: 0 … 15; otherwise 0)
        8     16   session
       24     32   token
       56      8   zero
 
-Magic and version stay where they are in every version to come; the rest is the version's own.
+Magic and version keep their place in every future version; the rest may change with the version.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Purpose(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Preamble:
-    """Session (16 bytes) and token (32 bytes) are those of the Hello; on control, of the Hello or Resume that follows."""
+    """``session`` (16 bytes) and ``token`` (32 bytes) are those of Hello, or of the Resume that follows on control."""
 
     purpose: Purpose
     session: bytes
@@ -57,13 +57,13 @@ class Preamble:
 
 
 class VersionMismatchError(RemoteProtocolError):
-    """The peer speaks another version; answer a control connection with `refusal`, then close."""
+    """The peer speaks another version.  Answer a control connection with `refusal`, then close it."""
 
     default_code = VERSION_MISMATCH
 
 
 def encode(preamble: Preamble) -> bytes:
-    """The 64 bytes.  Raises LocalProtocolError when a field is out of range."""
+    """Return the 64 bytes.  Raises LocalProtocolError if a field is out of range."""
     problem = _problem(preamble)
     if problem:
         raise LocalProtocolError(f"preamble: {problem}", hint="this is a bug: please report it")
@@ -79,9 +79,9 @@ def encode(preamble: Preamble) -> bytes:
 
 
 def decode(data: bytes) -> Preamble:
-    """Check and read exactly 64 bytes.  Raises VersionMismatchError, or RemoteProtocolError naming what is wrong.
+    """Check and decode exactly 64 bytes.  Raises VersionMismatchError, or RemoteProtocolError that names the problem.
 
-    Fewer bytes (the peer closed early) are a RemoteProtocolError too.
+    Fewer bytes (the peer closed early) also raise RemoteProtocolError.
     """
     if data[: len(MAGIC)] != MAGIC[: len(data)] or not data:
         shown = bytes(data[:_SHOWN_BYTES])
@@ -108,9 +108,9 @@ def decode(data: bytes) -> Preamble:
 
 
 def refusal(error: RemoteProtocolError) -> bytes:
-    """The Abort frame that answers a preamble that was not accepted (a wrong version, an unknown session), then close.
+    """Return the Abort frame to send before closing on a refused preamble (a wrong version, an unknown session).
 
-    Its form is the same in all versions, so that any peer can read it.
+    Its format is the same in all versions, so that any peer can decode it.
     """
     return framing.encode(bounds.abort_of(error))
 

@@ -1,12 +1,14 @@
-"""One side of one migration's control connection: which message may go or come now, and what may be done with the guest.
+"""One side of a migration's control connection, as a state machine.
+
+It decides which messages may be sent or received now, and what this side may do with the guest.
 
     source = Session(Role.SOURCE)
     transport.write(source.send(Hello(…)))
-    for message in source.receive(data):     # the state is the one right after this message
+    for message in source.receive(data):     # the state is the one after this message
         …                                    # may send in here
 
-The steps themselves are in transitions.py, the reasons in docs/commit.md.  A Ping is given out like any message: answer it
-with Pong when `may_send` says so.
+The steps are in transitions.py, the reasons in docs/commit.md.  A Ping is yielded like any other message: answer it
+with a Pong if `may_send` allows it.
 """
 
 from __future__ import annotations
@@ -23,19 +25,20 @@ _BUG = "this is a bug: please report it"
 
 
 class Session:
-    """The state machine of one side on one connection, no I/O and no clock.  Its `position` outlives it, see `resumed`.
+    """The state machine of one side on one connection; no I/O, no clock.  Its `position` outlives it, see `resumed`.
 
-    ``hello`` and ``ready`` are the messages as sent or received, None before.
+    ``hello`` and ``ready`` are the messages as sent or received, or None before that.
     """
 
     def __init__(
         self, role: Role, *, state: State = State.IDLE, hello: Hello | None = None, ready: Ready | None = None
     ) -> None:
-        """A new session; or one whose connection is lost, with its first messages: in a state that this leaves behind.
+        """Create a new session, or one whose connection is lost, with its first messages and the state after the loss.
 
-        The source: UNSETTLED (COMMIT not sent) or PAUSED (sent, or about to be); the target: WAITING (Loaded sent or about to
-        be, no COMMIT), PAUSED (COMMIT received), CLOSED (Done), or ABORTED (nothing left of it: also what answers for a session
-        the target does not know).  Either: over, in CLOSED or ABORTED.  Any other state: ValueError.
+        On the source that state is UNSETTLED (COMMIT not sent) or PAUSED (sent, or about to be).  On the target it is
+        WAITING (Loaded sent or about to be, no COMMIT), PAUSED (COMMIT received), CLOSED (Done), or ABORTED (nothing is
+        left; this also answers for a session that the target does not know).  On either side the session may be
+        finished, CLOSED or ABORTED.  Any other state raises ValueError.
         """
         self.role = role
         self.hello = hello
@@ -48,76 +51,77 @@ class Session:
         self._geometry = bounds.Geometry.of(hello, ready) if hello and ready else None
         self._decoder = framing.FrameDecoder()
         self._failure: RemoteProtocolError | None = None
-        # Guest state streams live and end with their connection.
+        # The guest-state streams end with their connection.
         self._ended_ways: set[str] = set() if self._connected else {"send", "recv"}
 
     @classmethod
     def taken_up(cls, role: Role, position: Position, hello: Hello, page_bytes: tuple[int, ...]) -> Session:
-        """The session of a migration whose agent died, not connected, where its journal says that it stands."""
+        """Restore the session of a migration whose agent died, not connected, at the position from the journal."""
         return cls(role, state=position.state, hello=hello, ready=Ready(page_bytes) if page_bytes else None)
 
     @property
     def state(self) -> State:
-        """The state of its position."""
+        """The state of the current position."""
         return self.position.state
 
     @property
     def connected(self) -> bool:
-        """Whether there is a connection: without one nothing can be sent or received."""
+        """Whether there is a connection.  Without one nothing can be sent or received."""
         return self._connected
 
     @property
     def committed(self) -> bool:
-        """Source: COMMIT was sent.  Target: it was received."""
+        """Source: COMMIT was sent.  Target: COMMIT was received."""
         return self.position.committed
 
     @property
     def bound(self) -> bool:
-        """Target: Loaded was sent, and the source has not said yet whether COMMIT was given."""
+        """Target: Loaded was sent, and the source has not yet said whether it committed."""
         return self.role is Role.TARGET and self.position.bound
 
     @property
     def standing(self) -> str:
-        """Where the target stands, in the word of Resumed; only while the session is being resumed, else empty."""
+        """The target's standing, as in Resumed, while the session is being resumed; else empty."""
         words = transitions.STANDING[self.role].items()
         return next((word for word, state in words if state is self.position.standing), "")
 
     @property
     def guest_may_run_here(self) -> bool:
-        """Source: COMMIT was never sent.  Target: COMMIT was received.  Never both at once."""
+        """Source: COMMIT was never sent.  Target: COMMIT was received.  Never true on both sides at once."""
         return self.committed is (self.role is Role.TARGET)
 
     @property
     def abort_allowed(self) -> bool:
-        """Whether the migration can still be given up from here: on the source before COMMIT, on the target before Loaded.
+        """Whether this side can still abort the migration: the source before COMMIT, the target before Loaded.
 
-        Connected: by `send(Abort)`.  A source that is not connected has given up already.
+        It does so by `send(Abort)`, which needs a connection.  A source without a connection has already aborted.
         """
         if not self._connected or self.committed:
             return False
-        # The target's Abort from resuming and refusing states turns down a reconnect: it ends nothing.
+        # In the resuming and refusing states the target's Abort only refuses a reconnect: it ends nothing.
         after = transitions.following(self.role, self.position, "send", "abort")
         return after is not None and after.state in {State.ABORTING, State.WITHDRAWING}
 
     @property
     def settled(self) -> bool:
-        """Nothing more needs to be said: aborted on both sides, or closed."""
+        """Whether there is nothing left to say: aborted on both sides, or closed."""
         return self.position.settled
 
     @property
     def must_reconnect(self) -> bool:
-        """Not connected, and the two sides have something to settle: the source dials, the target waits."""
+        """Whether the lost connection must be replaced to settle the session: the source dials, the target waits."""
         return not self._connected and not self.settled
 
     def may_send(self, message: AnyMessage) -> bool:
-        """Whether the state lets `send` take it."""
+        """Whether `send` would accept the message in the current state."""
         return self._step("send", message) is not None
 
     def send(self, message: AnyMessage) -> bytes:
-        """Make the step and return the frame to write.  LocalProtocolError: not now; the state is unchanged.
+        """Make the step and return the frame to write.  LocalProtocolError if not allowed now: the state is unchanged.
 
-        The state has changed when this returns, whether the bytes ever leave or not: Commit counts as sent from here on.
-        A journal that is to survive a crash is written between the two: after this returns, before the bytes leave.
+        When this returns, the state has changed, whether the bytes ever leave or not: Commit counts as sent from here
+        on.  A journal that is to survive a crash must be written in between: after this returns and before the bytes
+        leave.
         """
         after = self._step("send", message)
         if after is None:
@@ -131,11 +135,11 @@ class Session:
         return frame
 
     def receive(self, data: bytes) -> Iterator[AnyMessage]:
-        """Take bytes of the connection (kept at once); iterate over the messages, each after its step was made.
+        """Buffer the connection's bytes at once; return an iterator that yields each message after making its step.
 
-        Raises RemoteProtocolError (from the iterator) at a malformed or unexpected message, after all earlier ones; that
-        message makes no step, and the connection is good for nothing but closing: every later call raises it again.
-        Messages that an abort overtook are dropped, not given out.  When the connection is lost, the iterator ends.
+        The iterator raises RemoteProtocolError at a malformed or unexpected message, after all earlier ones.  That
+        message makes no step, and the connection must be closed: every later call raises the error again.  Messages
+        overtaken by an abort are dropped, not yielded.  When the connection is lost, the iterator ends.
         """
         if not self._connected:
             raise LocalProtocolError(f"bytes received in state {self.state}, without a connection", hint=_BUG)
@@ -152,7 +156,7 @@ class Session:
                 yield message
 
     def _arrive(self, message: AnyMessage) -> bool:
-        """Make the step of a received message.  False: it was overtaken by an abort, and is dropped."""
+        """Make the step of a received message; return False if it was overtaken by an abort and is dropped."""
         after = self._step("recv", message)
         if after is None:
             absorbed = transitions.ABSORBED[self.role].get(self.state, frozenset())
@@ -169,9 +173,9 @@ class Session:
         return True
 
     def connection_lost(self) -> State:
-        """The connection has ended, however.  Returns the state that follows.  Idempotent.
+        """Report that the connection has ended, for whatever reason; return the state that follows.  Idempotent.
 
-        What came before the end must have been received first, all of it: a Commit may be in the last bytes.
+        Pass every byte that arrived to `receive` first: a Commit may be in the last ones.
         """
         if self._connected:
             self._connected = False
@@ -180,9 +184,9 @@ class Session:
         return self.state
 
     def resumed(self) -> Session:
-        """This session on the connection that follows the lost one: the source now sends Resume.
+        """Return this session for the connection that replaces the lost one: the source now sends Resume.
 
-        LocalProtocolError when still connected, or when the state has nothing to resume.
+        Raises LocalProtocolError if still connected, or if the state has nothing to resume.
         """
         if self._connected or self.state not in transitions.RESUMABLE[self.role]:
             what = "connected" if self._connected else "over"
@@ -192,7 +196,7 @@ class Session:
         return following
 
     def commit_by_hand(self) -> None:
-        """Target: somebody has decided in the place of a source that is gone.  As if COMMIT had come, then the loss."""
+        """Target: commit on the operator's word, since the source is gone: as if COMMIT had arrived before the loss."""
         if self._connected or self.state is not State.WAITING:
             raise LocalProtocolError(f"decided by hand in state {self.state}", hint=_BUG)
         self.position = Position(State.PAUSED)
@@ -214,7 +218,7 @@ class Session:
         return f"the peer sent {word} in state {self.state}: expected {allowed}"
 
     def _check(self, message: AnyMessage) -> None:
-        """What only the session knows: is it the same session, do page numbers fit its regions.  ValueError."""
+        """Check what only the session knows: its identity, and page numbers against its regions.  Raises ValueError."""
         match message:
             case Ready() if self.hello is not None:
                 bounds.Geometry.of(self.hello, message)

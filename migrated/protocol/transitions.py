@@ -1,31 +1,31 @@
-"""Which message may follow which: the tables of both sides.
+"""The protocol's transition tables: which message may follow which, on both sides.
 
-One control connection carries one migration.  Either side is always in exactly one `State`; every message sent or received
-makes one step, and a message for which the table has no step is an error that leaves the state as it was.  docs/commit.md
-explains why these tables keep a guest from running twice; its diagrams are drawn from them:
+One control connection carries one migration.  Each side is always in exactly one `State`.  Every message sent or
+received makes one step; a message for which the table has no step is an error and leaves the state unchanged.
+docs/commit.md explains why these tables keep a guest from running twice.  Its diagrams are drawn from them:
 
     python -m migrated.protocol.transitions
 
 How to read them
-    A table maps a `Position` to its steps, ``"send hello"`` or ``"recv ready"`` to the position that follows.  Words are those
-    of `event`: the message's tag, and for Resume and Resumed what they say (``resume-committed``, ``resumed-running``).
-    `CONVERSATION` is added to many states at once: messages that never change the position.
+    A table maps a `Position` to its steps: ``"send hello"`` or ``"recv ready"`` to the position that follows.  The
+    words are those of `event`: the message's tag, or for Resume and Resumed what they say (``resume-committed``,
+    ``resumed-running``).  `CONVERSATION` adds messages that never change the position to many states at once.
 
-The rules the tables are made of
-    1. The source decides.  Until it sends Commit it may abort, and may run the guest; from then on neither, for good.
-    2. Loaded is a promise.  A target that has sent it may not give up by itself (Commit may be on its way), also not when
-       the connection is lost: it waits for Commit, or for the source's word that there will be none.  If its guest dies
-       meanwhile it drops the connection and refuses the source's Resume(committed=True) by Abort.
-    3. A message overtaken by an abort is harmless.  Both sides may send until they have read the other's Abort, so those
-       states take what may have been on its way (`ABSORBED`) and drop it.  After Commit there is no Abort to be overtaken
-       by.
-    4. A lost connection is a step as well (`lost`), and what follows depends only on what was sent, never on what the peer
-       may have got.
-    5. A new connection begins with Resume, by which the source says on which side of Commit it is.
+    The rules behind the tables
+        1. The source decides.  Until it sends Commit it may abort and may run the guest; from then on it may do
+           neither, ever.
+        2. Loaded is a promise.  A target that has sent it may not give up by itself, since Commit may be in flight, not
+           even when the connection is lost: it waits for Commit, or for the source to say that there will be none.  If
+           its guest dies meanwhile, it drops the connection and answers the source's Resume(committed=True) with Abort.
+        3. A message overtaken by an abort is harmless.  Both sides may send until they have read the other's Abort, so
+           those states accept what may have been in flight (`ABSORBED`) and drop it.  After Commit there is no Abort.
+        4. A lost connection is also a step (`lost`).  What follows depends only on what this side sent, never on what
+           the peer may have received.
+        5. A new connection begins with Resume, in which the source says on which side of Commit it is.
 
 What is ugly
-    The source has two states for an abort: in ``aborting`` the target cannot have sent Loaded, and cleans up even if it never
-    hears of us again; in ``withdrawing`` it may have, and must be told.
+    The source has two states for an abort.  In ``aborting`` the target cannot have sent Loaded, and cleans up even if
+    it never hears from us again.  In ``withdrawing`` it may have sent Loaded, and must be told.
 """
 
 from __future__ import annotations
@@ -45,36 +45,36 @@ class Role(enum.StrEnum):
 
 
 class State(enum.StrEnum):
-    """Where a session stands; the same word on both sides means the same point of the conversation."""
+    """The state of a session; the same word on both sides means the same point of the conversation."""
 
-    IDLE = "idle"  # nothing said yet
+    IDLE = "idle"  # nothing sent yet
     HELLO = "hello"  # Hello sent/received
     PRECOPY = "precopy"  # Ready received/sent
-    SWITCHOVER = "switchover"  # the guest is paused, the stale map travels
-    MAPPED = "mapped"  # the stale map is whole
-    LOADED = "loaded"  # Loaded received/sent: the source alone decides now
+    SWITCHOVER = "switchover"  # the guest is paused; the stale map is in transfer
+    MAPPED = "mapped"  # the stale map is complete
+    LOADED = "loaded"  # Loaded received/sent: only the source decides now
     COMMITTED = "committed"  # Commit sent/received
     POSTCOPY = "postcopy"  # Running received/sent
     DONE = "done"  # Done received/sent
-    CLOSED = "closed"  # Released sent/received, or the connection lost after Done: over
-    ABORTING = "aborting"  # somebody sent Abort, the target cleans up
+    CLOSED = "closed"  # final: Released sent/received, or the connection lost after Done
+    ABORTING = "aborting"  # either side sent Abort; the target cleans up
     WITHDRAWING = "withdrawing"  # source: sent Abort to a target that may have sent Loaded
-    ABORTED = "aborted"  # the target has nothing left of the guest: over
-    UNSETTLED = "unsettled"  # source: gave up before Commit, and a target that may have sent Loaded may not know
-    SETTLING = "settling"  # Resume(committed=False) sent/received, Abort follows
-    WAITING = "waiting"  # target: Loaded was sent, then the connection was lost: only the source knows
-    PAUSED = "paused"  # Commit was sent/received, then the connection was lost
+    ABORTED = "aborted"  # final: nothing of the guest is left on the target
+    UNSETTLED = "unsettled"  # source: aborted before Commit; a target that may have sent Loaded may not know
+    SETTLING = "settling"  # Resume(committed=False) sent/received; Abort follows
+    WAITING = "waiting"  # target: the connection was lost after Loaded: only the source knows about Commit
+    PAUSED = "paused"  # the connection was lost after Commit was sent/received
     RESUMING = "resuming"  # Resume(committed=True) sent/received
-    LISTING = "listing"  # Resumed sent/received, the map of lacking pages travels
-    REFUSED = "refused"  # source: the target answered that with Abort; the guest stays paused here
-    REFUSING = "refusing"  # target: received it, but nothing is left of the session
-    RECOMMITTING = "recommitting"  # source: the target still waits for Commit: it must be sent again
+    LISTING = "listing"  # Resumed sent/received; the map of lacking pages is in transfer
+    REFUSED = "refused"  # source: the target answered Resume with Abort; the guest stays paused here
+    REFUSING = "refusing"  # target: received Resume(committed=True), but nothing is left of the session
+    RECOMMITTING = "recommitting"  # source: the target still waits for Commit, which must be sent again
 
 
 class Position(NamedTuple):
-    """A state, and while a session is being resumed also where the target stands: the state it goes on in afterwards.
+    """A state and, while a session is being resumed, the target's standing: the state that the session then takes.
 
-    This is all that outlives a connection, and all that decides what may be done with the guest.
+    Only this outlives a connection, and only this decides what may be done with the guest.
     """
 
     state: State
@@ -82,22 +82,22 @@ class Position(NamedTuple):
 
     @property
     def committed(self) -> bool:
-        """Source: COMMIT was sent.  Target: it was received."""
+        """Source: COMMIT was sent.  Target: COMMIT was received."""
         return (self.standing or self.state) in _COMMITTED
 
     @property
     def bound(self) -> bool:
-        """Target: Loaded was sent, and the source has not said yet whether COMMIT was given: only its word ends this."""
+        """Target: Loaded was sent, and the source has not yet said whether it committed.  Only it can end this."""
         return (self.standing or self.state) in _BOUND
 
     @property
     def done(self) -> bool:
-        """The target has every page, and both sides know it: source: it has said so; target: we have."""
+        """The target has every page, and Done was sent (target) or received (source)."""
         return self.state in _DONE
 
     @property
     def settled(self) -> bool:
-        """Nothing more needs to be said: aborted on both sides, or closed."""
+        """Whether there is nothing left to say: aborted on both sides, or closed."""
         return self.state in _SETTLED
 
 
@@ -105,7 +105,7 @@ Table = Mapping[Position, Mapping[str, Position]]
 
 
 def event(message: AnyMessage) -> str:
-    """The tables' word for a message."""
+    """Return the tables' word for a message."""
     if isinstance(message, Resume):
         return "resume-committed" if message.committed else "resume-aborted"
     if isinstance(message, Resumed):
@@ -194,11 +194,11 @@ _TARGET: Final[dict[State, dict[str, State]]] = {
 
 _CHAT = ("ping", "pong")
 _GUEST_STATE = ("state", "state-end")
-#: States in which nobody is there to talk to, or nobody has said who he is yet.
+#: States without a peer, or in which neither side has introduced itself yet.
 _SILENT = {_S.IDLE, _S.CLOSED, _S.ABORTED, _S.UNSETTLED, _S.WAITING, _S.PAUSED, _S.REFUSED}
 
-#: Messages that never change the state, and the states in which they may go and come.  Guest state still under way when
-#: Loaded is said (a last StateEnd) goes on; a side that has nothing to add after it (Done) only listens.
+#: Messages that never change the state, and the states in which they may be sent and received.  Guest state that is
+#: still in flight at Loaded (a last StateEnd) may continue; in DONE the target may still receive it, but sends none.
 CONVERSATION: Final[dict[Role, dict[str, frozenset[State]]]] = {
     role: {
         **{
@@ -229,7 +229,7 @@ _FROM_SOURCE_BEFORE_COMMIT = (
     "abort",
 )
 
-#: What may still arrive because it was sent before the peer knew better: read, and dropped without a word.
+#: Messages that may still arrive because the peer sent them before it knew; they are silently dropped.
 ABSORBED: Final[dict[Role, dict[State, frozenset[str]]]] = {
     Role.SOURCE: {
         _S.ABORTING: frozenset({*_FROM_TARGET_BEFORE_LOADED, "ready"}),
@@ -245,12 +245,12 @@ ABSORBED: Final[dict[Role, dict[State, frozenset[str]]]] = {
     },
 }
 
-#: What a lost connection makes of a state; a state that is not here stays.
+#: The state that follows a lost connection; a state that is not listed stays.
 _LOST: Final[dict[Role, dict[State, State]]] = {
     Role.SOURCE: {
-        # The target has not seen the end of the stale map: it cannot have promised anything, and aborts by itself.
+        # The target has not received the end of the stale map: it cannot have promised anything, and aborts by itself.
         **dict.fromkeys((_S.IDLE, _S.HELLO, _S.PRECOPY, _S.SWITCHOVER, _S.ABORTING), _S.ABORTED),
-        # It may have promised: it must hear from us, whenever that is.
+        # The target may have promised: it must hear from us, however long that takes.
         **dict.fromkeys((_S.MAPPED, _S.LOADED, _S.WITHDRAWING, _S.SETTLING), _S.UNSETTLED),
         **dict.fromkeys((_S.COMMITTED, _S.POSTCOPY, _S.RESUMING, _S.REFUSED, _S.RECOMMITTING), _S.PAUSED),
         _S.DONE: _S.CLOSED,
@@ -264,19 +264,19 @@ _LOST: Final[dict[Role, dict[State, State]]] = {
     },
 }
 
-#: Where the target stands when it is asked, in the word of Resumed, and the state in which a session so resumed goes on.
+#: The target's standing, as in Resumed, and the state in which a session resumed there continues.
 STANDING: Final[dict[Role, dict[str, State]]] = {
     Role.SOURCE: {"loaded": _S.RECOMMITTING, "running": _S.POSTCOPY, "done": _S.DONE},
     Role.TARGET: {"loaded": _S.LOADED, "running": _S.POSTCOPY, "done": _S.DONE},
 }
 
-#: States from which a new connection may go on.
+#: States that a new connection can resume.
 RESUMABLE: Final[dict[Role, frozenset[State]]] = {
     Role.SOURCE: frozenset({_S.UNSETTLED, _S.PAUSED}),
     Role.TARGET: frozenset({_S.WAITING, _S.PAUSED, _S.CLOSED, _S.ABORTED}),
 }
 
-#: What a journal may say of a migration whose agent died, and the state in which its session is taken up again.
+#: The journal's stages of a migration whose agent died, and the state in which its session is restored.
 TAKEN_UP: Final[dict[Role, dict[str, State]]] = {
     Role.SOURCE: {"active": _S.UNSETTLED, "committed": _S.PAUSED, "released": _S.CLOSED},
     Role.TARGET: {"setup": _S.ABORTED, "loaded": _S.WAITING, "committed": _S.PAUSED, "running": _S.PAUSED},
@@ -291,7 +291,7 @@ _SETTLED = frozenset({_S.ABORTED, _S.CLOSED})
 
 
 def _listing(role: Role, way: str) -> Iterator[tuple[Position, dict[str, Position]]]:
-    """The end of a resumption: the list of what is lacking, of which there is none where nothing is."""
+    """Yield the last steps of a resumption: the map of lacking pages, which is empty if the target is done."""
     for after in STANDING[role].values():
         listing = Position(_S.LISTING, after)
         more = {} if after is _S.DONE else {f"{way} lacking": listing}
@@ -320,14 +320,17 @@ TABLE: Final[dict[Role, Table]] = {Role.SOURCE: _source(), Role.TARGET: _target(
 
 
 def lost(role: Role, position: Position) -> Position:
-    """What a lost connection makes of it.  A target that was being asked where it stands stands there still."""
+    """Return the position after a lost connection.  A target whose standing was being asked for keeps that standing."""
     if position.standing is not None:
         return Position(_S.PAUSED if role is Role.SOURCE else _LOST[role][position.standing])
     return Position(_LOST[role].get(position.state, position.state))
 
 
 def following(role: Role, position: Position, way: str, word: str) -> Position | None:
-    """What follows sending (``way`` "send") or receiving ("recv") ``word``; None: not allowed (see also `ABSORBED`)."""
+    """Return the position after sending (``way`` "send") or receiving ("recv") ``word``; None if not allowed.
+
+    See also `ABSORBED`.
+    """
     step = f"{way} {word}"
     found = TABLE[role][position].get(step)
     if found is None and position.state in CONVERSATION[role].get(step, ()):
@@ -336,7 +339,7 @@ def following(role: Role, position: Position, way: str, word: str) -> Position |
 
 
 def expected(role: Role, position: Position, way: str) -> list[str]:
-    """The words that may be sent or received now, for error messages."""
+    """Return the words that may be sent or received now, for error messages."""
     words = {step.partition(" ")[2] for step in TABLE[role][position] if step.startswith(f"{way} ")}
     words |= {
         step.partition(" ")[2]
@@ -347,7 +350,7 @@ def expected(role: Role, position: Position, way: str) -> list[str]:
 
 
 def mermaid(role: Role) -> str:
-    """The role's table as a mermaid state diagram, lost connections included.  Where the target stands is left out."""
+    """Draw the role's table as a mermaid state diagram, with lost connections, without the target's standing."""
     edges: dict[tuple[State, State], dict[str, None]] = {}
     for before, steps in TABLE[role].items():
         for step, after in steps.items():
@@ -360,7 +363,7 @@ def mermaid(role: Role) -> str:
 
 
 def diagrams() -> str:
-    """Both diagrams as docs/commit.md has them."""
+    """Return both diagrams, as in docs/commit.md."""
     return "\n".join(f"### The {role}\n\n```mermaid\n{mermaid(role)}```\n" for role in Role)
 
 

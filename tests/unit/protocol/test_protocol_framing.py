@@ -220,7 +220,7 @@ def region(**changes: Any) -> list[dict[str, Any]]:
         ({"regions": region(name="\n")}, "name must be printable"),
         ({"regions": region(size_bytes=0)}, "`int` >= 1 - at `$.regions[0].size_bytes`"),
         ({"regions": region(size_bytes=-4096)}, "`int` >= 1 - at `$.regions[0].size_bytes`"),
-        ({"regions": region(size_bytes=3 << 20)}, "no multiple of the page size 2097152"),
+        ({"regions": region(size_bytes=3 << 20)}, "not a multiple of the page size 2097152"),
         ({"regions": region(size_bytes=1 << 62)}, "`$.regions[0].size_bytes`"),
         ({"regions": region(page_bytes=8192)}, "page_bytes must be one of 4096, 2097152, 1073741824, not 8192"),
         ({"regions": region(color="red")}, "color"),
@@ -323,7 +323,7 @@ def test_geometry_holds_pages_against_the_regions() -> None:
             geometry.check(wrong)
     with pytest.raises(ValueError, match="page sizes for 1 regions, but the guest has 2"):
         bounds.Geometry.of(HELLO, Ready((4096,)))
-    with pytest.raises(ValueError, match="no multiple of the page size 1073741824"):
+    with pytest.raises(ValueError, match="not a multiple of the page size 1073741824"):
         bounds.Geometry.of(HELLO, Ready((1 << 30, 4096)))
 
 
