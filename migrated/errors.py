@@ -1,25 +1,25 @@
-"""Every error the package raises on purpose.
+"""The errors that the package raises.  Each has a stable code for programs, and a message and a hint for people.
 
-    MigratedError                 code, message, hint: what the user reads
+        MigratedError                 base: code, message, hint
     ├── ConfigError               a configuration file or a command line is wrong
-    ├── UsageError                a verb does not fit (unknown guest, wrong state); HTTP 404/409
+        ├── UsageError                a verb does not apply (unknown guest, wrong state); HTTP 404/409
     │   ├── NotFoundError
     │   └── ConflictError         carries the state
-    ├── GuestError                the guest (its process, QMP, its client library) said no or is gone
-    │   └── GuestRefusedError     the guest cannot be moved as it is; named before anything is touched
-    ├── HostError                 this host cannot do it: kernel feature, rights, memory
+        ├── GuestError                the guest (its process, QMP, its client library) refused or is gone
+        │   └── GuestRefusedError     the guest cannot be moved as it is; raised before anything is touched
+        ├── HostError                 this host lacks something: a kernel feature, a permission, memory
     │   └── PoolError             no (huge) pages left
     ├── NativeError               the C core reported a failure
     ├── TimeoutExceededError      a wait reached its limit
     ├── ProtocolError
-    │   ├── LocalProtocolError    we broke the protocol: a bug of ours
-    │   └── RemoteProtocolError   the peer broke it: ends the session, never the daemon
-    ├── PeerError                 the peer told us why it gave up (its code and message inside)
+        │   ├── LocalProtocolError    we broke the protocol: a bug
+        │   └── RemoteProtocolError   the peer broke the protocol: ends the session, never the daemon
+        ├── PeerError                 the peer ended the session; carries the peer's code and message
     ├── ConnectionLostError       a connection to the peer ended
-    └── AbortedError              somebody asked for the end
+        └── AbortedError              the migration was aborted on request
 
-``code`` is a stable, dotted-less word for programs (``no-huge-pages``); ``message`` says what was wrong and where; ``hint``
-what to do.  The three go into ``status --json`` as ``error{code,message,hint}``.
+``code`` is a stable word without dots (``no-huge-pages``); ``message`` says what went wrong and where; ``hint`` says
+what to do.  ``status --json`` shows the three as ``error{code,message,hint}``.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class ConfigError(MigratedError):
 
 
 class UsageError(MigratedError):
-    """A verb that does not fit."""
+    """The verb does not apply."""
 
     default_code = "usage"
 
@@ -62,7 +62,7 @@ class NotFoundError(UsageError):
 
 
 class ConflictError(UsageError):
-    """The verb does not fit the state the migration is in."""
+    """The verb does not apply in the migration's current state."""
 
     default_code = "conflict"
 
@@ -87,13 +87,13 @@ class GuestRefusedError(GuestError):
 
 
 class HostError(MigratedError):
-    """This host lacks something: a kernel feature, a right, memory."""
+    """This host lacks something: a kernel feature, a permission, memory."""
 
     default_code = "host-unfit"
 
 
 class PoolError(HostError):
-    """No pages of the wanted size are left."""
+    """No pages of the requested size are left."""
 
     default_code = "no-pages"
 
@@ -116,7 +116,7 @@ class TimeoutExceededError(MigratedError):
 
 
 class ProtocolError(MigratedError):
-    """The control protocol was broken."""
+    """The control protocol was violated."""
 
     default_code = "protocol"
 
@@ -128,7 +128,7 @@ class LocalProtocolError(ProtocolError):
 
 
 class RemoteProtocolError(ProtocolError):
-    """The peer sent what is malformed or what the state does not allow."""
+    """The peer sent a malformed message, or one that the state does not allow."""
 
     default_code = "protocol-remote"
 
@@ -152,12 +152,12 @@ class AbortedError(MigratedError):
 
 
 def as_migrated_error(error: BaseException) -> MigratedError:
-    """Any exception as one of ours: what is not ours becomes ``internal``."""
+    """Convert any exception to a MigratedError; one that is not ours gets the code ``internal``."""
     if isinstance(error, MigratedError):
         return error
     return MigratedError(f"{type(error).__name__}: {error}", hint="this is a bug: please report it")
 
 
 def error_fields(error: BaseException) -> dict[str, Any]:
-    """Any exception as ``{code, message, hint}``."""
+    """Convert any exception to ``{code, message, hint}``."""
     return as_migrated_error(error).as_dict()

@@ -1,1 +1,1 @@
-"""What both agents are made of: the table of migrations, a migration and its record."""
+"""The parts that both agents share: the table of migrations, a migration and its record."""

@@ -1,8 +1,8 @@
-"""The records of migrations that are over, on disk: what `list --all` still shows after the agent was started again.
+"""The records of finished migrations on disk, so that `list --all` still shows them after a restart.
 
-One JSON object a line, the oldest first, added to when a migration ends; of lines with the same id the last one counts.
-Losing it loses history and nothing else, so nothing here ever stands in the way of a migration: a line that cannot be
-read is reported and skipped, a file that cannot be written is reported.
+Losing the archive loses history and nothing else, so a failure here is logged and never stops a migration.
+The file holds one JSON object per line, oldest first.  A migration appends its line when it ends; of several lines with
+the same id the last one counts.  Lines that cannot be decoded are skipped.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ import structlog
 from migrated.agent.record import Record
 
 NAME = "records.jsonl"
-#: Of any line; a record has a few KiB.
+#: Limit of a line; a record takes a few KiB.
 MAX_LINE_BYTES = 1 << 20
 
 log = structlog.get_logger("migrated.agent.archive")
 
 
 class Archive:
-    """At most ``keep`` records; the file is written anew, whole, when it holds twice as many lines."""
+    """Keep at most ``keep`` records; rewrite the whole file once it holds twice as many lines."""
 
     def __init__(self, path: Path, *, keep: int) -> None:
         self._path = path
         self._keep = keep
         self._records: OrderedDict[str, Record] = OrderedDict()
         self._lines = 0
-        self._whole = True  # the file ends with the end of a line
+        self._whole = True  # the last line of the file is complete
 
     def load(self) -> list[Record]:
-        """What an agent before us has left, oldest first."""
+        """Return the records of previous agents, oldest first."""
         try:
             with self._path.open("rb") as file:
                 while line := file.readline(MAX_LINE_BYTES):
@@ -46,17 +46,17 @@ class Archive:
         except FileNotFoundError:
             pass
         except OSError as error:
-            log.warning("records of former migrations cannot be read", path=str(self._path), error=error.strerror)
+            log.warning("cannot read the records of earlier migrations", path=str(self._path), error=error.strerror)
         return list(self._records.values())
 
     def _take(self, line: bytes) -> None:
         try:
             record = msgspec.json.decode(line, type=Record)
             if not record.ended:
-                raise ValueError(f"migration {record.id} is {record.state} in it, which is no end")
+                raise ValueError(f"migration {record.id} is {record.state}, which is not a final state")
         except ValueError as error:
             log.warning(
-                "a record is not understood and skipped", path=str(self._path), line=self._lines, error=str(error)
+                "skipping a record that cannot be decoded", path=str(self._path), line=self._lines, error=str(error)
             )
             return
         self._remember(record)
@@ -68,7 +68,7 @@ class Archive:
             self._records.popitem(last=False)
 
     def add(self, record: Record) -> None:
-        """A migration that has ended.  Blocks."""
+        """Add the record of a migration that has ended.  Blocks."""
         self._remember(record)
         line = msgspec.json.encode(record) + b"\n"
         try:
@@ -80,8 +80,8 @@ class Archive:
                 self._whole = True
                 self._lines += 1
         except OSError as error:
-            self._whole = False  # part of the line may be there
-            log.warning("the record of a migration is not kept", path=str(self._path), error=error.strerror)
+            self._whole = False  # part of the line may have been written
+            log.warning("cannot archive the record of a migration", path=str(self._path), error=error.strerror)
 
     def _write_anew(self) -> None:
         scratch = self._path.with_suffix(".new")

@@ -1,7 +1,7 @@
-"""One connection of a migration to the other agent, from its first byte to its end.
+"""One connection of a migration to the other agent, from its first byte until it is closed.
 
-A migration outlives its connections: after COMMIT one is followed by another.  A failed connection is closed and never used
-again; whatever reports a failure reports it to the connection that it belongs to.
+A migration outlives its connections: after COMMIT, a new connection replaces one that failed.  A failed connection is
+closed and never reused.  Every failure is reported to the connection that it belongs to.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 class Connection:
-    """Its control link, and the page connections that the migration's engine has meanwhile.
+    """The control link, and the page connections that the migration's engine has at the time.
 
         async with connection:
             async with connection.alive:
-                ...                      # ends when the connection fails
-            ...                          # the link may still carry last words
+                ...                      # cancelled when the connection fails
+            ...                          # the link may still carry final messages
 
-    Leaving the outer block closes all of it, and its session is where a lost connection leaves it.
+    Leaving the outer block closes everything.  The session is then in the state that follows a lost connection.
     """
 
     def __init__(self, migration: Migration, link: ControlLink | None = None) -> None:
@@ -36,7 +36,7 @@ class Connection:
             self.attach(link)
 
     def attach(self, link: ControlLink) -> None:
-        """Go on over this link."""
+        """Use this link for the rest of the connection."""
         self._link = link
         link.ended.add_done_callback(self._ended)
 
@@ -46,22 +46,22 @@ class Connection:
 
     @property
     def link(self) -> ControlLink:
-        """The control link.  ConnectionLostError where it has not been dialled."""
+        """The control link.  Raises ConnectionLostError if it has not been dialled."""
         if self._link is None:
             raise ConnectionLostError("there is no connection")
         return self._link
 
     @property
     def speaking(self) -> bool:
-        """Whether something can still be said, although the session may be over."""
+        """Whether the link can still send, although the session may have ended."""
         return self._link is not None and self._link.broken is None
 
     async def reason_for(self, error: BaseException) -> BaseException:
-        """Why it ended with ``error``: the peer's own words, where it has said some."""
+        """Return the peer's reason for the failure if the peer has sent one, else ``error``."""
         return error if self._link is None else await self._link.reason_for(error)
 
     async def drop_streams(self) -> None:
-        """End the page connections; the engine can take others.  What it had to report of them is delivered."""
+        """Close the page connections; the engine can take new ones.  Delivers the events pending for the old ones."""
         engine = self._migration.engine
         if engine is not None and engine.alive:
             await in_thread(engine.drop_streams)
@@ -69,7 +69,7 @@ class Connection:
                 engine.flush()
 
     async def close(self) -> None:
-        """End all of it.  Idempotent."""
+        """Close the page connections and the link.  Idempotent."""
         try:
             await self.drop_streams()
         finally:

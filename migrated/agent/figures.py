@@ -1,4 +1,7 @@
-"""An engine's counters, as the record shows them."""
+"""Convert an engine's counters to the figures that a record shows.
+
+`of_source` and `of_target` update the record in place, each time somebody looks at it.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +25,14 @@ def _wire(record: Record, stats: SourceStats | TargetStats, rates: Rates) -> Non
 
 
 def of_source(record: Record, stats: SourceStats, rates: Rates, *, frozen: bool) -> None:
-    """``frozen``: what remains is counted in stale pages, not in written bytes."""
+    """Update the source's record.  ``frozen``: count the remaining bytes in stale pages, not in written blocks."""
     _wire(record, stats, rates)
     record.dirty_bytes_per_second = rates.dirty_rate
     if not frozen:
         record.remaining_bytes = stats.dirty_bytes
     elif record.state in (State.POSTCOPY, State.COMPLETED):
         record.remaining_bytes = stats.stale_bytes_left
-    else:  # what was under way when the connection was lost may not have arrived: at most all that was stale
+    else:  # pages in flight when the connection was lost may be missing: at most all that were stale
         record.remaining_bytes = max(stats.stale_bytes_left, record.stale_bytes)
     record.bytes_by_kind = {
         "payload": stats.payload_bytes,
@@ -43,7 +46,7 @@ def of_source(record: Record, stats: SourceStats, rates: Rates, *, frozen: bool)
 
 
 def of_target(record: Record, stats: TargetStats, rates: Rates, *, mapped: bool) -> None:
-    """``mapped``: the stale map is here, so that what remains is known."""
+    """Update the target's record.  ``mapped``: the stale map has arrived, so the remaining bytes are known."""
     _wire(record, stats, rates)
     if mapped:
         record.remaining_bytes = stats.stale_bytes

@@ -1,6 +1,6 @@
-"""What both agents are: verbs on a table of migrations, the tasks that do them, and an end that leaves every guest safe.
+"""The base of both agents: verbs on a table of migrations, the tasks that run them, and a safe shutdown.
 
-The HTTP side and the command line know an agent as a `HostAgent`, and nothing more of it.
+The HTTP server and the command line know an agent only as a `HostAgent`.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ M = TypeVar("M", bound=Migration)
 class HostAgent(abc.ABC, Generic[M]):
     """Base of `SourceAgent` and `TargetAgent`.
 
-    The methods without an underscore are the verbs.  Errors: NotFoundError, ConflictError, ConfigError and what the work
-    itself raises.
+    The public methods are the verbs.  They raise NotFoundError, ConflictError, ConfigError and whatever the work itself
+    raises.
     """
 
     role = ""  # "source" | "target"
@@ -43,7 +43,7 @@ class HostAgent(abc.ABC, Generic[M]):
             archive=Archive(config.state_dir / archive.NAME, keep=config.limits.max_records),
         )
         self._tasks: dict[asyncio.Task[None], M] = {}
-        self._started = False  # what an agent before us left is taken back, and new work can come
+        self._started = False  # the previous agent's migrations are recovered; new ones may start
         self._stopping = False
         self._guests = GuestRegistry(config)
         self._store = store_for(config.state_dir)
@@ -51,28 +51,28 @@ class HostAgent(abc.ABC, Generic[M]):
     # ------------------------------------------------------------ verbs
 
     def _check_started(self) -> None:
-        """ConflictError before what an agent before us left is taken back: the sites answer from the first moment on."""
+        """Raise ConflictError until the previous agent's migrations are recovered; HTTP is served from the start."""
         if not self._started:
             raise ConflictError("this agent is just starting", code="starting", hint="try again in a moment")
 
     def guests(self) -> list[str]:
-        """Names, as configured."""
+        """Return the names of the configured guests, sorted."""
         return sorted(self.config.guests)
 
     def records(self, *, ended: bool = True) -> list[Record]:
-        """All migrations, oldest first, with fresh figures; ended=False leaves out those that are over."""
+        """Return all migrations, oldest first, with fresh figures; ended=False leaves out those that have ended."""
         return self._migrations.records(ended=ended)
 
     def record(self, migration_id: str) -> Record:
-        """By id, a unique prefix of it, or the guest's name (its newest); NotFoundError."""
+        """Find a record by id, by a unique prefix of the id, or by guest name (its newest).  Raises NotFoundError."""
         return self._migrations.record(migration_id)
 
     @abc.abstractmethod
     async def start(self, request: StartRequest) -> Record:
-        """Check what can be checked at once, start in the background (source only; ConflictError on a target)."""
+        """Run the immediate checks, then migrate in the background (source only; ConflictError on a target)."""
 
     async def abort(self, migration_id: str) -> Record:
-        """End it, while that can be done without harm; ConflictError later."""
+        """Abort the migration while that is still safe; ConflictError later."""
         migration = self._migrations.find(migration_id)
         migration.abort()
         return migration.record
@@ -83,40 +83,40 @@ class HostAgent(abc.ABC, Generic[M]):
 
     @abc.abstractmethod
     async def resume(self, migration_id: str, to: str | None = None) -> Record:
-        """Reconnect a paused post-copy now, perhaps at a new address."""
+        """Reconnect a paused post-copy now, optionally at a new address."""
 
     @abc.abstractmethod
     async def abandon(self, migration_id: str, *, confirm: str) -> Record:
-        """Post-copy whose source is lost: poison what is missing.  confirm must be the guest's name."""
+        """Give up on the lost source of a post-copy: poison the missing pages.  confirm must be the guest's name."""
 
     @abc.abstractmethod
     async def force_run(self, migration_id: str, *, confirm: str) -> Record:
-        """The other host is gone and took the word on COMMIT with it: run the guest here.  confirm must be its name."""
+        """Run the guest here: the other host is gone, and only it knew about COMMIT.  confirm: the guest's name."""
 
     @abc.abstractmethod
     async def discard(self, migration_id: str, *, confirm: str) -> Record:
-        """The guest is not to run here: end what is left of it on this host.  confirm must be its name."""
+        """Remove what is left of the guest on this host; it must not run here.  confirm must be the guest's name."""
 
     @abc.abstractmethod
     async def set(self, migration_id: str, request: SetRequest) -> Record:
-        """Change the limits of a migration under way."""
+        """Change the limits of an active migration."""
 
     def events(self, migration_id: str) -> AsyncIterator[Record]:
-        """The record now, and again whenever it changes (state at once, figures at most twice a second), until ended."""
+        """Yield the record now and on each change (state at once, figures at most twice a second) until it ends."""
         return self._migrations.events(migration_id)
 
     @abc.abstractmethod
     def health(self) -> Health:
-        """How this agent is, for whoever watches it."""
+        """Report this agent's health, for monitoring."""
 
     @abc.abstractmethod
     async def run(self, stop: asyncio.Event) -> None:
-        """Work until ``stop``; then abort what can be aborted, leave every guest safe, and return."""
+        """Serve until ``stop`` is set; then abort what can be aborted, leave every guest safe, and return."""
 
-    # ------------------------------------------------------------ what both roles do
+    # ------------------------------------------------------------ common to both roles
 
     def _reasons(self) -> list[str]:
-        """Why this agent is not ready, as far as both roles can say."""
+        """Return the reasons common to both roles why this agent is not ready."""
         return ["starting"] * (not self._started) + ["shutting down"] * self._stopping
 
     def _launch(self, migration: M) -> None:
@@ -126,7 +126,7 @@ class HostAgent(abc.ABC, Generic[M]):
         task.add_done_callback(lambda _: self._tasks.pop(task, None))
 
     async def _leave(self, migration: M | None) -> None:
-        """End our work on a migration; the guest stays as it is, and so does the journal."""
+        """Stop working on a migration; the guest and the journal stay as they are."""
         for task in [task for task, known in self._tasks.items() if known is migration]:
             await cancel_and_wait(task)
 
@@ -141,14 +141,14 @@ class HostAgent(abc.ABC, Generic[M]):
 
     async def _run(self, migration: M) -> None:
         await migration.run()
-        # The next migration of this guest may have begun while this one came to its end.
+        # The guest's next migration may have begun while this one was finishing.
         if self._migrations.of_guest(migration.record.guest) is None:
             self._guests.remove_run_dir(migration.record.guest)
 
     async def _wind_up(self) -> None:
-        """Take nothing new, abort what can be aborted, and stay until nobody needs this process.
+        """Refuse new work, abort what can be aborted, and stay until nobody needs this process.
 
-        Migrations that only wait for a peer nobody can reach are left: their guests wait, and a later agent goes on.
+        A migration that only waits for an unreachable peer does not hold this up: its guest waits for the next agent.
         """
         self._stopping = True
         for migration in self._migrations.active:
@@ -161,7 +161,9 @@ class HostAgent(abc.ABC, Generic[M]):
             if not done and all(migration.waits_for_peer for migration in self._migrations if not migration.over):
                 if isinstance(self._store, CombinedStore):
                     await self._store.copy_to_holder()
-                self._log.warning("leaving with migrations under way: their guests wait", count=len(self._tasks))
+                self._log.warning(
+                    "exiting with active migrations: their guests wait for the next agent", count=len(self._tasks)
+                )
                 for task in list(self._tasks):
                     task.cancel()
                 await asyncio.wait(self._tasks)

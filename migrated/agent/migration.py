@@ -1,4 +1,7 @@
-"""What a migration is on either side: a record that follows the table, people who watch it, and one task that does it."""
+"""The base of a migration on either side: its record, its watchers and the one task that runs it.
+
+The source's and the target's flows build on `Migration`, which owns the state changes and the final clean-up.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +21,14 @@ from migrated.waiting import cancel_and_wait
 if TYPE_CHECKING:
     from migrated.memory.engine import SourceEngine, TargetEngine
 
-#: Figures are told to watchers at most this often.
+#: Watchers are notified of new figures at most this often.
 TICK_SECONDS = 0.5
-#: Changes of state that a record keeps.
+#: State changes that a record keeps.
 TIMELINE_CHANGES = 200
 
 
 class FinalError(Exception):
-    """What no later connection mends: the migration has failed with ``error``, and what is kept for the next agent stays."""
+    """A failure that no new connection can repair.  The migration fails; what is kept for the next agent stays."""
 
     def __init__(self, error: MigratedError) -> None:
         super().__init__(str(error))
@@ -40,7 +43,7 @@ class Migration:
     def __init__(self, record: Record) -> None:
         self.record = record
         self.log = structlog.get_logger(f"migrated.{self.role}").bind(migration=record.id, guest=record.guest)
-        self.connection = Connection(self)  # the present one, or between two of them the one before
+        self.connection = Connection(self)  # the current one, or the previous one until the next is made
         self.engine: SourceEngine | TargetEngine | None = None
         self.on_end: Callable[[Record], None] | None = None
         self._over = False
@@ -52,11 +55,11 @@ class Migration:
 
     @property
     def id(self) -> str:
-        """As in the record."""
+        """The migration's id, as in the record."""
         return self.record.id
 
     def set_state(self, state: State, error: BaseException | None = None) -> None:
-        """The only place a migration's state changes: checks the table, writes the time line, logs, tells watchers."""
+        """Change the state (only here): check the table, append to the time line, log, notify watchers."""
         before = self.record.state
         if state is before:
             return
@@ -77,23 +80,23 @@ class Migration:
         self.notify()
 
     def _add_to_timeline(self, change: StateChange) -> None:
-        """Its beginning and its end stay; a link that flaps for weeks must not make the record grow."""
+        """Append a change.  If full, drop one in the middle: a link that flaps for weeks must not grow the record."""
         timeline = self.record.timeline
         timeline.append(change)
         if len(timeline) > TIMELINE_CHANGES:
             del timeline[TIMELINE_CHANGES // 2]
 
     def notify(self) -> None:
-        """Wake watchers."""
+        """Wake the watchers."""
         for watcher in self._watchers:
             watcher.set()
 
     def fail(self, error: BaseException) -> None:
-        """End what is being done over the present connection."""
+        """Cancel the work on the current connection with ``error``."""
         self.connection.alive.fail(error)
 
     def background(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        """Run beside the flow, over all connections; cancelled by `stop_background`; a crash ends the present connection."""
+        """Run a task beside the flow, across connections, until `stop_background`.  Its crash fails the connection."""
         task = asyncio.ensure_future(work)
         self._background.add(task)
         task.add_done_callback(self._background_done)
@@ -105,24 +108,24 @@ class Migration:
             self.fail(error)
 
     async def stop_background(self) -> None:
-        """Cancel everything `background` still runs."""
+        """Cancel all running background tasks and wait for them."""
         tasks = [task for task in self._background if task is not asyncio.current_task()]
         await asyncio.gather(*(cancel_and_wait(task) for task in tasks))
 
     @property
     def over(self) -> bool:
-        """Whether `run` has returned: nothing of this migration is left in this process but the record."""
+        """Whether `run` has finished: only the record of this migration is left in this process."""
         return self._over
 
     @property
     def waits_for_peer(self) -> bool:
-        """Whether only the other agent can bring it on."""
+        """Whether only the other agent can make progress."""
         return self.record.state in (State.POSTCOPY_PAUSED, State.RECOVERING) or self.record.ended
 
-    # ------------------------------------------------------------ begin and end
+    # ------------------------------------------------------------ running
 
     async def run(self) -> None:
-        """The whole migration; ends in a final state, never raises."""
+        """Run the whole migration.  It ends in a final state; this never raises an Exception."""
         ticker = asyncio.ensure_future(self.tick())
         try:
             await self._migrate()
@@ -134,69 +137,69 @@ class Migration:
             ticker.cancel()
             try:
                 await self._let_go()
-            except Exception as error:  # noqa: BLE001 - what is left of it must not keep the agent from ending
+            except Exception as error:  # noqa: BLE001 - a failed clean-up must not keep the agent from exiting
                 self._fail_unforeseen(error)
             finally:
                 self._over = True
-            await log_errors(self._after_the_end(), self.log, "say the last")
+            await log_errors(self._after_the_end(), self.log, "finish")
 
     async def _migrate(self) -> None:
-        """The flow, failures included; returns in a final state."""
+        """Run the flow, failures included; return in a final state."""
         raise NotImplementedError
 
     async def _let_go(self) -> None:
-        """Descriptors, threads, tasks: whatever the end was, cancelled too.  Leaves the guest as it is."""
+        """Release descriptors, threads and tasks, also when cancelled.  The guest stays as it is."""
         await self.stop_background()
 
     async def _after_the_end(self) -> None:
-        """What is still to be said once nothing of the migration is left."""
+        """Do what remains after everything has been released."""
 
     def end_with(self, error: BaseException) -> None:
-        """As aborted where somebody asked for it, here or on the other side, else as failed."""
+        """End as aborted if somebody on either side asked for it, else as failed."""
         asked = as_migrated_error(error).code == AbortedError.default_code
         self.set_state(State.ABORTED if asked else State.FAILED, error)
 
     def _fail_unforeseen(self, error: Exception) -> None:
-        """The last resort of `run`: a mistake of ours ends this migration in a named state, never the agent."""
-        self.log.error("a migration met an error nobody foresaw: this is a bug", error=str(error), exc_info=error)
+        """Handle an unexpected error in `run`: a bug ends this migration in a defined state, never the agent."""
+        self.log.error("unexpected error in a migration: this is a bug", error=str(error), exc_info=error)
         if not self.record.ended:
             self.record.state = State.FAILED
             self.record.error = ErrorInfo.of(error)
             self.record.timeline.append(StateChange(State.FAILED, time.time()))
-        if self.record.ended_at is None:  # also when it was the end itself that failed
+        if self.record.ended_at is None:  # also when ending it is what failed
             self.record.ended_at = time.time()
             try:
                 if self.on_end is not None:
                     self.on_end(self.record)
             except Exception as problem:  # noqa: BLE001 - as above
-                self.log.warning("the end of a migration cannot be recorded", error=str(problem))
+                self.log.warning("cannot record the end of a migration", error=str(problem))
         self.notify()
 
     def abort(self) -> None:
-        """Give up; ConflictError when that cannot be done any more."""
+        """Abort the migration; ConflictError when that is no longer possible."""
         raise NotImplementedError
 
     # ------------------------------------------------------------ figures
 
     def refresh(self) -> None:
-        """Bring the record's figures up to date; each side knows how."""
+        """Update the record's figures.  Each side implements this."""
 
     async def tick(self) -> None:
-        """Refresh and tell watchers, until the end or cancelled."""
+        """Refresh the figures and notify watchers until the migration has ended."""
         while True:
             await asyncio.sleep(TICK_SECONDS)
             if self.record.ended:
-                return  # the figures of the end stay
+                return  # the final figures stay
             self.refresh()
             self.notify()
 
     async def events(self) -> AsyncIterator[Record]:
-        """The record now and whenever it changes, until it has ended."""
+        """Yield the record now and whenever it changes, until it has ended."""
         changed = asyncio.Event()
         self._watchers.add(changed)
         try:
             while True:
-                ended = self.record.ended  # it may end while the watcher holds what we give: then once more
+                ended = self.record.ended  # it may end while the watcher handles this one: then yield again
                 if not ended:
                     self.refresh()
                 yield self.record
@@ -208,7 +211,7 @@ class Migration:
             self._watchers.discard(changed)
 
     def on_engine_event(self, event: Event) -> None:
-        """What ends a connection, on both sides; runs in the loop."""
+        """Fail the connection on a lost stream or a failed engine.  Runs in the event loop."""
         if event.kind in (EventKind.STREAM_LOST, EventKind.FAILED):
             error = event.error or MigratedError(f"stream {event.stream} ended")
             self.log.warning("engine", kind=event.kind.name, stream=event.stream, error=str(error))
@@ -216,12 +219,12 @@ class Migration:
 
 
 async def log_errors(work: Coroutine[Any, Any, Any], log: Any, what: str) -> bool:
-    """Run one step of a clean-up and return whether it worked: what fails is logged, the next step still runs."""
+    """Run one clean-up step and return whether it succeeded.  A failure is logged, and the next step still runs."""
     try:
         await work
     except asyncio.CancelledError:
         raise
-    except Exception as error:  # noqa: BLE001 - a clean-up goes on whatever one of its steps meets
+    except Exception as error:  # noqa: BLE001 - one failed step must not stop the clean-up
         log.warning("clean-up step failed", step=what, error=str(error))
         return False
     return True

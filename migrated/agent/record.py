@@ -1,4 +1,7 @@
-"""A migration as the outside sees it: the record behind ``status --json``, ``GET /status``, metrics and events."""
+"""The public record of a migration, behind ``status --json``, ``GET /status``, metrics and events.
+
+It also holds the table of migration states.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,12 @@ import msgspec
 
 from migrated.errors import error_fields
 
-if TYPE_CHECKING:  # the command line reads records, and need not load the journal for that
+if TYPE_CHECKING:  # the command line reads records, and does not need the journal for that
     from migrated.recovery.journal import SourceEntry, TargetEntry
 
 
 def id_of(session: bytes) -> str:
-    """A migration is named by its session, all of it: a shorter name could be another's."""
+    """Return the migration's id: the whole session id in hex, since a shorter one might not be unique."""
     return session.hex()
 
 
@@ -24,7 +27,7 @@ def _now() -> float:
 
 
 class State(enum.StrEnum):
-    """Where a migration is."""
+    """The state of a migration."""
 
     SETUP = "setup"
     PRECOPY = "precopy"
@@ -37,7 +40,7 @@ class State(enum.StrEnum):
     FAILED = "failed"
 
 
-#: The table: which state may follow which.
+#: The states that may follow each state.
 NEXT: dict[State, frozenset[State]] = {
     State.SETUP: frozenset({State.PRECOPY, State.ABORTED, State.FAILED}),
     State.PRECOPY: frozenset({State.SWITCHOVER, State.ABORTED, State.FAILED}),
@@ -56,7 +59,7 @@ ENDED = frozenset({State.COMPLETED, State.ABORTED, State.FAILED})
 
 
 class Faults(msgspec.Struct):
-    """Faults served, by kind."""
+    """Number of faults served, by kind."""
 
     current: int = 0
     stale: int = 0
@@ -64,7 +67,7 @@ class Faults(msgspec.Struct):
 
 
 class FaultSeconds(msgspec.Struct):
-    """Latency of all faults; ``histogram_log2_us[i]`` counts those of [2^i, 2^(i+1)) microseconds."""
+    """Latency of all faults; ``histogram_log2_us[i]`` counts those that took [2^i, 2^(i+1)) microseconds."""
 
     p50: float = 0.0
     p99: float = 0.0
@@ -73,7 +76,7 @@ class FaultSeconds(msgspec.Struct):
 
 
 class ErrorInfo(msgspec.Struct):
-    """Why it ended badly."""
+    """Why a migration failed, or why it is paused."""
 
     code: str
     message: str
@@ -81,7 +84,7 @@ class ErrorInfo(msgspec.Struct):
 
     @classmethod
     def of(cls, error: BaseException) -> ErrorInfo:
-        """Any exception; one that is not ours has the code ``internal``."""
+        """Convert any exception; one that is not ours gets the code ``internal``."""
         return cls(**{key: str(value) for key, value in error_fields(error).items() if key != "state"})
 
 
@@ -93,9 +96,9 @@ class StateChange(msgspec.Struct):
 
 
 class Laps:
-    """Where a span of time goes: the seconds of one step after the other, which together are all of it.
+    """Split a span of time into consecutive steps, whose seconds add up to the whole span.
 
-    Times are ``time.monotonic()``'s; before `start` there is nothing to divide, and `lap` does nothing.
+    Times are of ``time.monotonic()``.  Before `start`, `lap` does nothing.
     """
 
     def __init__(self, seconds: dict[str, float]) -> None:
@@ -103,12 +106,12 @@ class Laps:
         self._last: float | None = None
 
     def start(self, at: float) -> None:
-        """The first step begins."""
+        """Begin the first step."""
         self.seconds.clear()
         self._last = at
 
     def lap(self, step: str, at: float | None = None) -> None:
-        """A step is over now, or was ``at``; the next one begins."""
+        """End the current step now, or at ``at``, and begin the next one."""
         if self._last is not None:
             at = time.monotonic() if at is None else at
             self.seconds[step] = self.seconds.get(step, 0.0) + at - self._last
@@ -116,12 +119,12 @@ class Laps:
 
     @property
     def total(self) -> float | None:
-        """All steps so far; None before `start`."""
+        """Seconds of all steps so far; None before `start`."""
         return None if self._last is None else sum(self.seconds.values())
 
 
 class Record(msgspec.Struct, kw_only=True):
-    """One migration on one agent.  Units are in the names; times are Unix time in seconds."""
+    """One migration on one agent.  Field names carry the units; times are Unix time in seconds."""
 
     id: str  # the session's 16 bytes in hex; the same on both agents
     guest: str
@@ -154,12 +157,12 @@ class Record(msgspec.Struct, kw_only=True):
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more will happen."""
+        """Whether the migration is in a final state."""
         return self.state in ENDED
 
 
 def failed_record(migration_id: str, role: str, entry: TargetEntry | SourceEntry, error: BaseException) -> Record:
-    """Of a migration that an agent found in its journal and cannot go on with."""
+    """Build the record of a migration that an agent found in its journal and cannot continue."""
     hello = entry.hello
     return Record(
         id=migration_id,

@@ -1,4 +1,7 @@
-"""What is asked of an agent and answered: the bodies of the control API's requests, and the state of its health."""
+"""The request bodies of the control API, and the health report of an agent.
+
+pydantic checks the requests before an agent sees them.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ class _Request(Table):
 
 
 class StartRequest(_Request, MigrationOptions):
-    """Body of ``POST /v1/migrations``; what is left out is the configuration's."""
+    """Body of ``POST /v1/migrations``; omitted fields take the configured defaults."""
 
     guest: str = Field(description="the guest's name in the source's configuration")
     to: TargetAddress = Field(description="where the target agent listens")
@@ -38,7 +41,7 @@ class SetRequest(_Request, Limits):
 
 
 class Health(msgspec.Struct, kw_only=True):
-    """``healthy``: the process does its work (fault threads turn); ``ready``: it can take a migration; why not."""
+    """``healthy``: the fault threads are running; ``ready``: the agent accepts migrations; ``reasons``: why not."""
 
     healthy: bool
     ready: bool

@@ -1,4 +1,7 @@
-"""The migrations of one agent: those under way and the last ones that ended, by former agents in this place too."""
+"""The table of one agent's migrations: the active ones and recent results.
+
+Results include those of earlier agents with this state directory, as far as the archive has them.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,10 @@ M = TypeVar("M", bound=Migration)
 
 
 class MigrationTable(Generic[M]):
-    """Ordered by start; forgets the oldest ended ones beyond ``keep``.
+    """Migrations in the order of their start; the oldest ended ones beyond ``keep`` are forgotten.
 
-    With an ``archive`` those that end are written there, and those that an agent before us wrote are shown, as records: no
-    verb fits them any more.
+    An ``archive`` stores the records of migrations that end and provides those of previous agents.  The latter are only
+    records: no verb applies to them any more.
     """
 
     def __init__(self, *, keep: int, archive: Archive | None = None) -> None:
@@ -28,13 +31,11 @@ class MigrationTable(Generic[M]):
         self._keep = keep
         self._archive = archive
         self._archiving: set[asyncio.Future[None]] = set()
-        self._writer = ThreadPoolExecutor(
-            1, thread_name_prefix="archive"
-        )  # one: the order of the lines is that of the ends
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="archive")  # one thread keeps the lines in order
         self._former: dict[str, Record] = {record.id: record for record in archive.load()} if archive else {}
 
     def add(self, migration: M) -> None:
-        """A new one, or a former one that goes on."""
+        """Add a new migration, or a recovered one that continues."""
         self._former.pop(migration.id, None)
         self._migrations[migration.id] = migration
         if self._archive is not None:
@@ -48,13 +49,13 @@ class MigrationTable(Generic[M]):
             del self._migrations[old.id]
 
     def _archive_soon(self, archive: Archive, record: Record) -> None:
-        """Write a record of a migration that has just ended: the disk may be slow, and others go on."""
+        """Write the record of an ended migration in a thread: a slow disk must not stop the other migrations."""
         writing = asyncio.get_running_loop().run_in_executor(self._writer, archive.add, record)
         self._archiving.add(writing)
         writing.add_done_callback(self._archiving.discard)
 
     async def archived(self) -> None:
-        """Wait until every record of a migration that has ended is written."""
+        """Wait until the records of all ended migrations are written."""
         while self._archiving:
             await asyncio.wait(self._archiving)
 
@@ -63,38 +64,38 @@ class MigrationTable(Generic[M]):
 
     @property
     def active(self) -> list[M]:
-        """Those not ended."""
+        """The migrations that have not ended."""
         return [migration for migration in self if not migration.record.ended]
 
     def of_guest(self, guest: str) -> M | None:
-        """The one under way for this guest."""
+        """Return the active migration of this guest, if any."""
         return next((migration for migration in self.active if migration.record.guest == guest), None)
 
     def find(self, wanted: str) -> M:
-        """The one a verb is for: by id, a unique prefix of it, or the guest's name (its newest).
+        """Find the migration a verb is for: by id, by a unique prefix of it, or by guest name (its newest).
 
-        Raises NotFoundError; ConflictError when several fit, or only one that ended before this agent was started.
+        Raises NotFoundError; ConflictError when several match, or when the match ended before this agent started.
         """
         record = self.record(wanted)
         migration = self._migrations.get(record.id)
         if migration is None:
             raise ConflictError(
-                f"migration {record.id} of {record.guest} is over since before this agent was started",
+                f"migration {record.id} of {record.guest} ended before this agent was started",
                 state=record.state.value,
                 hint="nothing can be done with it any more",
             )
         return migration
 
     def known(self, migration_id: str) -> M | None:
-        """The migration of exactly this id, if this agent has done anything for it."""
+        """Return the migration with exactly this id, if this agent has run it."""
         return self._migrations.get(migration_id)
 
     def remember(self, record: Record) -> None:
-        """One that this agent cannot go on with: shown, and found by verbs that need only its journal entry."""
+        """Keep a record of a migration that this agent cannot continue, for display and verbs that use the journal."""
         self._former[record.id] = record
 
     def record(self, wanted: str) -> Record:
-        """A record, found likewise; NotFoundError, ConflictError."""
+        """Find a record in the same way.  Raises NotFoundError, ConflictError."""
         records = {**self._former, **{migration.id: migration.record for migration in self}}
         if wanted in records:
             return records[wanted]
@@ -106,17 +107,17 @@ class MigrationTable(Generic[M]):
             return matching[0]
         if matching:
             ids = ", ".join(record.id for record in matching)
-            raise ConflictError(f"{wanted!r} fits several migrations: {ids}", hint="give more of the id")
-        raise NotFoundError(f"no migration {wanted!r}", hint="`migrated list --all` shows what there is")
+            raise ConflictError(f"{wanted!r} matches several migrations: {ids}", hint="give more of the id")
+        raise NotFoundError(f"no migration {wanted!r}", hint="`migrated list --all` shows all migrations")
 
     def events(self, wanted: str) -> AsyncIterator[Record]:
-        """The record now and whenever it changes, until it has ended.  Raises at once, as `record` does."""
+        """Yield the record now and whenever it changes, until it has ended.  Raises at once, as `record` does."""
         record = self.record(wanted)
         migration = self._migrations.get(record.id)
         return _only(record) if migration is None else migration.events()
 
     def records(self, *, ended: bool) -> list[Record]:
-        """Fresh records, oldest first."""
+        """Return fresh records, oldest first."""
         chosen = [migration for migration in self if ended or not migration.record.ended]
         for migration in chosen:
             if not migration.record.ended:

@@ -1,1 +1,1 @@
-"""What outlives an agent: the journal, and descriptors in somebody else's keeping."""
+"""State that outlives an agent: the journal, and descriptors kept by another process."""

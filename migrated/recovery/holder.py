@@ -1,16 +1,16 @@
-"""A process that does nothing but hold descriptors, for agents without a service manager.
+"""The holder: a process that does nothing but keep descriptors, for agents without a service manager.
 
     python -m migrated.recovery.holder SOCKET
 
-An agent that is killed leaves its guests' userfaultfds, memfds and ledgers here, under a name a migration; the next agent
-takes them back.  The holder ends when it holds nothing and nobody is connected, or when nobody ever comes.
+When an agent is killed, its guests' userfaultfds, memfds and ledgers stay here, under one name per migration, and the
+next agent fetches them.  The holder exits when it holds nothing and nobody is connected, or when nobody ever connects.
 
-The process that was started ends, with status 0, as soon as the socket is there; the holder is a child of it, and so of
-nobody: whoever started it need not wait for its end.
+The process that is started exits with status 0 as soon as the socket listens.  The holder is its orphaned child, so
+nobody needs to wait for it.
 
-One request a packet (SOCK_SEQPACKET), JSON, with the descriptors beside it:
+Each packet (SOCK_SEQPACKET) carries one JSON request, with the descriptors attached:
 ``{"op": "keep", "name": …}`` + descriptors, ``{"op": "forget", "name": …}``, ``{"op": "list"}``, ``{"op": "take", "name": …}``.
-Answers: ``{"ok": true, …}``; for ``take`` with the descriptors, which the holder goes on holding.
+The answer is ``{"ok": true, …}``, for ``take`` with the descriptors attached; the holder keeps its own copies.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ import sys
 
 MAX_PACKET_BYTES = 1 << 16
 MAX_FDS = 250  # SCM_MAX_FD is 253
-#: Whoever had us started has died if nobody has come for so long.
+#: If nobody has connected after this time, the agent that started us has died.
 FIRST_SECONDS = 60.0
 
 
 class Holder:
-    """Names and descriptors."""
+    """Keep descriptors by name and serve the requests of agents."""
 
     def __init__(self, path: str) -> None:
         self._held: dict[str, list[int]] = {}
@@ -40,13 +40,13 @@ class Holder:
         former = os.umask(0o177)
         self._listener.bind(path)
         os.umask(former)
-        self._listener.listen(8)  # before the process that was started ends: whoever waits for that may connect at once
+        self._listener.listen(8)  # before the started process exits: whoever waits for that may connect at once
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._path = path
         self._connections = 0
 
     def run(self) -> None:
-        """Until nothing is held and nobody is there."""
+        """Serve until nothing is held and nobody is connected."""
         served = False
         while not served or self._held or self._connections:
             ready = self._selector.select(None if served else FIRST_SECONDS)
@@ -99,7 +99,7 @@ class Holder:
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             return {"ok": False, "error": str(error)}, []
         finally:
-            for fd in fds:  # what was not to be kept
+            for fd in fds:  # descriptors that are not kept
                 os.close(fd)
 
     def _forget(self, name: str) -> None:
@@ -112,6 +112,6 @@ if __name__ == "__main__":
     if os.fork():
         os._exit(0)
     null = os.open("/dev/null", os.O_RDWR)
-    os.dup2(null, 1)  # whoever started us reads there until the end
+    os.dup2(null, 1)  # the process that started us reads these pipes until they are closed
     os.dup2(null, 2)
     holder.run()

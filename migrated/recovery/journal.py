@@ -1,12 +1,12 @@
-"""What an agent was doing, on disk: enough to come back from its own death.
+"""The journal records each migration on disk, so that the next agent can recover it after a crash.
 
-One small file a migration in the state directory, replaced whole (write, fsync, rename) before each step that another
-agent must know of: the target writes before it says Loaded and when it obeys COMMIT, the source before it touches the
-guest and before it sends COMMIT.  A file is believed only if its checksum fits, it is of this boot, and what it speaks of
-is really there.  A damaged one is reported and set aside as ``NAME.refused``; an agent that cannot read one now, or does not
-know its version, does not start: the file may be all there is to save a guest by.
+It is one small file per migration in the state directory.  The agent replaces it as a whole (write, fsync, rename)
+before each step that the next agent must know of: the target before it sends Loaded and when it obeys COMMIT, the
+source before it touches the guest and before it sends COMMIT.  An entry is trusted only if its checksum matches, it is
+from this boot, and the process it names exists.  A damaged file is reported and set aside as ``NAME.refused``.  An
+agent that cannot read a file, or does not know its version, does not start: the file may be all that can save a guest.
 
-The files hold the session's token: mode 0600, in a directory of mode 0700.
+The files contain the session's token: they have mode 0600, in a directory of mode 0700.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class TargetEntry(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """A migration to here.
+    """An incoming migration.
 
-    ``stage``: ``setup`` (nothing to save: end what was started), ``loaded`` (only the source knows whether COMMIT was
-    given), ``committed`` (the guest is ours), ``running`` (and has been told so).
+    ``stage``: ``setup`` (nothing to save: end what was started), ``loaded`` (only the source knows whether it
+    committed), ``committed`` (the guest is ours), ``running`` (and was resumed here).
     """
 
     hello: Hello
@@ -46,8 +46,8 @@ class TargetEntry(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     peer: str
     page_bytes: tuple[int, ...] = ()
     guest: dict[str, int | str | bool] = msgspec.field(default_factory=dict)  # the driver's memento
-    pid: int = 0  # 0 in ``setup``: it may have been started, and uses memory of `memory_inodes`
-    pid_started: int = 0  # start time of the process, in clock ticks since boot: tells it from a later one
+    pid: int = 0  # 0 in ``setup``: a process may exist, and uses the memory of `memory_inodes`
+    pid_started: int = 0  # start time in clock ticks since boot: tells the process from a later one
     memory_inodes: tuple[int, ...] = ()
     started_at: float = 0.0
 
@@ -58,10 +58,10 @@ class TargetEntry(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class SourceEntry(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A migration from here.
+    """An outgoing migration.
 
     ``stage``: ``active`` (COMMIT was never sent), ``committed`` (it may have been), ``released`` (the target needs nothing
-    more: what is left of the guest here is to be ended).
+    more: end what is left of the guest here).
     """
 
     hello: Hello
@@ -79,7 +79,7 @@ class SourceEntry(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit
     max_bandwidth: int = 0
     drain_bandwidth: int = 0
     compression: str = "off"
-    superseded: bool = False  # a later migration was begun: the guest is no longer this one's to run
+    superseded: bool = False  # a later migration has the guest: this one must never run it
 
     @property
     def position(self) -> Position:
@@ -91,7 +91,7 @@ E = TypeVar("E", TargetEntry, SourceEntry)
 
 
 class JournalError(HostError):
-    """An entry could not be written.  ``replaced``: a next agent of this boot would find it nevertheless."""
+    """An entry could not be written durably.  ``replaced``: the next agent of this boot would still find it."""
 
     default_code = "journal"
 
@@ -111,7 +111,7 @@ class _File(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class Journal(Generic[E]):
-    """All entries of one agent."""
+    """The journal entries of one agent."""
 
     def __init__(self, directory: Path, kind: type[E]) -> None:
         self.directory = directory
@@ -121,7 +121,7 @@ class Journal(Generic[E]):
         return self.directory / f"{migration_id}{SUFFIX}"
 
     def write(self, migration_id: str, entry: E) -> None:
-        """Make it so, durably.  HostError when the disk does not take it: then nothing must be done that needs it."""
+        """Write the entry and fsync it.  Raises HostError; the step that the entry protects must then not be taken."""
         path = self._path(migration_id)
         file = _File(version=VERSION, boot_id=_boot_id(), entry=msgspec.Raw(msgspec.json.encode(entry)))
         body = msgspec.json.encode(file)
@@ -151,28 +151,28 @@ class Journal(Generic[E]):
             raise JournalError(
                 f"the journal {path} cannot be written: {error.strerror}",
                 replaced=replaced,
-                hint="make room in agent.state_dir; without a journal a crash could not be survived",
+                hint="free some space in agent.state_dir; without the journal a crash of the agent cannot be recovered",
             ) from error
 
     def remove(self, migration_id: str) -> None:
-        """It is over.  Raises OSError."""
+        """Remove the entry of a finished migration.  Raises OSError."""
         path = self._path(migration_id)
         path.unlink(missing_ok=True)
         path.with_suffix(CLOSED).unlink(missing_ok=True)
 
     def close(self, migration_id: str) -> None:
-        """There is nothing to go on with; what was known stays, to answer a peer that asks late.  Raises OSError."""
+        """Close an entry: nothing is left to recover, but it still answers a source that asks late.  Raises OSError."""
         path = self._path(migration_id)
         path.replace(path.with_suffix(CLOSED))
 
     def closed(self, migration_id: str) -> E | None:
-        """What `close` kept."""
+        """Return the entry that `close` kept, if any."""
         return self._find(self._path(migration_id).with_suffix(CLOSED))
 
     def load(self) -> dict[str, E]:
-        """Every entry that can be believed, by migration id; damaged ones are reported and set aside.
+        """Return every valid entry by migration id; report damaged files and set them aside.
 
-        Raises HostError when one cannot be read now, ConfigError when another version wrote one: either may be put right.
+        Raises HostError if a file cannot be read, ConfigError if another version wrote it: both can be corrected.
         """
         found: dict[str, E] = {}
         for path in sorted(self.directory.glob(f"*{SUFFIX}")):
@@ -181,13 +181,13 @@ class Journal(Generic[E]):
             except FileNotFoundError:
                 continue  # removed meanwhile
             except ValueError as error:
-                log.error("a journal is not believed and was set aside", path=str(path), problem=str(error))  # noqa: TRY400 - expected: no traceback
+                log.error("invalid journal set aside", path=str(path), problem=str(error))  # noqa: TRY400 - expected: no traceback
                 with contextlib.suppress(OSError):
                     path.replace(path.with_suffix(REFUSED))
         return found
 
     def find(self, migration_id: str) -> E | None:
-        """One entry, if there is one that can be believed."""
+        """Return one entry, if it exists and is valid."""
         return self._find(self._path(migration_id))
 
     def _find(self, path: Path) -> E | None:
@@ -196,13 +196,14 @@ class Journal(Generic[E]):
         return None
 
     def refused(self) -> set[str]:
-        """Migrations whose entry was set aside, now or by an agent before us."""
+        """Return the ids of migrations whose entry was set aside, now or by a previous agent."""
         return {path.name.removesuffix(REFUSED) for path in self.directory.glob(f"*{REFUSED}")}
 
     def remove_leftovers(self) -> None:
-        """Remove what an agent that died left half written, and what answers peers of before the last boot.
+        """Remove half-written files of an agent that died, and closed entries from before the last boot.
 
-        Raises as `load`: what cannot be read now, or by this version, may be all that tells a source that its guest runs here.
+        Raises as `load` does: a file that cannot be read now, or by this version, may be all that can tell a source
+        that its guest runs here.
         """
         for path in self.directory.glob(f"*{SCRATCH}"):
             with contextlib.suppress(OSError):
@@ -215,7 +216,7 @@ class Journal(Generic[E]):
                     path.unlink()
 
     def _read_surely(self, path: Path) -> E:
-        """`_read`, with HostError where that may be put right."""
+        """Read a file, with HostError for failures that the operator can correct."""
         try:
             return self._read(path)
         except FileNotFoundError:
@@ -224,24 +225,24 @@ class Journal(Generic[E]):
             raise HostError(
                 f"the journal {path} cannot be read: {error.strerror}",
                 code="journal",
-                hint="a guest may depend on what it says; put this right and start the agent again",
+                hint="a guest may depend on what it says; fix this and start the agent again",
             ) from error
 
     def _read(self, path: Path) -> E:
         digest, _, body = path.read_bytes().partition(b"\n")
         body = body.removesuffix(b"\n")
         if hashlib.sha256(body).hexdigest().encode() != digest:
-            raise ValueError("its checksum does not fit: it is corrupt")
+            raise ValueError("its checksum does not match: it is corrupt")
         try:
             file = msgspec.json.decode(body, type=_File)
             if file.boot_id != _boot_id():  # the file's own fields are the same in every version
-                raise _FormerBootError("it is from before the last boot: nothing it speaks of is left")
+                raise _FormerBootError("it is from before the last boot: its process and memory are gone")
             if file.version != VERSION:
                 raise ValueError(f"it is of version {file.version}, this agent reads {VERSION}")
             entry: E = msgspec.json.decode(file.entry, type=self._kind)
         except _FormerBootError:
             raise
-        except ValueError as error:  # it is whole: so this is how somebody meant it
+        except ValueError as error:  # the checksum matches, so another version wrote it this way
             raise ConfigError(
                 f"the journal {path} was written by another version of migrated: {error}",
                 code="journal-version",

@@ -1,4 +1,7 @@
-"""What the next agent needs, if this one dies: of each migration its journal entry and its kept descriptors."""
+"""The state that the next agent needs if this one dies: each migration's journal entry and its kept descriptors.
+
+`RecoveryState` keeps both in step for one migration, and `LeftoverMigrations` returns them to the next agent.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,14 @@ from migrated.waiting import in_thread
 
 E = TypeVar("E", TargetEntry, SourceEntry)
 PREFIX = "migrated-"
-#: Between tries to remove a journal entry from a disk that fails.
+#: Seconds between tries to remove a journal entry from a failing disk.
 REMOVE_PAUSES = (0.1, 0.5, 2.0, 5.0, 10.0)
 
 log = structlog.get_logger("migrated.recovery.state")
 
 
 class RecoveryState(Generic[E]):
-    """What is kept of one migration: its journal entry, and descriptors in the store."""
+    """The journal entry of one migration, and its descriptors in the store."""
 
     def __init__(self, journal: Journal[E], store: DescriptorStore, migration_id: str) -> None:
         self._journal: Journal[E] = journal
@@ -33,43 +36,43 @@ class RecoveryState(Generic[E]):
         self._over = False
 
     async def keep_descriptors(self, fds: Sequence[int]) -> None:
-        """Have the store keep these, in this order.  HostError."""
+        """Keep these in the descriptor store, in this order.  Raises HostError."""
         await self._store.keep(PREFIX + self._id, fds)
 
     async def write(self, entry: E) -> None:
-        """Write the entry durably.  HostError.  After `clear` nothing is written: what was on its way comes too late."""
+        """Write the entry durably.  Raises HostError.  Does nothing after `clear` or `close_entry`."""
         async with self._writing:
             if not self._over:
                 await in_thread(self._journal.write, self._id, entry)
 
     async def remove_entry(self) -> None:
-        """Remove the entry alone.  OSError when it cannot be: then it would be believed after a restart."""
+        """Remove only the entry.  Raises OSError; the next agent would then still trust the entry."""
         await in_thread(self._journal.remove, self._id)
 
     async def release_descriptors(self) -> None:
-        """Where the next agent needs only the entry."""
+        """Release the descriptors, when the next agent needs only the entry."""
         await self._store.forget(PREFIX + self._id)
 
     async def close_entry(self) -> None:
-        """Keep only the word that all is in, for a source that has not heard it."""
+        """Keep only the fact that all pages have arrived, for a source that has not heard it."""
         async with self._writing:
             self._over = True
             try:
                 await in_thread(self._journal.close, self._id)
-            except OSError as error:  # then a next agent takes the guest back, and finds that all is in
-                log.warning("a journal entry cannot be closed", migration=self._id, error=str(error))
+            except OSError as error:  # then the next agent recovers the guest, and finds that all pages have arrived
+                log.warning("cannot close a journal entry", migration=self._id, error=str(error))
                 return
         await self._store.forget(PREFIX + self._id)
 
     async def supersede_others(self, guest: str) -> None:
-        """This migration has the guest now: no entry left by an earlier one may ever make it run here again.  HostError."""
+        """Make sure that no entry of an earlier migration can ever run the guest here again.  Raises HostError."""
         await in_thread(supersede, self._journal, guest, self._id)
 
     async def clear(self) -> None:
-        """Remove all of it: no agent needs anything of this migration any more.
+        """Remove everything: no agent needs anything of this migration any more.
 
-        An entry without its descriptors would be a guest that can never be served: where the entry cannot be removed, they
-        stay kept.
+        If the entry cannot be removed, the descriptors stay kept: an entry without its descriptors would describe a
+        guest that can never be served.
         """
         async with self._writing:
             self._over = True
@@ -78,7 +81,7 @@ class RecoveryState(Generic[E]):
                     await self.remove_entry()
                     break
                 except OSError as error:
-                    log.warning("a journal entry cannot be removed", migration=self._id, error=str(error))
+                    log.warning("cannot remove a journal entry", migration=self._id, error=str(error))
                     if pause is None:
                         return
                     await asyncio.sleep(pause)
@@ -86,10 +89,11 @@ class RecoveryState(Generic[E]):
 
 
 def supersede(journal: Journal[SourceEntry], guest: str, successor: str) -> None:
-    """Mark every other entry of the guest that would make it run here.
+    """Mark every other entry that would make the guest run here as superseded.
 
-    Such an entry stays where the guest did not answer, or its target could not be told.  Once the guest has moved on, an
-    agent that believed it would run the guest at two places.  What it says of its target stays.  HostError.
+    Such an entry remains if the guest did not answer, or if its target could not be reached.  Once the guest has moved,
+    an agent that trusted the entry would run the guest on two hosts.  Its information about the target stays.  Raises
+    HostError.
     """
     for migration_id, entry in journal.load().items():
         if migration_id == successor or entry.hello.guest != guest:
@@ -100,14 +104,14 @@ def supersede(journal: Journal[SourceEntry], guest: str, successor: str) -> None
 
 
 class LeftoverMigrations(Generic[E]):
-    """What an agent before us left: entries that can be believed, with the descriptors kept for each."""
+    """The migrations that the previous agent left: valid entries, with the descriptors kept for each."""
 
     def __init__(self, journal: Journal[E], store: DescriptorStore) -> None:
         self._journal: Journal[E] = journal
         self._store = store
 
     async def take(self) -> list[tuple[str, E, list[int]]]:
-        """``(migration id, entry, descriptors)``; the descriptors are the caller's.  What belongs to no entry is closed."""
+        """Return ``(migration id, entry, descriptors)``; the caller owns the latter.  Close those without an entry."""
         held = await self._store.taken()
         try:
             entries, doubtful = await in_thread(self._read)
@@ -123,9 +127,9 @@ class LeftoverMigrations(Generic[E]):
             for fd in fds:
                 os.close(fd)
             if name.removeprefix(PREFIX) in doubtful:
-                log.error("the descriptors of a migration stay kept: its journal was set aside", name=name)
+                log.error("keeping the descriptors of a migration whose journal was set aside", name=name)
                 continue
-            log.warning("descriptors were kept for a migration without a journal; letting go", name=name)
+            log.warning("releasing descriptors kept for a migration without a journal", name=name)
             await self._store.forget(name)
         return found
 

@@ -1,7 +1,7 @@
-"""Who holds a migration's descriptors when the agent dies: the service manager's store, or a holder process of ours.
+"""The descriptor store: it keeps a migration's descriptors when the agent dies, in the service manager or in a holder.
 
-What must survive on a target: the guest's userfaultfd, its memfds, and the ledger; on a source: the frozen memory.  (The
-guest process holds a userfaultfd of its own too, so that its threads go on waiting in any case.)
+On a target the guest's userfaultfd, its memfds and the ledger must survive; on a source, the frozen memory.  (The guest
+process also holds the userfaultfd, so that its threads keep waiting in any case.)
 """
 
 from __future__ import annotations
@@ -32,34 +32,34 @@ LISTEN_TRIES = 50
 
 
 class HolderGoneError(HostError):
-    """The holder has ended: it holds nothing, or was killed."""
+    """The holder has exited: it held nothing, or was killed."""
 
 
 class DescriptorStore(Protocol):
-    """Descriptors by name, across our death."""
+    """Descriptors by name, kept across the agent's death."""
 
     async def taken(self) -> dict[str, list[int]]:
-        """What an agent before us left, once, at the start.  The descriptors are the caller's."""
+        """Return what the previous agent left; call it once, at the start.  The caller owns the descriptors."""
         ...
 
     async def keep(self, name: str, fds: Sequence[int]) -> None:
-        """Hold duplicates of these under a name.  HostError."""
+        """Keep duplicates of these under a name.  Raises HostError."""
         ...
 
     async def forget(self, name: str) -> None:
-        """Close what is held under a name.  Never raises."""
+        """Close the descriptors kept under a name.  Never raises."""
         ...
 
 
 class SystemdStore:
     """The service manager's descriptor store (``FileDescriptorStoreMax=``).
 
-    It returns descriptors in random order, so each has a name of its own: the migration's, and its place.
+    The manager returns descriptors in random order, so each has its own name: the migration's, and its position.
     """
 
     def __init__(self) -> None:
-        self._stored: dict[str, list[str]] = {}  # what is in the store for a name
-        self.held: dict[str, list[int]] = {}  # duplicates of it
+        self._stored: dict[str, list[str]] = {}  # names in the manager's store, by our name
+        self.held: dict[str, list[int]] = {}  # duplicates of what is stored, by our name
 
     async def taken(self) -> dict[str, list[int]]:
         """See DescriptorStore."""
@@ -71,7 +71,7 @@ class SystemdStore:
             elif place.isdecimal():
                 self._stored.setdefault(name, []).append(stored)
                 places.setdefault(name, {})[int(place)] = fds.pop()
-            else:  # of an agent of an earlier version, which gave all of them one name
+            else:  # from an agent of an earlier version, which used one name for all
                 self._stored[stored] = [stored]
                 places[stored] = dict(enumerate(fds))
                 fds.clear()
@@ -102,7 +102,7 @@ class SystemdStore:
 
 
 def _store(names: Sequence[str], fds: Sequence[int]) -> bool:
-    """Whether the service manager keeps all of them.  HostError.  Blocks while it does not read."""
+    """Store descriptors; return whether the service manager keeps them all.  HostError.  Blocks until it reads."""
     with contextlib.ExitStack() as opened:
         for name, fd in zip(names, _distinct(fds, opened), strict=True):
             systemd.store_fd(name, fd)
@@ -115,7 +115,7 @@ def _forget_stored(stored: str) -> None:
 
 
 def _distinct(fds: Sequence[int], opened: contextlib.ExitStack) -> list[int]:
-    """Descriptors of the same files, each an open file of its own: the manager takes duplicates of one for the same."""
+    """Return descriptors of the same files, each its own open file: the manager keeps one of several duplicates."""
     seen: set[tuple[int, int]] = set()
     result = []
     for fd in fds:
@@ -123,7 +123,7 @@ def _distinct(fds: Sequence[int], opened: contextlib.ExitStack) -> list[int]:
         key = (status.st_dev, status.st_ino)
         own = fd
         if key in seen:
-            with contextlib.suppress(OSError):  # one without a file (a userfaultfd) shares its number with all of these
+            with contextlib.suppress(OSError):  # an anonymous inode (a userfaultfd) shares its number with all others
                 own = os.open(f"/proc/self/fd/{fd}", fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_CLOEXEC)
                 opened.callback(os.close, own)
         seen.add(key)
@@ -132,7 +132,7 @@ def _distinct(fds: Sequence[int], opened: contextlib.ExitStack) -> list[int]:
 
 
 class HolderStore:
-    """A process of ours (`migrated.recovery.holder`), started when first needed, found again by its socket."""
+    """The holder process (`migrated.recovery.holder`), started when first needed, and found again by its socket."""
 
     def __init__(self, state_dir: Path) -> None:
         self._path = state_dir / "holder.sock"
@@ -140,7 +140,7 @@ class HolderStore:
         self._lock = asyncio.Lock()
 
     async def _connected(self) -> bool:
-        """Whether there is a holder.  It may be slow to answer, here and in `_asked`: that must stop nothing else."""
+        """Connect to the holder, if there is one.  In a thread, as in `_asked`: a slow holder must not block others."""
         return await in_thread(self._connect)
 
     async def _asked(self, request: dict[str, str], fds: Sequence[int] = ()) -> tuple[dict[str, Any], list[int]]:
@@ -164,13 +164,13 @@ class HolderStore:
         return True
 
     async def _start(self) -> None:
-        """The holder, in a session of its own: it must not die with us."""
+        """Start the holder in its own session, so that it does not die with us."""
 
         def start() -> subprocess.CompletedProcess[str]:
             # Opened here: subprocess leaves its own /dev/null open when it is out of descriptors for the pipe.
             with Path(os.devnull).open("r+b") as null:
                 return subprocess.run(
-                    # -P and cwd: what lies in the directory we were started in must not be run.
+                    # -P and cwd: never run code from the directory we were started in.
                     [sys.executable, "-P", "-m", "migrated.recovery.holder", str(self._path)],
                     check=False,
                     cwd="/",
@@ -185,14 +185,14 @@ class HolderStore:
 
         try:
             async with asyncio.timeout(START_SECONDS):
-                # Not the event loop's subprocess: under uvloop the end of the pipe is not seen while the holder lives.
+                # Not the event loop's subprocess: uvloop does not see the end of the pipe while the holder lives.
                 done = await in_thread(start)
                 if done.returncode:
                     raise HostError(
                         f"no holder of descriptors can be started on {self._path}: status {done.returncode}, "
-                        f"{done.stderr.strip().rpartition(chr(10))[2] or 'not a word'}",
+                        f"{done.stderr.strip().rpartition(chr(10))[2] or 'no output'}",
                         code="holder",
-                        hint="agent.state_dir must be a directory of this user's, with room",
+                        hint="agent.state_dir must be this user's directory, with free space",
                     )
                 while not await self._connected():  # noqa: ASYNC110 - a socket tells nobody that it listens
                     await asyncio.sleep(0.01)
@@ -202,13 +202,13 @@ class HolderStore:
             raise HostError(
                 f"no holder of descriptors can be started on {self._path}: {error.strerror}",
                 code="holder",
-                hint="it keeps what survives a crash of this agent: it needs a few descriptors and a process",
+                hint="it keeps what must survive a crash of this agent; it needs a process and a few descriptors",
             ) from error
 
     def _ask(self, request: dict[str, str], fds: Sequence[int] = ()) -> tuple[dict[str, Any], list[int]]:
         sock = self._socket
         if sock is None:
-            raise HostError("no holder of descriptors is there", code="holder")
+            raise HostError("there is no holder of descriptors", code="holder")
         try:
             socket.send_fds(sock, [json.dumps(request).encode()], list(fds))
             data, received, _, _ = socket.recv_fds(sock, 1 << 16, 250)
@@ -224,7 +224,7 @@ class HolderStore:
             raise (HolderGoneError if gone else HostError)(
                 f"the holder of descriptors at {self._path} failed: {error}",
                 code="holder",
-                hint="it may have been killed; a crash of this agent could not be survived now",
+                hint="it may have been killed; a crash of this agent cannot be recovered now",
             ) from error
         return answer, received
 
@@ -239,7 +239,7 @@ class HolderStore:
             except HolderGoneError:
                 if known:
                     raise
-                return {}  # it was just ending: one that holds something does not
+                return {}  # it was just exiting: a holder that holds something does not
             return {name: (await self._asked({"op": "take", "name": name}))[1] for name in answer.get("names", [])}
 
     async def keep(self, name: str, fds: Sequence[int]) -> None:
@@ -251,17 +251,17 @@ class HolderStore:
             try:
                 answer, _ = await self._asked({"op": "keep", "name": name}, fds)
             except HolderGoneError:
-                if known:  # it held what is others', too
+                if known:  # it also held descriptors of other migrations
                     raise
-                await self._start()  # that one was just ending
+                await self._start()  # that one was just exiting
                 answer, _ = await self._asked({"op": "keep", "name": name}, fds)
         if not answer.get("ok"):
             raise HostError(f"the holder of descriptors refused: {answer.get('error')}", code="holder")
 
     async def forget(self, name: str) -> None:
-        """See DescriptorStore.  With nothing left to hold we let go of the holder, and it ends."""
+        """See DescriptorStore.  When nothing is left, disconnect from the holder, which then exits."""
         async with self._lock:
-            # Also of a holder that was being started when we gave up, and may not listen yet: nobody else will end it.
+            # This includes a holder whose start we gave up on, and which may not listen yet: nobody else ends it.
             for _ in range(LISTEN_TRIES):
                 if await self._connected() or not os.path.lexists(self._path):  # noqa: ASYNC240 - a look at a local file
                     break
@@ -280,20 +280,20 @@ class HolderStore:
 
 
 class CombinedStore:
-    """Keeps in ``chosen``; takes back and forgets in both, since an agent before us may have chosen otherwise."""
+    """Keep in ``chosen``; take and forget in both, since the previous agent may have chosen the other."""
 
     def __init__(self, chosen: DescriptorStore, other: DescriptorStore) -> None:
         self.chosen = chosen
         self._other = other
 
     async def copy_to_holder(self) -> None:
-        """Have a holder keep what the store does, too: systemd before 254 empties it when a service has stopped."""
+        """Copy the store's contents to a holder: systemd before 254 empties the store when a service has stopped."""
         if isinstance(self.chosen, SystemdStore):
             for name, fds in self.chosen.held.items():
                 try:
                     await self._other.keep(name, fds)
                 except HostError as error:
-                    log.warning("what is kept may not outlive this stop", name=name, error=str(error))
+                    log.warning("the kept descriptors may not survive this stop", name=name, error=str(error))
 
     async def taken(self) -> dict[str, list[int]]:
         """See DescriptorStore."""
@@ -315,7 +315,7 @@ class CombinedStore:
 
 
 def store_for(state_dir: Path) -> DescriptorStore:
-    """The service manager's store where there is one, a holder of our own elsewhere."""
+    """Return the service manager's store if it has one, else a holder of our own."""
     holder = HolderStore(state_dir)
     if not os.environ.get("NOTIFY_SOCKET"):
         return holder
@@ -327,8 +327,8 @@ def store_for(state_dir: Path) -> DescriptorStore:
     if not problem:
         return CombinedStore(systemd_store, holder)
     log.warning(
-        "the service manager keeps no descriptors: a process of ours does",
+        "the service manager keeps no descriptors: using a holder process",
         problem=problem,
-        hint="FileDescriptorStoreMax= in this agent's unit, as in ours",
+        hint="set FileDescriptorStoreMax= in this agent's unit, as the shipped unit does",
     )
     return CombinedStore(holder, systemd_store)

@@ -1,6 +1,6 @@
-"""What we tell the service manager, and the descriptors it keeps for us: sd_notify(3), in our own few lines.
+"""Notify the service manager, and use its descriptor store: sd_notify(3) in a few lines.
 
-All functions do nothing, and say so by returning False or nothing, when no service manager started us.
+If no service manager started us, every function does nothing and returns False, None or an empty result.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 _FIRST_FD: Final = 3  # SD_LISTEN_FDS_START
 # A descriptor's name goes into a colon-separated list in the environment (sd_pid_notify_with_fds(3)).
 _FD_NAME: Final = re.compile(r"[!-9;-~]{1,255}", re.ASCII)
-#: Of a descriptor that shows whether there is a store.  It may be handed back if we died in between.
+#: Name of the descriptor that probes for a store.  The manager may return it if we died in between.
 PROBE_NAME: Final = "migrated.probe"
 #: The manager answers at once, unless it is busy with something else.
 BARRIER_SECONDS: Final = 10.0
 
 
 def notify(*assignments: str, fds: Sequence[int] = ()) -> bool:
-    """Send ``"READY=1"``, ``"STATUS=…"`` and the like; True if there was somebody to tell.
+    """Send ``"READY=1"``, ``"STATUS=…"`` and the like; return True if there is a service manager.
 
-    Raises HostError when the service manager is there but cannot be reached.
+    Raises HostError if the service manager is configured but cannot be reached.
     """
     path = os.environ.get("NOTIFY_SOCKET", "")
     if not path:
@@ -36,7 +36,7 @@ def notify(*assignments: str, fds: Sequence[int] = ()) -> bool:
     if path[0] not in "/@":
         message = f"NOTIFY_SOCKET={path}: not a Unix socket"
         raise HostError(
-            message, code="service-manager", hint="it is set by the service manager; unset it to run without"
+            message, code="service-manager", hint="the service manager sets it; unset it to run without one"
         )
     address = "\0" + path[1:] if path[0] == "@" else path
     payload = "\n".join(one.replace("\n", " ") for one in assignments).encode()
@@ -48,13 +48,13 @@ def notify(*assignments: str, fds: Sequence[int] = ()) -> bool:
             else:
                 connection.send(payload)
     except OSError as error:
-        message = f"telling the service manager at {path}: {error.strerror}"
+        message = f"cannot notify the service manager at {path}: {error.strerror}"
         raise HostError(message, code="service-manager", hint="is the service manager running?") from error
     return True
 
 
 def watchdog_seconds() -> float | None:
-    """How often at least the service manager wants ``WATCHDOG=1``, or None."""
+    """Return the longest interval in seconds at which the service manager wants ``WATCHDOG=1``, or None."""
     pid = os.environ.get("WATCHDOG_PID", "")
     interval = os.environ.get("WATCHDOG_USEC", "")
     if not (interval.isascii() and interval.isdigit()) or int(interval) == 0 or (pid and pid != str(os.getpid())):
@@ -63,10 +63,10 @@ def watchdog_seconds() -> float | None:
 
 
 def store_fd(name: str, fd: int) -> bool:
-    """Have the service manager keep a duplicate of ``fd`` under ``name`` across our death (``FDSTORE=1``).
+    """Ask the service manager to keep a duplicate of ``fd`` under ``name`` across our death (``FDSTORE=1``).
 
-    It says nothing of whether it does: ask `keeps_fds`.  It hands descriptors back in no particular order, and keeps one of
-    several that are the same open file.  Raises HostError, ValueError.
+    It does not say whether it does: check with `keeps_fds`.  It returns descriptors in no particular order, and keeps
+    only one of several that refer to the same open file.  Raises HostError, ValueError.
     """
     _check_name(name)
     # FDPOLL=0: the manager would otherwise drop a descriptor that polls POLLERR or POLLHUP.  A blocking userfaultfd
@@ -75,11 +75,12 @@ def store_fd(name: str, fd: int) -> bool:
 
 
 def keeps_fds() -> bool:
-    """Whether the service manager keeps what it is given, and has kept all that was stored before this call.
+    """Check that the service manager stores descriptors, and has stored all that were sent before this call.
 
-    NOTIFY_SOCKET does not tell: a supervisor may take nothing but READY=1 from it, and systemd drops silently what does not
-    fit into FileDescriptorStoreMax=.  FDSTORE in the environment tells from systemd 254 on.  So we store the writing end of
-    a pipe that nobody else has: while the reading end sees no hang-up, somebody keeps it.  Raises HostError.
+    NOTIFY_SOCKET does not say so: a supervisor may understand only READY=1, and systemd silently drops descriptors
+    beyond FileDescriptorStoreMax=.  FDSTORE in the environment does say so, but only from systemd 254 on.  So we store
+    the writing end of a pipe and close our own: while the reading end sees no hang-up, the manager keeps it.  Raises
+    HostError.
     """
     reading, writing = os.pipe()
     try:
@@ -94,7 +95,7 @@ def keeps_fds() -> bool:
 
 
 def _barrier() -> bool:
-    """Wait until the manager has read everything sent so far (sd_notify_barrier(3)); False if it does not say so in time."""
+    """Wait until the manager has read everything sent so far (sd_notify_barrier(3)); return False on a timeout."""
     reading, writing = os.pipe()
     try:
         try:
@@ -113,15 +114,15 @@ def _hung_up(reading: int, limit_seconds: float) -> bool:
 
 
 def forget_fds(name: str) -> bool:
-    """Have the service manager close what it keeps under ``name``."""
+    """Ask the service manager to close the descriptors it keeps under ``name``."""
     _check_name(name)
     return notify("FDSTOREREMOVE=1", f"FDNAME={name}")
 
 
 def take_stored_fds() -> dict[str, list[int]]:
-    """Descriptors the service manager hands back, by name, close-on-exec set; they are the caller's from now on.
+    """Return the descriptors that the service manager passed to us, by name, with close-on-exec set.
 
-    Empty on a second call.
+    The caller owns them.  A second call returns nothing.
     """
     pid = os.environ.pop("LISTEN_PID", "")
     count = os.environ.pop("LISTEN_FDS", "")

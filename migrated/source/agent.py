@@ -1,4 +1,7 @@
-"""The source agent: knows the guests of this host, and moves them away."""
+"""The source agent: it knows the guests of this host and migrates them to other hosts.
+
+It also recovers the migrations that the previous agent left in the journal.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ log = structlog.get_logger("migrated.source")
 
 
 class SourceAgent(HostAgent[SourceMigration]):
-    """Moves guests away."""
+    """Migrates guests away from this host."""
 
     role = "source"
 
@@ -36,7 +39,7 @@ class SourceAgent(HostAgent[SourceMigration]):
         self._journal = Journal(config.state_dir / "journal", SourceEntry)
 
     async def start(self, request: StartRequest) -> Record:
-        """Check everything that can be checked without touching the guest; go on in the background."""
+        """Check everything that can be checked without touching the guest; then migrate in the background."""
         if self._stopping:
             raise ConflictError("this agent is shutting down", hint="start it again first")
         self._check_started()
@@ -60,7 +63,7 @@ class SourceAgent(HostAgent[SourceMigration]):
             )
         if len(self._migrations.active) >= self.config.limits.max_migrations:
             raise ConflictError(
-                f"{len(self._migrations.active)} migrations are under way, the limit",
+                f"{len(self._migrations.active)} migrations are active, which is the limit",
                 code="too-many",
                 hint="wait for one to end, or raise limits.max_migrations",
             )
@@ -79,7 +82,7 @@ class SourceAgent(HostAgent[SourceMigration]):
         return migration.record
 
     async def _check_committed(self, guest: str) -> None:
-        """After COMMIT the guest belongs to the target, whatever became of that migration.  HostError, ConflictError."""
+        """Refuse a guest that belongs to a target since COMMIT, whatever happened since.  HostError, ConflictError."""
         for migration_id, entry in (await in_thread(self._journal.load)).items():
             if (
                 entry.hello.guest != guest
@@ -95,10 +98,10 @@ class SourceAgent(HostAgent[SourceMigration]):
                     hint=f"once you know where it runs: `migrated discard {migration_id}` or `migrated force-run {migration_id}`",
                 )
 
-    # ------------------------------------------------------------ after an agent that died
+    # ------------------------------------------------------------ recovery after a restart
 
     async def _take_back(self) -> None:
-        """Go on with what an agent before us left, guest by guest."""
+        """Recover the migrations that the previous agent left, guest by guest."""
         found = await LeftoverMigrations(self._journal, self._store).take()
         newest = {entry.hello.guest: key for key, entry, _ in sorted(found, key=lambda left: left[1].started_at)}
         for migration_id, entry, fds in found:
@@ -110,9 +113,9 @@ class SourceAgent(HostAgent[SourceMigration]):
                 for fd in fds:
                     with contextlib.suppress(OSError):
                         os.close(fd)
-                # The entry stays: it is all there is to find the guest by, and a repaired configuration may need it.
+                # The entry stays: only it can find the guest again, for instance once the configuration is repaired.
                 log.error(  # noqa: TRY400 - expected: no traceback
-                    "a migration of the agent before cannot go on",
+                    "cannot continue a migration of the previous agent",
                     migration=migration_id,
                     guest=entry.hello.guest,
                     stage=entry.stage,
@@ -195,7 +198,7 @@ class SourceAgent(HostAgent[SourceMigration]):
         return migration.record
 
     async def abandon(self, migration_id: str, *, confirm: str) -> Record:
-        """Not here: what is missing is missing on the target."""
+        """Refuse: the pages are missing on the target, so abandon the migration there."""
         migration = self._migrations.find(migration_id)
         del confirm
         raise ConflictError(
@@ -205,12 +208,12 @@ class SourceAgent(HostAgent[SourceMigration]):
         )
 
     async def force_run(self, migration_id: str, *, confirm: str) -> Record:
-        """See HostAgent.  The journal says first that COMMIT is taken back, so a next agent runs the guest here as well."""
+        """See HostAgent.  Withdraw COMMIT in the journal first, so that the next agent also runs the guest here."""
         self._check_started()
         record, entry = await self._journalled(migration_id)
         if entry is None or not entry.position.committed or entry.position.done:
             raise ConflictError(
-                f"migration {record.id} is {record.state}: this host has not given {record.guest} away",
+                f"migration {record.id} is {record.state}: this host has not handed {record.guest} over",
                 state=record.state.value,
             )
         self._check_confirmed(record, confirm, "force-run")
@@ -218,18 +221,18 @@ class SourceAgent(HostAgent[SourceMigration]):
             raise ConflictError(
                 f"the process of {record.guest} on this host has ended: it cannot run here",
                 state=record.state.value,
-                hint=f"`migrated discard {record.id}` gives up what is left",
+                hint=f"`migrated discard {record.id}` removes what is left",
             )
         await self._leave(self._migrations.known(record.id))
         entry.stage, entry.superseded = "active", False
         await in_thread(self._journal.write, record.id, entry)
-        log.error("the guest is made to run here on request", migration=record.id, guest=record.guest)
+        log.error("running the guest here on request", migration=record.id, guest=record.guest)
         migration = self._revive(entry, [], RecoveryState(self._journal, self._store, record.id), forced=True)
         self._launch(migration)
         return migration.record
 
     async def discard(self, migration_id: str, *, confirm: str) -> Record:
-        """See HostAgent.  A guest that was not given away runs on here: of it only the target's side is given up."""
+        """See HostAgent.  A guest that was not handed over keeps running here; only the target's side is given up."""
         self._check_started()
         record, entry = await self._journalled(migration_id)
         if entry is None or record.state not in (State.POSTCOPY_PAUSED, State.RECOVERING, State.FAILED, State.ABORTED):
@@ -260,18 +263,18 @@ class SourceAgent(HostAgent[SourceMigration]):
         """See HostAgent."""
         migration = self._migrations.find(migration_id)
         if migration.record.ended:
-            raise ConflictError(f"migration {migration.id} is over", state=migration.record.state.value)
+            raise ConflictError(f"migration {migration.id} has ended", state=migration.record.state.value)
         migration.options.apply(request)
         migration.limits_changed()
         return migration.record
 
     def health(self) -> Health:
-        """A source is healthy while its loop turns (whoever asks has shown that)."""
+        """Report health.  A source is healthy while its event loop runs, which this call itself shows."""
         reasons = self._reasons()
         return Health(healthy=True, ready=not reasons, reasons=reasons)
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Until ``stop``: then abort what can be aborted, and stay until nothing post-copy needs this process."""
+        """Serve until ``stop``; then abort what can be aborted, and stay until no post-copy needs this process."""
         async with self._guests:
             await self._take_back()
             self._started = True

@@ -1,9 +1,9 @@
-"""When pre-copy has done what it can: policy only, no I/O, no clock.
+"""Decide when pre-copy should end.  This is policy only: no I/O, no clock.
 
-After each round the caller says what the round looked at, sent and took, and what is marked by now.  The kernel reports
-pages, so much of what is marked may not have changed at all: the caller has had a sample of it compared, and so knows about
-how much the next round would send.  What that would take is judged by the rounds so far: they already contain link speed,
-bandwidth limit and hashing.
+After each round the caller reports how much the round examined and sent, how long it took, and how much is marked now.
+The kernel reports whole pages, so much of what is marked may not have changed at all.  The caller therefore compares a
+sample and estimates how much the next round would send.  The time that takes is estimated from earlier rounds, which
+already include link speed, bandwidth limit and hashing.
 """
 
 from __future__ import annotations
@@ -13,53 +13,54 @@ import enum
 
 
 class Verdict(enum.Enum):
-    """What to do next."""
+    """What to do after a round."""
 
     ROUND = "round"  # another round
     FINISH = "finish"  # pause, and send the rest while paused: it fits the downtime limit
-    POSTCOPY = "postcopy"  # pause, and let the rest follow after the switch-over
-    GIVE_UP = "give-up"  # mode precopy: it will not converge within the limits
+    POSTCOPY = "postcopy"  # pause, and send the rest after the switchover
+    GIVE_UP = "give-up"  # mode precopy: the guest does not converge within the limits
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RoundResult:
-    """One round, and what it leaves to the next.  Bytes of guest memory, but for those sent."""
+    """One round, and what it leaves for the next.  All bytes but ``sent_bytes`` are bytes of guest memory."""
 
     number: int
     seconds: float
-    examined_bytes: int  # what was marked: read and hashed
+    examined_bytes: int  # marked before the round: read and hashed
     sent_bytes: int  # on the wire
     marked_bytes: int  # for the next round
-    changed_bytes: int  # of these: have changed, going by a sample
+    changed_bytes: int  # of these, changed: estimated from a sample
 
 
-#: What a switch-over costs besides (pausing, guest state, commit): of the downtime limit so much is not ours to spend.
+#: Part of the downtime that sending cannot use: pausing, guest state and commit take this long.
 SWITCHOVER_SECONDS = 0.03
-#: Reading and hashing, until a round has shown it: a careful 4 GB/s.
+#: Time to read and hash, until a round has measured it: a conservative 4 GB/s.
 EXAMINE_SECONDS_PER_BYTE = 0.25e-9
-#: A round that sends less than this part of what it looks at says more about looking than about sending.
+#: A round that sends less than this part of what it examines measures examining rather than sending.
 SENDING_SHARE = 0.25
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StallRule:
-    """Another round is worth it if what is left would take at most ``progress`` of the round before.
+    """Another round is worthwhile if the rest would take at most ``progress`` times the last round's time.
 
-    So many rounds in a row that are not end pre-copy.
+    After ``stalled_rounds`` consecutive rounds without such progress, pre-copy ends.
     """
 
     progress: float
     stalled_rounds: int
 
 
-#: What is left grows while it is being sent: a part r of a round's time becomes r / (1 - r) by the end of the next, for a
-#: guest that writes evenly.  So 0.45 stands for rounds of four fifths, and 0.5 for no progress at all.  In hybrid mode going on
-#: costs time and bytes, and stopping costs little; in mode precopy stopping is failure, and doubt speaks for going on.
+#: The rest grows while it is being sent: for a guest that writes evenly, a part r of a round's time becomes r / (1 - r)
+#: by the end of the next.  So with 0.45 each round takes about four fifths of the one before, and 0.5 means no progress
+#: at all.  In hybrid mode another round costs time and bytes, and stopping costs little.  In mode precopy stopping
+#: means failure, so when in doubt, continue.
 STALL_RULES = {"hybrid": StallRule(0.45, 1), "precopy": StallRule(0.9, 2)}
 
 
 class Convergence:
-    """Feed it each round's result; it answers with a `Verdict`."""
+    """Feed each round's result to `after`; it returns a `Verdict`."""
 
     def __init__(self, mode: str, *, downtime_limit_seconds: float, max_rounds: int) -> None:
         self.mode = mode
@@ -68,10 +69,10 @@ class Convergence:
         self._stall_rule = STALL_RULES[mode]
         self._stalled = 0
         self._examine = EXAMINE_SECONDS_PER_BYTE
-        self._send: float | None = None  # seconds a byte; until a round had something to send
+        self._send: float | None = None  # seconds per byte; None until a round had something to send
 
     def next_seconds(self, result: RoundResult) -> float:
-        """About how long the next round would take, and so sending the rest while paused; 0 while nothing is known."""
+        """Estimate the time of the next round, and so of sending the rest while paused; 0 while nothing is known."""
         return result.marked_bytes * self._examine + result.changed_bytes * (self._send or 0.0)
 
     def _learn(self, result: RoundResult) -> None:
@@ -82,7 +83,7 @@ class Convergence:
             self._examine = max(result.seconds - sending, 0.0) / result.examined_bytes
 
     def after(self, result: RoundResult) -> Verdict:
-        """What to do after this round."""
+        """Decide what to do after this round."""
         self._learn(result)
         allowed = max(self.downtime_limit_seconds - SWITCHOVER_SECONDS, self.downtime_limit_seconds / 5)
         ahead = self.next_seconds(result)

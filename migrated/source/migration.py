@@ -1,9 +1,9 @@
-"""One migration, seen from the source: pre-copy, switch-over, COMMIT, and serving what is still stale.
+"""The source's side of one migration: pre-copy, switchover, COMMIT, and serving the pages that are still stale.
 
-until COMMIT   one connection.  Any failure ends it and leads to `SourceMigration._roll_back`: the guest runs on here.
-COMMIT         one message.  `Session.committed` turns true before its first byte leaves, and from then on nothing on
-this side may make the guest run here.
-until Done     only serving, over as many connections as it takes: each that fails is followed by another one.
+until COMMIT   There is one connection.  A failure leads to `SourceMigration._roll_back`: the guest keeps running here.
+COMMIT         One message.  `Session.committed` becomes true before its first byte leaves; from then on nothing on this
+               side may run the guest here.
+until Done     The source only serves pages, over as many connections as it takes: a new one replaces each that fails.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ from migrated.source.precopy import PreCopy
 from migrated.source.stage import RestartStage
 from migrated.waiting import Backoff, in_thread, within
 
-#: Of zstd: the fastest that still finds what a guest's memory repeats.
+#: zstd level: the fastest that still finds the repetitions in guest memory.
 COMPRESSION_LEVEL = 1
-#: A process that is dying closes its connections first, and is there until its memory is freed.
+#: A dying process first closes its connections, and exists until its memory is freed.
 DYING_SECONDS = 1.0
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ if TYPE_CHECKING:
 
 
 class SourceMigration(Migration):
-    """Construct, then `run` once; the verbs may be called meanwhile."""
+    """Construct it and call `run` once; the verbs may be called meanwhile."""
 
     role = "source"
     engine: SourceEngine | None
@@ -123,11 +123,11 @@ class SourceMigration(Migration):
         self._dialer = Dialer(options.target, session_id=session_id, token=self._token, timeouts=config.timeouts)
         entry = recovered.entry if recovered is not None else None
         self._stage = RestartStage(recovery_state, guest, self._dialer, options, log=self.log, entry=entry)
-        self._tracker: Tracker | None = None  # while the guest is tracked
+        self._tracker: Tracker | None = None  # set while the guest is tracked
         self._rounds_done: asyncio.Queue[int] = asyncio.Queue()
         self._switch_now = asyncio.Event()
         self._tries = Backoff(self._timeouts.reconnect_interval, self._timeouts.reconnect_interval_limit)
-        self._stuck = False  # its process is here and was not run on, or not ended: the next agent must find it
+        self._stuck = False  # the process could not be resumed, or ended: the next agent must find it
         self._released = False
         self._laps = Laps(self.record.downtime_breakdown)
         self._rates = Rates()
@@ -145,8 +145,8 @@ class SourceMigration(Migration):
                         await self._until_loaded(connection)
                         await self._stage.write("committed")
                         connection.alive.check()
-                        connection.link.post(Commit())  # nothing may follow: here the guest ceases to be ours
-                except Exception as error:  # noqa: BLE001 - COMMIT was not sent: whatever it was, the guest runs on here
+                        connection.link.post(Commit())  # the guest is no longer ours: nothing may follow
+                except Exception as error:  # noqa: BLE001 - COMMIT was not sent: the guest keeps running here
                     reason = await self._roll_back(error, connection)
                 else:
                     self._laps.lap("commit")
@@ -187,7 +187,7 @@ class SourceMigration(Migration):
         return engine
 
     async def _greet(self, connection: Connection, memory: SourceMemory) -> tuple[int, ...]:
-        """Hello → Ready; returns the target's page sizes."""
+        """Send Hello and wait for Ready; return the target's page sizes."""
         link = await self._dial(connection)
         hello = Hello(
             version=PROTOCOL_VERSION,
@@ -223,12 +223,12 @@ class SourceMigration(Migration):
         return ready.page_bytes
 
     async def _track(self, link: ControlLink, memory: SourceMemory, engine: SourceEngine) -> PreCopy:
-        """Attach dirty tracking; from here on the guest is touched."""
+        """Attach dirty tracking.  This is the first step that touches the guest."""
         await self._recovery_state.keep_descriptors(memory.memory_fds)
         await self._stage.write("active")
         await self._recovery_state.supersede_others(self.record.guest)
         uffd = await self._guest.tracking_uffd()
-        await self._stage.write("active")  # with what the driver has left in the guest
+        await self._stage.write("active")  # again: records what the driver has left in the guest
         tracker = self._tracker = Tracker(memory, uffd)
         precopy = PreCopy(
             engine=engine,
@@ -247,7 +247,7 @@ class SourceMigration(Migration):
         return precopy
 
     async def _switch_over(self, link: ControlLink, engine: SourceEngine, precopy: PreCopy, *, finish: bool) -> None:
-        """Pause, last scan, stale map, guest state; returns when the target has loaded it."""
+        """Pause the guest, scan, send the stale map and the guest state; return when the target has loaded it."""
         self.set_state(State.SWITCHOVER)
         started = time.monotonic()
         await self._guest.pause(link.pipe)
@@ -283,7 +283,7 @@ class SourceMigration(Migration):
         return self.connection
 
     async def _dial(self, connection: Connection) -> ControlLink:
-        """Have a control link: a new session's, or the one on which the session goes on."""
+        """Dial a control link, for a new session or to continue the session."""
         link = await self._dialer.control()
         if not self.session.connected:
             self.session = self.session.resumed()
@@ -292,16 +292,16 @@ class SourceMigration(Migration):
         return link
 
     def _resume(self, *, committed: bool) -> Resume:
-        """What a session that goes on opens with; ``committed``: whether COMMIT was sent, or may have been."""
+        """Return the message that resumes the session; ``committed``: COMMIT was sent, or may have been."""
         return Resume(PROTOCOL_VERSION, self.session_id, self._token, committed=committed)
 
     async def _open_streams(self, engine: SourceEngine) -> None:
-        """Page connections: all or none."""
+        """Dial the page connections and pass them to the engine."""
         bulk, urgent = await self._dialer.pages(self.options.streams)
         waiting = [(URGENT, urgent), *reversed(list(enumerate(bulk)))]
         try:
             while waiting:
-                engine.add_stream(*waiting.pop())  # takes the descriptor, whatever comes of it
+                engine.add_stream(*waiting.pop())  # takes the descriptor, even if it fails
         finally:
             for _, fd in waiting:
                 os.close(fd)
@@ -309,7 +309,7 @@ class SourceMigration(Migration):
     # ------------------------------------------------------------ after COMMIT
 
     async def _until_done(self) -> None:
-        """Dial until the target has everything."""
+        """Reconnect and serve until the target has every page."""
         limit, lost_at = self._timeouts.reconnect, time.monotonic()
         while not self.session.position.done:
             await self._tries.pause()
@@ -327,7 +327,7 @@ class SourceMigration(Migration):
                 )
 
     async def _serve(self, connection: Connection, *, resume: bool = False) -> bool:
-        """Serve over this connection, until Done or its end, which pauses the migration; whether the session went on over it."""
+        """Serve until Done; a failure pauses the migration.  Return whether the session was (re)established."""
         on = not resume
         try:
             async with connection.alive:
@@ -336,17 +336,17 @@ class SourceMigration(Migration):
                     standing = await self._resume_session(connection)
                     on = True
                 await self._until_all_sent(connection.link, standing)
-        except Exception as error:  # noqa: BLE001 - after COMMIT every failure means the same: the next connection
+        except Exception as error:  # noqa: BLE001 - after COMMIT any failure means: try the next connection
             if not on:
                 self.log.info("reconnect failed", error=str(error), next_try_seconds=self._tries.seconds)
-            if not self.session.position.done:  # Done may have been read, and not yet been taken from the queue
+            if not self.session.position.done:  # Done may have been read and still be queued
                 self.set_state(State.POSTCOPY_PAUSED, await self._judged(error))
         if self.session.position.done:
             await self._say_farewell(connection)
         return on
 
     async def _resume_session(self, connection: Connection) -> str:
-        """Hear where the target stands and what it lacks, and serve that; where it stands."""
+        """Learn the target's standing and the pages it lacks, and serve those; return the standing."""
         link = await self._dial(connection)
         self.set_state(State.RECOVERING)
         await link.send(self._resume(committed=True))
@@ -365,7 +365,7 @@ class SourceMigration(Migration):
             engine.lacking(message.region, message.first_page, message.bits)
             lacking = True
         self.record.stale_pages, self.record.stale_bytes = resumed.lacking_pages, engine.stats().stale_bytes_left
-        if lacking:  # a target that has everything may have closed its side: it only wants to say Done
+        if lacking:  # a target that lacks nothing needs no page connections, and may refuse them
             await self._open_streams(engine)
             engine.serve(drain=True)
         if resumed.state == "loaded":
@@ -376,9 +376,9 @@ class SourceMigration(Migration):
         return resumed.state
 
     async def _until_all_sent(self, link: ControlLink, standing: str) -> None:
-        """Serve until the target, which stands there, has everything.
+        """Serve until the target, whose standing is given, has every page.
 
-        What has arrived is taken from the messages, never from the session's state: that may be several messages ahead.
+        The messages show what has arrived; the session's state does not, since it may be several messages ahead.
         """
         if standing == "loaded":
             await link.expect(Running, limit_seconds=self._timeouts.switchover, what="the guest to run there")
@@ -394,8 +394,8 @@ class SourceMigration(Migration):
                 raise RemoteProtocolError(f"{type(message).__name__} came instead of Done")
 
     async def _judged(self, error: Exception) -> Exception:
-        """What the record says of the end of a connection.  Raises FinalError where no other one can help."""
-        if isinstance(error, GuestError) and error.code == "guest-gone":  # the engine met it
+        """Return the error to record for a failed connection.  Raises FinalError if no other connection can help."""
+        if isinstance(error, GuestError) and error.code == "guest-gone":  # reported by the engine
             await self._recovery_state.clear()
             raise FinalError(
                 GuestError(
@@ -406,7 +406,7 @@ class SourceMigration(Migration):
                 )
             ) from error
         if not isinstance(error, PeerError) or error.code == VERSION_MISMATCH:
-            return error  # of another version: that says nothing of where the guest is
+            return error  # a peer of another version says nothing about the guest
         if error.code == GUEST_LOST:
             raise FinalError(
                 MigratedError(
@@ -425,16 +425,16 @@ class SourceMigration(Migration):
         )
 
     async def _say_farewell(self, connection: Connection) -> None:
-        """Released, once the journal says so: the target forgets this session, and a next agent must not ask for it."""
+        """Record `released`, then send Released: the target forgets the session, so no agent may resume it."""
         try:
             await self._stage.write("released")
             if self.session.may_send(Released()):
                 await connection.link.send(Released())
-        except MigratedError as problem:  # the target goes on without it
-            self.log.info("the farewell was not said", error=str(problem))
+        except MigratedError as problem:  # the target does not need it
+            self.log.info("cannot send Released", error=str(problem))
 
     async def _end_old_guest(self) -> None:
-        """A paused process that cannot be ended stays in the journal: it must never be moved, or run, again."""
+        """End the paused process.  If that fails, it stays in the journal: it must never be moved or run again."""
         self._released = True
         entry = self._stage.require_entry()
         try:
@@ -442,27 +442,27 @@ class SourceMigration(Migration):
                 await self._guest.adopt(entry.pid, entry.guest)
             await self._guest.release()
         except MigratedError as problem:
-            self.log.warning("the old process of the guest is still here", error=str(problem))
+            self.log.warning("cannot end the guest's old process", error=str(problem))
             self._stuck = process_lives(entry.pid, entry.pid_started)
             if (
                 self._stuck
                 and entry.stage != "released"
                 and not await log_errors(self._stage.write("released"), self.log, "write the journal")
             ):
-                return  # all that is kept stays kept: the next agent asks the target once more
+                return  # keep everything: the next agent asks the target once more
         await self._survival_over()
 
-    # ------------------------------------------------------------ rollback: COMMIT was not sent
+    # ------------------------------------------------------------ rolling back: COMMIT was not sent
 
     async def _roll_back(self, error: BaseException, connection: Connection) -> BaseException:
-        """The guest runs on here, untracked; the target is told, if it still can be; returns what it was told.
+        """Resume the guest here, untracked; abort on the target if it can be reached; return the error to report there.
 
-        The order is what keeps the guest in one place: the session rules out COMMIT, then the journal does, then the guest runs
-        on.  Nothing before that waits for the network.
+        The order keeps the guest in one place: the session rules out COMMIT, then the journal does, then the guest
+        resumes.  Nothing before that waits for the network.
         """
         if not self.session.guest_may_run_here:
-            raise MigratedError("the guest was to run on after COMMIT: this is a bug")
-        self.log.warning("giving up", error=str(error))
+            raise MigratedError("attempt to resume the guest here after COMMIT: this is a bug")
+        self.log.warning("migration failed, rolling back", error=str(error))
         if not connection.speaking:
             self.session.connection_lost()
         elif self.session.abort_allowed:
@@ -483,31 +483,31 @@ class SourceMigration(Migration):
         return error
 
     async def _withdraw_commit(self) -> None:
-        """Until no journal says COMMIT the guest must stay paused: an agent that believed it would have it run there too."""
+        """Withdraw COMMIT from the journal, since the next agent would trust it.  Until then the guest stays paused."""
         while not await self._stage.withdraw_commit():  # noqa: ASYNC110 - each round is a try
             await asyncio.sleep(self._timeouts.reconnect_interval)
 
     async def _write_again(self) -> None:
-        """A next agent must find the guest that does not run, and the target that was not told."""
+        """Write the entry again: the next agent must find a guest that does not run, or a target that was not told."""
         if not self._stage.written:
             await log_errors(self._stage.write("active"), self.log, "write the journal")
 
     async def _run_on(self, work: Coroutine[Any, Any, None]) -> Exception | None:
-        """Have the guest run here; why it does not, although it is there."""
+        """Run the guest here; return the error if it does not run although its process exists."""
         try:
             await work
-        except Exception as problem:  # noqa: BLE001 - the rest is undone all the same
-            self.log.error("the guest does not run on here", error=str(problem))  # noqa: TRY400 - expected: no traceback
+        except Exception as problem:  # noqa: BLE001 - the rest of the rollback continues
+            self.log.error("cannot resume the guest here", error=str(problem))  # noqa: TRY400 - expected: no traceback
             entry = self._stage.entry
             if entry is None or await _ends(entry):
-                return None  # its end is no news, or is told by who watches it
+                return None  # the watcher reports that the process exited, if that is news
             self._stuck = True
             return problem
         return None
 
     @staticmethod
     def _outcome(error: BaseException, problem: Exception | None) -> BaseException:
-        """The error to end with: ``error``, or that the guest does not run."""
+        """Return the error to end with: ``error``, or that the guest does not run."""
         if problem is None:
             return error
         why = as_migrated_error(problem)
@@ -520,18 +520,18 @@ class SourceMigration(Migration):
         )
 
     async def _confirmed(self, link: ControlLink) -> bool:
-        """Whether the target says that nothing of the guest is left there."""
+        """Wait for the target to confirm that nothing of the guest is left there; return whether it did."""
         try:
             async with within(self._timeouts.abort, "the target to clean up"):
                 while not isinstance(await link.receive(after_abort=True), Aborted):
                     pass
-        except Exception as problem:  # noqa: BLE001 - then it is settled later
+        except Exception as problem:  # noqa: BLE001 - `_settle` tries again
             self.log.warning("the target did not confirm the abort", error=str(problem))
             return False
         return True
 
     async def _settle(self, error: BaseException) -> None:
-        """The target may hold a loaded guest that waits for our word: keep trying to say that it is over."""
+        """Keep trying to abort on a target that may hold a loaded guest and wait for our decision."""
         while self.session.must_reconnect:
             await self._write_again()
             await self._tries.pause()
@@ -542,24 +542,26 @@ class SourceMigration(Migration):
                     await link.send(abort_of(error))
                     if await self._confirmed(link):
                         self.log.info("settled: nothing is left on the target")
-                except Exception as problem:  # noqa: BLE001 - tried again
-                    self.log.info("cannot settle yet", error=str(problem), next_try_seconds=self._tries.seconds)
+                except Exception as problem:  # noqa: BLE001 - the next try follows
+                    self.log.info(
+                        "cannot abort on the target yet", error=str(problem), next_try_seconds=self._tries.seconds
+                    )
         await self._survival_over()
 
     async def _survival_over(self) -> None:
         await (self._recovery_state.release_descriptors() if self._stuck else self._recovery_state.clear())
 
-    # ------------------------------------------------------------ after an agent that died
+    # ------------------------------------------------------------ recovery after a restart
 
     async def _take_up(self, recovered: Recovered) -> BaseException | None:
-        """Go on where the agent before us was: undo (returns why), or serve the frozen memory again."""
+        """Continue for the previous agent: roll back (return the error), or serve the frozen memory again."""
         entry = recovered.entry
         if not self.session.committed:
             if not process_lives(entry.pid, entry.pid_started):
                 error: BaseException = GuestError(
                     "the source agent was restarted before COMMIT; the guest has ended", code="guest-died"
                 )
-            elif recovered.superseded:  # only the target of this one is still to be told
+            elif recovered.superseded:  # only this migration's target must still be told
                 error = MigratedError(
                     "the source agent was restarted before COMMIT; a later migration has the guest",
                     code="agent-restarted",
@@ -572,13 +574,13 @@ class SourceMigration(Migration):
             self.record.page_size = max(entry.page_bytes)
             self.record.total_bytes = sum(region.size_bytes for region in recovered.memory.regions)
             await in_thread(self._make_engine(recovered.memory, entry.page_bytes).freeze_whole)
-            self.log.warning("the frozen memory is found again after a restart of the agent")
+            self.log.warning("recovered the frozen memory after a restart of the agent")
         return None
 
-    # ------------------------------------------------------------ the end
+    # ------------------------------------------------------------ clean-up
 
     async def _stop_tracking(self) -> None:
-        """Take dirty tracking off, before the guest runs on here.  Also where it was only being attached."""
+        """Remove dirty tracking from the guest, also if it was only partly attached."""
         tracker, self._tracker = self._tracker, None
         if tracker is not None:
             await log_errors(in_thread(tracker.disarm), self.log, "disarm dirty tracking")
@@ -590,12 +592,12 @@ class SourceMigration(Migration):
         await self.connection.close()
         if self._tracker is not None and self.session.guest_may_run_here:
             await self._stop_tracking()
-        elif self._tracker is not None:  # what is in the guest stays, since the guest does not run here any more
+        elif self._tracker is not None:  # the tracking in the guest stays: the guest never runs here again
             self._tracker.close()
         if self.engine is not None:
             await self.engine.close()
         recovered, self._recovered = self._recovered, None
-        if recovered is not None:  # what was kept for us is ours, not the driver's
+        if recovered is not None:  # kept descriptors belong to us, not to the driver
             for fd in recovered.memory.memory_fds:
                 os.close(fd)
         await log_errors(self._guest.close(), self.log, "close the guest's connections")
@@ -607,7 +609,7 @@ class SourceMigration(Migration):
         if self._released:
             return
         if self.session.committed:
-            self.log.warning("the paused guest's process has ended; only its shared memory is still there", how=how)
+            self.log.warning("the paused guest's process has exited; only its shared memory is left", how=how)
             return
         self.fail(
             GuestError(
@@ -618,7 +620,7 @@ class SourceMigration(Migration):
         )
 
     def on_engine_event(self, event: Event) -> None:
-        """After Done the page connections end: that is no failure."""
+        """Handle an engine event.  After Done the page connections end, which is not a failure."""
         if event.kind is EventKind.ROUND_DONE:
             self._rounds_done.put_nowait(event.value)
         elif event.kind is not EventKind.STREAM_LOST or not self.session.position.done:
@@ -627,19 +629,19 @@ class SourceMigration(Migration):
     # ------------------------------------------------------------ verbs
 
     def abort(self) -> None:
-        """Before COMMIT only."""
+        """Abort the migration; only before COMMIT."""
         if self.session.committed or self.record.ended:
             raise ConflictError(
                 f"migration {self.id} is {self.record.state} and cannot be aborted any more",
                 state=self.record.state.value,
                 hint="the guest belongs to the target now: let it finish, or `migrated resume` if it is paused"
                 if self.session.committed
-                else "it is over",
+                else "it has ended",
             )
         self.fail(AbortedError(f"migration {self.id} was aborted on request"))
 
     def switchover(self) -> None:
-        """End pre-copy after the round under way."""
+        """End pre-copy after the current round."""
         if self.record.state not in (State.SETUP, State.PRECOPY):
             raise ConflictError(
                 f"migration {self.id} is {self.record.state}: there is no pre-copy to end",
@@ -648,7 +650,7 @@ class SourceMigration(Migration):
         self._switch_now.set()
 
     def resume(self, address: Address | None = None) -> None:
-        """Reconnect now, perhaps elsewhere."""
+        """Reconnect now, optionally to another address."""
         if self.record.state not in (State.POSTCOPY_PAUSED, State.RECOVERING):
             raise ConflictError(
                 f"migration {self.id} is {self.record.state}, not postcopy-paused", state=self.record.state.value
@@ -660,7 +662,7 @@ class SourceMigration(Migration):
         self._tries.skip()
 
     def limits_changed(self) -> None:
-        """Options were changed while running."""
+        """Apply limits that `set` has changed."""
         self.record.max_bandwidth_bytes_per_second = self.options.max_bandwidth
         if self.engine is not None and self.engine.alive:
             self.engine.set_bandwidth(self.options.max_bandwidth, self.options.drain_bandwidth)
@@ -670,13 +672,13 @@ class SourceMigration(Migration):
     # ------------------------------------------------------------ figures
 
     def refresh(self) -> None:
-        """From the engine's counters."""
+        """Update the record from the engine's counters."""
         if self.engine is not None and self.engine.alive:
             figures.of_source(self.record, self.engine.stats(), self._rates, frozen=self.session.committed)
 
 
 async def _ends(entry: SourceEntry) -> bool:
-    """Whether the guest's process has ended, or does so within `DYING_SECONDS`."""
+    """Return whether the guest's process has exited, or exits within `DYING_SECONDS`."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(DYING_SECONDS):
             while process_lives(entry.pid, entry.pid_started):  # noqa: ASYNC110 - it need not be a child of ours

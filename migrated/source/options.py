@@ -1,4 +1,7 @@
-"""What one migration was asked to be: the request over the configuration's defaults."""
+"""The options of one migration: the request, with the configuration's defaults for what it omits.
+
+They start out fixed by the request, and `set` may change the limits later.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from migrated.options import MigrationOptions, TargetAddress
 
 
 class Options(MigrationOptions):
-    """Limits may change while the migration runs (`apply`)."""
+    """Options whose limits may change while the migration runs (`apply`)."""
 
     model_config = ConfigDict(frozen=False)
 
@@ -17,10 +20,10 @@ class Options(MigrationOptions):
 
     @classmethod
     def of(cls, request: StartRequest, defaults: MigrationOptions) -> Options:
-        """All that the request does not say is the configuration's."""
+        """Return the request's options; omitted ones take the configured defaults."""
         return cls.model_construct(target=request.to, **{**dict(defaults), **request.given()})
 
     def apply(self, request: SetRequest) -> None:
-        """Change what the request says."""
+        """Change the options that the request gives."""
         for name, value in request.given().items():
             setattr(self, name, value)

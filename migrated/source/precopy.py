@@ -1,8 +1,8 @@
-"""Pre-copy: rounds while the guest runs, until the policy says enough.
+"""Pre-copy sends memory in rounds while the guest runs, until the policy ends it.
 
-Each round sends what is marked; the scan after it marks what was written meanwhile.  With direct I/O about (design: pinned
-buffers) the first arming and one scan at the end are made with the guest quiesced, and what was reported in between is
-compared again; without it any scan is as good as a quiesced one.
+Each round sends the marked blocks; the scan after it marks what was written meanwhile.  Direct I/O (pinned buffers) can
+write without the tracker noticing.  If the guest uses it, tracking is armed and one final scan is made with the guest
+quiesced, and everything reported in between is compared again.  Without direct I/O every scan counts as quiesced.
 """
 
 from __future__ import annotations
@@ -29,13 +29,16 @@ if TYPE_CHECKING:
     from migrated.memory.tracker import Tracker
     from migrated.source.options import Options
 
-#: Of what is marked, compared before the next round is decided on: tells the part that has changed within 3 % of the whole.
+#: Marked blocks to compare before deciding on the next round: gives the changed part within 3 % of the whole.
 SAMPLE_BLOCKS = 1024
 
 
 @dataclasses.dataclass(kw_only=True)
 class PreCopy:
-    """Of one migration.  ``rounds_done`` yields the number of each finished round; ``switch_now`` ends pre-copy."""
+    """The pre-copy of one migration.
+
+    ``rounds_done`` yields the number of each finished round; setting ``switch_now`` ends pre-copy.
+    """
 
     engine: SourceEngine
     tracker: Tracker
@@ -51,14 +54,14 @@ class PreCopy:
     _barriers: int = 0
 
     async def arm(self) -> None:
-        """Start tracking."""
+        """Start dirty tracking."""
         quiesced = self.guest.needs_quiesced_scans
         async with self._quiesced() if quiesced else contextlib.nullcontext():
             await in_thread(self.tracker.arm)
         self.log.info("tracking writes", quiesced=quiesced)
 
     async def run(self) -> bool:
-        """Rounds; returns whether what is left is to be sent while the guest is paused (else: after the switch-over).
+        """Run the rounds; return True to send the rest while the guest is paused, False to do so after the switchover.
 
         Raises MigratedError ``not-converging`` in mode precopy.
         """
@@ -84,11 +87,11 @@ class PreCopy:
                 self.log.info("quiesced scan", rounds=number)
                 verdict = Verdict.ROUND
         await self.barrier()
-        self.log.info("pre-copy over", rounds=number, verdict=verdict.value)
+        self.log.info("pre-copy finished", rounds=number, verdict=verdict.value)
         return verdict is Verdict.FINISH
 
     def _judge(self, policy: Convergence, result: RoundResult) -> Verdict:
-        policy.downtime_limit_seconds = self.options.downtime_limit_seconds  # both may have been changed meanwhile
+        policy.downtime_limit_seconds = self.options.downtime_limit_seconds  # `set` may have changed both
         policy.max_rounds = self.options.max_rounds
         verdict = policy.after(result)
         if self.switch_now.is_set() and verdict in (Verdict.ROUND, Verdict.GIVE_UP):
@@ -105,7 +108,7 @@ class PreCopy:
         return verdict
 
     async def round(self, number: int) -> RoundResult:
-        """Send what is marked, then see what was written meanwhile, and look at a sample of that."""
+        """Send what is marked, scan for what was written meanwhile, and compare a sample of that."""
         before = self.engine.stats()
         marked = before.dirty_bytes
         self.record.round = number
@@ -132,17 +135,17 @@ class PreCopy:
         )
 
     async def send_marked(self, number: int) -> None:
-        """One round of the engine."""
+        """Run one round of the engine."""
         self.engine.start_round(number)
         while await self.rounds_done.get() != number:
             pass
 
     async def scan(self, *, quiesced: bool) -> int:
-        """Mark what was written; returns how many bytes of pages were reported."""
+        """Mark what was written; return how many bytes of pages the kernel reported."""
         return await in_thread(functools.partial(self.engine.scan, self.tracker, quiesced=quiesced))
 
     async def barrier(self) -> None:
-        """Everything sent so far is in the target's memory when this returns."""
+        """Wait until everything sent so far is in the target's memory."""
         self._barriers += 1
         self.engine.barrier(self._barriers)
         ack = await self.link.expect(

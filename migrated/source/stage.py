@@ -1,4 +1,7 @@
-"""How far a migration is: written down for the agent that would be started after our death, and read by that one."""
+"""The stage that a source migration has reached, as recorded in the journal.
+
+This agent writes it; if it dies, the next agent reads it and recovers the migration.
+"""
 
 from __future__ import annotations
 
@@ -26,16 +29,16 @@ class Recovered:
 
     entry: SourceEntry
     memory: SourceMemory
-    error: MigratedError  # what to say of it, if the guest runs on here
-    superseded: bool = False  # a later migration of the same guest is left, too: this one's must not touch the guest
+    error: MigratedError  # the error to report if the guest keeps running here
+    superseded: bool = False  # a later migration has the guest: this one must not touch it
 
     def session(self) -> Session:
-        """The session as it stood."""
+        """Restore the session."""
         return Session.taken_up(Role.SOURCE, self.entry.position, self.entry.hello, self.entry.page_bytes)
 
 
 class RestartStage:
-    """The journal entry of one migration; ``entry`` is None until the target was greeted, and there is nothing to say."""
+    """The journal entry of one migration.  ``entry`` is None until Hello: before that there is nothing to record."""
 
     def __init__(
         self,
@@ -48,8 +51,8 @@ class RestartStage:
         entry: SourceEntry | None = None,
     ) -> None:
         self.entry = entry
-        self._found = entry is not None  # written by an agent before us
-        self.written = entry is not None  # and not removed since, because it could not be changed
+        self._found = entry is not None  # written by a previous agent
+        self.written = entry is not None  # and not removed since (see `withdraw_commit`)
         self._recovery_state = recovery_state
         self._guest = guest
         self._dialer = dialer
@@ -58,17 +61,17 @@ class RestartStage:
         self._log = log
 
     def require_entry(self) -> SourceEntry:
-        """The entry, where the flow has made one."""
+        """Return the entry that the flow has made."""
         if self.entry is None:
-            raise MigratedError("nothing to note yet: this is a bug")
+            raise MigratedError("no journal entry yet: this is a bug")
         return self.entry
 
     async def write(self, stage: str) -> None:
-        """Before the guest is touched (``active``), and before COMMIT is sent (``committed``).  HostError."""
+        """Record a stage: ``active`` before the guest is touched, ``committed`` before COMMIT is sent.  HostError."""
         entry = self.require_entry()
         async with self._writing:
             before, entry.stage = entry.stage, stage
-            if not self._found:  # a driver that has not found the guest's process again knows less than what is written
+            if not self._found:  # else the entry knows more than a driver that has not found the process again
                 entry.guest = self._guest.memento()
             self._note_options(entry)
             try:
@@ -80,8 +83,8 @@ class RestartStage:
             self.written = True
 
     async def rewrite(self) -> None:
-        """The target's address or the limits have changed, and nothing else.  HostError."""
-        async with self._writing:  # a stage that is being written may be taken back
+        """Record a new target address or new limits, and nothing else.  Raises HostError."""
+        async with self._writing:  # a stage that is being written may still be reverted
             if self.entry is not None and self.written:
                 self._note_options(self.entry)
                 await self._recovery_state.write(self.entry)
@@ -91,9 +94,9 @@ class RestartStage:
         entry.max_bandwidth, entry.drain_bandwidth = self._options.max_bandwidth, self._options.drain_bandwidth
 
     async def withdraw_commit(self) -> bool:
-        """Make sure that no journal says COMMIT before the guest runs on: the next agent would believe it.
+        """Make sure that the journal does not say COMMIT before the guest resumes here: the next agent would trust it.
 
-        False: it says so and cannot be changed.
+        Return False if it does and cannot be changed.
         """
         if self.entry is None or self.entry.stage != "committed":
             return True

@@ -1,4 +1,7 @@
-"""The target agent: listens, and takes guests in."""
+"""The target agent: it listens for source agents and takes in guests.
+
+It also recovers the guests that the previous agent left, and answers sources that ask late.
+"""
 
 from __future__ import annotations
 
@@ -49,43 +52,43 @@ from migrated.waiting import in_thread, within
 
 log = structlog.get_logger("migrated.target")
 
-#: The fault thread must have turned within this time, or the agent calls itself unhealthy (and systemd restarts it).
+#: The fault thread must have run within this time, or the agent reports itself unhealthy (and systemd restarts it).
 FAULT_THREAD_LIMIT_NS = 10 * 10**9
 FIRST_MESSAGE_MAX_BYTES = 1 << 17
 
 
 class TargetAgent(HostAgent[TargetMigration]):
-    """Takes guests in."""
+    """Takes guests in from source agents."""
 
     role = "target"
 
     def __init__(self, config: AgentConfig) -> None:
         super().__init__(config, log)
         self._connections: set[asyncio.Task[None]] = set()
-        self._waiting_for_next: set[bytes] = set()  # sessions of guests that wait here, and this agent cannot serve
+        self._waiting_for_next: set[bytes] = set()  # sessions of guests that wait here and that this agent cannot serve
         self._journal = Journal(config.state_dir / "journal", TargetEntry)
-        self.listening_on: tuple[str, int] | None = None  # where we listen, once we do (port 0: any free one)
+        self.listening_on: tuple[str, int] | None = None  # set once we listen (configured port 0: any free one)
 
     # ------------------------------------------------------------ verbs
 
     async def start(self, request: StartRequest) -> Record:
-        """Migrations start at the source."""
+        """Refuse: migrations start at the source."""
         raise ConflictError(
             f"this is a target agent: {request.guest} is moved by the source agent it runs under",
             hint="`migrated --agent … start` with the source agent's control socket",
         )
 
     async def switchover(self, migration_id: str) -> Record:
-        """The source decides."""
+        """Refuse: the source decides."""
         raise self._only_source(migration_id, "switchover")
 
     async def resume(self, migration_id: str, to: str | None = None) -> Record:
-        """The source dials."""
+        """Refuse: the source dials."""
         del to
         raise self._only_source(migration_id, "resume")
 
     async def set(self, migration_id: str, request: SetRequest) -> Record:
-        """Limits are the sender's."""
+        """Refuse: the limits belong to the sender."""
         del request
         raise self._only_source(migration_id, "set")
 
@@ -127,26 +130,26 @@ class TargetAgent(HostAgent[TargetMigration]):
             raise ConflictError(
                 f"migration {record.id} is {record.state}: there is nothing to discard", state=record.state.value
             )
-        await self._end_left_over(entry)  # one that this agent could not go on with
+        await self._end_left_over(entry)  # one that this agent could not continue
         await RecoveryState(self._journal, self._store, record.id).clear()
         self._waiting_for_next.discard(entry.hello.session)
         log.error("discarded on request", migration=record.id, guest=record.guest)
         return record
 
     def health(self) -> Health:
-        """Healthy while every fault thread turns."""
+        """Report health.  A target is healthy while every fault thread runs."""
         now = time.monotonic_ns()
         stuck = [
             m.record.guest for m in self._migrations.active if not m.fault_server_alive(now, FAULT_THREAD_LIMIT_NS)
         ]
-        reasons = [*self._reasons(), *(f"the fault thread of {guest} does not turn" for guest in stuck)]
+        reasons = [*self._reasons(), *(f"the fault thread of {guest} is stuck" for guest in stuck)]
         return Health(healthy=not stuck, ready=not reasons, reasons=reasons)
 
-    # ------------------------------------------------------------ life
+    # ------------------------------------------------------------ running
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Listen until ``stop``; abort what can be; stay while a guest here still lacks pages."""
-        listener = await self._listen()  # first: an address that cannot be had is known before a guest is touched
+        """Listen until ``stop``; then abort what can be aborted, and stay while a guest here still lacks pages."""
+        listener = await self._listen()  # first: an unusable address must show before a guest is touched
         accepting: asyncio.Task[None] | None = None
         try:
             await self._take_back()
@@ -162,10 +165,10 @@ class TargetAgent(HostAgent[TargetMigration]):
             for task in list(self._connections):
                 task.cancel()
 
-    # ------------------------------------------------------------ after an agent that died
+    # ------------------------------------------------------------ recovery after a restart
 
     async def _take_back(self) -> None:
-        """Go on with what an agent before us left, guest by guest."""
+        """Recover the migrations that the previous agent left, guest by guest."""
         for migration_id, entry, fds in await LeftoverMigrations(self._journal, self._store).take():
             recovery_state = RecoveryState(self._journal, self._store, migration_id)
             promised = not entry.position.settled
@@ -174,33 +177,34 @@ class TargetAgent(HostAgent[TargetMigration]):
                 if not promised:
                     await self._end_left_over(entry)
                     left_over = False
-                    raise GuestError("it had not come far: the guest runs on at its source", code="agent-restarted")
+                    raise GuestError(
+                        "the agent was restarted before it had loaded the guest, which runs on at its source",
+                        code="agent-restarted",
+                    )
                 await self._revive(entry, fds, recovery_state)
             except (MigratedError, OSError) as error:
                 for fd in fds:
                     with contextlib.suppress(OSError):
                         os.close(fd)
-                # Letting the last userfaultfd go would set its waiting threads free onto pages that have not come.
+                # Closing the last userfaultfd would wake its waiting threads on pages that have not arrived.
                 waits = promised and process_lives(entry.pid, entry.pid_started)
                 if waits:
                     self._waiting_for_next.add(entry.hello.session)
-                elif not left_over:  # else the next agent tries again to end it
+                elif not left_over:  # else the next agent tries to end it again
                     await recovery_state.clear()
                 self._migrations.remember(failed_record(migration_id, self.role, entry, error))
                 log.error(  # noqa: TRY400 - expected: no traceback
-                    "a migration of the agent before cannot go on",
+                    "cannot continue a migration of the previous agent",
                     migration=migration_id,
                     guest=entry.hello.guest,
                     stage=entry.stage,
                     error=str(error),
-                    hint="the guest waits, and all of it is kept: put this right and restart the agent"
-                    if waits
-                    else "",
+                    hint="the guest waits and everything is kept: fix the cause and restart the agent" if waits else "",
                 )
 
     async def _end_left_over(self, entry: TargetEntry) -> None:
         left = [entry.pid] if process_lives(entry.pid, entry.pid_started) else []
-        if not entry.pid:  # it may have been started by an agent that died before it could say so
+        if not entry.pid:  # an agent may have started it and died before it recorded the pid
             left = await in_thread(users_of, entry.memory_inodes)
         for pid in left:
             process = PidHandle.attach(pid)
@@ -214,7 +218,7 @@ class TargetAgent(HostAgent[TargetMigration]):
     async def _revive(self, entry: TargetEntry, fds: list[int], recovery_state: RecoveryState[TargetEntry]) -> None:
         hello = entry.hello
         if not process_lives(entry.pid, entry.pid_started):
-            raise GuestError(f"the guest process {entry.pid} has ended", code="guest-died")
+            raise GuestError(f"the guest process {entry.pid} has exited", code="guest-died")
         if len(fds) != 2 + len(hello.regions) or len(entry.page_bytes) != len(hello.regions):
             raise GuestError(
                 f"{len(fds)} descriptors were kept, {2 + len(hello.regions)} are needed", code="no-descriptors"
@@ -262,7 +266,7 @@ class TargetAgent(HostAgent[TargetMigration]):
             if listener is not None:
                 listener.close()
             message = f"cannot listen on {address}: {error.strerror}"
-            if error.errno in {errno.EADDRINUSE, socket.EAI_AGAIN}:  # that may pass: we are started again
+            if error.errno in {errno.EADDRINUSE, socket.EAI_AGAIN}:  # temporary: the service manager restarts us
                 hint = "another process (perhaps another target agent) has the port, or no name server answers"
                 raise HostError(message, code="cannot-listen", hint=hint) from error
             hint = "allowed: an address of this host, and a port that this user may listen on"
@@ -293,7 +297,7 @@ class TargetAgent(HostAgent[TargetMigration]):
     # ------------------------------------------------------------ a new connection
 
     async def _greet(self, sock: socket.socket, peer: str) -> None:
-        """Whatever a stranger does here ends at most its own connection."""
+        """Serve a new connection.  Whatever a stranger does here ends at most its own connection."""
         try:
             sock.setblocking(False)
             tune(sock, silence_seconds=self.config.timeouts.heartbeat_limit)
@@ -321,7 +325,7 @@ class TargetAgent(HostAgent[TargetMigration]):
                 break
             data += piece
         if not data:
-            return None  # a port check: connected and closed
+            return None  # a port check: connected and closed at once
         try:
             return decode(data)
         except VersionMismatchError as error:
@@ -350,8 +354,8 @@ class TargetAgent(HostAgent[TargetMigration]):
         return None
 
     async def _control(self, sock: socket.socket, preamble: Preamble) -> None:
-        known = self._by_session(preamble)  # refuses a wrong token while our caller still closes the connection
-        # The transport owns the descriptor from here on; our caller closes an empty shell.
+        known = self._by_session(preamble)  # raises on a wrong token while our caller still owns the socket
+        # The transport owns the descriptor from here on; our caller closes a detached socket.
         reader, writer = await asyncio.open_connection(sock=socket.socket(fileno=sock.detach()))
         if known is not None:
             await known.dialled(ControlLink(reader, writer, heartbeat=heartbeat(self.config.timeouts)))
@@ -372,12 +376,12 @@ class TargetAgent(HostAgent[TargetMigration]):
             await self._take_in(link)
         elif first.session in self._waiting_for_next:
             log.warning("a source asks for a guest that waits for the next agent", peer=link.peer)
-            await link.close()  # it goes on asking
+            await link.close()  # the source keeps asking
         else:
             await self._answer(link, first)
 
     async def _done(self, resume: Resume) -> TargetEntry | None:
-        """What an agent before us left for the source of a guest that needs it no more, if this is that source."""
+        """Return the closed entry of a guest that no longer needs its source, if this is that source."""
         entry = await in_thread(self._journal.closed, id_of(resume.session))
         if entry is None or not resume.committed:
             return None
@@ -385,16 +389,16 @@ class TargetAgent(HostAgent[TargetMigration]):
         return entry if same else None
 
     async def _answer(self, link: ControlLink, resume: Resume) -> None:
-        """A session of which nothing is here any more, but perhaps the word that all is in."""
+        """Answer for a session of which nothing is left here, except perhaps the fact that all pages have arrived."""
         done, limit = await self._done(resume), self.config.timeouts.handshake
         if done is None:
             session = Session(Role.TARGET, state=SessionState.ABORTED)
             await answer(link, session, limit_seconds=limit)
-            log.info("answered for a session not known here", peer=link.peer, committed=resume.committed)
+            log.info("answered for an unknown session", peer=link.peer, committed=resume.committed)
         else:
             session = Session(Role.TARGET, state=SessionState.CLOSED, hello=done.hello, ready=Ready(done.page_bytes))
             if await answer(link, session, limit_seconds=limit, all_in=True):
-                log.info("a source has heard that its guest needs it no more", guest=done.hello.guest, peer=link.peer)
+                log.info("told a source that its guest no longer needs it", guest=done.hello.guest, peer=link.peer)
                 await RecoveryState(self._journal, self._store, id_of(done.hello.session)).clear()
 
     async def _take_in(self, link: ControlLink) -> None:
@@ -411,7 +415,7 @@ class TargetAgent(HostAgent[TargetMigration]):
             self._launch(migration)
             launched = True
         finally:
-            if not launched:  # also when the peer does not stay to hear that it is refused
+            if not launched:  # also if the peer leaves before it hears that it is refused
                 await link.close()
 
     def _admit(self, hello: Hello, link: ControlLink) -> TargetMigration:
@@ -433,12 +437,12 @@ class TargetAgent(HostAgent[TargetMigration]):
             )
         if self._known(hello.session):
             raise ConflictError(
-                "this session is known here already: a new migration has a new one", code="known-session"
+                "this session is already known here: a new migration needs a new session", code="known-session"
             )
         busy = self._migrations.of_guest(hello.guest)
         if busy is not None:
             raise ConflictError(
-                f"{hello.guest} is being taken in already ({busy.id})",
+                f"{hello.guest} is already being taken in ({busy.id})",
                 state=busy.record.state.value,
                 code="guest-migrating",
                 hint="wait for it, or abort it on its source",
@@ -459,7 +463,7 @@ class TargetAgent(HostAgent[TargetMigration]):
 
 
 async def _first_message(reader: asyncio.StreamReader) -> tuple[AnyMessage, bytes]:
-    """The first message and every byte read so far: who is to feed them to which session depends on it."""
+    """Return the first message and every byte read so far, for the session that the message selects."""
     decoder = FrameDecoder()
     data = b""
     while True:

@@ -1,4 +1,7 @@
-"""A source asks for a guest that needs it no more, or that is not here: it is told so."""
+"""Answer a source that resumes a session late: its guest no longer needs it, or is not here.
+
+The target agent uses this for sessions that it does not know, and a migration for its own session once it has ended.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,10 @@ if TYPE_CHECKING:
 async def answer(
     link: ControlLink, session: Session, *, limit_seconds: float, all_in: bool = False, lost: str = ""
 ) -> bool:
-    """Talk on ``link``, not started, for ``session``, whose connection is lost; ends the link.
+    """Answer on ``link``, not yet started, for ``session``, whose connection is lost; close the link.
 
-    ``all_in``: the guest runs here and has all of its memory.  ``lost``: what became of it, where it has ended here.  True
-    when the source has heard that all is in.
+    ``all_in``: the guest runs here and has all of its memory.  ``lost``: how the guest ended here, if it did.  Return
+    True if the source has heard that all pages have arrived.
     """
     session = session.resumed()
     link.start(session)
@@ -31,7 +34,7 @@ async def answer(
         elif all_in:
             await link.send(Resumed(session.standing, 0))
             await link.send(LackingEnd())
-            if session.may_send(Done()):  # the last page came without a source to say this to
+            if session.may_send(Done()):  # the last page arrived while no source was connected
                 await link.send(Done())
             await link.expect(Released, limit_seconds=limit_seconds, what="the farewell")
             return True

@@ -1,4 +1,7 @@
-"""Memory for an incoming guest: a memfd a region, and the ledger that says of each of its pages how far it is."""
+"""Memory for an incoming guest: one memfd per region, and the ledger, which records the state of each page.
+
+`GuestMemory` owns the descriptors; `users_of` finds the processes that use such memory.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from migrated.waiting import in_thread
 
 
 class GuestMemory:
-    """Empty until `allocate`, or taken over from an agent that died.  Owns the descriptors until `close`."""
+    """The memory of one guest: empty until `allocate`, or inherited from an agent that died.  `close` releases it."""
 
     def __init__(self, pieces: tuple[TargetMemory, ...] = (), ledger_fd: int = -1) -> None:
         self.pieces = pieces
@@ -24,23 +27,23 @@ class GuestMemory:
 
     @property
     def page_bytes(self) -> tuple[int, ...]:
-        """Host page sizes, by region."""
+        """Host page size of each region."""
         return tuple(piece.region.page_bytes for piece in self.pieces)
 
     @property
     def inodes(self) -> tuple[int, ...]:
-        """By which a process that uses this memory is known (`users_of`)."""
+        """Inode numbers that identify the processes using this memory (`users_of`)."""
         return tuple(os.fstat(piece.memory_fd).st_ino for piece in self.pieces)
 
     @property
     def fds(self) -> list[int]:
-        """What a next agent needs, in the order in which it expects them."""
+        """The descriptors that the next agent needs, in the order it expects."""
         return [self.ledger_fd, *(piece.memory_fd for piece in self.pieces)]
 
     async def allocate(self, regions: tuple[Region, ...], page_bytes: int | None, *, reserve: bool) -> None:
-        """All of it, before anything is started.  HostError when it cannot be had: then nothing is left of it.
+        """Allocate all of it, before anything is started.  Raises HostError and leaves nothing behind if it cannot.
 
-        ``page_bytes``: of the host pages; None: the largest that fit.  ``reserve``: the host keeps room for all of it.
+        ``page_bytes``: host page size, None for the largest that fits.  ``reserve``: reserve host memory for all of it.
         """
         self.pieces = await self._allocate(regions, page_bytes, reserve=reserve)
         self.ledger_fd = os.memfd_create("migrated-ledger", os.MFD_CLOEXEC)
@@ -67,7 +70,7 @@ class GuestMemory:
         return tuple(pieces)
 
     def close(self) -> None:
-        """Give up our hold; the engine must be closed.  Idempotent."""
+        """Close the descriptors; the engine must be closed.  Idempotent."""
         for piece in self.pieces:
             os.close(piece.memory_fd)
         self.pieces = ()
@@ -77,9 +80,9 @@ class GuestMemory:
 
 
 def users_of(inodes: Collection[int]) -> list[int]:
-    """Processes, but for us, that have a memfd of an agent's with one of these inodes open.
+    """Return the other processes that have an agent's memfd with one of these inodes open.
 
-    The name is looked at, too: inode numbers are used again in time.  Blocks: looks at every process.
+    The memfd's name is checked, too, since inode numbers are reused.  Blocks: scans every process.
     """
     found = []
     for process in Path("/proc").iterdir():
@@ -94,5 +97,5 @@ def users_of(inodes: Collection[int]) -> list[int]:
 def _inode(path: Path) -> int:
     try:
         return path.stat().st_ino
-    except OSError:  # closed, or ended, meanwhile
+    except OSError:  # closed meanwhile, or the process exited
         return -1

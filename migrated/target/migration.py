@@ -1,10 +1,10 @@
-"""One migration, seen from the target: memory, fault server, guest process, switch-over, and the last page.
+"""The target's side of one migration: memory, fault server, guest process, switchover, and the last page.
 
-until Loaded   one connection.  Any failure leads to `TargetMigration._give_up`: nothing of the guest is left here.
-until COMMIT   the guest is loaded and bound: only the source knows whether COMMIT was given.  A connection that fails is
-waited for (state postcopy-paused), with the guest paused and kept.
-until Done     the guest runs.  The engine's threads serve its faults whatever happens to our tasks; a connection that fails
-makes it wait for the pages that are missing, until the source dials again.
+until Loaded   There is one connection.  A failure leads to `TargetMigration._give_up`: nothing of the guest stays here.
+until COMMIT   The guest is loaded and bound: only the source knows whether it committed.  If the connection fails, the
+               target keeps the paused guest and waits for the source (state postcopy-paused).
+until Done     The guest runs.  The engine's threads serve its faults whatever happens to our tasks.  If the connection
+               fails, the guest waits for missing pages until the source dials again.
 """
 
 from __future__ import annotations
@@ -71,15 +71,15 @@ if TYPE_CHECKING:
     from migrated.protocol.session import Session
     from migrated.recovery.state import RecoveryState
 
-#: Zeroing a huge page that was never used takes the hypervisor's time more than ours: two at once pay.
+#: Zeroing a huge page for the first time costs the hypervisor's time more than ours: two threads pay off.
 POPULATE_THREADS = 2
-#: Codes of errors that say that there is no guest any more.
+#: Codes of errors which say that the guest has ended.
 GUEST_OVER = frozenset({"guest-died", "guest-gone"})
-#: Between two tries to run the guest after COMMIT.
+#: Pause between tries to resume the guest after COMMIT.
 RESUME_PAUSE_SECONDS = 0.2
-#: Between two tries to write to the journal that COMMIT was given.
+#: Pause between tries to record COMMIT in the journal.
 NOTE_PAUSE_SECONDS = 1.0
-#: How long a page connection may wait for the engine it belongs to.
+#: How long a page connection may wait for its engine.
 STREAM_WAIT_SECONDS = 10.0
 
 
@@ -93,7 +93,7 @@ class Recovered:
 
 
 class TargetMigration(Migration):
-    """Construct with the Hello and the link that brought it, or with what an agent that died has left; then `run` once."""
+    """Construct it with the Hello and its link, or with what a dead agent left; then call `run` once."""
 
     role = "target"
     engine: TargetEngine | None
@@ -138,28 +138,28 @@ class TargetMigration(Migration):
                 hello=hello, stage="setup", peer=self.record.peer, started_at=self.record.started_at
             )
             self._memory = GuestMemory()
-        self._next: Connection | None = None  # that the source has dialled, and the flow has not begun with
+        self._next: Connection | None = None  # dialled by the source, and not yet taken by the flow
         if link is not None:
             self._next = self.connection = Connection(self, link)
-        self._changed = asyncio.Event()  # something that ends the wait for the source, see `_next_connection`
-        self._guest_over: GuestError | None = None  # its process has ended: no connection mends that
-        self._forced = False  # somebody has decided to run the guest here, in the place of a source that is gone
-        self._unserved: MigratedError | None = None  # why the guest that was found after a restart cannot be served
-        self._silent = False  # when all is over: the source shall go on asking until the next agent is there
-        self._armed = asyncio.Event()  # the engine takes page connections
+        self._changed = asyncio.Event()  # wakes `_next_connection`
+        self._guest_over: GuestError | None = None  # the process has exited: no connection can repair that
+        self._forced = False  # the operator runs the guest here, since the source is gone
+        self._unserved: MigratedError | None = None  # why the recovered guest cannot be served
+        self._silent = False  # do not answer late sources: they keep asking until the next agent is there
+        self._armed = asyncio.Event()  # the engine accepts page connections
         self._mapped = asyncio.Event()
-        self._running: asyncio.Task[None] | None = None  # COMMIT was given: `_run_guest`
-        self._ran_before = self._entry.stage == "running"  # it was run by an agent before us
+        self._running: asyncio.Task[None] | None = None  # `_run_guest`, once committed
+        self._ran_before = self._entry.stage == "running"  # a previous agent resumed the guest
         self._runs = asyncio.Event()
         self._noted = asyncio.Event()  # the journal says that the guest is ours
         self._all_current = asyncio.Event()
-        self._released = False  # the source has heard that all is in
-        self._abandoned = 0  # pages poisoned since their source is lost
-        self._laps = Laps(self.record.downtime_breakdown)  # from the Switchover message on
+        self._released = False  # the source has heard that all pages have arrived
+        self._abandoned = 0  # pages poisoned because the source is lost
+        self._laps = Laps(self.record.downtime_breakdown)  # starts at the Switchover message
         self._rates = Rates()
 
     def authentic(self, token: bytes) -> bool:
-        """Whether a connection shows this session's token."""
+        """Whether the token is this session's."""
         return hmac.compare_digest(token, self.hello.token)
 
     # ------------------------------------------------------------ the flow
@@ -174,7 +174,7 @@ class TargetMigration(Migration):
                         await self._converse(connection.link)
                 except FinalError:
                     raise
-                except Exception as error:  # noqa: BLE001 - this connection is over; what follows is what was promised
+                except Exception as error:  # noqa: BLE001 - the connection has failed; our promise decides what follows
                     if not self._promised:
                         await self._give_up(error, connection)
                         return
@@ -187,23 +187,23 @@ class TargetMigration(Migration):
 
     @property
     def _promised(self) -> bool:
-        """Whether the guest must be kept for its source: it is bound, or ours, and has not ended."""
+        """Whether the guest must be kept: it is bound or committed, and has not ended."""
         return self._guest_over is None and (self.session.bound or self.session.committed)
 
     @property
     def _all_in(self) -> bool:
-        """Whether the guest runs, and the journal says so, and it needs nobody any more."""
+        """Whether the guest runs, the journal says so, and every page has arrived."""
         return self._runs.is_set() and self._noted.is_set() and self._all_current.is_set()
 
     async def _next_connection(self) -> Connection | None:
-        """Wait for the source to dial; None when nobody is needed any more, or the guest has ended."""
+        """Wait for the source to dial; return None once the source is no longer needed, or the guest has ended."""
         while True:
             self._changed.clear()
             if self._guest_over is not None or self._all_in:
                 return None
             if self._forced and self.session.bound:
                 self.session.commit_by_hand()
-            if self.session.committed:  # also by a COMMIT that was read, but not taken, when its connection was lost
+            if self.session.committed:  # also by a COMMIT that was read, but still queued, when its connection was lost
                 self._run_here()
             if self._next is not None:
                 self.connection, self._next = self._next, None
@@ -213,7 +213,7 @@ class TargetMigration(Migration):
             await self._changed.wait()
 
     async def _converse(self, link: ControlLink) -> None:
-        """Obey the source, over one connection, from where we stand to the farewell."""
+        """Obey the source over one connection, from our current standing until Released."""
         if self.session.state is SessionState.HELLO:
             await self._set_up(link)
             committed = False
@@ -237,7 +237,7 @@ class TargetMigration(Migration):
     # ------------------------------------------------------------ until COMMIT
 
     async def _set_up(self, link: ControlLink) -> None:
-        """Memory, a process that uses it, and a server for its faults; Ready."""
+        """Allocate the memory, start a process that uses it and a server for its faults; send Ready."""
         hello = self.hello
         regions = tuple(Region(r.name, r.size_bytes, r.page_bytes, r.device) for r in hello.regions)
         await self._guest.check(regions, hello.description)
@@ -247,11 +247,11 @@ class TargetMigration(Migration):
         engine = self._make_engine(recover=False)
         entry = self._entry
         entry.page_bytes, entry.memory_inodes = memory.page_bytes, memory.inodes
-        await self._write("setup")  # should we die from here on, the next agent finds a process by its memory
-        faults = await self._guest.start(memory.pieces)  # its own limit: it can say what the guest wrote meanwhile
+        await self._write("setup")  # if we die from here on, the next agent finds the process by its memory
+        faults = await self._guest.start(memory.pieces)  # has its own limit, and can report what the guest logged
         entry.pid, entry.pid_started = faults.pid, process_started(faults.pid)
         await self._write("setup")
-        # Only now: a process that holds the memory is the guest's, as long as the journal names none.
+        # Only now: while the journal names no process, any process with this memory counts as the guest's.
         await self._recovery_state.keep_descriptors([faults.uffd, *memory.fds])
         engine.arm(faults.uffd, faults.mappings)
         self.background(self._watch_guest())
@@ -274,7 +274,7 @@ class TargetMigration(Migration):
         return self.engine
 
     async def _write(self, stage: str) -> None:
-        """See `TargetEntry` for the stages.  HostError."""
+        """Write the journal entry; see `TargetEntry` for the stages.  Raises HostError."""
         self._entry.stage = stage
         self._entry.peer = self.record.peer
         await self._recovery_state.write(self._entry)
@@ -316,10 +316,10 @@ class TargetMigration(Migration):
                 case _:
                     raise RemoteProtocolError(f"{type(message).__name__} before COMMIT")
 
-    # ------------------------------------------------------------ a connection that follows another
+    # ------------------------------------------------------------ reconnecting
 
     async def dialled(self, link: ControlLink) -> None:
-        """The agent has a new control link for this session, not started, its first message a Resume."""
+        """Take a new control link for this session.  It is not started; its first message is a Resume."""
         if self.over:
             await self._answer_late(link)
             return
@@ -330,7 +330,7 @@ class TargetMigration(Migration):
             await former.close()
 
     async def add_stream(self, stream: int, fd: int) -> None:
-        """A page connection that showed our token; the descriptor is ours now."""
+        """Take a page connection that showed our token, and own its descriptor."""
         try:
             async with within(STREAM_WAIT_SECONDS, "memory for a page connection"):
                 await self._armed.wait()
@@ -345,7 +345,7 @@ class TargetMigration(Migration):
         engine.add_stream(stream, fd)
 
     async def _resume(self, link: ControlLink) -> bool:
-        """Tell the source where we stand and what is lacking; whether COMMIT was given before.  It may send Abort instead."""
+        """Send our standing and the lacking pages; return whether we are committed.  The source may abort instead."""
         self.session = self.session.resumed()
         link.start(self.session)
         self.set_state(State.RECOVERING)
@@ -368,12 +368,12 @@ class TargetMigration(Migration):
     # ------------------------------------------------------------ after COMMIT
 
     def _run_here(self) -> None:
-        """COMMIT was given: nobody else will ever run the guest.  Once."""
+        """Run the guest, once.  COMMIT was given: nobody else will ever run it."""
         if self._running is not None:
             return
         if not self.session.guest_may_run_here:
-            raise MigratedError("the guest was to run before COMMIT: this is a bug")
-        if self._unserved is not None:  # without its fault server it must not run: it waits, and all of it stays kept
+            raise MigratedError("attempt to run the guest before COMMIT: this is a bug")
+        if self._unserved is not None:  # it must not run without its fault server: it waits, and everything stays kept
             self._silent = True
             raise FinalError(self._unserved)
         self._laps.lap("commit")
@@ -382,7 +382,7 @@ class TargetMigration(Migration):
         self._require_engine().background()
 
     async def _run_guest(self) -> None:
-        """What the guest first touches may be a page that waits for a broken network."""
+        """Resume the guest.  Runs beside the flow: the guest's first page may have to wait for a broken network."""
         if not self._ran_before:
             await self._insist(self._guest.resume, "the guest does not run yet", RESUME_PAUSE_SECONDS)
             self._laps.lap("run")
@@ -396,10 +396,10 @@ class TargetMigration(Migration):
             await log_errors(self._write("running"), self.log, "write the journal")
 
     async def _note_commit(self) -> None:
-        """Have the journal say that the guest is ours.
+        """Record in the journal that the guest is ours.
 
-        This runs beside the guest's start, which waits for nothing.  Until it is written a restarted agent would ask the
-        source, which would say COMMIT once more: so the source is not told Done before.
+        This runs beside the resumption of the guest, which waits for nothing.  Until it is written, a restarted agent
+        would ask the source, which would send COMMIT again.  So the source must not receive Done before.
         """
         if not self._ran_before:
             complaint = "the journal does not say yet that the guest is here"
@@ -408,7 +408,7 @@ class TargetMigration(Migration):
         self._changed.set()
 
     async def _insist(self, act: Callable[[], Awaitable[None]], complaint: str, pause: float) -> None:
-        """Try until it is done."""
+        """Try until it succeeds."""
         while True:
             try:
                 return await act()
@@ -417,13 +417,13 @@ class TargetMigration(Migration):
                 await asyncio.sleep(pause)
 
     async def _finish(self) -> None:
-        """Set the guest free of us."""
+        """Release the guest: it no longer needs this agent."""
         self.refresh()
         try:
             await in_thread(self._require_engine().release)
         except MigratedError as problem:
-            # A guest that ended at this very moment.  Anything else leaves it registered with nobody to answer: then what
-            # is kept stays kept, so that a restarted agent serves it and tries again.
+            # Either the guest ended at this very moment, or its memory stays registered with nobody to serve faults.
+            # Then everything stays kept, so that a restarted agent serves the guest and tries again.
             if problem.code in GUEST_OVER:
                 await self._recovery_state.clear()
                 problem = self._ended_early()
@@ -431,7 +431,7 @@ class TargetMigration(Migration):
         await log_errors(self._guest.release(), self.log, "release the guest")
         if self._released:
             await self._recovery_state.clear()
-        else:  # a source that has not heard that all is in will ask
+        else:  # the source has not heard that all pages have arrived, and will ask
             await self._recovery_state.close_entry()
         self.record.error = None
         if self._abandoned:
@@ -447,9 +447,9 @@ class TargetMigration(Migration):
     # ------------------------------------------------------------ giving up
 
     async def _give_up(self, error: BaseException, connection: Connection) -> None:
-        """No process, memory or descriptor of this guest stays here; then the source is told so, where it still listens."""
+        """Remove the guest's process, memory and descriptors; then report that to the source, if it still listens."""
         error = await connection.reason_for(error)
-        self.log.warning("giving up", error=str(error))
+        self.log.warning("migration failed, removing the guest", error=str(error))
         if connection.speaking and self.session.abort_allowed:
             with contextlib.suppress(MigratedError):
                 await connection.link.send(abort_of(error))
@@ -458,7 +458,7 @@ class TargetMigration(Migration):
         await self._close_memory()
         if gone:
             await self._recovery_state.clear()
-        elif await log_errors(self._write("setup"), self.log, "write the journal"):  # the next agent is to end it
+        elif await log_errors(self._write("setup"), self.log, "write the journal"):  # the next agent must end it
             await self._recovery_state.release_descriptors()
         if connection.speaking and self.session.may_send(Aborted()):
             with contextlib.suppress(MigratedError):
@@ -477,7 +477,7 @@ class TargetMigration(Migration):
         await self._close_memory()
         await self.connection.close()
         self.session.connection_lost()
-        self._armed.set()  # page connections that wait for it are refused now
+        self._armed.set()  # page connections that wait for it are now refused
         await log_errors(self._guest.close(), self.log, "close the guest's connections")
 
     async def _after_the_end(self) -> None:
@@ -493,10 +493,10 @@ class TargetMigration(Migration):
         if await answer(link, self.session, limit_seconds=limit, all_in=all_in, lost=lost):
             await self._recovery_state.clear()
 
-    # ------------------------------------------------------------ after an agent that died
+    # ------------------------------------------------------------ recovery after a restart
 
     async def _take_up(self, recovered: Recovered) -> None:
-        """Take the guest back: its memory, its ledger, its faults.  One that cannot be served waits for the next agent."""
+        """Recover the guest: memory, ledger, faults.  One that cannot be served waits for the next agent."""
         self.record.page_size = max(recovered.entry.page_bytes)
         self.background(self._watch_guest())
         try:
@@ -508,16 +508,16 @@ class TargetMigration(Migration):
                 self._end_of_guest(problem)
                 return
             self._unserved = MigratedError(
-                f"{self.record.guest} is here and its faults cannot be served: {problem.message}",
+                f"{self.record.guest} is here, but its faults cannot be served: {problem.message}",
                 code=problem.code,
                 hint="the guest waits; start the target agent again, which tries again",
             )
-            self.log.exception("not taken back")
+            self.log.exception("cannot recover the guest")
             return
         self._mapped.set()
         self._armed.set()
         self.refresh()
-        self.log.warning("taken back after a restart of the agent", stage=recovered.entry.stage)
+        self.log.warning("recovered the guest after a restart of the agent", stage=recovered.entry.stage)
 
     # ------------------------------------------------------------ watching
 
@@ -527,7 +527,7 @@ class TargetMigration(Migration):
         self._end_of_guest(GuestError(text, code="guest-died", hint="see its log"))
 
     def _ended_early(self) -> GuestError:
-        """What its process ended with, if that is known already."""
+        """Return the error with which the process ended, if it is known already."""
         text = f"{self.record.guest} ended before it was released from this migration"
         return self._guest_over or GuestError(text, code="guest-died", hint="see its log")
 
@@ -538,7 +538,7 @@ class TargetMigration(Migration):
         self.fail(error)
 
     def on_engine_event(self, event: Event) -> None:
-        """Barriers are answered; page connections that end when nothing is lacking are no failure."""
+        """Answer barriers.  Page connections that end when no page is lacking are not a failure."""
         match event:
             case Event(kind=EventKind.BARRIER, value=barrier):
                 with contextlib.suppress(MigratedError):
@@ -556,12 +556,12 @@ class TargetMigration(Migration):
     # ------------------------------------------------------------ verbs
 
     def abort(self) -> None:
-        """Before Loaded was sent, by ourselves; later only the source can."""
+        """Abort the migration; only before Loaded was sent.  Later only the source can."""
         if self.record.ended or not self.session.abort_allowed:
             raise ConflictError(
                 f"migration {self.id} is {self.record.state} and cannot be aborted here",
                 state=self.record.state.value,
-                hint="it is over"
+                hint="it has ended"
                 if self.record.ended
                 else "the guest belongs to this host now: let it finish"
                 if self.session.committed
@@ -570,19 +570,19 @@ class TargetMigration(Migration):
         self.fail(AbortedError(f"migration {self.id} was aborted on the target"))
 
     async def abandon(self) -> None:
-        """The source is lost for good: what is missing becomes a memory error in the guest."""
+        """Poison the missing pages, since the source is lost for good: the guest gets a memory error on access."""
         self.check_abandon()
         try:
             self._abandoned = await in_thread(self._require_engine().poison_stale)
         except GuestError as error:
             if error.code not in GUEST_OVER:
                 raise
-            self._end_of_guest(self._ended_early())  # of the memory error that one of its threads was waiting for
+            self._end_of_guest(self._ended_early())  # the memory error killed it
             return
         self.log.warning("abandoned", poisoned_pages=self._abandoned)
 
     def check_abandon(self) -> None:
-        """ConflictError where nothing is missing for good."""
+        """Raise ConflictError unless this is a paused post-copy."""
         if self.record.state not in (State.POSTCOPY_PAUSED, State.RECOVERING) or not self.session.committed:
             raise ConflictError(
                 f"migration {self.id} is {self.record.state}: only a paused post-copy can be abandoned",
@@ -590,20 +590,20 @@ class TargetMigration(Migration):
             )
 
     async def force_run(self) -> None:
-        """The source is gone, and with it the word whether COMMIT was given: run the guest."""
+        """Run the guest on the operator's word: the source is gone, and only it knew whether it committed."""
         if not self._promised or self.session.committed or self._unserved is not None:
             raise ConflictError(
                 f"migration {self.id} is {self.record.state}: no guest waits here for COMMIT",
                 state=self.record.state.value,
             )
         await self._write("committed")
-        self.log.error("the guest is made to run here on request")
+        self.log.error("running the guest here on request")
         self._forced = True
         self._changed.set()
         self.fail(MigratedError("decided on request", code="forced"))
 
     async def discard(self) -> None:
-        """The guest is not to run here, whatever the source has said of it."""
+        """End the guest here, whatever the source has said about it."""
         if self.record.state not in (State.POSTCOPY_PAUSED, State.RECOVERING):
             raise ConflictError(
                 f"migration {self.id} is {self.record.state}: only a guest that waits for its source can be discarded",
@@ -616,12 +616,12 @@ class TargetMigration(Migration):
     # ------------------------------------------------------------ figures
 
     def refresh(self) -> None:
-        """From the engine's counters."""
+        """Update the record from the engine's counters."""
         if self.engine is not None and self.engine.alive:
             figures.of_target(self.record, self.engine.stats(), self._rates, mapped=self._mapped.is_set())
 
     def fault_server_alive(self, now_ns: int, limit_ns: int) -> bool:
-        """Whether the fault thread has turned lately (it does at least every second)."""
+        """Whether the fault thread has run recently (it runs at least every second)."""
         if self.engine is None or not self.engine.alive or not self._armed.is_set() or self._guest_over is not None:
             return True
         heartbeat = self.engine.stats().fault_thread_heartbeat_ns

@@ -67,7 +67,7 @@ async def noticed(made: Rig) -> None:
 
     def gives_up() -> bool:
         lines = made.source.log_path.read_text().splitlines()
-        return any(made.migration in line and '"giving up"' in line for line in lines)
+        return any(made.migration in line and '"migration failed, rolling back"' in line for line in lines)
 
     async with within(LIMIT_SECONDS, "the source to notice what it has lost"):
         while not gives_up():  # noqa: ASYNC110 - a log tells nobody

@@ -45,4 +45,4 @@ async def test_an_abandoned_guest_waits_no_longer_and_the_migration_ends(link: N
         await guest.there.stop()
         again = await guest.there.target()
         assert (await again.record(migration))["state"] == "failed"
-        assert not [event for event in guest.there.events("target") if "taken back" in str(event.get("event"))]
+        assert not [event for event in guest.there.events("target") if "recover" in str(event.get("event"))]

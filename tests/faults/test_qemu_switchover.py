@@ -76,7 +76,7 @@ async def gives_up(guest: MovingGuest, migration: str) -> None:
 
     def noticed() -> bool:
         return any(
-            event["event"] == "giving up" and event.get("migration") == migration
+            event["event"] == "migration failed, rolling back" and event.get("migration") == migration
             for event in guest.here.events("source")
         )
 

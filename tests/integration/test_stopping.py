@@ -71,7 +71,7 @@ async def test_what_has_been_is_still_told_after_a_restart(program: Path) -> Non
         listed = await here.cli("list", "--all", "--json")
         assert [one["id"] for one in listed.json["migrations"]] == [moved, refused]
         assert (await here.cli("wait", refused, "--json")).code == 1
-        with pytest.raises(MigratedError, match="over since before this agent was started") as caught:
+        with pytest.raises(MigratedError, match="ended before this agent was started") as caught:
             await here.source.request("POST", f"/v1/migrations/{moved}/abort", {})
         assert caught.value.code == "conflict"
         await guest.assert_sound()

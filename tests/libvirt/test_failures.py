@@ -76,7 +76,7 @@ async def test_a_target_agent_that_is_killed_in_precopy_leaves_nothing(domains: 
         await (await domain.there.target()).kill()
         record = await (await domain.here.source()).wait(migration)
         assert record["state"] in {"aborted", "failed"}
-        domain.expected.add("a migration of the agent before cannot go on")
+        domain.expected.add("cannot continue a migration of the previous agent")
         await domain.there.target()
 
 

@@ -138,7 +138,7 @@ async def test_no_verb_fits_them(tmp_path: Path) -> None:
     before.add(one)
     ended(one)
     await before.archived()
-    with pytest.raises(ConflictError, match="over since before this agent") as caught:
+    with pytest.raises(ConflictError, match="ended before this agent") as caught:
         table_of(tmp_path).find("aa11")
     assert caught.value.state == "aborted"
 
