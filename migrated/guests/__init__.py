@@ -1,1 +1,4 @@
-"""Drivers: how an agent talks to each kind of guest.  driver.py is their contract, registry.py the guests of a configuration."""
+"""Guest drivers: the code through which an agent talks to each kind of guest.
+
+driver.py defines their contract, and registry.py holds the guests that a configuration names.
+"""

@@ -1,7 +1,7 @@
-"""A guest's output: a log file that it writes for as long as it lives, on a tmpfs that it must not fill.
+"""Keep a guest's log file short: the guest writes it on a tmpfs, which it must not fill.
 
-The process writes to the file itself, so that its output needs no agent.  The file is opened with O_APPEND: when an agent
-cuts it, the next line is written at its new end.
+The guest process writes the file itself, so its output does not depend on the agent.  The file is opened with O_APPEND:
+after an agent has cut it, the next line goes to its new end.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ import structlog
 
 from migrated.waiting import in_thread
 
-#: A file longer than this is cut to its last `KEPT_BYTES`.
+#: A longer file is cut to its last `KEPT_BYTES`.
 MAX_BYTES: Final = 1 << 20
 KEPT_BYTES: Final = 256 << 10
 CHECK_SECONDS: Final = 5.0
-#: What an error message quotes.
+#: How much an error message quotes.
 TAIL_BYTES: Final = 2000
 
 log = structlog.get_logger("migrated.guests")
 
 
 def tail(path: Path, limit_bytes: int = TAIL_BYTES) -> str:
-    """Return the end of the file as text; empty where it cannot be read."""
+    """Return the end of the file as text, or an empty string if it cannot be read."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - limit_bytes))
@@ -39,9 +39,9 @@ def tail(path: Path, limit_bytes: int = TAIL_BYTES) -> str:
 
 
 def cut(path: Path, *, limit_bytes: int, kept_bytes: int) -> bool:
-    """Cut a log that has grown beyond ``limit_bytes`` to whole lines at its end; whether it had.  Raises OSError.
+    """Cut a log that is longer than ``limit_bytes`` to whole lines at its end; return whether it was.  Raises OSError.
 
-    What the guest writes between our read and our truncation is lost.
+    Output that the guest writes between our read and our truncation is lost.
     """
     fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:

@@ -1,4 +1,7 @@
-"""The guests that an agent's configuration names, and the driver of each."""
+"""Hold the guests that an agent's configuration names.
+
+The registry loads the driver of each guest and makes one driver object for each migration.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +30,7 @@ if TYPE_CHECKING:
 class GuestRegistry:
     """The guests of one agent's configuration.
 
-    An async context manager: co-operative guests connect to us long before anything is migrated, and while it is entered
-    they can.
+    An async context manager: co-operative guests can connect while it is entered, long before any migration.
     """
 
     def __init__(self, config: AgentConfig) -> None:
@@ -37,14 +39,14 @@ class GuestRegistry:
         self._hubs: dict[str, ProcessHub] = {}
 
     def run_dir(self, name: str) -> Path:
-        """Where a guest's sockets and logs are."""
+        """Return the directory of a guest's sockets and logs."""
         path = self._config.state_dir / "guests" / name
         path.mkdir(parents=True, exist_ok=True)
         return path
 
     def remove_run_dir(self, name: str) -> None:
-        """A migration is over: its directory goes, unless something is kept there."""
-        if name not in self._hubs:  # a hub has it for life
+        """Remove the directory of a finished migration, unless something is kept there."""
+        if name not in self._hubs:  # a hub keeps it for good
             with contextlib.suppress(OSError):
                 (self._config.state_dir / "guests" / name).rmdir()
 
@@ -63,7 +65,7 @@ class GuestRegistry:
         await self._stack.aclose()
 
     def source_guest(self, name: str) -> SourceGuest:
-        """A driver object for one migration away from here."""
+        """Return a driver object for one migration away from here."""
         table = self._config.guest_table(name)
         if isinstance(table, QemuSourceConfig):
             return QemuSource(name, table, self._config.timeouts)
@@ -72,7 +74,7 @@ class GuestRegistry:
         return ProcessSource(name, self._hubs[name])
 
     def target_guest(self, name: str) -> TargetGuest:
-        """A driver object for one migration to here."""
+        """Return a driver object for one migration to here."""
         table = self._config.guest_table(name)
         if isinstance(table, QemuTargetConfig):
             return QemuTarget(name, table, self.run_dir(name), self._config.timeouts)

@@ -1,1 +1,1 @@
-"""Access to other processes: pidfds, and system calls made in them."""
+"""Access to other processes: pidfds, and system calls that are run in them."""

@@ -1,12 +1,13 @@
-"""A userfaultfd inside an unmodified process, made from outside, and taken out again without a trace.
+"""Make a userfaultfd inside an unmodified process, and close it again without a trace.
 
-A userfaultfd belongs to the memory of the process that *makes* it, so the call must be made in that process: one system
-call is run in one of its threads (``mgd_inject_syscall``), and ``pidfd_getfd`` brings a duplicate of the descriptor here.
-The process keeps its own descriptor on purpose: the kernel lets every waiting thread go when the last one is closed, and a
+A userfaultfd belongs to the memory of the process that *makes* it, so that process must make the call: one of its
+threads runs one system call (``mgd_inject_syscall``), and ``pidfd_getfd`` brings a duplicate of the descriptor here.
+The process keeps its own descriptor on purpose: the kernel wakes every waiting thread when the last one is closed.  A
 guest that waits while our daemon is dead is right, a guest that reads stale memory is not.
 
-A process without the right to call userfaultfd gets it through ``/dev/userfaultfd``: the descriptor of the device, opened
-by us and handed over by whatever channel the process offers, carries the right; the ioctl on it is run in the process.
+A process without the right to call userfaultfd gets it through ``/dev/userfaultfd``.  We open the device and hand its
+descriptor over by whatever channel the process offers; the descriptor carries the right, and the process runs the ioctl
+on it.
 """
 
 from __future__ import annotations
@@ -55,13 +56,16 @@ _WORD = (1 << 64) - 1
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
-#: Hands a descriptor of ours to the process; when the returned callable is awaited the process closes its own again.
+#: Hands a descriptor of ours to the process.  Awaiting the returned callable makes the process close its own again.
 SendDescriptor = Callable[[int], Awaitable[Callable[[], Awaitable[None]]]]
 
 
 @dataclasses.dataclass(slots=True)
 class InjectedUffd:
-    """``fd``: our duplicate; ``remote_fd``: its number in the process; ``stopped_seconds``: how long a thread stood still."""
+    """A userfaultfd made in another process.
+
+    ``fd``: our duplicate; ``remote_fd``: its number in the process; ``stopped_seconds``: how long a thread stood still.
+    """
 
     process: PidHandle
     fd: int
@@ -70,9 +74,9 @@ class InjectedUffd:
 
 
 def remote_syscall(process: PidHandle, number: int, *arguments: int) -> tuple[int, float]:
-    """Run a system call in the process: its raw result, and for how many seconds its main thread stood still.  Blocks.
+    """Run a system call in the process; return its raw result and for how many seconds its main thread stood still.
 
-    Raises GuestRefusedError ``cannot-inject``.
+    Blocks.  Raises GuestRefusedError ``cannot-inject``.
     """
     if platform.machine() != "x86_64":
         raise GuestRefusedError(
@@ -101,7 +105,7 @@ def map_over(process: PidHandle, address: int, length_bytes: int, remote_fd: int
 
 
 def empty_page_tables(process: PidHandle, address: int, length_bytes: int) -> None:
-    """Take a shared mapping's pages out of the page tables of the process, locked ones too; the file keeps them.  Blocks.
+    """Remove a shared mapping's pages, locked ones too, from the process's page tables; the file keeps them.  Blocks.
 
     Raises GuestRefusedError ``cannot-inject``.
     """
@@ -110,7 +114,7 @@ def empty_page_tables(process: PidHandle, address: int, length_bytes: int) -> No
         raise _failed(process, "madvise", address, length_bytes, result)
 
 
-#: Where in a page of the process `give_fds` puts recvmsg's arguments.
+#: Size of the area in a page of the process where `give_fds` puts recvmsg's arguments.
 _SCRATCH_BYTES = 4096
 _IOVEC, _BYTE, _CONTROL = 64, 96, 128
 _MSGHDR = struct.Struct("QI4xQQQQi4x")
@@ -118,10 +122,10 @@ _CMSGHDR = struct.Struct("Qii")
 
 
 def give_fds(process: PidHandle, fds: Sequence[int]) -> list[int]:
-    """Give duplicates of our ``fds`` to the process, close-on-exec; their numbers there.  Blocks.
+    """Give duplicates of our ``fds`` to the process, close-on-exec; return their numbers there.  Blocks.
 
-    For a process that has no channel to us: it makes a pair of sockets, of which we take one (``pidfd_getfd``) and send through
-    it.  Nothing is left of that.  Raises GuestRefusedError ``cannot-inject``.
+    For a process that has no channel to us.  It makes a pair of sockets; we take one (``pidfd_getfd``) and send through
+    it.  Nothing of that remains.  Raises GuestRefusedError ``cannot-inject``.
     """
     scratch = _must(
         process, "mmap", _SYS_MMAP, 0, _SCRATCH_BYTES, _PROT_READ_WRITE, _MAP_PRIVATE_ANONYMOUS, -1 & _WORD, 0
@@ -143,7 +147,7 @@ def give_fds(process: PidHandle, fds: Sequence[int]) -> list[int]:
             f"cannot give descriptors to process {process.pid}: {error.strerror}", code="cannot-inject"
         ) from error
     finally:
-        with contextlib.suppress(GuestRefusedError):  # of a process that has just ended
+        with contextlib.suppress(GuestRefusedError):  # of a process that has just exited
             remote_syscall(process, _SYS_MUNMAP, scratch, _SCRATCH_BYTES)
 
 
@@ -166,7 +170,7 @@ def _receive_fds(process: PidHandle, memory_fd: int, scratch: int, far: int, cou
 
 
 def _must(process: PidHandle, name: str, number: int, *arguments: int) -> int:
-    """`remote_syscall` of one that has to succeed."""
+    """Run `remote_syscall` and raise if the call failed."""
     result, _ = remote_syscall(process, number, *arguments)
     if result < 0:
         raise GuestRefusedError(f"process {process.pid}: {name}: {os.strerror(-result)}", code="cannot-inject")
@@ -181,7 +185,7 @@ def _failed(process: PidHandle, call: str, address: int, length_bytes: int, resu
 
 
 def userfaultfds(pid: int) -> list[int]:
-    """The numbers of the process's userfaultfds."""
+    """Return the numbers of the process's userfaultfds."""
     return _numbers(pid, _LINK)
 
 
@@ -194,12 +198,12 @@ def same_file(pid: int, remote_fd: int, fd: int) -> bool:
     if remote_fd not in userfaultfds(pid):
         return False
     order = int(_LIBC.syscall(_SYS_KCMP, os.getpid(), pid, _KCMP_FILE, fd, remote_fd))
-    # Without CONFIG_KCMP (ENOSYS) the link's name has to do: nothing else in a guest makes userfaultfds meanwhile.
+    # Without CONFIG_KCMP (ENOSYS) the link's name must do: nothing else in a guest makes userfaultfds meanwhile.
     return order == 0 or (order < 0 and ctypes.get_errno() == errno.ENOSYS)
 
 
 def find_remote(pid: int, fd: int) -> int | None:
-    """The number under which the process holds our ``fd``."""
+    """Return the number under which the process holds our ``fd``."""
     return next((number for number in userfaultfds(pid) if same_file(pid, number, fd)), None)
 
 
@@ -209,7 +213,7 @@ async def open_uffd(
     """Make a userfaultfd in the process and do UFFDIO_API on it.
 
     ``send_descriptor`` is used when the process lacks the right.  Raises GuestRefusedError (``cannot-inject``,
-    ``no-userfaultfd``) or what UFFDIO_API says of a kernel that lacks a feature.
+    ``no-userfaultfd``), or UFFDIO_API's error on a kernel that lacks a feature.
     """
 
     def undo(made: tuple[int, float]) -> None:
@@ -244,7 +248,7 @@ async def open_uffd(
 
 
 def by_injection(process: PidHandle) -> SendDescriptor:
-    """How a process is given a descriptor that offers no channel for it."""
+    """Return how to give a descriptor to a process that offers no channel for it."""
 
     async def give(fd: int) -> Callable[[], Awaitable[None]]:
         (number,) = await in_thread(give_fds, process, [fd])
@@ -300,14 +304,14 @@ async def close_uffd(uffd: InjectedUffd) -> None:
 
 
 async def close_remote(process: PidHandle, number: int, memory: SourceMemory) -> None:
-    """Close a userfaultfd that nobody of ours holds any more (left by an agent that died).
+    """Close a userfaultfd that only the process still holds (left by an agent that died).
 
-    Closing would lift the write-protection of all memory in one hold of the process's mmap_lock, by the thread that closes.  So
-    the memory is unregistered from here before that, in steps of about a millisecond.
+    Closing would lift the write-protection of all memory in one hold of the process's mmap_lock, taken by the closing
+    thread. So we first unregister the memory from here, in steps of about a millisecond.
     """
     if number not in userfaultfds(process.pid):
         return
-    with contextlib.suppress(OSError):  # or the descriptor is gone already
+    with contextlib.suppress(OSError):  # or the descriptor is already closed
         ours = process.take_fd(number)
         try:
             await in_thread(_unregister, ours, memory)
@@ -320,5 +324,5 @@ def _unregister(uffd: int, memory: SourceMemory) -> None:
     for mapping in memory.mappings:
         step = _STEP_BYTES if memory.regions[mapping.region].page_bytes == BASE_PAGE_BYTES else _STEP_BYTES_HUGE
         for offset in range(0, mapping.length_bytes, step):
-            with contextlib.suppress(MigratedError):  # whatever this leaves is lifted by closing
+            with contextlib.suppress(MigratedError):  # closing lifts whatever this leaves
                 uffd_unregister(uffd, mapping.address + offset, min(step, mapping.length_bytes - offset))

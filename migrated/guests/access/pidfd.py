@@ -1,7 +1,8 @@
-"""A guest process held by its pidfd: started here or found running, watched, ended, never confused with a later process.
+"""Hold a guest process by its pidfd, so that it is never confused with a later process of the same pid.
 
-A guest must outlive the agent.  So a process we start gets a session of its own, a log file instead of pipes, and no tie
-to our death; and when a driver lets go of it while it runs, its exit status is collected when it ends (`_detach`).
+The process was started here or found running; the handle watches it and ends it.  A guest must outlive the agent.  So a
+process that we start gets a session of its own, a log file instead of pipes, and no tie to our death.  When a driver
+releases it while it runs, its exit status is collected when it exits (`_detach`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from migrated.errors import GuestError, TimeoutExceededError
 _SYS_PIDFD_GETFD = 438  # the same number on every architecture
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
-#: What systemd tells the agent and no guest may use in its name (systemd.exec(5), sd_notify(3), sd_listen_fds(3)).
+#: Variables that systemd sets for the agent and that no guest may use in its name (systemd.exec(5), sd_notify(3),
+#: sd_listen_fds(3)).
 _OF_THE_AGENT = (
     "NOTIFY_SOCKET",
     "WATCHDOG_",
@@ -35,17 +37,17 @@ _OF_THE_AGENT = (
     "MEMORY_PRESSURE_",
 )
 
-#: Children that still ran when their driver was closed: pidfds, kept only to collect their exit status, and the loop that
-#: waits for their end, if one ran.
+#: Children that still ran when their driver was closed.  Their pidfds are kept only to collect their exit status, with
+#: the event loop that waits for their exit, if one ran.
 _detached: dict[int, asyncio.AbstractEventLoop | None] = {}
 
 
 def _detach(pidfd: int) -> None:
-    """Collect the exit status of a child whose driver is gone as soon as it ends, so that none stays a zombie."""
+    """Collect the exit status of a child whose driver is closed as soon as it exits, so that none stays a zombie."""
     try:
         loop = asyncio.get_running_loop()
         loop.add_reader(pidfd, _reap, pidfd)
-    except (RuntimeError, OSError):  # no loop, or it can watch nothing more: when the next child is started
+    except (RuntimeError, OSError):  # no loop, or it can watch no more: when the next child is started
         loop = None
     _detached[pidfd] = loop
 
@@ -63,7 +65,7 @@ def _reap(pidfd: int) -> None:
 
 
 def open_files(pid: int) -> dict[int, str]:
-    """The process's descriptors and what `/proc` says they are; empty if it is gone or hidden from us."""
+    """Return the process's descriptors and what `/proc` links them to; empty if it has exited or is hidden from us."""
     found: dict[int, str] = {}
     with contextlib.suppress(OSError):
         for entry in Path(f"/proc/{pid}/fd").iterdir():
@@ -73,12 +75,12 @@ def open_files(pid: int) -> dict[int, str]:
 
 
 def process_started(pid: int) -> int:
-    """When the process was started, in clock ticks since boot; 0 when there is none, or only a zombie.
+    """Return when the process was started, in clock ticks since boot; 0 if there is none, or only a zombie.
 
     With the pid, this is the identity of a process: a later one with the same pid has another start time.
     """
     try:
-        # The name is in parentheses and may hold anything; what follows the last one is plain.
+        # The name is in parentheses and may contain anything; the fields after the last parenthesis are plain.
         fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
         return 0 if fields[0] in b"ZX" else int(fields[19])
     except (OSError, IndexError, ValueError):
@@ -101,7 +103,7 @@ def _status_text(result: os.waitid_result) -> str:
 
 
 class PidHandle:
-    """One process; every method is safe after its end.  Call `close` when done with it."""
+    """One process; every method is safe after its exit.  Call `close` when done with it."""
 
     def __init__(self, pid: int, pidfd: int, *, child: bool) -> None:
         self.pid = pid
@@ -111,15 +113,16 @@ class PidHandle:
 
     @classmethod
     def attach(cls, pid: int, *, started: int | None = None) -> PidHandle:
-        """Watch a process that runs already.  Raises GuestError (``guest-gone``).
+        """Watch a process that already runs.  Raises GuestError (``guest-gone``).
 
-        ``started``: its `process_started` when it was known to be ours.  Without it, whoever has the pid now is taken.
+        ``started``: its `process_started` when it was known to be ours.  Without it, any process with this pid is
+        taken.
         """
         try:
             handle = cls(pid, os.pidfd_open(pid), child=False)
         except OSError as error:
             raise GuestError(f"process {pid} cannot be watched: {error.strerror}", code="guest-gone") from error
-        # Checked after the pidfd was opened: from then on it is the pidfd that says which process is meant.
+        # Check after opening the pidfd: from then on the pidfd determines which process is meant.
         if started is not None and not process_lives(pid, started):
             handle.close()
             raise GuestError(f"process {pid} has ended, or is a later one with its pid", code="guest-gone")
@@ -127,9 +130,9 @@ class PidHandle:
 
     @classmethod
     def spawn(cls, command: Sequence[str], *, pass_fds: Sequence[int], log: Path) -> PidHandle:
-        """Start ``command``: its own session, no standard input, output to ``log``, ``pass_fds`` under the same numbers.
+        """Start ``command`` in a session of its own, with no standard input and its output to ``log``.
 
-        Raises GuestError (``guest-start``).
+        It inherits ``pass_fds`` under the same numbers.  Raises GuestError (``guest-start``).
         """
         for pidfd in list(_detached):  # those that no loop waits for any more
             _reap(pidfd)
@@ -137,7 +140,7 @@ class PidHandle:
             (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
             (os.POSIX_SPAWN_OPEN, 1, str(log), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600),
             (os.POSIX_SPAWN_DUP2, 1, 2),
-            # glibc clears close-on-exec when both numbers are the same (2.29): nothing else is inherited, and no
+            # glibc clears close-on-exec when both numbers are the same (2.29).  Nothing else is inherited, so no
             # process started beside us gets the memory by accident.
             *((os.POSIX_SPAWN_DUP2, fd, fd) for fd in pass_fds),
         ]
@@ -160,7 +163,7 @@ class PidHandle:
         return cls(pid, os.pidfd_open(pid), child=True)
 
     def poll(self) -> str | None:
-        """How it ended, for people; None while it runs."""
+        """Return how the process ended, as text for people; None while it runs."""
         if self._end is not None:
             return self._end
         if self._pidfd < 0:
@@ -179,10 +182,10 @@ class PidHandle:
         return self._end
 
     async def died(self) -> str:
-        """Wait for the end; returns how it ended, for people."""
+        """Wait until the process has ended; return how, as text for people."""
         loop = asyncio.get_running_loop()
         while (end := self.poll()) is None:
-            # A duplicate, so that several waiters do not share one place in the selector.
+            # Use a duplicate, so that several waiters do not share one place in the selector.
             watched = os.dup(self._pidfd)
             ended = asyncio.Event()
             try:
@@ -194,18 +197,18 @@ class PidHandle:
         return end
 
     def signal(self, number: int) -> None:
-        """Send a signal, if it still runs."""
+        """Send a signal if the process still runs."""
         if self._pidfd >= 0 and self.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, number)
 
     async def kill(self, limit_seconds: float) -> None:
-        """SIGKILL, and wait until it is gone.  Raises TimeoutExceededError (a process stuck in the kernel)."""
+        """Send SIGKILL and wait for the exit.  Raises TimeoutExceededError (a process stuck in the kernel)."""
         self.signal(signal.SIGKILL)
         await self.wait(limit_seconds)
 
     async def wait(self, limit_seconds: float) -> str:
-        """`died` with a limit.  Raises TimeoutExceededError."""
+        """Wait like `died`, with a time limit.  Raises TimeoutExceededError."""
         try:
             async with asyncio.timeout(limit_seconds):
                 return await self.died()
@@ -216,7 +219,7 @@ class PidHandle:
             ) from error
 
     def take_fd(self, number: int) -> int:
-        """A duplicate of the process's descriptor ``number`` (pidfd_getfd, close-on-exec).  Raises OSError."""
+        """Return a duplicate of the process's descriptor ``number`` (pidfd_getfd, close-on-exec).  Raises OSError."""
         fd = int(_LIBC.syscall(_SYS_PIDFD_GETFD, self._pidfd, number, 0))
         if fd < 0:
             code = ctypes.get_errno()
@@ -224,7 +227,7 @@ class PidHandle:
         return fd
 
     def close(self) -> None:
-        """Let go.  The process runs on.  Idempotent."""
+        """Close the handle.  The process runs on.  Idempotent."""
         if self._pidfd < 0:
             return
         if self._child and self.poll() is None:

@@ -1,1 +1,1 @@
-"""The `process` driver: programs that co-operate."""
+"""The `process` driver: guests are programs that co-operate with the agent."""

@@ -1,25 +1,25 @@
-"""The client of a co-operative guest: a Python program whose memory `migrated` can move to another host while it works.
+"""The client of a co-operative guest: a Python program whose memory `migrated` moves to another host while it works.
 
     client = GuestClient({"heap": 256 << 20}, workers=1)
-    client.connect()                      # MIGRATED_SOCKET says where; memory is mapped when it returns
+    client.connect()                      # to MIGRATED_SOCKET; the memory is mapped when it returns
     heap = client.memory["heap"]          # an mmap: use it as bytes, or through a memoryview
     client.start(save=save, restore=restore)
     client.safe_point()
     if not client.incoming:
-        ...                               # first start: fill it
+        ...                               # first start: fill the heap
     while True:
-        client.safe_point()               # the worker stands still in here while the guest is paused
-        ...                               # work on heap
+        client.safe_point()               # the worker waits in here while the guest is paused
+        ...                               # work on the heap
 
-In a process that was started to take over a guest, `incoming` is true: ``restore`` is called with what ``save`` gave on the
-other host, and `safe_point` returns when the guest is to run.  The memory must not be touched before that, except by
-``restore``.  When the guest has moved away, `safe_point` raises `MovedAwayError`: let the process end.
+In a process that was started to take over a guest, `incoming` is true: the client calls ``restore`` with what ``save``
+returned on the other host, and `safe_point` returns when the guest is to run.  Until then only ``restore`` may touch
+the memory.  When the guest has moved away, `safe_point` raises `MovedAwayError`: let the process exit.
 
-Requests are answered by a thread of the client's own.  A Python thread that waits for a page holds the interpreter's lock,
-so that thread may have to wait with it: no harm, since pages are brought by the agent, another process, without a word
-from us.  A guest on the source that loses its agent runs on and connects again, showing the memory it has.
+A thread of the client's own answers requests.  A Python thread that waits for a page holds the interpreter's lock, so
+that thread may have to wait with it.  This does no harm: the agent, another process, brings the pages and needs no
+answer from us.  A guest on the source that loses its agent runs on, connects again and presents the memory it has.
 
-Standard library only; see docs/process-guests.md for the messages.
+This module uses the standard library only.  docs/process-guests.md describes the messages.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from migrated.guests.process.wire import (
 
 ENVIRONMENT = "MIGRATED_SOCKET"
 _RETRY_SECONDS = 0.2
-_MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python 3.13 has it
+_MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # defined since Python 3.13
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _SYS_USERFAULTFD = {"x86_64": 323, "aarch64": 282}
 _UFFD_USER_MODE_ONLY = 1
@@ -64,12 +64,13 @@ class MovedAwayError(Exception):
 
 
 class RefusedError(Exception):
-    """The agent does not want this guest; the text says why."""
+    """The agent refuses this guest; the text says why."""
 
 
 class GuestClient:
-    """One guest.  ``regions``: names and sizes in bytes, multiples of the page size that the agent is configured for.
+    """One guest.
 
+    ``regions``: names and sizes in bytes, multiples of the page size that the agent is configured for.
     ``workers``: how many threads call `safe_point`; the guest counts as paused when all of them are in it.
     ``direct_io``: whether anything reads into the memory with O_DIRECT.
     """
@@ -103,7 +104,10 @@ class GuestClient:
         self._received_fds: list[int] = []
 
     def connect(self, limit_seconds: float = 30) -> None:
-        """Reach the agent and map the memory; call `start` next.  Raises RefusedError, WireError, TimeoutError, OSError."""
+        """Connect to the agent and map the memory; call `start` next.
+
+        Raises RefusedError, WireError, TimeoutError, OSError.
+        """
         deadline = time.monotonic() + limit_seconds
         while True:
             try:
@@ -121,8 +125,8 @@ class GuestClient:
     def start(self, *, save: Callable[[], bytes] | None = None, restore: Callable[[bytes], None] | None = None) -> None:
         """Start answering the agent.
 
-        ``save`` gives what is not in the memory, ``restore`` takes it on the other host.  Both are called in the client's
-        thread while all workers stand still.
+        ``save`` returns the state that is not in the memory, and ``restore`` takes it on the other host.  The client's
+        thread calls both while all workers stand still.
         """
         self._save, self._restore = save, restore
         threading.Thread(target=self._serve, name="migrated client", daemon=True).start()
@@ -169,7 +173,7 @@ class GuestClient:
         sock.sendall(data[sent:])
 
     def _receive(self, sock: socket.socket) -> tuple[Header, bytes, tuple[int, ...]]:
-        """The next message.  Raises WireError, OSError; ConnectionError at the end of the connection."""
+        """Receive the next message.  Raises WireError, OSError, and ConnectionError when the connection has ended."""
 
         def have(size: int) -> bytes:
             while len(self._received) < size:
@@ -219,7 +223,7 @@ class GuestClient:
         while self._received_fds:
             os.close(self._received_fds.pop())
         if not self._uffd_incoming:
-            self._forget()  # an agent that is gone tracks nothing; while pages are missing the descriptor must stay
+            self._forget()  # an exited agent tracks nothing; while pages are missing the descriptor must stay
 
     def _handle(self, sock: socket.socket, header: Header, payload: bytes, fds: tuple[int, ...]) -> None:
         answer = b""
@@ -268,7 +272,7 @@ class GuestClient:
             self._pages = pages
             self.incoming = self._paused = incoming
             for (name, size), fd in zip(self._sizes.items(), fds, strict=True):
-                flags = mmap.MAP_SHARED | _MAP_NORESERVE  # the agent has reserved what is to be reserved
+                flags = mmap.MAP_SHARED | _MAP_NORESERVE  # the agent has already reserved what it must
                 self.memory[name] = mmap.mmap(fd, size, flags, mmap.PROT_READ | mmap.PROT_WRITE)
         addresses = self._addresses()
         answer = struct.pack(f"<{len(addresses)}Q", *addresses)

@@ -1,4 +1,7 @@
-"""The `process` driver's tables of the configuration, for guests that co-operate."""
+"""The `process` driver's configuration tables, for guests that co-operate.
+
+Each table tells one side how it meets its guest: where the guest connects, or how to start it.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from migrated.settings import Command, MemoryTable, OptionalSocketPath, SocketPa
 
 
 class ProcessSourceConfig(MemoryTable):
-    """``[guests.NAME]`` of a source: where the guest connects, and on which pages it gets its memory."""
+    """``[guests.NAME]`` of a source: where the guest connects, and which pages its memory uses."""
 
     driver: Literal["process"] = "process"
     socket: SocketPath = Field(description="where the guest connects")

@@ -1,6 +1,6 @@
-"""The agent's end of a guest's connection: the socket where guests connect, and requests to a guest that has connected.
+"""The agent's end of a guest's connection: the socket where guests connect, and requests to a connected guest.
 
-The guest is a program that co-operates by way of `migrated.guests.process.client` or native/include/migrated_guest.h.
+The guest is a program that co-operates through `migrated.guests.process.client` or native/include/migrated_guest.h.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from migrated.guests.process.wire import (
 )
 from migrated.memory.native import uffd_api
 
-#: After a failure to accept.
+#: Wait this long after accepting has failed.
 ACCEPT_AGAIN_SECONDS = 0.1
 _RECEIVE_BYTES = 256 << 10
 _PEER = struct.Struct("3i")
@@ -41,7 +41,7 @@ _log = structlog.get_logger(__name__)
 
 
 def require_version(guest: str, hello: Hello) -> None:
-    """Raises GuestRefusedError ``guest-client-version`` if its client speaks another version than ours."""
+    """Raise GuestRefusedError ``guest-client-version`` if the guest's client speaks another version than ours."""
     if hello.version != VERSION:
         raise GuestRefusedError(
             f"guest {guest} speaks version {hello.version} of the guest protocol, this agent {VERSION}",
@@ -51,7 +51,7 @@ def require_version(guest: str, hello: Hello) -> None:
 
 
 def listen(path: str) -> socket.socket:
-    """Listen on a Unix socket for guests, in place of a dead one.  Raises GuestError."""
+    """Listen for guests on a Unix socket, replacing a dead one.  Raises GuestError."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
         _remove_dead_socket(path)
@@ -68,7 +68,7 @@ def listen(path: str) -> socket.socket:
 
 
 def _remove_dead_socket(path: str) -> None:
-    """Remove a socket that nobody listens on.  Raises GuestError, OSError; a file of another kind is left alone."""
+    """Remove a socket that nobody listens on, and leave any other kind of file alone.  Raises GuestError, OSError."""
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
             raise GuestError(
@@ -92,7 +92,7 @@ async def accept(listener: socket.socket, name: str) -> socket.socket:
     while True:
         try:
             sock, _ = await asyncio.get_running_loop().sock_accept(listener)
-        except OSError as error:  # out of descriptors, or the guest has gone already
+        except OSError as error:  # out of descriptors, or the guest has already gone
             _log.warning("accept failed", guest=name, error=str(error))
             await asyncio.sleep(ACCEPT_AGAIN_SECONDS)
         else:
@@ -108,8 +108,8 @@ def close_all(fds: Iterable[int]) -> None:
 class GuestConnection:
     """The agent's end of a guest's connection.
 
-    `hello` once, then `request` as often as needed; `close` at the end.  A broken or closed connection fails whatever waits
-    with GuestError ``guest-connection-lost``.
+    Call `hello` once, then `request` as often as needed, and `close` at the end.  When the connection breaks or closes,
+    every waiting call fails with GuestError ``guest-connection-lost``.
     """
 
     def __init__(self, name: str, sock: socket.socket) -> None:
@@ -129,20 +129,20 @@ class GuestConnection:
 
     @property
     def alive(self) -> bool:
-        """Whether it can still be asked."""
+        """Whether the guest can still be asked."""
         return not self.closed.done()
 
     @property
     def hung_up(self) -> bool:
-        """Whether the guest has let go of its end; what it said before that may still have to be read."""
+        """Whether the guest has closed its end; what it sent before may still be unread."""
         if not self.alive:
             return True
         poll = select.poll()
-        poll.register(self._sock, 0)  # a hang-up is told unasked
+        poll.register(self._sock, 0)  # poll always reports a hang-up
         return bool(poll.poll(0))
 
     async def hello(self, limit_seconds: float) -> tuple[Hello, tuple[int, ...]]:
-        """The guest's first message and the descriptors with it (the caller's from here on)."""
+        """Return the guest's first message and its descriptors, which the caller then owns."""
         payload, fds = await self._answer(0, limit_seconds, "its HELLO")
         try:
             return Hello.decode(payload), fds
@@ -153,7 +153,7 @@ class GuestConnection:
     async def map_memory(
         self, page_bytes: tuple[int, ...], fds: tuple[int, ...] = (), *, incoming: bool, limit_seconds: float
     ) -> tuple[int, ...]:
-        """Have it map these files, one a region (or go on with those it has); the addresses."""
+        """Have the guest map these files, one for each region, or go on with those it has; return the addresses."""
         memory = encode_memory(page_bytes, incoming=incoming)
         reply = await self.request(
             Kind.MEMORY, memory, fds=fds, limit_seconds=limit_seconds, what="it to map its memory"
@@ -164,7 +164,7 @@ class GuestConnection:
             raise GuestError(f"guest {self.name}: {error}", code="guest-protocol") from None
 
     async def userfaultfd(self, *, faults: bool, limit_seconds: float) -> int:
-        """A userfaultfd of the guest that reports ``faults``, or else tracks writes; the caller's from here on."""
+        """Return a userfaultfd of the guest, which reports ``faults`` or else tracks writes.  The caller owns it."""
         payload = int(faults).to_bytes(4, "little")
         _, fds = await self._ask(Kind.UFFD, payload, (), limit_seconds, "its userfaultfd")
         try:
@@ -181,7 +181,7 @@ class GuestConnection:
     async def request(
         self, kind: Kind, payload: bytes = b"", *, fds: tuple[int, ...] = (), limit_seconds: float, what: str
     ) -> bytes:
-        """Ask; the reply's payload.  ``what`` names it in errors."""
+        """Send a request and return the reply's payload.  ``what`` names the request in errors."""
         reply, surplus = await self._ask(kind, payload, fds, limit_seconds, what)
         close_all(surplus)
         return reply
@@ -203,7 +203,7 @@ class GuestConnection:
         return await self._answer(sequence, limit_seconds, what)
 
     async def send(self, kind: Kind, payload: bytes = b"", *, fds: tuple[int, ...] = (), sequence: int = 0) -> None:
-        """Say something that needs no answer."""
+        """Send a message that needs no answer."""
         data = message(kind, payload, sequence=sequence, descriptors=len(fds))
         async with self._sending:
             if not self.alive:
@@ -215,7 +215,7 @@ class GuestConnection:
                 self._lose(error.strerror or str(error))
                 raise self._lost() from error
             except asyncio.CancelledError:
-                self._lose("it does not read")  # half a message may be out
+                self._lose("it does not read")  # half a message may have been sent
                 raise
 
     async def _answer(self, sequence: int, limit_seconds: float, what: str) -> tuple[bytes, tuple[int, ...]]:
@@ -281,11 +281,12 @@ class GuestConnection:
             else:
                 close_all(fds)
                 raise WireError(f"a {header.kind.name}, which only an agent may send")
-        # They come with the first byte of their message: without one there is nothing they could belong to.
+        # Descriptors come with the first byte of their message: without a byte there is no message they could belong
+        # to.
         self._refuse_descriptors_beyond(MAX_REGIONS if self._buffer else 0)
 
     def _refuse_descriptors_beyond(self, announced: int) -> None:
-        """Raises WireError: a guest must not fill the agent's descriptor table."""
+        """Raise WireError if there are more: a guest must not fill the agent's descriptor table."""
         if len(self._fds) > announced:
             raise WireError(f"{len(self._fds)} descriptors where its message announces {announced}")
 
@@ -306,8 +307,8 @@ class GuestConnection:
         for answer in self._waiting.values():
             if not answer.done():
                 answer.set_exception(self._lost())
-                answer.exception()  # somebody may not be waiting yet: no complaint about that
+                answer.exception()  # nobody may be waiting yet: avoid asyncio's complaint about that
 
     def close(self) -> None:
-        """Let go; the guest sees the end of the connection.  Idempotent."""
+        """Close the connection; the guest sees it end.  Idempotent."""
         self._lose("closed")

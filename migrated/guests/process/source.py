@@ -1,7 +1,8 @@
-"""A co-operative guest that runs here: its place to connect (`ProcessHub`), and one move away (`ProcessSource`).
+"""Drive a co-operative guest that runs here.
 
-The guest connects when it starts, long before any migration, and gets its memory from us.  The memory belongs to the guest
-as much as to us: when the agent restarts, the guest connects again and shows the descriptors it has.
+`ProcessHub` is the socket where it connects, and `ProcessSource` is one migration away.  The guest connects when it
+starts, long before any migration, and gets its memory from us.  The memory belongs to the guest as much as to us: when
+the agent restarts, the guest connects again and presents the descriptors it has.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ from migrated.memory.maps import areas, file_key, mapped_elsewhere
 from migrated.memory.regions import Mapping, Region, SourceMemory
 from migrated.settings import Timeouts
 
-#: After a failure to listen.
+#: Wait this long after listening has failed.
 LISTEN_AGAIN_SECONDS = 5.0
-#: One guest needs one connection, and a second for a moment when it is started again.
+#: A guest needs one connection, and a second one for a moment when it is started again.
 MAX_CONNECTIONS = 8
 
 _log = structlog.get_logger(__name__)
@@ -47,7 +48,7 @@ _log = structlog.get_logger(__name__)
 class ConnectedGuest:
     """A guest that is connected and has its memory.
 
-    ``paused``: somebody made it stop and nobody made it run since; kept up to date by `ask`.
+    ``paused``: somebody stopped it and nobody has run it since; `ask` keeps this up to date.
     """
 
     connection: process.GuestConnection
@@ -58,7 +59,7 @@ class ConnectedGuest:
     paused: bool = False
 
     async def ask(self, kind: Kind, *, limit_seconds: float, what: str) -> bytes:
-        """`process.GuestConnection.request`."""
+        """Send a request as `process.GuestConnection.request` does, and keep ``paused`` up to date."""
         if kind is Kind.PAUSE:
             self.paused = True  # perhaps, even if its answer never comes
         answer = await self.connection.request(kind, limit_seconds=limit_seconds, what=what)
@@ -68,7 +69,7 @@ class ConnectedGuest:
 
 
 class ProcessHub:
-    """Listens for one configured guest while it is entered; ``guest`` is the guest once it is connected."""
+    """Listens for one configured guest while entered; ``guest`` is the guest once it has connected."""
 
     def __init__(self, name: str, config: ProcessSourceConfig, timeouts: Timeouts) -> None:
         self.name = name
@@ -98,7 +99,7 @@ class ProcessHub:
             await asyncio.to_thread(Path(self._config.socket).unlink, missing_ok=True)
 
     async def wait_connected(self, limit_seconds: float, *, pid: int | None = None) -> ConnectedGuest:
-        """Wait for the guest (for the one with this pid).  Raises TimeoutExceededError."""
+        """Wait until the guest (the one with this pid, if given) is connected.  Raises TimeoutExceededError."""
 
         def here() -> bool:
             return self.guest is not None and pid in (None, self.guest.connection.pid)
@@ -115,7 +116,7 @@ class ProcessHub:
         return self.guest
 
     def require(self) -> ConnectedGuest:
-        """The guest.  Raises GuestError ``guest-not-connected``."""
+        """Return the guest.  Raises GuestError ``guest-not-connected``."""
         if self.guest is None or not self.guest.connection.alive:
             raise GuestError(
                 f"guest {self.name} is not connected" + (f": {self._problem}" if self._problem else ""),
@@ -130,7 +131,7 @@ class ProcessHub:
         task.add_done_callback(self._tasks.discard)
 
     def _listen(self) -> socket.socket | None:
-        """None where it cannot: this guest cannot connect then, which is no reason to leave the other guests alone."""
+        """Listen, or return None if that fails: then this guest cannot connect, but the other guests are served."""
         try:
             listener = process.listen(self._config.socket)
         except GuestError as error:
@@ -149,14 +150,14 @@ class ProcessHub:
         with listener:
             while True:
                 sock = await process.accept(listener, self.name)
-                if len(self._tasks) > MAX_CONNECTIONS:  # one of them is this one
+                if len(self._tasks) > MAX_CONNECTIONS:  # this one is among them
                     _log.warning("too many connections", guest=self.name)
                     sock.close()
                     continue
                 self._spawn(self._serve(process.GuestConnection(self.name, sock)))
 
     async def _serve(self, connection: process.GuestConnection) -> None:
-        """One connection from its HELLO to its end."""
+        """Serve one connection from its HELLO to its end."""
         fds: tuple[int, ...] = ()
         try:
             hello, fds = await connection.hello(self.timeouts.guest_command)
@@ -182,7 +183,7 @@ class ProcessHub:
                 os.close(fd)
 
     async def _forget_former(self) -> None:
-        """A guest that has ended may still be ours, where its end is to be read yet: then read it first."""
+        """Forget a guest whose connection has ended: the end may still be unread, so read it first."""
         former = self.guest
         if former is None or not former.connection.hung_up:
             return
@@ -195,7 +196,7 @@ class ProcessHub:
     async def _settle(
         self, connection: process.GuestConnection, hello: Hello, presented: tuple[int, ...]
     ) -> ConnectedGuest:
-        """Give the guest its memory, or take up the memory it shows."""
+        """Give the guest its memory, or take over the memory that it presents."""
         process.require_version(self.name, hello)
         fds: list[int] = []
         pages: list[int] = []
@@ -235,7 +236,10 @@ class ProcessHub:
 
 
 def _shown_page_bytes(guest: str, name: str, fd: int, size_bytes: int) -> int:
-    """The page size of a memory file that a guest brought; GuestRefusedError if it is not what it says."""
+    """Return the page size of a memory file that a guest presents.
+
+    Raises GuestRefusedError if the file differs from the guest's claim.
+    """
     try:
         info = os.fstat(fd)
         page = os.fstatvfs(fd).f_bsize
@@ -250,7 +254,7 @@ def _shown_page_bytes(guest: str, name: str, fd: int, size_bytes: int) -> int:
 
 
 class ProcessSource(SourceGuest):
-    """See `SourceGuest`."""
+    """The source side of a `process` guest; see `SourceGuest`."""
 
     def __init__(self, name: str, hub: ProcessHub) -> None:
         self.name = name
@@ -270,7 +274,7 @@ class ProcessSource(SourceGuest):
                 code="guest-not-movable",
                 hint="if it runs nowhere else, restart the source agent: it resumes a guest that was not handed over",
             )
-        self._guest = guest  # not earlier: a roll-back of this migration must not run a guest that it never stopped
+        self._guest = guest  # not earlier: rolling back must not run a guest that this migration never stopped
         pid = guest.connection.pid
         self._process = PidHandle.attach(pid)
         keys = frozenset(file_key(fd) for fd in guest.memory_fds)
@@ -320,7 +324,7 @@ class ProcessSource(SourceGuest):
             return
         os.close(uffd)
         if self._guest is not None and self._guest.connection.alive:
-            with contextlib.suppress(GuestError):  # gone in between: so is its descriptor
+            with contextlib.suppress(GuestError):  # it exited in between, and its descriptor with it
                 await self._ask(Kind.FORGET, "it to close its userfaultfd")
 
     async def quiesce(self) -> None:
@@ -348,25 +352,26 @@ class ProcessSource(SourceGuest):
     async def reclaim(self, memento: Memento) -> None:
         del memento
         self._guest = await self._hub.wait_connected(self._timeouts.guest_start)
-        # It has closed its userfaultfd if the agent before us died, and not if this agent gave it away and takes it back.
+        # The guest closed its userfaultfd if the agent before us died, but not if this agent gave the guest away and
+        # takes it back.
         await self._ask(Kind.FORGET, "it to close its userfaultfd")
         await self.resume()
 
     async def adopt(self, pid: int, memento: Memento) -> None:
-        with contextlib.suppress(GuestError):  # it has ended
+        with contextlib.suppress(GuestError):  # it has exited
             self._process = PidHandle.attach(pid, started=int(memento.get("started", 0)))
 
     async def release(self) -> None:
         if self._process is None or self._process.poll() is not None:
             return
         with contextlib.suppress(GuestError, TimeoutExceededError):
-            # After a restart of the agent it connects by itself, some time after `adopt`.
+            # After a restart of the agent the guest connects by itself, some time after `adopt`.
             self._guest = await self._hub.wait_connected(self._timeouts.guest_command, pid=self._process.pid)
             await self._ask(Kind.END, "it to end")
         try:
             await self._process.wait(self._timeouts.release)
         except TimeoutExceededError:
-            # The guest runs elsewhere: what is left here must not.
+            # The guest runs elsewhere: the process left here must not run.
             await self._process.kill(self._timeouts.release)
 
     async def close(self) -> None:

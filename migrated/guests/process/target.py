@@ -1,7 +1,8 @@
-"""A co-operative guest that is to run here: started on our memory, its faults taken, its state restored, run.
+"""Drive a co-operative guest that is to run here.
 
-The process outlives the agent: a session of its own, output to a log file.  It keeps a userfaultfd of its own open until it
-is told to forget it, so that our death leaves its threads waiting.
+The driver starts it on our memory, takes over its faults, restores its state and runs it.  The process outlives the
+agent: it has a session of its own and writes to a log file.  It keeps a userfaultfd of its own open until the agent
+tells it to forget it, so that its threads keep waiting when the agent dies.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _log = structlog.get_logger(__name__)
 
 
 class ProcessTarget(TargetGuest):
-    """See `TargetGuest`."""
+    """The target side of a `process` guest; see `TargetGuest`."""
 
     def __init__(self, name: str, config: ProcessTargetConfig, run_dir: Path, timeouts: Timeouts) -> None:
         self.name = name
@@ -51,7 +52,7 @@ class ProcessTarget(TargetGuest):
         self._return: asyncio.Task[process.GuestConnection] | None = None  # waits for a guest that connects again
 
     async def check(self, regions: tuple[Region, ...], description: Description) -> None:
-        del regions, description  # what the guest wants it says itself, when it is started
+        del regions, description  # the guest itself says what it wants, when it is started
         if shutil.which(self._config.command[0]) is None:
             raise GuestError(
                 f"guest {self.name}: {self._config.command[0]} is not there, or not a program",
@@ -80,7 +81,8 @@ class ProcessTarget(TargetGuest):
         for mapping in mappings:
             uffd_register(self._uffd, mapping.address, mapping.length_bytes, missing=True, minor=True, tracking=False)
         for item in memory:
-            # Registered now: what it touched before is there, what it touches from here on waits for us.
+            # It is registered now: what the guest touched before is populated, what it touches from here on waits for
+            # us.
             if os.fstat(item.memory_fd).st_blocks:
                 raise GuestRefusedError(
                     f"guest {self.name} touched region {item.region.name} before its memory had arrived",
@@ -90,7 +92,7 @@ class ProcessTarget(TargetGuest):
         return FaultSource(pid=connection.pid, uffd=self._uffd, mappings=mappings)
 
     async def _launch(self) -> tuple[process.GuestConnection, Hello]:
-        """Start the program and wait until it has connected; its end ends the wait."""
+        """Start the program and wait until it has connected, or fail when it exits."""
         listener = process.listen(str(self._socket))
         try:
             self._process = PidHandle.spawn(
@@ -119,7 +121,7 @@ class ProcessTarget(TargetGuest):
         return connection, hello
 
     async def _accept(self, listener: socket.socket, pid: int) -> process.GuestConnection:
-        """The connection of our process: what an earlier agent left may still try to connect to the same socket."""
+        """Accept our process's connection: a process left by an earlier agent may still connect to the same socket."""
         while True:
             connection = process.GuestConnection(self.name, await process.accept(listener, self.name))
             if connection.pid == pid:
@@ -162,7 +164,7 @@ class ProcessTarget(TargetGuest):
                 )
 
     async def _guest(self) -> process.GuestConnection:
-        """The connection.  After `adopt`, or when it broke, it is waited for: the guest connects again by itself."""
+        """Return the connection.  After `adopt`, or if it broke, wait for it: the guest connects again by itself."""
         if self._process is None:
             raise GuestError(f"guest {self.name} is not started", code="guest-not-open")
         if self._connection is not None and self._connection.alive:
@@ -221,7 +223,7 @@ class ProcessTarget(TargetGuest):
         return FaultSource(pid=pid, uffd=uffd, mappings=tuple(mapping for part in found for mapping in part))
 
     async def _take_back(self, listener: socket.socket, pid: int) -> process.GuestConnection:
-        """The guest connects again as soon as none of its pages keeps it from doing so.  What fails is tried again."""
+        """Wait for the guest to connect again, once no page that it needs is missing.  Try again after a failure."""
         try:
             while True:
                 connection = await self._accept(listener, pid)

@@ -1,8 +1,8 @@
-"""What a co-operative guest and an agent say to each other; docs/process-guests.md is its description for people.
+"""The messages between a co-operative guest and an agent.  docs/process-guests.md describes them for people.
 
-Standard library only: guests import it.  Every message is a 12-byte header and a payload, little end first.  The guest
-speaks first (HELLO); from then on the agent asks and the guest answers (REPLY or FAIL, with the request's sequence).
-Descriptors travel as SCM_RIGHTS with the first byte of their message's header.
+Guests import this module, so it uses the standard library only.  Every message is a 12-byte header and a payload,
+little-endian.  The guest speaks first (HELLO); from then on the agent asks and the guest answers (REPLY or FAIL, with
+the request's sequence number).  Descriptors travel as SCM_RIGHTS with the first byte of their message's header.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ _MEMORY = struct.Struct("<II")  # incoming, regions
 
 
 class Kind(enum.IntEnum):
-    """Messages; up to 15 from the guest, from 16 on from the agent."""
+    """Kinds of message: up to 15 from the guest, from 16 on from the agent."""
 
     HELLO = 1
     REPLY = 2
     FAIL = 3  # why, as text
-    MEMORY = 16  # map this (or: what you have is fine); the reply holds the addresses
+    MEMORY = 16  # map this (or go on with what you have); the reply holds the addresses
     UFFD = 17  # make a userfaultfd and send it
     FORGET = 18  # close the userfaultfd
-    PAUSE = 19  # reach a safe point; the reply says that nothing writes the memory any more
+    PAUSE = 19  # reach a safe point; the reply confirms that nothing writes to the memory any more
     RUN = 20
-    STATE = 21  # the reply is what is not memory
-    RESTORE = 22  # the payload is what STATE gave on the other host
+    STATE = 21  # the reply holds the state that is not in the memory
+    RESTORE = 22  # the payload is what STATE returned on the other host
     END = 23  # the guest runs elsewhere: exit
     REFUSE = 24  # why, as text; no reply
     LEAVE = 25  # connect to this path from now on; to none if it is empty.  No reply.
 
 
 class WireError(Exception):
-    """The other side sent what makes no sense."""
+    """The peer sent something invalid."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Header:
-    """Of a message to come."""
+    """The header of the message that follows it."""
 
     payload_bytes: int
     kind: Kind
@@ -59,7 +59,7 @@ class Header:
 
     @classmethod
     def parse(cls, data: bytes) -> Header:
-        """Raises WireError."""
+        """Parse a header.  Raises WireError."""
         length, kind, descriptors, sequence = HEADER.unpack(data)
         if length > MAX_PAYLOAD_BYTES or descriptors > MAX_REGIONS:
             raise WireError(f"a message of {length} bytes and {descriptors} descriptors")
@@ -70,7 +70,7 @@ class Header:
 
 
 def message(kind: Kind, payload: bytes = b"", *, sequence: int = 0, descriptors: int = 0) -> bytes:
-    """Header and payload."""
+    """Return a message: header and payload."""
     return HEADER.pack(len(payload), kind, descriptors, sequence) + payload
 
 
@@ -93,7 +93,7 @@ class Hello:
     version: int = VERSION
 
     def encode(self) -> bytes:
-        """Payload."""
+        """Return the payload."""
         out = bytearray(_HELLO.pack(self.version, self.flags, len(self.regions)))
         for region in self.regions:
             name = region.name.encode()
@@ -102,7 +102,7 @@ class Hello:
 
     @classmethod
     def decode(cls, data: bytes) -> Hello:
-        """Raises WireError.  Of another version only the version is believed."""
+        """Parse the payload.  Raises WireError.  In a HELLO of another version only the version is parsed."""
         try:
             version, flags, count = _HELLO.unpack_from(data)
             if version != VERSION:
@@ -127,12 +127,12 @@ class Hello:
 
 
 def encode_memory(page_bytes: tuple[int, ...], *, incoming: bool) -> bytes:
-    """Payload of MEMORY."""
+    """Return the payload of MEMORY."""
     return _MEMORY.pack(int(incoming), len(page_bytes)) + struct.pack(f"<{len(page_bytes)}Q", *page_bytes)
 
 
 def decode_memory(data: bytes) -> tuple[bool, tuple[int, ...]]:
-    """``(incoming, page sizes)``.  Raises WireError."""
+    """Return ``(incoming, page sizes)``.  Raises WireError."""
     try:
         incoming, count = _MEMORY.unpack_from(data)
         return bool(incoming), struct.unpack(f"<{count}Q", data[_MEMORY.size :])
@@ -141,7 +141,7 @@ def decode_memory(data: bytes) -> tuple[bool, tuple[int, ...]]:
 
 
 def decode_addresses(data: bytes, count: int) -> tuple[int, ...]:
-    """Reply to MEMORY.  Raises WireError."""
+    """Return the addresses in the reply to MEMORY.  Raises WireError."""
     if len(data) != count * 8:
         raise WireError(f"{len(data)} bytes of addresses for {count} regions")
     return struct.unpack(f"<{count}Q", data)

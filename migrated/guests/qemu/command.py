@@ -1,7 +1,7 @@
-"""The command line of an incoming QEMU: what in it cannot work, and the command with its placeholders filled in.
+"""Check and complete the command line of an incoming QEMU.
 
-What the options do not show (a wrapper script, a configuration file) is seen in the running QEMU by target.py, which
-raises the same refusals.
+This module refuses what cannot work and fills in the placeholders.  target.py sees in the running QEMU what the options
+do not show (a wrapper script, a configuration file), and raises the same refusals.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _ON = frozenset({"on", "yes", "true", "y"})
 
 
 def regions_differ(guest: str, why: str) -> GuestRefusedError:
-    """The two sides' memory backends do not fit."""
+    """Return the refusal for memory backends that differ between the two sides."""
     return GuestRefusedError(
         f"guest {guest}: its memory differs between the hosts: {why}",
         code="regions-differ",
@@ -31,7 +31,7 @@ def regions_differ(guest: str, why: str) -> GuestRefusedError:
 
 
 def check_command(guest: str, command: list[str], regions: tuple[Region, ...], *, reserve: bool = True) -> None:
-    """Raises GuestRefusedError if this command cannot take a guest whose RAM is these ``regions`` on the source.
+    """Raise GuestRefusedError if this command cannot take a guest whose RAM is these ``regions`` on the source.
 
     ``reserve``: all of their memory is reserved; otherwise QEMU must not reserve it either.
     """
@@ -79,7 +79,7 @@ def _refuse_options(guest: str, command: list[str]) -> None:
 
 
 def command_line(command: list[str], memory: tuple[TargetMemory, ...], qmp: Path) -> list[str]:
-    """The configured command with the placeholders filled in, and what makes it an incoming one."""
+    """Return the configured command with its placeholders filled in and the options of an incoming QEMU."""
     paths = {item.region.name: f"/proc/self/fd/{item.memory_fd}" for item in memory}
     line = [_MEMORY.sub(lambda match: paths[match[1]], argument).replace("{qmp}", str(qmp)) for argument in command]
     if not any("{qmp}" in argument for argument in command):
@@ -92,7 +92,7 @@ def _names(names: Iterable[str]) -> str:
 
 
 def _declared_backends(command: list[str]) -> list[Properties]:
-    """The -object memory-backend-… of a command; what cannot be read is QEMU's to judge."""
+    """Return the -object memory-backend-… of a command, leaving those that cannot be parsed for QEMU to judge."""
     values = [value for flag, value in itertools.pairwise(command) if flag in {"-object", "--object"}]
     objects = [Properties(value, "qom-type") for value in values]
     return [one for one in objects if one.get("qom-type").startswith("memory-backend")]

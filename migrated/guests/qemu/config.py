@@ -1,7 +1,7 @@
-"""The `qemu` driver: its configuration, and what is common to its two sides.
+"""The `qemu` driver's configuration, and what its two sides have in common.
 
-QEMU runs unmodified; the driver reaches it through QMP and by injection.  Memory never passes through QEMU: its RAM blocks are
-regions of the migration (memory.py).  Only the devices' state does (state.py).  See docs/qemu.md.
+QEMU runs unmodified; the driver reaches it through QMP and by injection.  Memory never passes through QEMU: its RAM
+blocks are regions of the migration (memory.py).  Only the device state does (state.py).  See docs/qemu.md.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from migrated.settings import Command, GuestTable, MemoryTable, SocketPath
 
 
 class QemuSourceConfig(GuestTable):
-    """``[guests.NAME]`` of a source: an existing QEMU, by its QMP socket."""
+    """``[guests.NAME]`` of a source: a running QEMU, found by its QMP socket."""
 
     driver: Literal["qemu"] = "qemu"
     qmp: SocketPath = Field(description="the guest's QMP socket")
-    #: The process still holds the old memory, and one `cont` would run the guest twice: so it quits by default.
+    #: The process still holds the old memory, and one `cont` would run the guest twice, so it quits by default.
     on_release: Literal["quit", "keep"] = Field(
         default="quit", description="what becomes of the QEMU that is left when the guest runs elsewhere"
     )
@@ -40,9 +40,9 @@ class QemuTargetConfig(MemoryTable):
 
 
 class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the source says of a QEMU guest in its hello.
+    """What the source says about a QEMU guest in its hello.
 
-    ``backends``: the names of the regions that memory backends provide; the other regions belong to devices and firmware.
+    ``backends``: names of the regions that memory backends provide; the other regions belong to devices and firmware.
     """
 
     machine: str  # concrete type: pc-q35-7.2
@@ -50,13 +50,13 @@ class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     backends: tuple[str, ...]
 
     def encode(self) -> dict[str, Any]:
-        """As plain values."""
+        """Return the description as plain values."""
         built: dict[str, Any] = msgspec.to_builtins(self)
         return built
 
     @classmethod
     def decode(cls, values: dict[str, Any]) -> Description:
-        """From a peer.  Raises RemoteProtocolError."""
+        """Decode a peer's description.  Raises RemoteProtocolError."""
         try:
             return msgspec.convert(values, cls)
         except msgspec.ValidationError as error:

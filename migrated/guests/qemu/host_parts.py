@@ -1,6 +1,6 @@
-"""What in QEMU's command line is about the host it runs on, and not about the guest: disks, networks, sockets, devices.
+"""Find what in QEMU's command line depends on the host rather than on the guest: disks, networks, sockets, devices.
 
-Nobody but the operator of another host can say whether it has the same; `doubts` puts it into words.
+Only the operator of another host can say whether it has the same; `doubts` says what to check.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ _PATH = re.compile(r"(?:^|[:=])(/[^:,]+)")
 
 
 def doubts(option: Option, properties: Properties | None, implied: str, directory: str) -> Iterator[str]:
-    """What in an option to look at; ``implied``: the key of its first property, ``directory``: where QEMU was started."""
+    """Yield what to check in an option.
+
+    ``implied``: the key of its first property; ``directory``: where QEMU was started.
+    """
     name, value = option.name, option.value or ""
     pairs = [*properties.items()] if properties is not None else [("", value)]
     kind = properties.get(implied) if properties is not None else value
@@ -71,7 +74,7 @@ def _relative(path: str, directory: str) -> str:
 
 
 def _descriptors(name: str, pairs: list[tuple[str, str]]) -> Iterator[str]:
-    """Descriptors that whoever started the source's QEMU had opened for it."""
+    """Yield the descriptors that whoever started the source's QEMU had opened for it."""
     by_type = {key.rpartition(".")[0]: value for key, value in pairs if key.endswith("addr.type")}
     for key, value in pairs:
         inner = key.rpartition(".")

@@ -1,4 +1,7 @@
-"""The memory of an incoming QEMU: where it maps ours, and how its faults are taken before it touches a page."""
+"""Take over the faults of an incoming QEMU before it touches a page of our memory.
+
+This module finds where QEMU maps the memory and registers those mappings with a userfaultfd made in QEMU.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +24,13 @@ from migrated.waiting import in_thread
 async def take_faults(
     guest: str, process: PidHandle, memory: tuple[TargetMemory, ...], open_uffd: Callable[[], Awaitable[int]]
 ) -> FaultSource:
-    """Register all of our memory that QEMU maps with a userfaultfd of its own, none of it in its page tables."""
+    """Register all of our memory that QEMU maps with a userfaultfd made in QEMU; none is in its page tables."""
     mappings = await find_mappings(guest, process.pid, memory)
     uffd = await open_uffd()
     await _empty_page_tables(process, mappings)
     for mapping in mappings:
         uffd_register(uffd, mapping.address, mapping.length_bytes, missing=True, minor=True, tracking=False)
-    # What was mapped between the two would never be reported.
+    # What QEMU populated between the two steps would never be reported.
     if present := await _present(process.pid, mappings):
         raise GuestRefusedError(
             f"guest {guest}: QEMU has touched its memory before it arrived, at {present[0].address:#x}",
@@ -38,7 +41,7 @@ async def take_faults(
 
 
 async def find_mappings(guest: str, pid: int, memory: tuple[TargetMemory, ...]) -> tuple[Mapping, ...]:
-    """Where QEMU maps our memory: each region whole and once."""
+    """Find where QEMU maps our memory: each region whole and once."""
     found: list[Mapping] = []
     every = areas(pid)
     for index, item in enumerate(memory):
@@ -55,7 +58,7 @@ async def find_mappings(guest: str, pid: int, memory: tuple[TargetMemory, ...]) 
             )
         found += [Mapping(index, area.start, area.offset, area.end - area.start) for area in ours]
     keys = frozenset(file_key(item.memory_fd) for item in memory)
-    # Ourselves excluded: the alias is not the guest's.
+    # We exclude ourselves: the alias is not the guest's.
     for other in await asyncio.to_thread(mapped_elsewhere, keys, (pid, os.getpid())):
         raise GuestRefusedError(
             f"guest {guest}: its memory is also mapped by {other}",
@@ -66,7 +69,7 @@ async def find_mappings(guest: str, pid: int, memory: tuple[TargetMemory, ...]) 
 
 
 async def _present(pid: int, mappings: tuple[Mapping, ...]) -> list[Mapping]:
-    """The mappings of which something is in the page tables of QEMU, or which are locked there."""
+    """Return the mappings that have pages in QEMU's page tables, or that are locked there."""
     ranges = [(mapping.address, mapping.address + mapping.length_bytes) for mapping in mappings]
     states = await asyncio.to_thread(mapped_areas, pid, ranges)
     present = [state.area for state in states if state.present_bytes]
@@ -78,6 +81,6 @@ async def _present(pid: int, mappings: tuple[Mapping, ...]) -> list[Mapping]:
 
 
 async def _empty_page_tables(process: PidHandle, mappings: tuple[Mapping, ...]) -> None:
-    """QEMU has preallocated or locked memory: pages that are in its page tables would never fault."""
+    """Empty the page tables: pages that QEMU has preallocated or locked would never fault."""
     for mapping in await _present(process.pid, mappings):
         await in_thread(injection.empty_page_tables, process, mapping.address, mapping.length_bytes)

@@ -1,12 +1,12 @@
-"""Where a QEMU process keeps its RAM blocks: guest RAM, video memory, ROMs, ACPI tables.
+"""Find where a QEMU process keeps its RAM blocks: guest RAM, video memory, ROMs, ACPI tables.
 
-QEMU migrates RAM blocks by name, so both sides of a migration pair their memory by these names.  QEMU 8.0 and newer print the
-host address of each block in ``info ramblock``.  Older ones do not: there ``info mtree -f`` says at which guest-physical
-address a block is visible, and ``gpa2hva`` translates that address.  A block that is not visible at the moment (a BAR that is
-not enabled, as on every incoming QEMU) is found by its size, if just one mapping has it.
+QEMU migrates RAM blocks by name, so both sides of a migration pair their memory by these names.  QEMU 8.0 and newer
+print the host address of each block in ``info ramblock``.  For older ones, ``info mtree -f`` gives the guest-physical
+address at which a block is visible, and ``gpa2hva`` translates that address.  A block that is not visible at the moment
+(a BAR that is not enabled, as on every incoming QEMU) is found by its size, if exactly one mapping has it.
 
-ROM blocks that an old QEMU shows nowhere are left out: QEMU fills them itself on both sides.  A writable block that cannot be
-found is a reason to refuse.
+ROM blocks that an old QEMU shows nowhere are left out: QEMU fills them itself on both sides.  A writable block that
+cannot be found is refused.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _HUGETLBFS = 0x958458F6
 _TMPFS = 0x01021994
 BASE_PAGE_BYTES = 4096
 
-# Block Name, PSize, Offset, Used, Total; from QEMU 8.0 on also the host address and (8.1) whether the block is a ROM.
+# Block Name, PSize, Offset, Used, Total; since QEMU 8.0 also the host address, since 8.1 whether the block is a ROM.
 _RAMBLOCK = re.compile(
     r"^ *(\S+) +(\d+) ([KMGTPE]?)i?B +0x\w+ +0x(\w+) +0x(\w+)(?: +0x(\w+)(?: +(ro|rw))?)? *\r?$", re.MULTILINE
 )
@@ -48,9 +48,9 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 class Block:
     """A RAM block.
 
-    ``id`` is QEMU's name for it; ``name`` is the same without ``/objects/``, which only some versions put before the id of a
-    memory backend.  ``size_bytes`` is what is mapped, ``used_bytes`` what the guest sees: they differ for resizable blocks.
-    ``address``: where it begins in the process, if QEMU says so.
+    ``id`` is QEMU's name for it; ``name`` is the same without ``/objects/``, which only some versions put before the id
+    of a memory backend.  ``size_bytes`` is the mapped size, ``used_bytes`` the size that the guest sees: they differ
+    for resizable blocks.  ``address``: where it begins in the process, if QEMU reports it.
     """
 
     id: str
@@ -62,7 +62,7 @@ class Block:
 
     @property
     def name(self) -> str:
-        """The name under which the two sides of a migration pair it."""
+        """The name by which the two sides of a migration pair the block."""
         return self.id.removeprefix(_OBJECTS)
 
 
@@ -84,12 +84,12 @@ class LocatedBlock:
 
     @property
     def shared(self) -> bool:
-        """Whether it is in a file that others can map too."""
+        """Whether the block is in a file that others can map too."""
         return self.areas[0].shared
 
     @property
     def file_offset(self) -> int:
-        """Where it begins in its file, if it is shared."""
+        """Where the block begins in its file, if it is shared."""
         return self.areas[0].offset + self.address - self.areas[0].start
 
     @property
@@ -98,15 +98,15 @@ class LocatedBlock:
         return not self.shared and self.areas[0].inode != 0 and self.block.page_bytes == BASE_PAGE_BYTES
 
     def mapping(self, region: int) -> Mapping:
-        """As the driver contract describes it."""
+        """Return the block as a mapping of the driver contract."""
         return Mapping(region, self.address, 0, self.block.size_bytes)
 
 
-# ---------------------------------------------------------------- what QEMU says
+# ---------------------------------------------------------------- asking QEMU
 
 
 async def ram_blocks(monitor: MonitorCommands) -> tuple[Block, ...]:
-    """Every RAM block that QEMU would migrate, in QEMU's order."""
+    """Return every RAM block that QEMU would migrate, in QEMU's order."""
     found = []
     for match in _RAMBLOCK.finditer(await monitor.hmp("info ramblock")):
         ident, pages, unit, used, total, address, kind = match.groups()
@@ -130,7 +130,7 @@ def _named_as_rom(ident: str) -> bool:
 
 
 async def backends(monitor: MonitorCommands, blocks: Iterable[Block]) -> tuple[Backend, ...]:
-    """The memory backends among the blocks; one that was created and never plugged in holds nothing of the guest."""
+    """Return the memory backends among the blocks; a backend that was never plugged in holds no guest memory."""
     names = {block.name for block in blocks}
     return tuple(
         Backend(memdev["id"], bool(memdev.get("share", False)))
@@ -140,13 +140,13 @@ async def backends(monitor: MonitorCommands, blocks: Iterable[Block]) -> tuple[B
 
 
 async def machine_type(monitor: MonitorCommands) -> str:
-    """The concrete machine type (``pc-q35-7.2``), which QEMU's stream names."""
+    """Return the concrete machine type (``pc-q35-7.2``), which QEMU's stream names."""
     kind = str(await monitor.execute("qom-get", {"path": "/machine", "property": "type"}))
     return kind.removesuffix("-machine")
 
 
 async def version(monitor: MonitorCommands) -> tuple[int, int, int]:
-    """QEMU's version."""
+    """Return QEMU's version."""
     found = (await monitor.execute("query-version"))["qemu"]
     return int(found["major"]), int(found["minor"]), int(found["micro"])
 
@@ -175,7 +175,7 @@ async def locate_blocks(monitor: MonitorCommands, pid: int, blocks: Iterable[Blo
 
 
 async def _visible(monitor: MonitorCommands, blocks: list[Block]) -> dict[str, int]:
-    """Addresses of those blocks that the guest has mapped at the moment."""
+    """Return the addresses of the blocks that the guest has mapped at the moment."""
     found: dict[str, int] = {}
     for view in (await monitor.hmp("info mtree -f")).replace("\r", "").split("FlatView #"):
         if 'AS "memory"' not in view:
@@ -192,7 +192,7 @@ async def _visible(monitor: MonitorCommands, blocks: list[Block]) -> dict[str, i
 
 
 def cover(guest: str, every: list[Area], block: Block, address: int) -> LocatedBlock:
-    """The areas that show the block: one behind the other, all private or all of one file."""
+    """Return the areas that show the block: adjacent, and all private or all of one file."""
     end = address + block.size_bytes
     covering = tuple(area for area in every if area.end > address and area.start < end)
     whole = bool(covering) and covering[0].start <= address and covering[-1].end >= end
@@ -205,14 +205,14 @@ def cover(guest: str, every: list[Area], block: Block, address: int) -> LocatedB
 
 
 def _continues(before: Area, after: Area) -> bool:
-    """Whether ``after`` shows what follows ``before``, in the address space and in the file, if there is one."""
+    """Whether ``after`` continues ``before`` in the address space and, if there is one, in the file."""
     if before.end != after.start or before.key != after.key or before.shared != after.shared:
         return False
     return not before.inode or after.offset - before.offset == after.start - before.start
 
 
 def _only_candidate(guest: str, every: list[Area], block: Block, located: list[LocatedBlock]) -> LocatedBlock:
-    """The one mapping that could be the block: writable, of its size, and nothing else's."""
+    """Return the one mapping that could be the block: writable, of its size, and not any other block's."""
     taken = [(item.address, item.address + item.block.size_bytes) for item in located]
     candidates = [
         area
@@ -233,7 +233,7 @@ def _only_candidate(guest: str, every: list[Area], block: Block, located: list[L
 
 
 def _refuse_second_view(guest: str, pid: int, every: list[Area], located: list[LocatedBlock]) -> None:
-    """A second mapping of the same memory in the process: its writes would not be seen."""
+    """Refuse a second mapping of the same memory in the process: tracking would not see writes through it."""
     for item in located:
         if not item.shared:
             continue
@@ -247,13 +247,13 @@ def _refuse_second_view(guest: str, pid: int, every: list[Area], located: list[L
                 )
 
 
-# ---------------------------------------------------------------- as regions
+# ---------------------------------------------------------------- blocks as regions
 
 
 def region(located: LocatedBlock, backends: Iterable[Backend], fd: int) -> Region:
-    """The block as a region of the migration; ``fd`` is open on its memory.
+    """Return the block as a region of the migration; ``fd`` is open on its memory.
 
-    QEMU does not know that huge pages of ours are mapped over a block that it had made on small ones.
+    QEMU does not know that we map huge pages over a block that it made of small ones.
     """
     block = located.block
     huge = located.shared and _file_system(fd) == _HUGETLBFS
@@ -262,12 +262,12 @@ def region(located: LocatedBlock, backends: Iterable[Backend], fd: int) -> Regio
 
 
 def is_device(block: Block, backends: Iterable[Backend]) -> bool:
-    """Whether the block belongs to a device or to the firmware, rather than being RAM that a backend provides."""
+    """Whether the block belongs to a device or to the firmware, not to a memory backend."""
     return block.name not in {backend.name for backend in backends}
 
 
 def refuse_disk_file(guest: str, block: Block, fd: int) -> None:
-    """Raises GuestRefusedError ``memory-unsupported``: writes to a file on disk cannot be tracked."""
+    """Raise GuestRefusedError ``memory-unsupported`` for a file on disk: writes to it cannot be tracked."""
     if _file_system(fd) not in {_HUGETLBFS, _TMPFS}:
         raise GuestRefusedError(
             f"guest {guest}: RAM block {block.id} is a file of a kind whose writes cannot be tracked",
@@ -277,7 +277,7 @@ def refuse_disk_file(guest: str, block: Block, fd: int) -> None:
 
 
 def _file_system(fd: int) -> int:
-    """f_type of fstatfs(2), which os.fstatvfs leaves out."""
+    """Return f_type of fstatfs(2), which os.fstatvfs leaves out."""
     buffer = ctypes.create_string_buffer(512)
     if _LIBC.fstatfs(fd, buffer) != 0:
         code = ctypes.get_errno()
@@ -289,7 +289,7 @@ def _file_system(fd: int) -> int:
 
 
 def passed_through_devices(pid: int) -> list[str]:
-    """Open device files through which hardware writes guest memory unseen."""
+    """Return the open device files through which hardware writes guest memory unseen."""
     links = set(open_files(pid).values())
     return sorted(
         link
@@ -301,8 +301,8 @@ def passed_through_devices(pid: int) -> list[str]:
 async def disks_pin_buffers(monitor: MonitorCommands, pid: int) -> bool:
     """Whether a disk may read into pinned guest memory.
 
-    Direct I/O does, an io_uring beside any disk may, and so does a host device: scsi-block hands the guest's buffers to SG_IO
-    whatever the cache mode is.
+    Direct I/O does, an io_uring beside any disk may, and so does a host device: scsi-block hands the guest's buffers to
+    SG_IO whatever the cache mode is.
     """
     nodes: list[dict[str, Any]] = await monitor.execute("query-named-block-nodes", {"flat": True})
     return any(node.get("cache", {}).get("direct", True) or node.get("drv") == "host_device" for node in nodes) or (

@@ -1,7 +1,8 @@
-"""QEMU's command line syntax: options, and the properties in an option's value.
+"""Parse QEMU's command line: options, and the properties in an option's value.
 
-A value is either *keyed* (``memory-backend-ram,id=m,size=1G``: comma-separated, a comma in a value is doubled, the key of the
-first property may be implied) or one JSON object.  `Properties` reads and changes both and writes the form it has read.
+A value is either *keyed* or one JSON object.  A keyed value (``memory-backend-ram,id=m,size=1G``) is separated by
+commas; a comma in a value is doubled, and the key of the first property may be implied.  `Properties` reads and changes
+both forms and writes the form that it has read.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-#: Options without an argument, of every QEMU from 4.0 on; every other option takes one.
+#: Options without an argument, of every QEMU since 4.0; every other option takes one.
 # fmt: off
 _FLAGS = frozenset({
     "S", "alt-grab", "async-teardown", "audio-help", "ctrl-grab", "curses", "daemonize", "enable-fips",
@@ -32,24 +33,24 @@ _SUFFIXES = "bkmgtpe"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Option:
-    """One option.  ``flag`` as written (``-m``, ``--object``), empty for an argument that is no option: a disk image."""
+    """One option.  ``flag`` as written (``-m``, ``--object``); empty for an argument without one: a disk image."""
 
     flag: str
     value: str | None = None
 
     @property
     def name(self) -> str:
-        """Without its dashes."""
+        """The option's name without dashes."""
         return self.flag.lstrip("-")
 
     @property
     def words(self) -> tuple[str, ...]:
-        """As arguments."""
+        """The option as arguments."""
         return tuple(word for word in (self.flag, self.value) if word)
 
 
 def parse_options(arguments: Sequence[str]) -> list[Option]:
-    """The options of a command line, the program left out."""
+    """Return the options of a command line without its program."""
     found = []
     words = iter(arguments)
     for word in words:
@@ -63,7 +64,10 @@ def parse_options(arguments: Sequence[str]) -> list[Option]:
 
 
 class Properties:
-    """The properties of a value, in order.  ``implied``: the key of a first property that has none (``-machine q35``)."""
+    """The properties of a value, in order.
+
+    ``implied``: the key of a first property that has none (``-machine q35``).
+    """
 
     def __init__(self, text: str, implied: str = "") -> None:
         self._implied = implied
@@ -83,7 +87,7 @@ class Properties:
         return key, _unescape(value)
 
     def items(self) -> Iterator[tuple[str, str]]:
-        """Every property as text, a JSON object's inner ones with dotted keys; a key alone means ``on``."""
+        """Yield every property as text, a JSON object's inner ones with dotted keys; a key alone means ``on``."""
         if self._json is not None:
             yield from _flatten("", self._json)
             return
@@ -91,14 +95,14 @@ class Properties:
             yield key, "on" if value is None else value
 
     def get(self, key: str, default: str = "") -> str:
-        """The value that counts: the last one."""
+        """Return the value in force, which is the last one."""
         return dict(self.items()).get(key, default)
 
     def __contains__(self, key: str) -> bool:
         return any(key == other for other, _ in self.items())
 
     def set(self, key: str, value: str | bool) -> None:
-        """Replace the value where it stands, or append the property."""
+        """Replace the value in place, or append the property."""
         if self._json is not None:
             self._json[key] = value
             return
@@ -112,7 +116,7 @@ class Properties:
             self._pairs.append((key, text))
 
     def remove(self, key: str) -> None:
-        """Drop a property, all its values."""
+        """Remove a property with all its values."""
         if self._json is not None:
             self._json.pop(key, None)
         self._pairs = [pair for pair in self._pairs if pair[0] != key]
@@ -131,7 +135,7 @@ class Properties:
 
 
 def _split(text: str) -> list[str]:
-    """The parts between single commas, doubled ones still in them."""
+    """Return the parts between single commas; doubled ones stay doubled."""
     parts, start = [], 0
     position = 0
     while position < len(text):
@@ -168,7 +172,10 @@ def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
 
 
 def parse_size(text: str, unit: str = "b") -> int | None:
-    """Bytes of a size as QEMU reads it: a suffix is a power of 1024, ``unit`` counts without one.  None: not readable."""
+    """Return a size in bytes as QEMU parses it, or None if it is not a size.
+
+    A suffix is a power of 1024; ``unit`` applies to a number without one.
+    """
     match = _SIZE.fullmatch(text)
     if match is None:
         return None
@@ -176,6 +183,6 @@ def parse_size(text: str, unit: str = "b") -> int | None:
 
 
 def format_size(size_bytes: int) -> str:
-    """The shortest exact form that QEMU reads: ``256M``."""
+    """Return the shortest exact form that QEMU parses: ``256M``."""
     power = max(power for power in range(5) if size_bytes % (1 << 10 * power) == 0) if size_bytes else 0
     return f"{size_bytes >> 10 * power}{_SUFFIXES[power].upper() if power else ''}"

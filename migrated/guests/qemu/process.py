@@ -1,4 +1,7 @@
-"""What both sides hold of one QEMU: its process, its monitor, and a userfaultfd made in it."""
+"""Hold what both sides have of one QEMU: its process, its monitor, and a userfaultfd made in it.
+
+`ManagedQemu` works whoever carries the monitor commands; `QemuProcess` is a QEMU with a QMP socket for us.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from migrated.guests.access.pidfd import PidHandle
 from migrated.guests.qemu.qmp import Monitor, MonitorCommands
 from migrated.waiting import in_thread
 
-#: Under which names QEMU is handed a descriptor (getfd): its migration stream, and /dev/userfaultfd for a moment.
+#: The names under which QEMU is given a descriptor (getfd): its migration stream, and briefly /dev/userfaultfd.
 STATE_STREAM = "migrated-state"
 _DEVICE = "migrated-userfaultfd"
 
@@ -22,7 +25,7 @@ M = TypeVar("M", bound=MonitorCommands)
 
 
 class ManagedQemu(abc.ABC, Generic[M]):
-    """A QEMU, whoever carries what it is asked.  Empty until `connect`, or `adopt` in a restarted agent."""
+    """A QEMU, whoever carries the commands to it.  Empty until `connect`, or until `adopt` in a restarted agent."""
 
     def __init__(self, guest: str) -> None:
         self.uffd: injection.InjectedUffd | None = None
@@ -40,25 +43,25 @@ class ManagedQemu(abc.ABC, Generic[M]):
 
     @property
     def handle(self) -> PidHandle:
-        """The process; GuestError ``guest-not-open`` where there is none yet."""
+        """Return the process.  Raises GuestError ``guest-not-open`` if there is none yet."""
         if self._handle is None:
             raise GuestError(f"guest {self._guest}: QEMU is not known yet", code="guest-not-open")
         return self._handle
 
     async def connect(self, child: PidHandle | None = None, *, greeting_seconds: float | None = None) -> M:
-        """The first session with whoever listens; its process is ``child``, unless that is a wrapper that forked."""
+        """Open the first session.  Its process is ``child``, unless ``child`` is a wrapper that forked QEMU."""
         self._monitor = await self._session(greeting_seconds)
         pid = await self._pid(self._monitor)
         self._handle = child if child is not None and child.pid == pid else PidHandle.attach(pid)
         return self._monitor
 
     def adopt(self, process: PidHandle, uffd: injection.InjectedUffd | None = None) -> None:
-        """Take over a process known from the journal, and a userfaultfd of it; asks it nothing."""
+        """Take over a process known from the journal, and a userfaultfd of it, without asking QEMU anything."""
         self._handle = process
         self.uffd = uffd
 
     async def monitor(self) -> M:
-        """The session; a new one if the old one was lost and QEMU still runs.  GuestError ``guest-gone`` if it does not."""
+        """Return the session, or a new one if it was lost.  Raises GuestError ``guest-gone`` if QEMU has exited."""
         if self._monitor is not None and self._monitor.alive:
             return self._monitor
         if (end := self.handle.poll()) is not None:
@@ -69,29 +72,29 @@ class ManagedQemu(abc.ABC, Generic[M]):
         return self._monitor
 
     def _send_descriptor(self) -> injection.SendDescriptor:
-        """How QEMU is given a descriptor and made to close it again."""
+        """Return how to give QEMU a descriptor and make it close it again."""
         return injection.by_injection(self.handle)
 
     async def open_uffd(self, *, faults: bool) -> injection.InjectedUffd:
-        """A userfaultfd of QEMU that reports ``faults``, or else tracks writes.  Raises as `injection.open_uffd`."""
+        """Make a userfaultfd in QEMU that reports ``faults``, or tracks writes.  Raises as `injection.open_uffd`."""
         self.uffd = await injection.open_uffd(
             self.handle, faults=faults, tracking=not faults, send_descriptor=self._send_descriptor()
         )
         return self.uffd
 
     async def close_uffd(self) -> None:
-        """Close it here and in QEMU.  Idempotent; works on a dead QEMU."""
+        """Close the userfaultfd here and in QEMU.  Idempotent; works on a dead QEMU."""
         uffd, self.uffd = self.uffd, None
         if uffd is not None:
             await injection.close_uffd(uffd)
 
     async def kill(self, limit_seconds: float) -> None:
-        """End it, if there is one, and wait until it is gone."""
+        """Kill QEMU, if there is one, and wait until it has exited."""
         if self._handle is not None:
             await self._handle.kill(limit_seconds)
 
     async def close(self) -> None:
-        """Let go; QEMU keeps its end of the userfaultfd.  Idempotent."""
+        """Close our ends; QEMU keeps its end of the userfaultfd.  Idempotent."""
         monitor, self._monitor = self._monitor, None
         if monitor is not None:
             await monitor.close()

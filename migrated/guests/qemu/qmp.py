@@ -1,7 +1,8 @@
-"""The monitor of one QEMU process: a QMP connection whose every wait has a limit and whose every failure has a name.
+"""Talk to the monitor of one QEMU process over QMP: every wait has a limit, and every failure has a code.
 
-Codes: ``qmp-unreachable`` (nobody listens), ``qmp-busy`` (no greeting: another client holds the monitor), ``qmp-lost``
-(it was there and went away), ``qmp-timeout``, ``qmp-failed`` (QEMU said no; its words are in the message).
+The codes are ``qmp-unreachable`` (nobody listens), ``qmp-busy`` (no greeting: another client holds the monitor),
+``qmp-lost`` (an established connection was lost), ``qmp-timeout``, and ``qmp-failed`` (QEMU refused; the message quotes
+it).
 """
 
 from __future__ import annotations
@@ -23,20 +24,20 @@ from qemu.qmp.protocol import Runstate, StateError
 from migrated.errors import GuestError
 from migrated.guests.access.pidfd import open_files
 
-#: Of whoever has no configuration: timeouts.guest_command's default.
+#: For callers without a configuration: the default of timeouts.guest_command.
 COMMAND_SECONDS = 10.0
-#: Events are waited for, but a status is asked for again at least this often: an event sent before we listened is no loss.
+#: We wait for events, but query the status at least this often: an event sent before we listened is not lost for us.
 POLL_SECONDS = 0.25
-#: sockaddr_un.sun_path, with its NUL.
+#: The size of sockaddr_un.sun_path without its NUL.
 SOCKET_PATH_BYTES = 107
 
 _UCRED = struct.Struct("iII")
-#: By which descriptors are known that `MonitorCommands.add_fd` gave to QEMU.
+#: Marks the descriptors that `MonitorCommands.add_fd` gave to QEMU.
 FDS_OF_OURS = "migrated"
 
 
 class MonitorCommands(abc.ABC):
-    """What QEMU is asked, whoever carries the question: a QMP session of ours, or libvirt.
+    """Commands to QEMU, whoever carries them: a QMP session of ours, or libvirt.
 
     Every wait has a limit; failures are GuestErrors: ``qmp-failed``, ``qmp-lost``, ``qmp-timeout``.
     """
@@ -46,7 +47,7 @@ class MonitorCommands(abc.ABC):
     @property
     @abc.abstractmethod
     def alive(self) -> bool:
-        """Whether the session still stands."""
+        """Whether the session is still connected."""
 
     @abc.abstractmethod
     async def execute(
@@ -56,45 +57,45 @@ class MonitorCommands(abc.ABC):
 
     @abc.abstractmethod
     async def add_fd(self, fd: int) -> int:
-        """Hand a descriptor to QEMU in a descriptor set of its own (add-fd); the set's number."""
+        """Give QEMU a descriptor in a descriptor set of its own (add-fd); return the set's number."""
 
     @abc.abstractmethod
     async def event(self, seconds: float) -> None:
-        """Until the next event, at most ``seconds``."""
+        """Wait for the next event, at most ``seconds``."""
 
     @abc.abstractmethod
     def saw(self, name: str) -> bool:
-        """Whether this event has come since `forget_events`; forgets all that have."""
+        """Whether this event has come since `forget_events`; forgets all events that have."""
 
     @abc.abstractmethod
     def forget_events(self) -> None:
-        """Before a command whose events matter."""
+        """Forget all events.  Call before a command whose events matter."""
 
     @abc.abstractmethod
     async def close(self) -> None:
-        """End the session; QEMU takes the next client.  Idempotent."""
+        """End the session; QEMU then accepts the next client.  Idempotent."""
 
     async def hmp(self, line: str) -> str:
-        """A human monitor command, for what QMP cannot say."""
+        """Run a human monitor command, for what QMP lacks."""
         return str(await self.execute("human-monitor-command", {"command-line": line}))
 
     async def remove_fds(self) -> None:
-        """Have QEMU close what `add_fd` gave it, in this session or an earlier one.  It does so only while the guest runs."""
+        """Have QEMU close what `add_fd` gave it, in any session.  It does so only while the guest runs."""
         for fdset in await self.execute("query-fdsets"):
             if any(entry.get("opaque") == FDS_OF_OURS for entry in fdset["fds"]):
                 await self.execute("remove-fd", {"fdset-id": fdset["fdset-id"]})
 
     async def status(self) -> str:
-        """QEMU's run state (``running``, ``paused``, ``postmigrate`` …)."""
+        """Return QEMU's run state (``running``, ``paused``, ``postmigrate`` …)."""
         return str((await self.execute("query-status"))["status"])
 
     async def migration(self) -> dict[str, Any]:
-        """``query-migrate``; no ``status`` in it when there was no migration yet."""
+        """Return ``query-migrate``; it has no ``status`` if there was no migration yet."""
         result: dict[str, Any] = await self.execute("query-migrate")
         return result
 
     async def wait_status(self, unwanted: frozenset[str], *, limit: float) -> str:
-        """Wait until the run state is none of ``unwanted``; returns it.  Raises GuestError ``qmp-timeout``."""
+        """Wait until the run state is none of ``unwanted``; return it.  Raises GuestError ``qmp-timeout``."""
         deadline = time.monotonic() + limit
         while (status := await self.status()) in unwanted:
             left = deadline - time.monotonic()
@@ -137,7 +138,7 @@ class Monitor(MonitorCommands):
     ) -> Monitor:
         """Connect and negotiate.  Raises GuestError ``qmp-unreachable`` or ``qmp-busy``.
 
-        ``command_seconds``: limit of every command that is given none of its own, and of the greeting likewise.
+        ``command_seconds``: limit of the greeting, and of every command that has no limit of its own.
         """
         if greeting_seconds is None:
             greeting_seconds = command_seconds
@@ -184,8 +185,9 @@ class Monitor(MonitorCommands):
     ) -> Any:
         limit = self._command_seconds if limit is None else limit
         try:
-            # Never asyncio.wait_for: up to Python 3.11 it forgets a cancellation that comes together with the answer, and
-            # a migration that was aborted at that moment would go on (https://github.com/python/cpython/issues/86296).
+            # Never use asyncio.wait_for: up to Python 3.11 it loses a cancellation that comes together with the answer,
+            # and a migration that was aborted at that moment would go on
+            # (https://github.com/python/cpython/issues/86296).
             async with asyncio.timeout(limit):
                 return await self._client.execute(command, arguments)
         except TimeoutError as error:
@@ -198,11 +200,11 @@ class Monitor(MonitorCommands):
             raise GuestError(
                 f"guest {self.guest}: the QMP connection was lost during {command}",
                 code="qmp-lost",
-                hint="QEMU ended, or closed its monitor: look at its log",
+                hint="QEMU exited or closed its monitor: look at its log",
             ) from error
 
     async def give_fd(self, name: str, fd: int) -> None:
-        """Hand a descriptor to QEMU under ``name`` (getfd); it belongs to the session until used or `closefd`."""
+        """Give QEMU a descriptor as ``name`` (getfd); it belongs to the session until used or closed (`closefd`)."""
         self._pass_fd(fd)
         await self.execute("getfd", {"fdname": name})
 
@@ -212,9 +214,9 @@ class Monitor(MonitorCommands):
 
     def _pass_fd(self, fd: int) -> None:
         try:
-            # Beside the client's transport, which knows nothing of ancillary data (and hides the socket under uvloop).
-            # The blank is white space between two JSON texts.  Nothing of ours is ever queued here: commands are short
-            # and we wait for each reply.
+            # Send beside the client's transport, which does not support ancillary data (and hides the socket under
+            # uvloop).  The blank is white space between two JSON texts.  Nothing of ours is ever queued here: commands
+            # are short and we wait for each reply.
             self._socket.sendmsg([b" "], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", fd))])
         except OSError as error:
             raise GuestError(
@@ -222,15 +224,15 @@ class Monitor(MonitorCommands):
             ) from error
 
     async def wait_loaded(self, *, limit: float) -> str:
-        """Wait until an incoming QEMU has loaded its migration stream; returns the run state it is in then.
+        """Wait until an incoming QEMU has loaded its migration stream; return its run state at that moment.
 
-        Raises GuestError: ``migration-failed`` with QEMU's words when it fails or is cancelled instead, ``qmp-timeout``.
+        Raises GuestError: ``migration-failed`` with QEMU's message when loading fails or is cancelled, ``qmp-timeout``.
         """
         deadline = time.monotonic() + limit
         while True:
-            # The question has the whole limit too: a QEMU that loads state answers nobody while it waits for a page.
+            # The query gets the whole limit too: a QEMU that loads state does not answer while it waits for a page.
             left = max(deadline - time.monotonic(), POLL_SECONDS)
-            # Both at once: the answers wait in QEMU until the state is loaded, and then the guest is waiting for us.
+            # Ask both at once: QEMU answers only once the state is loaded, and then the guest is waiting for us.
             report, run_state = await asyncio.gather(
                 self.execute("query-migrate", limit=left), self.execute("query-status", limit=left)
             )
@@ -264,10 +266,10 @@ class Monitor(MonitorCommands):
         self._events.clear()
 
     def peer_pid(self) -> int:
-        """The process behind the socket.
+        """Return the process behind the socket.
 
-        The kernel remembers who *listened*; when a manager opened the socket and passed it on (libvirt does), that is
-        not QEMU.  So look for who holds an accepted end of this path.
+        The kernel remembers who *listened*.  When a manager opened the socket and passed it on (as libvirt does), that
+        is not QEMU.  So look for the process that holds an accepted end of this path.
         """
         listener, _, _ = _UCRED.unpack(self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
         accepted = _accepted_inodes(self.path)
@@ -292,7 +294,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _accepted_inodes(path: Path) -> frozenset[str]:
-    """``socket:[…]`` names of connected sockets bound to ``path``: the server's ends."""
+    """Return the ``socket:[…]`` names of connected sockets bound to ``path``: the server's ends."""
     found = set()
     with contextlib.suppress(OSError):
         for line in Path("/proc/net/unix").read_text(encoding="utf-8", errors="replace").splitlines()[1:]:

@@ -1,6 +1,6 @@
-"""A running QEMU that is migrated away: found by its QMP socket, inspected, tracked from outside, paused, given up.
+"""Drive a running QEMU that is migrated away: find it by its QMP socket, inspect it, track it, pause it, release it.
 
-QEMU does not know that it is migrated.  It runs, or it is paused by `stop`; `cont` takes that back at any time:
+QEMU does not know that it is migrated.  It runs, or `stop` has paused it; `cont` reverts that at any time:
 
     running → [stop → cont]*  → stop, xen-save-devices-state → quit
               quiesced scans      cont until COMMIT ┘
@@ -32,11 +32,11 @@ from migrated.memory.smaps import mapped_areas
 from migrated.protocol.messages import MAX_REGIONS
 from migrated.settings import Timeouts
 
-#: Run states of a guest that can be migrated; all but the first arrive paused.
+#: Run states of a guest that can be migrated; in all but the first it arrives paused.
 _MOVABLE = frozenset({"running", "paused", "prelaunch"})
-#: Run states of a guest that is not to go on.
+#: Run states of a guest that must not run on.
 _ENDED = frozenset({"shutdown", "guest-panicked", "internal-error"})
-#: Statuses of a QEMU migration that is over (or never was).
+#: Statuses of a QEMU migration that has finished (or never began).
 _IDLE = frozenset({"none", "completed", "failed", "cancelled"})
 _TRANSIENT = frozenset({"finish-migrate", "save-vm", "restore-vm", "debug"})
 _MOVED_AWAY = "it has been migrated away already; `cont` would run it here again"
@@ -44,7 +44,7 @@ _STATE_PIECE_BYTES = 1 << 18
 
 
 class RunningQemu(SourceGuest):
-    """See `SourceGuest`; all but how it is reached and given up."""
+    """The source side of a QEMU guest, except how the agent reaches and releases it; see `SourceGuest`."""
 
     def __init__(self, name: str, qemu: ManagedQemu[Any], timeouts: Timeouts) -> None:
         self.name = name
@@ -71,7 +71,7 @@ class RunningQemu(SourceGuest):
         return await self._inspect(monitor)
 
     async def _reopen(self) -> None:
-        """`open` for an agent that was restarted in the middle of a migration: the guest may be paused by us, and tracked."""
+        """Open for an agent that was restarted during a migration: we may have paused the guest, and may track it."""
         await self._inspect(await self.qemu.connect())
         await self._clear_left_tracking()
 
@@ -169,7 +169,7 @@ class RunningQemu(SourceGuest):
             )
 
     async def _refuse_block_layer(self, monitor: MonitorCommands) -> None:
-        """Jobs (a backup, a mirror, a snapshot being taken) and dirty bitmaps are not part of the device state."""
+        """Refuse jobs (a backup, a mirror, a snapshot being taken) and dirty bitmaps: the device state has neither."""
         jobs: list[dict[str, Any]] = await monitor.execute("query-jobs")
         if working := [f"{job['id']} ({job['type']})" for job in jobs if job["status"] not in {"concluded", "null"}]:
             raise GuestRefusedError(
@@ -190,10 +190,10 @@ class RunningQemu(SourceGuest):
             )
 
     async def _refuse_nested_guest(self, monitor: MonitorCommands) -> int:
-        """How often virtual processors have entered a nested guest; raises if one is in a nested guest now.
+        """Return how often virtual processors have entered a nested guest; raise if one is in a nested guest now.
 
         KVM writes some pages of a nested guest's hypervisor through mappings of its own, which tracking does not see.
-        QEMU reports KVM's counters from 7.1 on; without them nothing is noticed.
+        QEMU reports KVM's counters since 7.1; without them we cannot notice it.
         """
         request = {"target": "vcpu", "providers": [{"provider": "kvm", "names": ["nested_run", "guest_mode"]}]}
         try:
@@ -223,7 +223,7 @@ class RunningQemu(SourceGuest):
         return uffd.fd
 
     async def _clear_left_tracking(self) -> None:
-        """An agent that died in pre-copy left its userfaultfd in the guest, and one mapping takes only one."""
+        """Close the userfaultfd that an agent left when it died in pre-copy: a mapping takes only one."""
         left = injection.userfaultfds(self.qemu.handle.pid)
         if not left or self._memory is None:
             return
@@ -234,7 +234,7 @@ class RunningQemu(SourceGuest):
             raise GuestRefusedError(
                 f"guest {self.name}: some of its memory may still be on its way from another host",
                 code="guest-migrating",
-                hint="wait until the migration that brought it here is completed",
+                hint="wait until the migration that brought it here has finished",
             )
         if "uw" in flags:
             for number in left:
@@ -258,13 +258,14 @@ class RunningQemu(SourceGuest):
             self._quiesced_at = None
 
     async def _stop(self, monitor: MonitorCommands) -> None:
-        self._stopped = True  # also when the answer is lost
+        self._stopped = True  # even if the answer is lost
         await monitor.execute("stop", limit=self._timeouts.guest_pause)
 
     async def _run_on(self, monitor: MonitorCommands) -> None:
-        """Take our ``stop`` back.  That leaves a guest ``paused``; any other state is somebody else's or QEMU's own doing.
+        """Undo our ``stop``, which left the guest ``paused``; in any other state, leave the guest alone.
 
-        ``cont`` would run a guest that has moved away meanwhile (``postmigrate``), or hide an I/O error from its owner.
+        Somebody else or QEMU itself caused such a state: ``cont`` would run a guest that has moved away meanwhile
+        (``postmigrate``), or hide an I/O error from its owner.
         """
         limit = self._timeouts.guest_pause
         status = await monitor.wait_status(_TRANSIENT, limit=limit)
@@ -302,7 +303,7 @@ class RunningQemu(SourceGuest):
             self.stopped_at = time.monotonic()
             monitor.forget_events()
             self._paused_by = monitor
-            # Before the last scan: what saving writes to memory is seen by it.
+            # Save before the last scan, which then sees what saving writes to memory.
             state = await file.save(self._timeouts.guest_state)
             for start in range(0, len(state), _STATE_PIECE_BYTES):
                 await channel.write(header + state[start : start + _STATE_PIECE_BYTES])
@@ -316,10 +317,10 @@ class RunningQemu(SourceGuest):
         del channel  # `pause` has sent it
         monitor: MonitorCommands = await self.qemu.monitor()
         status = await monitor.status()
-        # One that was resumed and stopped again has written to its memory, too.  A session that is new has seen nothing.
+        # A guest that was resumed and stopped again has written to its memory too.  A new session has seen no events.
         if status == "running" or monitor.saw("RESUME") or monitor is not self._paused_by:
             raise GuestError(
-                f"guest {self.name} was resumed by somebody else during the switch-over, or may have been",
+                f"guest {self.name} was resumed by somebody else during the switchover, or may have been",
                 code="guest-resumed",
                 hint="leave the guest's monitors alone while it is being migrated",
             )
@@ -353,11 +354,11 @@ class RunningQemu(SourceGuest):
     async def reclaim(self, memento: Memento) -> None:
         await self._reopen()
         self._runs = bool(memento.get("runs", True))
-        self._stopped = True  # perhaps: the journal does not say so, which would cost downtime
+        self._stopped = True  # perhaps: recording it in the journal would cost downtime
         await self.resume()
 
     async def adopt(self, pid: int, memento: Memento) -> None:
-        del memento  # what it was is of no use any more
+        del memento  # what it was no longer matters
         self.qemu.adopt(PidHandle.attach(pid))
 
     async def close(self) -> None:
@@ -370,7 +371,7 @@ class RunningQemu(SourceGuest):
 
 
 class QemuSource(RunningQemu):
-    """A QEMU with a QMP socket for us."""
+    """A QEMU that has a QMP socket for us."""
 
     def __init__(self, name: str, config: QemuSourceConfig, timeouts: Timeouts) -> None:
         super().__init__(name, QemuProcess(name, Path(config.qmp), command_seconds=timeouts.guest_command), timeouts)
@@ -385,12 +386,12 @@ class QemuSource(RunningQemu):
         try:
             await process.wait(self._timeouts.release)
         except TimeoutExceededError:
-            # The guest runs elsewhere: what is left here must not.
+            # The guest runs elsewhere: the process left here must not run.
             await process.kill(self._timeouts.release)
 
 
 def _open_memory(pid: int) -> int:
-    """``/proc/PID/mem``, for reading.  It stays with this process: a later one with the same number is never read."""
+    """Open ``/proc/PID/mem`` for reading.  It stays with this process, never a later one with the same pid."""
     path = f"/proc/{pid}/mem"
     try:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)

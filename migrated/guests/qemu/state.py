@@ -1,7 +1,7 @@
-"""A QEMU guest's device state: saved into a memfd of ours, carried to the target, fed to an ordinary incoming QEMU.
+"""Carry a QEMU guest's device state: saved into a memfd of ours, sent to the target, fed to an ordinary incoming QEMU.
 
-``xen-save-devices-state`` (no Xen is needed) writes the state of the devices and no RAM, whatever memory the guest has.  Its
-output is a migration stream that lacks three things, which the target adds:
+``xen-save-devices-state`` (no Xen is needed) writes the state of the devices and no RAM, whatever memory the guest has.
+Its output is a migration stream that lacks three things, which the target adds:
 
     QEVM, version 3
     configuration section   07, be32 length, machine type
@@ -9,8 +9,8 @@ output is a migration stream that lacks three things, which the target adds:
     … the devices, as QEMU saved them, up to the end mark
     VM description          06, be32 0: only keeps QEMU from warning that it is missing
 
-The RAM section resizes resizable blocks (ACPI tables) as on the source.  The memory itself is in place by then or is fetched on
-demand.  The layout is that of QEMU's migration/savevm.c and migration/ram.c (7.2 to 11.1).
+The RAM section resizes resizable blocks (ACPI tables) as on the source.  By then the memory itself is in place or is
+fetched on demand.  The layout is that of QEMU's migration/savevm.c and migration/ram.c (7.2 to 11.1).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _CONFIGURATION = 0x07
 _SECTION_START, _SECTION_PART, _SECTION_FOOTER = 0x01, 0x02, 0x7E
 _RAM_VERSION = 4
 _MEM_SIZE, _PAGE, _EOS = 0x04, 0x08, 0x10
-#: Parts of a section are told by its id: one that QEMU gives to nothing else.
+#: Later parts of a section refer to its id: this is one that QEMU gives to nothing else.
 _RAM_SECTION = 1 << 16
 _END_OF_SECTION = struct.pack(">QBI", _EOS, _SECTION_FOOTER, _RAM_SECTION)
 
@@ -43,7 +43,10 @@ _HEADER_MAX_BYTES = 1 << 17
 
 
 class StateHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the source's driver says before the state: whether the guest is to run, its machine type, used lengths by block."""
+    """What the source's driver sends before the state.
+
+    It says whether the guest is to run, its machine type, and the used length of each block.
+    """
 
     runs: bool
     machine: str
@@ -51,20 +54,23 @@ class StateHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def encode_header(header: StateHeader) -> bytes:
-    """As it travels."""
+    """Encode the header for the channel."""
     body = msgspec.msgpack.encode(header)
     return _HEAD.pack(_MAGIC, _VERSION, len(body)) + body
 
 
 class HeaderDecoder:
-    """Takes the bytes of the state as they come; `header` and `rest` are there once `feed` has returned true."""
+    """Collects the bytes of the state; `header` and `rest` are valid once `feed` has returned true."""
 
     def __init__(self) -> None:
         self.header: StateHeader | None = None
         self.rest = b""
 
     def feed(self, data: bytes) -> bool:
-        """Whether the header and the head of QEMU's stream are complete.  Raises RemoteProtocolError."""
+        """Add bytes; return whether the header and the head of QEMU's stream are complete.
+
+        Raises RemoteProtocolError.
+        """
         self.rest += data
         if len(self.rest) < _HEAD.size:
             return False
@@ -85,7 +91,10 @@ class HeaderDecoder:
 
 
 def stream_begin(machine: str, used_bytes: dict[str, int]) -> bytes:
-    """QEMU's stream up to the first device; ``used_bytes`` by block id, as the incoming QEMU names its blocks."""
+    """Return QEMU's stream up to the first device.
+
+    ``used_bytes`` are by block id, as the incoming QEMU names its blocks.
+    """
     name = machine.encode()
     return b"".join(
         [STREAM_HEAD, struct.pack(">BI", _CONFIGURATION, len(name)), name, ram_section(used_bytes)],
@@ -93,7 +102,7 @@ def stream_begin(machine: str, used_bytes: dict[str, int]) -> bytes:
 
 
 def ram_section(used_bytes: dict[str, int]) -> bytes:
-    """A section that sets the used lengths of RAM blocks and holds no pages."""
+    """Return a section that sets the used lengths of RAM blocks and holds no pages."""
     parts = [struct.pack(">BI", _SECTION_START, _RAM_SECTION), b"\3ram", struct.pack(">II", 0, _RAM_VERSION)]
     parts.append(struct.pack(">Q", sum(used_bytes.values()) | _MEM_SIZE))
     for ident, used in used_bytes.items():
@@ -103,7 +112,7 @@ def ram_section(used_bytes: dict[str, int]) -> bytes:
 
 
 def ram_pages(pages: Iterable[tuple[str, int, bytes]]) -> bytes:
-    """A further part of the RAM section: pages by block id and offset."""
+    """Return a further part of the RAM section: pages by block id and offset."""
     parts = [struct.pack(">BI", _SECTION_PART, _RAM_SECTION)]
     for ident, offset, data in pages:
         parts += [struct.pack(">Q", offset | _PAGE), _counted(ident), data]
@@ -117,10 +126,10 @@ def _counted(ident: str) -> bytes:
 
 
 class StateFile:
-    """A memfd that QEMU writes its device state into.  Make it with `open` before the pause, end it with `close`.
+    """A memfd into which QEMU writes its device state.  Make it with `open` before the pause; `close` it.
 
-    QEMU gets a descriptor that is open for writing only, in a descriptor set: a path would need rights that a confined QEMU
-    lacks, and nothing on a disk can block its monitor.
+    QEMU gets a write-only descriptor in a descriptor set: a path would need rights that a confined QEMU lacks, and
+    nothing on a disk can block its monitor.
     """
 
     def __init__(self, monitor: MonitorCommands, fd: int, fdset: int) -> None:
@@ -144,9 +153,11 @@ class StateFile:
         return cls(monitor, fd, fdset)
 
     async def save(self, limit_seconds: float) -> bytes:
-        """Have the paused QEMU save its devices; the state without RAM, beginning with `STREAM_HEAD`.  Raises GuestError.
+        """Have the paused QEMU save its devices; return the state without RAM, from `STREAM_HEAD` on.
 
-        ``live``: QEMU gives up the locks of its disks, as at the end of a migration; `cont` takes them again.
+        Raises GuestError.
+
+        ``live``: QEMU releases the locks of its disks, as at the end of a migration; `cont` takes them again.
         """
         arguments = {"filename": f"/dev/fdset/{self._fdset}", "live": True}
         await self._monitor.execute("xen-save-devices-state", arguments, limit=limit_seconds)
@@ -159,5 +170,5 @@ class StateFile:
         return state
 
     def close(self) -> None:
-        """Close our side.  QEMU keeps its own until `Monitor.remove_fds`."""
+        """Close our descriptor.  QEMU keeps its own until `Monitor.remove_fds`."""
         os.close(self._fd)

@@ -1,10 +1,13 @@
-"""An incoming QEMU: started on our memory, its faults taken from it before it touches a page, loaded, run.
+"""Drive an incoming QEMU.
 
-The memory backends of its command are memfds of ours.  All other RAM blocks (video memory, ROMs, ACPI tables) are private to
-QEMU when it starts: a memfd of ours is mapped over each of them by injection, so that device memory travels and faults like RAM.
+The driver starts it on our memory, takes over its faults before it touches a page, loads its state and runs it.
 
-The process must outlive the agent: own session, output to a log file, no pipe and no death signal; a restarted agent takes
-it back with `adopt`.  Before COMMIT `kill` ends it; nothing but `resume` ever runs it.
+The memory backends of its command are memfds of ours.  All other RAM blocks (video memory, ROMs, ACPI tables) are
+private to QEMU when it starts.  Injection maps a memfd of ours over each of them, so that device memory travels and
+faults like RAM.
+
+The process must outlive the agent: it has a session of its own, writes to a log file, and has no pipe and no death
+signal. A restarted agent takes it back with `adopt`.  Before COMMIT `kill` ends it; nothing but `resume` ever runs it.
 """
 
 from __future__ import annotations
@@ -37,13 +40,13 @@ from migrated.waiting import cancel_and_wait, in_thread
 
 log = structlog.get_logger("migrated.qemu")
 
-#: ``events``: the end of loading is announced.  ``late-block-activate``: disks stay the source's until `cont`.
+#: ``events``: QEMU announces the end of loading.  ``late-block-activate``: disks stay the source's until `cont`.
 _CAPABILITIES = ("events", "late-block-activate")
 _POLL_SECONDS = 0.02
 
 
 class QemuTarget(TargetGuest):
-    """See `TargetGuest`."""
+    """The target side of a QEMU guest; see `TargetGuest`."""
 
     def __init__(self, name: str, config: QemuTargetConfig, run_dir: Path, timeouts: Timeouts) -> None:
         self.name = name
@@ -51,13 +54,13 @@ class QemuTarget(TargetGuest):
         self._timeouts = timeouts
         self.qmp_path = run_dir / f"{name}.qmp"
         self.log_path = run_dir / f"{name}.log"
-        self._owns_files = False  # socket and log are of the process we started, or adopted
+        self._owns_files = False  # the socket and log belong to the process that we started or adopted
         self._child: PidHandle | None = None  # what we started: QEMU, or a wrapper that forks it
         self.qemu = QemuProcess(name, self.qmp_path, command_seconds=timeouts.guest_command)
         self._description: qemu_driver.Description | None = None  # the source's
-        self._ids: dict[str, str] = {}  # of the regions' RAM blocks, as this QEMU names them
+        self._ids: dict[str, str] = {}  # RAM block ids of the regions, as this QEMU names them
         self._incoming: socket.socket | None = None  # where QEMU reads its migration stream from
-        self.runs = True  # whether it is to run on arrival; told by the source's driver with the state
+        self.runs = True  # whether it is to run on arrival; the source's driver says so with the state
 
     # ------------------------------------------------------------ before the start
 
@@ -120,7 +123,7 @@ class QemuTarget(TargetGuest):
                     hint="try the command by hand; what QEMU said is in the message",
                 )
             try:
-                # QEMU listens long before it answers: the greeting comes when the whole machine is built.
+                # QEMU listens long before it answers: it sends the greeting when the whole machine is built.
                 return await self.qemu.connect(child, greeting_seconds=self._timeouts.guest_start)
             except GuestError as error:
                 if error.code != "qmp-unreachable":
@@ -129,7 +132,7 @@ class QemuTarget(TargetGuest):
 
     async def _take_faults(self, monitor: Monitor, memory: tuple[TargetMemory, ...]) -> FaultSource:
         blocks = await self._compare(monitor, tuple(item.region for item in memory))
-        # Commands come first: from the registration on, QEMU's main thread may wait for a page until the switch-over.
+        # Run commands first: after the registration QEMU's main thread may wait for a page until the switchover.
         await self._await_state(monitor)
         await self._map_device_memory(monitor, blocks, memory)
         return await incoming.take_faults(self.name, self.qemu.handle, memory, self._open_uffd)
@@ -138,7 +141,7 @@ class QemuTarget(TargetGuest):
         return (await self.qemu.open_uffd(faults=True)).fd
 
     async def _compare(self, monitor: Monitor, regions: tuple[Region, ...]) -> dict[str, Block]:
-        """Hold this QEMU against the source's; its blocks by name."""
+        """Compare this QEMU with the source's; return its blocks by name."""
         status = await monitor.status()
         if status != "inmigrate":
             raise GuestError(
@@ -224,7 +227,7 @@ class QemuTarget(TargetGuest):
             )
 
     def _refuse_descriptor_lost(self, pid: int, fd: int) -> None:
-        """A wrapper may close descriptors before it executes QEMU."""
+        """Refuse a QEMU without our descriptor: a wrapper may have closed it before executing QEMU."""
         ours = os.fstat(fd)
         with contextlib.suppress(OSError):
             if os.path.samestat(ours, Path(f"/proc/{pid}/fd/{fd}").stat()):
@@ -236,7 +239,7 @@ class QemuTarget(TargetGuest):
         )
 
     def _with_log(self, error: MigratedError) -> MigratedError:
-        """The error, with the last words of QEMU in its message."""
+        """Add the end of QEMU's log to the error's message, and return the error."""
         tail = self.log_tail()
         if tail and tail not in error.message:
             error.message = f"{error.message}; QEMU said: {tail}"
@@ -244,7 +247,7 @@ class QemuTarget(TargetGuest):
         return error
 
     def log_tail(self) -> str:
-        """The end of what QEMU wrote."""
+        """Return the end of QEMU's log."""
         return guest_log.tail(self.log_path)
 
     # ------------------------------------------------------------ a restarted agent
@@ -297,7 +300,7 @@ class QemuTarget(TargetGuest):
         feeding = asyncio.ensure_future(self._feed(channel, stream_begin(header.machine, used) + decoder.rest))
         try:
             await asyncio.wait({loading, feeding}, return_when=asyncio.FIRST_EXCEPTION)
-            if not loading.done():  # the source, or the connection to it
+            if not loading.done():  # the source failed, or the connection to it
                 feeding.result()
             await loading
         except GuestError as error:
@@ -311,7 +314,7 @@ class QemuTarget(TargetGuest):
         loop = asyncio.get_running_loop()
         if self._incoming is None:
             raise GuestError(f"guest {self.name} does not wait for its state", code="guest-not-open")
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # QEMU gives the better reason
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # QEMU reports a better reason
             while data:
                 await loop.sock_sendall(self._incoming, data)
                 data = await channel.read()
@@ -332,7 +335,10 @@ class QemuTarget(TargetGuest):
             incoming.close()
 
     async def _load_error(self, error: GuestError) -> MigratedError:
-        """A QEMU that cannot load exits (7.2): its log has the reason, the lost QMP session has not."""
+        """Return the error to report when loading fails.
+
+        A QEMU that cannot load exits (7.2): the reason is in its log and not in the lost QMP session.
+        """
         if error.code == "qmp-lost":
             with contextlib.suppress(MigratedError):
                 end = await self.qemu.handle.wait(self._timeouts.guest_command)
@@ -348,8 +354,8 @@ class QemuTarget(TargetGuest):
             return
         monitor = await self._monitor()
         monitor.forget_events()
-        await monitor.execute("cont", limit=self._timeouts.guest_command)  # of a running guest: without effect
-        if monitor.saw("RESUME"):  # it precedes the answer to cont: the source need not wait for another question
+        await monitor.execute("cont", limit=self._timeouts.guest_command)  # no effect on a running guest
+        if monitor.saw("RESUME"):  # it precedes the answer to cont and saves the source one more query
             return
         status = await monitor.wait_status(frozenset({"inmigrate"}), limit=self._timeouts.guest_command)
         if status != "running":

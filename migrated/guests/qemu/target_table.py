@@ -1,12 +1,14 @@
-"""The ``[guests.NAME]`` table of a target, derived from the command line of a QEMU that runs: ``inspect --target-config``.
+"""Derive a target's ``[guests.NAME]`` table from the command line of a running QEMU (``inspect --target-config``).
 
-Options keep their order and their text.  What the agent provides is replaced or left out, and stays visible in a ``# was:``
-comment; what only the operator of the target can know is kept and marked ``# check:``.  Nothing is dropped without a comment.
+Options keep their order and their text.  What the agent provides is replaced or left out, and stays visible in a ``#
+was:`` comment.  What only the operator of the target can know is kept and marked ``# check:``.  Nothing is dropped
+without a comment.
 
-The driver pairs the memory of the two sides by the names of QEMU's RAM blocks.  A backend's block has the backend's id as its
-name, the default RAM that of the machine type (``pc.ram``).  So default RAM becomes a backend of that id.  Up to machine
-version 3.1 the block of a memory-backend-file (or -memfd) is called ``/objects/ID`` and that of a memory-backend-ram ``ID``;
-replacing one by the other needs ``x-use-canonical-path-for-ramblock-id=off`` there, as libvirt does it.
+The driver pairs the memory of the two sides by the names of QEMU's RAM blocks.  A backend's block is named after the
+backend's id, the default RAM after the machine type (``pc.ram``), so default RAM becomes a backend of that id.  Up to
+machine version 3.1 the block of a memory-backend-file (or -memfd) is called ``/objects/ID`` and that of a
+memory-backend-ram ``ID``; replacing one by the other needs ``x-use-canonical-path-for-ramblock-id=off`` there, as
+libvirt does it.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ _DEFAULT_MEMORY_BYTES = 128 << 20
 _DEFAULT_PAGE_BYTES = 2 << 20
 _CANONICAL = "x-use-canonical-path-for-ramblock-id"
 
-#: Backends whose memory the agent can provide, and their properties: kept, or replaced by what the agent does.
+#: Backends whose memory the agent can provide, and their properties: kept, or replaced by the agent's.
 _BACKENDS = frozenset({"memory-backend-ram", "memory-backend-memfd", "memory-backend-file", "memory-backend-shm"})
 _KEPT = frozenset({"qom-type", "id", "size", "merge", "dump", "align", _CANONICAL})
 _REPLACED = frozenset(
@@ -36,7 +38,7 @@ _REPLACED = frozenset(
     | {"prealloc", "prealloc-threads", "prealloc-context"}
 )
 
-#: Options whose value is properties, and the key that their first one may leave out.
+#: Options whose value is properties, and the key that their first property may leave out.
 # fmt: off
 _KEYED = {
     "M": "type", "accel": "accel", "acpitable": "", "add-fd": "", "audiodev": "driver", "blockdev": "driver",
@@ -52,7 +54,7 @@ _SERVER = "server=on,wait=off"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Running:
-    """A QEMU process: how it was started."""
+    """How a QEMU process was started."""
 
     pid: int
     arguments: tuple[str, ...]  # the program first
@@ -63,18 +65,18 @@ class Running:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Answers:
-    """What the running QEMU says of itself over QMP, and its command line does not."""
+    """What the running QEMU reports over QMP and its command line does not show."""
 
     version: str
-    machine: str  # without alias
-    default_ram: str  # name of the machine type's own RAM block; empty: QEMU does not say (before 5.2)
+    machine: str  # not an alias
+    default_ram: str  # name of the machine type's own RAM block; empty if QEMU does not report it (before 5.2)
     backends: frozenset[str]
     blocks: frozenset[str]  # RAM blocks, without /objects/
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Line:
-    """Arguments that belong together, with comments: what the source had instead, what to look at."""
+    """Arguments that belong together, with comments: what the source had instead, and what to check."""
 
     words: tuple[str, ...]
     was: str = ""
@@ -83,7 +85,7 @@ class Line:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TargetTable:
-    """A target's ``[guests.NAME]``.  ``checks``: what to look at that belongs to no single argument."""
+    """A target's ``[guests.NAME]`` table.  ``checks``: what to check that belongs to no single argument."""
 
     name: str
     page_size: str
@@ -93,12 +95,12 @@ class TargetTable:
 
     @property
     def command(self) -> list[str]:
-        """As the agent reads it."""
+        """Return the command as the agent parses it."""
         return [word for line in self.lines for word in line.words]
 
     @property
     def every_check(self) -> list[str]:
-        """All marks, in the order of the text."""
+        """Return all checks, in the order of the text."""
         return [*self.checks, *(check for line in self.lines for check in line.checks)]
 
     def __str__(self) -> str:
@@ -121,7 +123,10 @@ class TargetTable:
 
 
 def read_running(pid: int) -> Running:
-    """Raises GuestError ``guest-gone`` or ``no-rights``, GuestRefusedError ``not-qemu``."""
+    """Read how a process was started.
+
+    Raises GuestError ``guest-gone`` or ``no-rights``, GuestRefusedError ``not-qemu``.
+    """
     folder = Path("/proc") / str(pid)
     try:
         raw = (folder / "cmdline").read_bytes()
@@ -164,7 +169,7 @@ async def ask(monitor: Monitor) -> Answers:
 
 
 def target_table(running: Running, *, name: str = "", qmp: str = "", answers: Answers | None = None) -> TargetTable:
-    """The table for a guest called ``name`` (default: as QEMU's ``-name`` says).
+    """Return the table for a guest called ``name`` (default: the name in QEMU's ``-name``).
 
     ``qmp``: the socket that migrated uses on the source.  Raises UsageError if ``name`` cannot be a guest's name.
     """
@@ -172,7 +177,7 @@ def target_table(running: Running, *, name: str = "", qmp: str = "", answers: An
 
 
 class _Derivation:
-    """One pass over the options; what is found on the way decides what is added at the end."""
+    """One pass over the options; what it finds decides what is added at the end."""
 
     def __init__(self, running: Running, qmp: str, answers: Answers | None) -> None:
         self._running = running
@@ -195,7 +200,7 @@ class _Derivation:
             "chardev": self._chardev,
         }
 
-    # ------------------------------------------------------------ what the options say together
+    # ------------------------------------------------------------ what the options mean together
 
     def _all(self, *names: str) -> Iterator[Properties]:
         for option, properties in zip(self._options, self._properties, strict=True):
@@ -204,7 +209,7 @@ class _Derivation:
 
     @property
     def _machine_type(self) -> str:
-        """As given, perhaps an alias; empty if QEMU's default."""
+        """Return the machine type as given, perhaps an alias; empty for QEMU's default."""
         if self._answers is not None:
             return self._answers.machine
         return next((p.get("type") for p in reversed([*self._all("machine", "M")]) if "type" in p), "")
@@ -215,7 +220,7 @@ class _Derivation:
         return match is not None and (int(match[1]), int(match[2])) < (4, 0)
 
     def _used_backends(self) -> set[str]:
-        """Backends that something in the command line refers to, or that QEMU says have a RAM block."""
+        """Return the backends that the command line refers to, or that have a RAM block according to QEMU."""
         used = {
             value
             for properties in self._properties
@@ -242,7 +247,7 @@ class _Derivation:
         return size
 
     def _default_ram(self) -> str:
-        """Name of the machine type's own RAM block; empty where it is not known."""
+        """Return the name of the machine type's own RAM block; empty if unknown."""
         if self._answers is not None and self._answers.default_ram:
             return self._answers.default_ram
         kind = self._machine_type
@@ -252,7 +257,7 @@ class _Derivation:
         return "pc.ram" if re.match(r"(pc|q35|isapc)\b", kind) or (not kind and x86) else ""
 
     def _find_monitor(self, qmp: str) -> int:
-        """Which option is the QMP socket that the agent takes over; -1: none, the agent adds one."""
+        """Return the index of the QMP socket that the agent takes over; -1: none, the agent adds one."""
         control = {p.get("chardev") for p in self._all("mon") if p.get("mode") == "control"}
         candidates: dict[int, str] = {}
         for index, (option, properties) in enumerate(zip(self._options, self._properties, strict=True)):
@@ -316,7 +321,7 @@ class _Derivation:
             yield "no -machine: the default machine type depends on the QEMU version; name it"
 
     def _added(self) -> Iterator[Line]:
-        """What makes QEMU's own RAM a backend of the agent's."""
+        """Yield the options that make QEMU's own RAM a backend of the agent's."""
         machine = self._machine_type if self._answers is not None and not any(self._all("machine", "M")) else ""
         if self._uses_default_ram:
             block, size = self._default_ram(), self._memory_bytes()
@@ -341,12 +346,12 @@ class _Derivation:
 
     @staticmethod
     def _provide(backend: Properties, name: str) -> None:
-        """Have its memory made by the agent."""
+        """Have the agent provide the backend's memory."""
         backend.set("share", value=True)
         backend.set("mem-path", f"{{memory:{name}}}")
 
     def _readable(self, line: Line) -> Line:
-        """Marks what TOML cannot carry, and what the agent would take for a placeholder of its own."""
+        """Mark what TOML cannot carry, and what the agent would take for a placeholder of its own."""
         checks = list(line.checks)
         words = tuple(word.encode(errors="surrogateescape").decode(errors="replace") for word in line.words)
         if words != line.words:
@@ -445,7 +450,7 @@ class _Derivation:
 
 
 def _comment(kind: str, text: str) -> str:
-    """One line, whatever is in ``text``."""
+    """Return a comment of one line, whatever is in ``text``."""
     clean = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
     return f"# {kind}{clean}"
 
@@ -455,7 +460,7 @@ def _toml_key(name: str) -> str:
 
 
 def _toml_string(text: str) -> str:
-    """A literal string where that is easier to read (JSON), else a basic one."""
+    """Return a literal string where that is easier to read (JSON), else a basic one."""
     if '"' in text and "'" not in text and text.isprintable():
         return f"'{text}'"
     escaped = text.replace("\\", "\\\\").replace('"', '\\"')
