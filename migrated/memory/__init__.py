@@ -1,1 +1,1 @@
-"""Guest memory: where it lies, how it is reserved, tracked, and moved by the C core."""
+"""Guest memory: how the agents find, reserve and track it, and how the C core moves it."""

@@ -1,7 +1,8 @@
 """Try the kernel's dirty tracking on throw-away memory: ``python -m migrated.memory.defect_probe PROBE``.
 
-Run by `migrated.memory.defects` as a process of its own, since some kernels hang or crash in what is tried here.  Prints one
-JSON object of facts, or ``{"untested": reason}``.  Huge pages are taken from the pool only if it has free ones.
+`migrated.memory.defects` runs this as a process of its own, because some kernels hang or crash in what it tries.  It
+prints one JSON object of facts, or ``{"untested": reason}``.  It takes huge pages from the pool only if free ones
+exist.
 """
 
 from __future__ import annotations
@@ -49,11 +50,11 @@ Facts = dict[str, bool | str]
 
 
 class Untested(Exception):  # noqa: N818 - an answer, not an error
-    """This host has not what the probe needs."""
+    """This host lacks what the probe needs."""
 
 
 class Memory:
-    """Pages of our own, and a userfaultfd for them.  ``kind``: one of `_KINDS`."""
+    """Pages of our own with a userfaultfd.  ``kind``: one of `_KINDS`."""
 
     def __init__(self, kind: str) -> None:
         self.page_bytes, self.pages = _KINDS[kind]
@@ -75,19 +76,19 @@ class Memory:
         try:
             self.uffd = uffd_open()
         except MigratedError:
-            self.uffd = uffd_open(user_mode_only=True)  # enough: nobody else touches this memory
+            self.uffd = uffd_open(user_mode_only=True)  # enough: no other process touches this memory
         uffd_api(self.uffd, faults=False, tracking=True)
         self._pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
 
     def free(self) -> None:
-        """Give it back: there may be one huge page only."""
+        """Release the memory: the host may have only one huge page."""
         os.close(self.uffd)
         self._map.close()
         if self.is_file:
             os.close(self.fd)
 
     def write(self, page: int, pages: int = 1) -> None:
-        """One byte a page."""
+        """Write one byte to each page."""
         for number in range(page, page + pages):
             ctypes.memset(self.address + number * self.page_bytes + 5, number + 1, 1)
 
@@ -97,32 +98,32 @@ class Memory:
             raise Untested(f"madvise({advice}): {os.strerror(code)}")
 
     def drop(self, page: int, *, punch: bool) -> None:
-        """Take one page out of the page table, and with ``punch`` out of the file as well."""
+        """Remove one page from the page table, and with ``punch`` from the file as well."""
         self._advise(mmap.MADV_REMOVE if punch else mmap.MADV_DONTNEED, page, 1)
 
     def drop_locked(self) -> bool:
-        """Lock all of it, then empty the page table.  False: this kernel cannot."""
+        """Lock all of it, then empty the page table.  Return False if this kernel cannot."""
         if _LIBC.mlock(self.address, self.size_bytes):
             raise Untested(f"mlock: {os.strerror(ctypes.get_errno())}")
         return not _LIBC.madvise(self.address, self.size_bytes, _MADV_DONTNEED_LOCKED)
 
     def map_over(self, page: int) -> None:
-        """Put a new anonymous page there."""
+        """Map a new anonymous page over this page."""
         flags = _MAP_FIXED | mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         at = self.address + page * self.page_bytes
         if _LIBC.mmap(at, self.page_bytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0) != at:
             raise Untested(f"mmap: {os.strerror(ctypes.get_errno())}")
 
     def register(self) -> None:
-        """For asynchronous write-protection."""
+        """Register the memory for asynchronous write-protection."""
         uffd_register(self.uffd, self.address, self.size_bytes, missing=False, minor=False, tracking=True)
 
     def protect(self) -> None:
-        """Arm all of it, pages that are not there included."""
+        """Arm all of it, including pages that are not populated."""
         fcntl.ioctl(self.uffd, _UFFDIO_WRITEPROTECT, bytearray(struct.pack("QQQ", self.address, self.size_bytes, 1)))
 
     def scan(self, *, mask: int = 0, any_of: int = 0, rearm: bool = True) -> set[int]:
-        """The pages that match, by PAGEMAP_SCAN."""
+        """Return the pages that match, by PAGEMAP_SCAN."""
         found = (ctypes.c_uint64 * (3 * 64))()
         flags = _WP_MATCHING | _CHECK_WPASYNC if rearm else 0
         end = self.address + self.size_bytes
@@ -136,7 +137,7 @@ class Memory:
         return pages
 
     def tracker(self) -> Tracker:
-        """The engine's own tracker of this memory."""
+        """Return the engine's own tracker for this memory."""
         region = Region("probe", self.size_bytes, self.page_bytes)
         mapping = Mapping(0, self.address, 0, self.size_bytes)
         private = (not self.is_file,)
@@ -149,12 +150,12 @@ def _bits(bitmaps: list[bytes]) -> set[int]:
 
 
 def tracking(kind: str) -> Facts:
-    """Exactly the written pages are reported, re-armed, and reported although they were zapped meanwhile."""
+    """Check that exactly the written pages are reported and re-armed, even if they were zapped after the write."""
     facts: Facts = {}
     with_masks = (("category_mask", _WRITTEN, 0), ("category_anyof_mask", 0, _WRITTEN))
     memory = Memory(kind)
     last = memory.pages - 1
-    memory.write(0, max(1, memory.pages // 2))  # half of it is there before arming
+    memory.write(0, max(1, memory.pages // 2))  # half of it is populated before arming
     memory.register()
     memory.protect()
     unwritten = memory.scan(mask=_WRITTEN)
@@ -195,7 +196,7 @@ def _engine_finds(kind: str) -> bool:
 
 
 def locked() -> Facts:
-    """Page tables of locked memory can be emptied, and the pages stay in the file."""
+    """Check that page tables of locked memory can be emptied while the pages stay in the file."""
     memory = Memory("shmem")
     memory.write(0, memory.pages)
     if not memory.drop_locked():
@@ -206,7 +207,7 @@ def locked() -> Facts:
 
 
 def mapped_over() -> Facts:
-    """A scan of a range of which a part is no longer tracked fails, and never says that nothing was written."""
+    """Check that scanning a range that is partly no longer tracked fails: it must not report "nothing written"."""
     memory = Memory("anonymous")
     memory.write(0, memory.pages)
     tracker = memory.tracker()
@@ -220,7 +221,7 @@ def mapped_over() -> Facts:
 
 
 def rearming_a_hole() -> Facts:
-    """Re-arm a hugetlb range without page tables: before 14a2508b1bf6 the caller hangs, and no signal ends it."""
+    """Re-arm a hugetlb range without page tables: before 14a2508b1bf6 the caller hangs, and no signal kills it."""
     memory = Memory("2M")
     memory.register()
     memory.scan(mask=_WPALLOWED)
@@ -236,7 +237,7 @@ PROBES: dict[str, Callable[[], Facts]] = {
 
 
 def main(name: str) -> None:
-    """Entry point."""
+    """Run the probe named on the command line."""
     try:
         answer = PROBES[name]()
     except Untested as reason:
@@ -247,7 +248,7 @@ def main(name: str) -> None:
         answer = {"untested": error.strerror or str(error)}
     with contextlib.suppress(BrokenPipeError):
         print(json.dumps(answer), flush=True)  # noqa: T201 - the answer
-    os._exit(0)  # what is left of the memory and its registrations goes with the process
+    os._exit(0)  # the kernel frees the remaining memory and registrations at exit
 
 
 if __name__ == "__main__":

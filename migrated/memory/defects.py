@@ -1,7 +1,7 @@
-"""Which defects the kernel's dirty tracking has, and what follows for guests: the second half of ``migrated check``.
+"""Find the defects of the kernel's dirty tracking and their consequences for guests: second half of ``migrated check``.
 
-The probes are in `migrated.memory.defect_probe`.  Each runs in a process of its own, on memory of its own: one that hangs or
-crashes is an answer, too.  docs/kernel.md says what each of them is about.
+The probes are in `migrated.memory.defect_probe`.  Each runs in a process of its own, on memory of its own: hanging or
+crashing is an answer too.  docs/kernel.md explains what each of them tests.
 """
 
 from __future__ import annotations
@@ -15,22 +15,25 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-#: A probe takes some tenths of a second, most of them to start Python; zeroing 1 GiB pages on a busy host takes seconds.
+#: A probe takes some tenths of a second, mostly to start Python; zeroing 1 GiB pages on a busy host takes seconds.
 _LIMIT_SECONDS = 60.0
-#: How long a killed process may take to end.  One that hangs in the kernel never does.
+#: How long a killed process may take to exit.  One that hangs in the kernel never does.
 _KILLED_SECONDS = 2.0
 _ZAPS = ("zapped_", "punched_")
 _COMMAND = (sys.executable, "-P", "-m", "migrated.memory.defect_probe")  # -P: nothing from the current directory
 
-#: ``absent``: the kernel is as it should be; ``handled``: it is not, and the agents do without; ``excludes``: some guests
-#: cannot be migrated; ``untested``: nobody knows.
+#: ``absent``: the kernel is correct; ``handled``: it is not, and the agents work around it; ``excludes``: some guests
+#: cannot be migrated; ``untested``: unknown.
 State = Literal["absent", "handled", "excludes", "untested"]
 Facts = dict[str, bool | str]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Finding:
-    """What a probe found.  ``role``: the agent it concerns; ``effect``: what follows, empty if ``absent``."""
+    """What a probe found.
+
+    ``role``: the agent that it concerns; ``effect``: the consequence, empty if ``absent``.
+    """
 
     name: str
     role: str
@@ -41,7 +44,7 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Failure:
-    """A probe that did not answer."""
+    """The answer of a probe that did not report facts."""
 
     text: str
 
@@ -52,7 +55,7 @@ class _Probe:
     name: str
     role: str
     judge: Callable[[_Probe, Facts], Finding]
-    guests: str  # whom a failure excludes
+    guests: str  # which guests a failure excludes
 
     def finding(self, state: State, found: str, effect: str = "") -> Finding:
         return Finding(self.name, self.role, state, found, effect)
@@ -121,7 +124,7 @@ _HOLE_HANDLED = "the agent never has PAGEMAP_SCAN re-arm what is not there"
 def findings(*, hanging: bool = False) -> list[Finding]:
     """Run the probes, all at the same time.
 
-    ``hanging``: the one, too, that on some kernels leaves a process behind that no signal ends.
+    ``hanging``: also run the one that leaves an unkillable process behind on some kernels.
     """
     answers = run([probe.key for probe in (*_PROBES, *([_HOLE] if hanging else []))])
     found = [_judged(probe, answers[probe.key]) for probe in _PROBES]
@@ -148,7 +151,7 @@ def _judged_hole(answer: Facts | Failure | None) -> Finding:
 def run(
     keys: Sequence[str], *, command: Sequence[str] = _COMMAND, limit_seconds: float = _LIMIT_SECONDS
 ) -> dict[str, Facts | Failure]:
-    """Each probe's answer.  Returns when all have answered, ended, or reached the limit together."""
+    """Return each probe's answer, once all have answered, exited, or reached their common time limit."""
     started = {
         key: subprocess.Popen(
             [*command, key], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL

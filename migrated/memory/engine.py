@@ -1,8 +1,8 @@
-"""The two engines of the C core, as Python sees them.
+"""The two engines of the C core as Python sees them.
 
-Everything here is a thin, typed door: sizes, units and errors are those of ``native/include/mgd_api.h``.  Methods marked
-*blocks* read memory, join threads or wait for the kernel: call them through ``asyncio.to_thread``.  (Every call leaves the
-interpreter lock free while it is in C.)
+This is a thin, typed layer: sizes, units and errors are those of ``native/include/mgd_api.h``.  Methods marked *blocks*
+read memory, join threads or wait for the kernel: call them through ``asyncio.to_thread``.  (Every call releases the
+interpreter lock while it is in C.)
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from migrated.waiting import in_thread
 
 URGENT: int = lib.MGD_STREAM_URGENT
 
-#: Bytes of bitmap carried by one control message: 8 Mi pages.
+#: Bytes of bitmap in one control message: 8 Mi pages.
 MAP_PIECE_BYTES = 1 << 20
 
 
 class EventKind(enum.IntEnum):
-    """What a thread of an engine had to tell."""
+    """What a thread of an engine reports."""
 
     ROUND_DONE = lib.MGD_EVENT_ROUND_DONE
     BARRIER = lib.MGD_EVENT_BARRIER
@@ -39,7 +39,7 @@ class EventKind(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Event:
-    """One event; ``stream`` is a bulk index or `URGENT`; ``error`` where something failed."""
+    """One event; ``stream`` is a bulk index or `URGENT`; ``error`` is set if something failed."""
 
     kind: EventKind
     stream: int
@@ -48,13 +48,13 @@ class Event:
 
 
 class _Engine:
-    """What both engines have: a life, events, streams."""
+    """The common part of both engines: life cycle, events, streams."""
 
     _prefix = ""
 
     def __init__(self, handle: Any, page_counts: list[int]) -> None:
         self._handle: Any | None = handle
-        self._page_counts = page_counts  # of the regions
+        self._page_counts = page_counts  # of each region
         self._loop: asyncio.AbstractEventLoop | None = None
         self._handler: Callable[[Event], None] | None = None
         self._event_fd = int(self._function("event_fd")(handle))
@@ -67,7 +67,7 @@ class _Engine:
 
     @property
     def handle(self) -> Any:
-        """The C object; an error once destroyed."""
+        """The C object.  Raises an error once it is destroyed."""
         if self._handle is None:
             raise MigratedError(f"the {self._prefix} engine is already destroyed")
         return self._handle
@@ -83,20 +83,20 @@ class _Engine:
         loop.add_reader(self._event_fd, self.flush)
 
     def flush(self) -> None:
-        """Deliver the events that wait now; must run in the loop's thread."""
+        """Deliver the pending events; must run in the loop's thread."""
         for event in self.events():
             if self._handler is not None:
                 self._handler(event)
 
     def events(self) -> Iterator[Event]:
-        """Those waiting now."""
+        """Yield the pending events."""
         raw: Any = ffi.new("struct mgd_event *")
         while self._handle is not None and self._function("next_event")(self._handle, raw):
             error = error_from(raw.error) if raw.error.kind != lib.MGD_ERR_NONE else None
             yield Event(EventKind(raw.kind), raw.stream, raw.value, error)
 
     def add_stream(self, stream: int, fd: int) -> None:
-        """Hand over a connected socket (owned by the engine from now on) and start its thread."""
+        """Hand over a connected socket, which the engine then owns, and start its thread."""
         self._call("add_stream", stream, fd)
 
     def drop_streams(self) -> None:
@@ -116,9 +116,10 @@ class _Engine:
             self._loop = self._handler = None
 
     async def close(self) -> None:
-        """`unwatch`, then `destroy` in a thread.
+        """Call `unwatch`, then `destroy` in a thread.
 
-        The handle is taken away here, in the loop's thread: figures are asked for there, and never beside the destruction.
+        The handle is cleared here, in the loop's thread: statistics are read in that thread, and never during the
+        destruction.
         """
         self.unwatch()
         handle, self._handle = self._handle, None
@@ -126,7 +127,7 @@ class _Engine:
             await in_thread(self._function("destroy"), handle)
 
     def _maps(self, name: str) -> Iterator[tuple[int, int, bytes]]:
-        """Page bitmaps of the regions in pieces ``(region, first_page, bits)``; pieces without a bit set are left out."""
+        """Yield page bitmaps of the regions in pieces ``(region, first_page, bits)``; skip pieces without a bit set."""
         for region, count in enumerate(self._page_counts):
             total = (count + 7) // 8
             for offset in range(0, total, MAP_PIECE_BYTES):
@@ -190,38 +191,44 @@ class SourceEngine(_Engine):
         super().__init__(out[0], [region.size_bytes // page for region, page in pages])
 
     def set_bandwidth(self, bytes_per_second: int, drain_bytes_per_second: int = 0) -> None:
-        """Limits over all bulk streams; 0: none.  Demanded pages are exempt."""
+        """Set the limits over all bulk streams; 0: none.  Demanded pages are exempt."""
         self._function("set_bandwidth")(self.handle, bytes_per_second, drain_bytes_per_second)
 
     def set_compression(self, level: int) -> None:
-        """Zstd level; 0: off."""
+        """Set the Zstd level; 0: off."""
         self._call("set_compression", level)
 
     def mark_populated(self, tracker: Tracker) -> None:
-        """Mark all memory that exists.  Blocks."""
+        """Mark all memory that is populated.  Blocks."""
         self._call("mark_populated", tracker.handle)
 
     def marked_maps(self) -> Iterator[tuple[int, int, bytes]]:
-        """Pieces ``(region, first_page, bits)``: host pages the next round may send.  Pre-copy only; blocks shortly."""
+        """Yield pieces ``(region, first_page, bits)`` of the host pages that the next round may send.
+
+        Pre-copy only; blocks briefly.
+        """
         return self._maps("marked_map")
 
     def scan(self, tracker: Tracker, *, quiesced: bool) -> int:
-        """Mark what was written since the last scan; returns how many bytes of pages that is.  Blocks (well under 1 ms a GiB)."""
+        """Mark what was written since the last scan; return the bytes of its pages.
+
+        Blocks (well under 1 ms per GiB).
+        """
         out = ffi.new("uint64_t *")
         self._call("scan", tracker.handle, int(quiesced), out)
         return int(out[0])
 
     def sample(self, blocks: int) -> float:
-        """Which part (0 to 1) of what is marked has changed since it was sent, going by so many blocks of it.
+        """Return which fraction (0 to 1) of the marked memory has changed since it was sent, from ``blocks`` of it.
 
-        Between rounds only.  Blocks (a few ms for 1 000 blocks).
+        Only between rounds.  Blocks (a few ms for 1 000 blocks).
         """
         examined, changed = ffi.new("uint64_t *"), ffi.new("uint64_t *")
         self._call("sample", blocks, examined, changed)
         return int(changed[0]) / int(examined[0]) if examined[0] else 0.0
 
     def start_round(self, number: int) -> None:
-        """Send what is marked; ROUND_DONE follows."""
+        """Send the marked pages; ROUND_DONE follows."""
         self._call("round", number)
 
     def barrier(self, number: int) -> None:
@@ -229,40 +236,40 @@ class SourceEngine(_Engine):
         self._call("barrier", number)
 
     def freeze(self) -> int:
-        """What is marked becomes the stale set; returns its size in host pages.  Blocks."""
+        """Turn the marked pages into the stale set; return its size in host pages.  Blocks."""
         out = ffi.new("uint64_t *")
         self._call("freeze", out)
         return int(out[0])
 
     def freeze_whole(self) -> None:
-        """After a crash: no hashes; whole pages are sent."""
+        """Freeze after a crash: there are no hashes, so whole pages are sent."""
         self._call("freeze_whole")
 
     def stale_maps(self) -> Iterator[tuple[int, int, bytes]]:
-        """Pieces ``(region, first_page, bits)``."""
+        """Yield pieces ``(region, first_page, bits)`` of the stale set."""
         return self._maps("stale_map")
 
     def serve(self, *, drain: bool) -> None:
-        """Answer demands; with ``drain`` send the rest too."""
+        """Answer demands; with ``drain`` also send the rest."""
         self._call("serve", int(drain))
 
     def lacking_begin(self) -> None:
-        """Reconnect: forget claims and the stale set; `lacking` gives the new one."""
+        """Begin a reconnect: forget claims and the stale set; `lacking` provides the new one."""
         self._call("lacking_begin")
 
     def lacking(self, region: int, first_page: int, bits: bytes) -> None:
-        """A piece of what the target lacks.  A wrong region or index raises (the peer sent it)."""
+        """Add a piece of what the target lacks.  Raises if region or index is wrong (the peer sent it)."""
         self._call("lacking", region, first_page, bits, len(bits))
 
     def stats(self) -> SourceStats:
-        """Figures now."""
+        """Return the current statistics."""
         raw = self._stats("mgd_source_stats")
         return SourceStats(*(int(getattr(raw, field.name)) for field in dataclasses.fields(SourceStats)))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Histogram:
-    """Latencies: ``buckets[i]`` counts those of [2^i, 2^(i+1)) microseconds, the first one from 0."""
+    """Latencies: ``buckets[i]`` counts those in [2^i, 2^(i+1)) microseconds, the first bucket from 0."""
 
     count: int
     total_ns: int
@@ -278,7 +285,7 @@ class Histogram:
         )
 
     def quantile_seconds(self, q: float) -> float:
-        """The q-quantile, interpolated inside its bucket (so within a factor of two), never above the maximum."""
+        """Return the q-quantile, interpolated inside its bucket (within a factor of two), never above the maximum."""
         if self.count == 0:
             return 0.0
         rank = q * self.count
@@ -331,7 +338,7 @@ def _target_regions(memory: Sequence[TargetMemory]) -> Any:
 
 
 def ledger_bytes(memory: Sequence[TargetMemory]) -> int:
-    """Size of the ledger memfd for these regions."""
+    """Return the size of the ledger memfd for these regions."""
     return int(lib.mgd_ledger_bytes(_target_regions(memory), len(memory)))
 
 
@@ -368,36 +375,36 @@ class TargetEngine(_Engine):
         self._call("arm", uffd, raw, len(mappings), int(recovered))
 
     def populate(self, region: int, first_page: int, bits: bytes, threads: int = 1) -> None:
-        """Have pages ready before their data comes."""
+        """Populate pages before their data arrives."""
         self._call("populate", region, first_page, bits, len(bits), threads)
 
     def stale_map(self, region: int, first_page: int, bits: bytes) -> None:
-        """A piece of the stale map."""
+        """Add a piece of the stale map."""
         self._call("stale_map", region, first_page, bits, len(bits))
 
     def switchover(self) -> None:
-        """The stale map is whole."""
+        """Switch over: the stale map is complete."""
         self._call("switchover")
 
     def background(self) -> None:
-        """Start background CONTINUE."""
+        """Start the background CONTINUE."""
         self._call("background")
 
     def lacking_maps(self) -> Iterator[tuple[int, int, bytes]]:
-        """Pieces ``(region, first_page, bits)`` of what is not in yet."""
+        """Yield pieces ``(region, first_page, bits)`` of what has not arrived."""
         return self._maps("lacking")
 
     def poison_stale(self) -> int:
-        """Give up what is missing: the guest gets a memory error there.  Returns how many pages."""
+        """Poison the missing pages: the guest gets a memory error there.  Return how many they are."""
         out = ffi.new("uint64_t *")
         self._call("poison_stale", out)
         return int(out[0])
 
     def release(self) -> None:
-        """Every page is current: unregister, wake, end the fault server.  Blocks."""
+        """Unregister, wake waiters and end the fault server, once every page is current.  Blocks."""
         self._call("release")
 
     def stats(self) -> TargetStats:
-        """Figures now."""
+        """Return the current statistics."""
         raw = self._stats("mgd_target_stats")
         return TargetStats(*(_figure(getattr(raw, field.name)) for field in dataclasses.fields(TargetStats)))

@@ -1,4 +1,4 @@
-"""Which memory of a process could be migrated: the substance of ``migrated inspect``."""
+"""Report which memory of a process could be migrated: the substance of ``migrated inspect``."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class MemoryFile:
 
 
 def inspect(pid: int, *, least_bytes: int = 1 << 20, least_private_bytes: int = 16 << 20) -> list[MemoryFile]:
-    """Which memory of a process could be migrated, and what stands in the way: shared files first, then private memory.
+    """Return which memory of a process could be migrated and what prevents it: shared files first, then private memory.
 
-    Files below ``least_bytes`` are left out, and so are private areas below ``least_private_bytes``: they are a program's own.
+    Files below ``least_bytes`` and private areas below ``least_private_bytes`` are left out: they are a program's own.
     Raises GuestError as `areas` does.
     """
     grouped: dict[FileKey, list[Area]] = {}
@@ -85,7 +85,7 @@ def _is_memory(area: Area) -> bool:
 
 
 def _file_systems() -> dict[str, str]:
-    """Kind of each mounted file system, by device as areas have it."""
+    """Return the kind of each mounted file system, by device as areas have it."""
     found = {}
     for line in (PROC / "self" / "mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines():
         before, _, after = line.partition(" - ")

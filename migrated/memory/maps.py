@@ -1,7 +1,7 @@
-"""The address space of a process, as ``/proc/PID/maps`` tells it: where a file is mapped, and who else maps it.
+"""Read a process's address space from ``/proc/PID/maps``: where it maps a file, and which other processes map it.
 
-Dirty tracking sees writes through one process's page tables only.  So before a guest is moved every *other* process that
-maps the same memory must be found (invariant 7); the file is recognised by device and inode, since a memfd's name says
+Dirty tracking sees writes through one process's page tables only.  So before a guest is moved every *other* process
+that maps the same memory must be found (invariant 7).  Device and inode identify the file, since a memfd's name proves
 nothing.
 """
 
@@ -20,7 +20,7 @@ from migrated.memory.regions import Mapping
 PROC = Path("/proc")
 _LINE = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) (\S{4}) ([0-9a-f]+) ([0-9a-f]+:[0-9a-f]+) (\d+) *(.*)$")
 
-#: Device and inode of a file, the device as ``/proc/PID/maps`` writes it.
+#: Device and inode of a file.  The device has the form of ``/proc/PID/maps``.
 FileKey = tuple[str, int]
 
 
@@ -38,7 +38,7 @@ class Area:
 
     @property
     def length_bytes(self) -> int:
-        """How much it covers."""
+        """The length of the area."""
         return self.end - self.start
 
     @property
@@ -48,13 +48,13 @@ class Area:
 
     @property
     def key(self) -> FileKey:
-        """The file; inode 0: no file at all."""
+        """The file.  Inode 0 means no file."""
         return self.device, self.inode
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Process:
-    """Somebody who maps a file."""
+    """A process that maps a file."""
 
     pid: int
     command: str
@@ -64,7 +64,7 @@ class Process:
 
 
 def parse(text: str) -> list[Area]:
-    """The lines of a maps file, in address order.  ValueError on a line that is none."""
+    """Parse the lines of a maps file, in address order.  Raises ValueError on any other line."""
     found = []
     for line in text.splitlines():
         match = _LINE.match(line)
@@ -76,7 +76,7 @@ def parse(text: str) -> list[Area]:
 
 
 def areas(pid: int) -> list[Area]:
-    """All areas of a process, in address order.  Raises GuestError ``guest-gone`` or ``no-rights``."""
+    """Return all areas of a process, in address order.  Raises GuestError ``guest-gone`` or ``no-rights``."""
     path = PROC / str(pid) / "maps"
     try:
         return parse(path.read_text(encoding="utf-8", errors="surrogateescape"))
@@ -91,7 +91,7 @@ def areas(pid: int) -> list[Area]:
 
 
 def file_key(fd: int) -> FileKey:
-    """Device and inode of an open file, as areas have them."""
+    """Return device and inode of an open file, as areas have them."""
     status = os.fstat(fd)
     return f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}", status.st_ino
 
@@ -99,9 +99,9 @@ def file_key(fd: int) -> FileKey:
 def find_mappings(
     pid: int, fd: int, *, region: int = 0, file_offset: int = 0, size_bytes: int | None = None
 ) -> tuple[Mapping, ...]:
-    """Where a process maps (shared) the piece of ``fd`` that is a region: ``size_bytes`` from ``file_offset`` on.
+    """Return where a process maps (shared) a region of ``fd``: ``size_bytes`` from ``file_offset`` on.
 
-    The same piece may be mapped more than once, or not wholly: it is for the caller to refuse that.
+    The region may be mapped more than once, or only in part: the caller must refuse that.
     """
     key = file_key(fd)
     region_end = file_offset + (os.fstat(fd).st_size - file_offset if size_bytes is None else size_bytes)
@@ -115,17 +115,17 @@ def find_mappings(
 
 
 def processes() -> Iterator[int]:
-    """Every process of the host, threads left out."""
+    """Yield every process of the host, without threads."""
     for entry in PROC.iterdir():
         if entry.name.isdigit():
             yield int(entry.name)
 
 
 def mapped_elsewhere(keys: Collection[FileKey], excluding: Collection[int] = ()) -> list[Process]:
-    """Other processes that can write these files: each maps one of them shared.  Ours to exclude: the guest and ourselves.
+    """Return other processes that map one of these files shared, and so can write it.
 
-    Processes that end meanwhile are left out, and so are those we may not look at (other users', when not root): a
-    non-root agent can move only what belongs to its own user.
+    The caller excludes the guest and ourselves.  Processes that exit meanwhile are left out, and so are those that we
+    may not inspect (other users', when not root): a non-root agent can move only what belongs to its own user.
     """
     wanted = frozenset(keys)
     found = []
@@ -139,7 +139,7 @@ def mapped_elsewhere(keys: Collection[FileKey], excluding: Collection[int] = ())
 
 
 def command(pid: int) -> str:
-    """The short name of a process; empty once it has ended."""
+    """Return the short name of a process; empty once it has exited."""
     try:
         return (PROC / str(pid) / "comm").read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
@@ -147,7 +147,7 @@ def command(pid: int) -> str:
 
 
 def open_area(pid: int, area: Area, *, writable: bool = False) -> int:
-    """The file behind an area, even one without a name any more; the caller closes it.
+    """Open the file behind an area, even one that has no name any more; the caller closes it.
 
     Raises GuestError ``no-rights`` or ``guest-gone``.
     """

@@ -1,13 +1,15 @@
-"""Memory for an incoming guest: memfds on huge pages, reserved whole before anything is started, unless asked not to.
+"""Make the memory of an incoming guest: memfds on huge pages.
 
-A mapping of a hugetlbfs file reserves its pages in the pool, and the reservation belongs to the file: it stays when the
-mapping goes.  So `allocate` maps once, and from then on neither the engine's alias nor the guest can run out of pages, except
-for those that the guest punches out itself (a balloon): they take their reservation along.  Nothing is zeroed before it is
-needed.  Shmem (4 KiB pages) knows no reservation; there the host's free memory is compared
-with the need, which is all that can be done.
+All pages are reserved before the guest starts, unless the configuration says otherwise.
 
-Not reserved is for guests larger than the host that use little of it: pages are taken as they are needed, and where there
-are none left a migration fails in pre-copy, and the guest waits after it.
+A mapping of a hugetlbfs file reserves its pages in the pool, and the reservation belongs to the file: it survives the
+mapping.  So `allocate` maps once, and from then on neither the engine's alias nor the guest can run out of pages,
+except for those that the guest punches out itself (a balloon): their reservation is lost with them.  Nothing is zeroed
+before it is needed.  Shmem (4 KiB pages) has no reservation.  There we can only compare the host's free memory with the
+need.
+
+Unreserved memory is for guests that are larger than the host and use little of it.  Pages are then taken as they are
+needed. If none are left, the migration fails in pre-copy; after pre-copy the guest waits.
 """
 
 from __future__ import annotations
@@ -30,10 +32,10 @@ DEFAULT_PAGE_BYTES = 2 << 20
 POOLS = Path("/sys/kernel/mm/hugepages")
 MEMINFO = Path("/proc/meminfo")
 
-#: Of the names of guests' memfds, as /proc shows them.
+#: Prefix of the names of guests' memfds, as /proc shows them.
 NAME_PREFIX = "migrated-"
 
-#: memfd_create(2): the page size's binary logarithm goes into the flags from this bit on.
+#: memfd_create(2): the flags contain the binary logarithm of the page size from this bit on.
 _MFD_HUGE_SHIFT = 26
 
 _log = structlog.get_logger(__name__)
@@ -41,7 +43,7 @@ _log = structlog.get_logger(__name__)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Pool:
-    """The host's huge pages of one size, in pages: ``total``, of them ``free``, of these promised (``reserved``)."""
+    """The host's huge pages of one size: ``total``, ``free`` of them, ``reserved`` (promised) of the free ones."""
 
     page_bytes: int
     total: int
@@ -52,11 +54,11 @@ class Pool:
 
     @property
     def available(self) -> int:
-        """Pages that a new reservation can have, those the kernel may still add by overcommit included."""
+        """Pages that a new reservation can have, including those that the kernel may still add by overcommit."""
         return self.free - self.reserved + max(0, self.overcommit - self.surplus)
 
     def raise_command(self, needed: int) -> str:
-        """The command that makes ``needed`` pages available."""
+        """Return the command that makes ``needed`` pages available."""
         total = self.total + max(0, needed - self.available)
         if self.page_bytes == DEFAULT_PAGE_BYTES and _meminfo_bytes("Hugepagesize", otherwise=0) == DEFAULT_PAGE_BYTES:
             return f"sysctl vm.nr_hugepages={total}"
@@ -69,7 +71,7 @@ def _meminfo_bytes(name: str, *, otherwise: int) -> int:
 
 
 def pools() -> list[Pool]:
-    """Every huge page size the kernel offers, smallest first; empty where it has none."""
+    """Return the pool of every huge page size of the kernel, smallest first; empty if it has none."""
     found: list[Pool] = []
     with contextlib.suppress(OSError):
         found.extend(
@@ -95,22 +97,22 @@ def _pool(folder: Path, page_bytes: int) -> Pool:
 
 
 def page_sizes() -> tuple[int, ...]:
-    """All page sizes memory can be had in here, in bytes: 4 KiB, and every huge page size, pool filled or not."""
+    """Return all page sizes of this host in bytes: 4 KiB and every huge page size, even with an empty pool."""
     return (BASE_PAGE_BYTES, *(pool.page_bytes for pool in pools()))
 
 
 def require_page_size(page_bytes: int) -> None:
-    """Raises ConfigError if this host has no pages of this size."""
+    """Raise ConfigError if this host has no pages of this size."""
     if page_bytes not in page_sizes():
         offered = ", ".join(format_size(size) for size in page_sizes())
         raise ConfigError(f"{format_size(page_bytes)} is not a page size of this host", hint=f"it offers {offered}")
 
 
 def allocate(size_bytes: int, page_bytes: int, name: str, *, reserved: bool = True) -> int:
-    """A memfd of ``size_bytes`` with every page reserved (if so wanted) and none of them there; the caller closes it.
+    """Return a memfd of ``size_bytes``, with all pages reserved if ``reserved``, and none populated.
 
-    Raises PoolError ``no-huge-pages`` (or ``no-memory``, for 4 KiB pages), HostError ``page-size-unsupported`` (the size is
-    not one of `page_sizes`, or ``size_bytes`` no multiple of it).
+    The caller closes it.  Raises PoolError ``no-huge-pages`` (or ``no-memory``, for 4 KiB pages), HostError
+    ``page-size-unsupported`` (the size is not one of `page_sizes`, or ``size_bytes`` is not a multiple of it).
     """
     if size_bytes <= 0 or size_bytes % page_bytes:
         raise HostError(
@@ -164,10 +166,10 @@ def _exhausted(page_bytes: int, needed: int, name: str) -> PoolError:
 
 
 def reserve(size_bytes: int, page_bytes: int | None, *, name: str, reserved: bool = True) -> tuple[int, int]:
-    """`allocate`, with a choice of page size: ``(fd, page_bytes)``.
+    """Allocate with a choice of page size; return ``(fd, page_bytes)``.
 
-    ``page_bytes`` None: 2 MiB pages, and where they cannot be had, 4 KiB ones, with a warning: the guest will run, slower.
-    A page size that was asked for is never replaced.
+    ``page_bytes`` None: 2 MiB pages, or 4 KiB pages with a warning if there are none: the guest then runs slower.  A
+    page size that was asked for is never replaced.
     """
     if page_bytes is not None:
         return allocate(size_bytes, page_bytes, name, reserved=reserved), page_bytes

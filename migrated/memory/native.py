@@ -1,6 +1,6 @@
-"""The one door to the C core: `call`, which turns its errors into exceptions, and typed faces of its small functions.
+"""Call the C core: `call` turns its errors into exceptions, and its small functions have typed wrappers here.
 
-The engines have faces of their own in `migrated.memory.engine`, the dirty tracker in `migrated.memory.tracker`.  Every call
+The engines are wrapped in `migrated.memory.engine`, the dirty tracker in `migrated.memory.tracker`.  Every call
 releases the interpreter lock while it is in C.
 """
 
@@ -36,7 +36,7 @@ __all__ = [
     "uffd_unregister",
 ]
 
-#: Errno values of a socket whose other end is gone or out of reach.
+#: Errno values of a socket whose peer is gone or unreachable.
 _CONNECTION_ERRNOS = frozenset(
     {
         errno.ECONNRESET,
@@ -60,7 +60,7 @@ def _text(raw: Any) -> str:
 
 
 def error_from(raw: Any) -> MigratedError:
-    """The exception for a filled-in ``struct mgd_error``."""
+    """Return the exception for a filled-in ``struct mgd_error``."""
     kind = int(raw.kind)
     os_errno = int(raw.os_errno)
     message = _text(raw.message) or f"the C core failed (kind {kind})"
@@ -90,26 +90,26 @@ def error_from(raw: Any) -> MigratedError:
 
 
 def call(function: Any, *arguments: Any) -> None:
-    """``function(*arguments, &error)``; raises what `error_from` makes of the error if the function fails."""
+    """Call ``function(*arguments, &error)``; if it fails, raise `error_from` of the error."""
     raw = ffi.new("struct mgd_error *")
     if function(*arguments, raw) != 0:
         raise error_from(raw)
 
 
 def uffd_open(*, user_mode_only: bool = False) -> int:
-    """A userfaultfd of this very process (tests, demo, benchmarks); the caller closes it."""
+    """Return a userfaultfd of this very process (tests, demo, benchmarks); the caller closes it."""
     out = ffi.new("int *")
     call(lib.mgd_uffd_open, int(user_mode_only), out)
     return int(out[0])
 
 
 def uffd_api(uffd: int, *, faults: bool, tracking: bool) -> None:
-    """UFFDIO_API, once a descriptor.  HostError ``kernel-lacks-feature`` names what is missing."""
+    """Run UFFDIO_API, once per descriptor.  HostError ``kernel-lacks-feature`` names what is missing."""
     call(lib.mgd_uffd_api, uffd, int(faults), int(tracking))
 
 
 def uffd_register(uffd: int, start: int, length_bytes: int, *, missing: bool, minor: bool, tracking: bool) -> None:
-    """UFFDIO_REGISTER: which faults on ``[start, start+length)`` are reported, and whether writes can be tracked."""
+    """Run UFFDIO_REGISTER: choose which faults on ``[start, start+length)`` to report and whether to track writes."""
     mode = (
         (lib.MGD_REGISTER_MISSING if missing else 0)
         | (lib.MGD_REGISTER_MINOR if minor else 0)
@@ -119,20 +119,23 @@ def uffd_register(uffd: int, start: int, length_bytes: int, *, missing: bool, mi
 
 
 def uffd_unregister(uffd: int, start: int, length_bytes: int) -> None:
-    """UFFDIO_UNREGISTER, then wake every thread that waits there."""
+    """Run UFFDIO_UNREGISTER, then wake every thread that waits there."""
     call(lib.mgd_uffd_unregister, uffd, start, length_bytes)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Injected:
-    """``result``: what the system call returned (``-errno`` on failure); ``stopped_seconds``: how long the thread stood."""
+    """The result of an injected system call.
+
+    ``result``: what it returned (``-errno`` on failure); ``stopped_seconds``: how long the thread stood still.
+    """
 
     result: int
     stopped_seconds: float
 
 
 def inject_syscall(pid: int, number: int, arguments: Sequence[int] = ()) -> Injected:
-    """Run one system call in thread ``pid`` of another process (x86-64).  Blocks, a few seconds at the worst."""
+    """Run one system call in thread ``pid`` of another process (x86-64).  Blocks, a few seconds at worst."""
     raw = ffi.new("uint64_t[6]", [*arguments, 0, 0, 0, 0, 0, 0][:6])
     result = ffi.new("int64_t *")
     stopped = ffi.new("uint64_t *")
@@ -141,14 +144,14 @@ def inject_syscall(pid: int, number: int, arguments: Sequence[int] = ()) -> Inje
 
 
 def hash_key(secret: bytes) -> bytes:
-    """The key of the block hash as C reads it; ValueError for any other length than MGD_SECRET_BYTES."""
+    """Return the key of the block hash as C takes it; ValueError for any other length than MGD_SECRET_BYTES."""
     if len(secret) != lib.MGD_SECRET_BYTES:
         raise ValueError(f"the secret has {len(secret)} bytes, not {lib.MGD_SECRET_BYTES}")
     return secret
 
 
 def digest(memory_fd: int, offset: int, size_bytes: int, secret: bytes) -> int:
-    """Keyed hash of part of a file; holes count as zeros and are not populated.  Blocks."""
+    """Return the keyed hash of a part of a file; holes count as zeros and are not populated.  Blocks."""
     out = ffi.new("uint64_t *")
     call(lib.mgd_digest, memory_fd, offset, size_bytes, hash_key(secret), out)
     return int(out[0])

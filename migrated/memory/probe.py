@@ -1,4 +1,4 @@
-"""What this host can do, found out by trying, and what to do about what it cannot: the substance of ``migrated check``."""
+"""Find out by trying what this host can do, and how to fix what it cannot: the substance of ``migrated check``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from migrated.units import format_size
 _CAP_SYS_PTRACE = 19
 _CAP_SYS_ADMIN = 21
 _CAP_CHECKPOINT_RESTORE = 40
-#: What systemd implements with a seccomp filter (systemd.exec(5)).
+#: Directives that systemd implements with a seccomp filter (systemd.exec(5)).
 SECCOMP_DIRECTIVES = (
     *("LockPersonality", "MemoryDenyWriteExecute", "PrivateDevices", "ProtectClock", "ProtectHostname"),
     *("ProtectKernelLogs", "ProtectKernelModules", "ProtectKernelTunables", "RestrictAddressFamilies"),
@@ -23,7 +23,7 @@ SECCOMP_DIRECTIVES = (
 )
 
 
-#: What each side needs of the kernel, as `Features` has it.
+#: What each side needs from the kernel, as fields of `Features`.
 SERVING = ("minor_hugetlbfs", "minor_shmem", "missing_hugetlbfs", "missing_shmem", "event_remove", "exact_address")
 TRACKING = ("wp_hugetlbfs_shmem", "wp_unpopulated", "wp_async", "pagemap_scan")
 
@@ -57,12 +57,12 @@ class Features:
         return not self.lacking(SERVING)
 
     def lacking(self, names: tuple[str, ...]) -> str:
-        """Those of these features that the kernel does not have, for people."""
+        """Return those of these features that the kernel lacks, as text for people."""
         return ", ".join(name for name in names if not getattr(self, name))
 
 
 def features() -> Features:
-    """Ask the kernel, on throw-away descriptors."""
+    """Query the kernel on throw-away descriptors."""
     raw = ffi.new("struct mgd_features *")
     call(lib.mgd_probe, raw)
     return Features(*(bool(getattr(raw, field.name)) for field in dataclasses.fields(Features)))
@@ -73,7 +73,7 @@ class Requirement:
     """One need of an agent.
 
     ``role``: "source", "target" or "both"; ``needed``: whether nothing works without it (else something works worse);
-    ``found``: what is the case; ``fix``: what to do, empty if ``ok``.
+    ``found``: the current state; ``fix``: what to do, empty if ``ok``.
     """
 
     name: str
@@ -85,7 +85,7 @@ class Requirement:
 
 
 def capabilities() -> int:
-    """Our effective capabilities, one bit each."""
+    """Return our effective capabilities, one bit each."""
     status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
     match = re.search(r"^CapEff:\s*([0-9a-f]+)", status, re.MULTILINE)
     return int(match[1], 16) if match else 0
@@ -96,7 +96,7 @@ def _has(capability: int) -> bool:
 
 
 def requirements() -> list[Requirement]:
-    """Everything `migrated check` shows, in the order of importance."""
+    """Return everything that `migrated check` shows, most important first."""
     found = features()
     return [
         _userfaultfd(found),
@@ -119,7 +119,7 @@ def requirements() -> list[Requirement]:
 
 
 def _need(name: str, role: str, *, ok: bool, found: str, fix: str, needed: bool = True) -> Requirement:
-    """A requirement, without the fix where there is nothing to fix."""
+    """Return a requirement, without ``fix`` if it is met."""
     return Requirement(name, role, needed, ok, found, "" if ok else fix)
 
 
@@ -175,7 +175,7 @@ def _tracing() -> Requirement:
 
 
 def _unconfined() -> Requirement:
-    """A process under seccomp may not suspend another's filter, and whatever it starts has its filter: guests, too."""
+    """A process under seccomp may not suspend another's filter, and its children, guests too, inherit its filter."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     confined = re.search(r"^Seccomp:\s*[1-9]", status, re.MULTILINE) is not None
     return _need(

@@ -1,4 +1,4 @@
-"""Guest memory as every layer names it: regions, where a process has them mapped, and the files behind them.
+"""Describe guest memory for every layer: regions, where a process maps them, and the files behind them.
 
 A driver finds or makes them (`migrated.guests.driver`); engines and trackers work on them.
 """
@@ -20,11 +20,12 @@ class Mapping:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Region:
-    """One contiguous piece of guest memory, one file.
+    """One contiguous piece of guest memory in one file.
 
     ``name`` pairs the regions of the two sides (QEMU: the name of the RAM block).
     ``page_bytes`` is the page size of the memory behind it: 4096, 2 MiB, 1 GiB.
-    ``device``: memory of a device or of the firmware, which the target keeps on 4 KiB pages whatever the guest's RAM is on.
+    ``device``: memory of a device or of the firmware, which the target keeps on 4 KiB pages whatever page size the
+    guest's RAM has.
     """
 
     name: str
@@ -40,14 +41,13 @@ class SourceMemory:
     ``memory_fds[i]`` is open for reading on the file of ``regions[i]``, which starts at ``file_offsets[i]``; the driver
     closes the descriptors in `SourceGuest.close`.
 
-    ``private[i]``: the region is private memory of the process ``pid`` (anonymous, on huge pages, or a private mapping of
-    a file).  Then ``memory_fds[i]`` is open for reading on ``/proc/PID/mem``, a descriptor of its own or the same for
-    several regions, and ``file_offsets[i]`` is the address at which the region begins there; its one mapping has that
-    address and offset 0.
-    ``file_behind[i]``: a private mapping of a file.  Pages that the guest has not touched show the file, so that all of the
+    ``private[i]``: the region is private memory of the process ``pid`` (anonymous, on huge pages, or a private mapping
+    of a file).  Then ``memory_fds[i]`` is open for reading on ``/proc/PID/mem`` (several regions may share it), and
+    ``file_offsets[i]`` is the address at which the region begins there; its one mapping has that address and offset 0.
+    ``file_behind[i]``: a private mapping of a file.  Pages that the guest has not touched show the file, so the whole
     region is read and sent.
 
-    Both have one entry a region; left out, no region is private.
+    Both have one entry per region; if they are left out, no region is private.
     """
 
     pid: int
@@ -65,9 +65,9 @@ class SourceMemory:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TargetMemory:
-    """One region prepared by the agent for the incoming guest: a memfd of ``region.size_bytes``, empty.
+    """One region that the agent prepared for the incoming guest: a memfd of ``region.size_bytes``, empty.
 
-    ``reserve``: mapping it reserves its pages.  False: they are reserved already, or are to be taken as they are needed.
+    ``reserve``: mapping it reserves its pages.  False: they are already reserved, or are taken as they are needed.
     """
 
     region: Region

@@ -1,4 +1,4 @@
-"""How much of its memory a process has mapped at the moment, and which faults there are reported to a userfaultfd."""
+"""Report how much of its memory a process has mapped at the moment, and which of its faults a userfaultfd gets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PRESENT = frozenset({"Rss", "Shared_Hugetlb", "Private_Hugetlb"})
 class MappedArea:
     """An area; the page size it is mapped with; the bytes of it that are mapped; its ``VmFlags``.
 
-    Flags: ``lo`` locked; ``um``, ``ui``, ``uw``: userfaultfd hears of missing pages, minor faults, writes.
+    Flags: ``lo`` locked; ``um``, ``ui``, ``uw``: a userfaultfd gets missing pages, minor faults, writes.
     """
 
     area: Area
@@ -29,9 +29,9 @@ class MappedArea:
 
 
 def mapped_areas(pid: int, ranges: Collection[tuple[int, int]]) -> list[MappedArea]:
-    """The areas that overlap one of these ranges, each ``(start, end)``.  Raises GuestError ``guest-gone``.
+    """Return the areas that overlap one of these ranges, each ``(start, end)``.  Raises GuestError ``guest-gone``.
 
-    Walks all page tables of the process (``smaps``): quick only while there is little in them.
+    Walks all page tables of the process (``smaps``): fast only while they hold little.
     """
     found: list[MappedArea] = []
     area: Area | None = None
@@ -48,7 +48,7 @@ def mapped_areas(pid: int, ranges: Collection[tuple[int, int]]) -> list[MappedAr
                 present = sum(sizes.get(name, 0) for name in _PRESENT)
                 found.append(MappedArea(area, sizes["KernelPageSize"], present, frozenset(line.split()[1:])))
         else:
-            # Either the first line of the next area, or a field in other units (THPeligible, ProtectionKey).
+            # This is the first line of the next area, or a field in other units (THPeligible, ProtectionKey).
             with contextlib.suppress(ValueError):
                 area, sizes = parse(line)[0], {}
     return found

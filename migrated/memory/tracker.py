@@ -1,4 +1,7 @@
-"""Dirty tracking of a guest process, from outside: life cycle only, the scans are made by the source engine in C."""
+"""Manage dirty tracking of a guest process from outside.
+
+This module handles the life cycle only; the source engine makes the scans in C.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,9 @@ from migrated.memory.regions import SourceMemory
 class Tracker:
     """Sees which pages the guest process writes.
 
-    Made on a userfaultfd of the guest process (UFFDIO_API done with tracking), of which it keeps a duplicate.  Call `arm`
-    with the guest quiesced, then give `handle` to the source engine's scans; `disarm` leaves nothing of ours in the guest's
-    page tables; `close` frees our side only.
+    Make it on a userfaultfd of the guest process (UFFDIO_API done with tracking); it keeps a duplicate.  Call `arm`
+    with the guest quiesced, then give `handle` to the source engine's scans.  `disarm` leaves nothing of ours in the
+    guest's page tables; `close` frees our side only.
     """
 
     def __init__(self, memory: SourceMemory, uffd: int) -> None:
@@ -54,25 +57,25 @@ class Tracker:
 
     @property
     def handle(self) -> Any:
-        """The C object, for the engine; an error once closed."""
+        """The C object, for the engine.  Raises an error once closed."""
         if self._handle is None:
             raise MigratedError("the dirty tracker is already closed")
         return self._handle
 
     def arm(self) -> None:
-        """Register and write-protect all of it; the guest must be quiesced.  Blocks.  On failure nothing stays behind."""
+        """Register and write-protect all of it; the guest must be quiesced.  Blocks.  A failure leaves no trace."""
         call(lib.mgd_tracker_arm, self.handle)
 
     def disarm(self) -> None:
-        """Take everything of ours out of the guest's page tables.  Blocks.  Fine on a dead guest, and when called twice."""
+        """Remove everything of ours from the guest's page tables.  Blocks.  Idempotent; works on a dead guest."""
         call(lib.mgd_tracker_disarm, self.handle)
 
     def scan(self) -> list[bytes]:
-        """Bitmaps of the pages written since the last scan, one a region, little end first (tests and tools)."""
+        """Return bitmaps of the pages written since the last scan, one per region, little-endian (tests and tools)."""
         return self._bitmaps(lib.mgd_tracker_scan)
 
     def present(self) -> list[bytes]:
-        """Bitmaps of the pages the guest process has mapped now, or on swap (tests and tools)."""
+        """Return bitmaps of the pages that the guest process has mapped now, or on swap (tests and tools)."""
         return self._bitmaps(lib.mgd_tracker_present)
 
     def _bitmaps(self, function: Any) -> list[bytes]:
