@@ -1,4 +1,4 @@
-"""An agent's configuration: one TOML file, checked strictly.  Every error names the file, the table and the key.
+"""Read an agent's configuration: one TOML file, checked strictly.  Every error names the file, the table and the key.
 
 Each table is a class, and each key a field of it (see `migrated.settings`).
 """
@@ -63,7 +63,7 @@ TargetGuest = Annotated[QemuTargetConfig | LibvirtTargetConfig | ProcessTargetCo
 
 
 class AgentSection(Table):
-    """``[agent]``: who we are and where we keep things."""
+    """``[agent]``: the agent's name and its state directory."""
 
     state_dir: StateDirectory | None = Field(
         default=None, description="control socket, journals, one directory a guest"
@@ -86,7 +86,7 @@ class HttpSection(Table):
 
 
 class TlsSection(Table):
-    """``[tls]``.  TLS comes in a later version; until then the operator says in so many words that there is none."""
+    """``[tls]``.  TLS comes in a later version; until then the operator must state explicitly that there is none."""
 
     insecure: bool = Field(default=False, validate_default=True, description="`true`: no TLS. Required for now")
 
@@ -103,7 +103,7 @@ class TlsSection(Table):
 
 
 class LimitsSection(Table):
-    """``[limits]``: how much at once."""
+    """``[limits]``: how much the agent handles at once."""
 
     max_migrations: Annotated[int, Field(ge=1, le=1024)] = Field(default=8, description="at once")
     max_connections: Annotated[int, Field(ge=4, le=65536)] = Field(
@@ -115,7 +115,7 @@ class LimitsSection(Table):
 
 
 class AgentConfig(Table):
-    """A file."""
+    """A configuration file."""
 
     role: ClassVar[Role]
 
@@ -132,36 +132,36 @@ class AgentConfig(Table):
     _path: str = ""
 
     def model_post_init(self, context: Any) -> None:
-        """Remember which file it was, for messages."""
+        """Store the file's path for messages."""
         self._path = (context or {}).get("path", "")
 
     @property
     def path(self) -> str:
-        """Of the file, for messages."""
+        """The file's path, for messages."""
         return self._path
 
     def guest_table(self, name: str) -> GuestTable | None:
-        """``[guests.NAME]``, or what ``[libvirt]`` says in its place; None: no such guest."""
+        """Return ``[guests.NAME]``, or its substitute from ``[libvirt]``; None: no such guest."""
         return self.guests.get(name) or self.libvirt.table(name)
 
     @property
     def state_dir(self) -> Path:
-        """Control socket, journals, one directory a guest."""
+        """The directory of the control socket and the journals, with one directory per guest."""
         return self.agent.state_dir or STATE_DIRECTORY / self.role
 
     @property
     def control_socket(self) -> Path:
-        """Where the CLI finds this agent."""
+        """The control socket, where the CLI finds this agent."""
         return self.state_dir / CONTROL_SOCKET_NAME
 
     @property
     def listen_address(self) -> Address:
-        """Target: where sources connect."""
+        """The address where a target listens for sources."""
         return self.listen.address
 
     @property
     def status_address(self) -> Address | None:
-        """Where the read-only status site listens, if anywhere."""
+        """The address of the read-only status site, if there is one."""
         return self.http.status if "status" in self.http.model_fields_set else DEFAULT_STATUS[self.role]
 
 
@@ -192,7 +192,7 @@ KINDS: Final[dict[Role, type[AgentConfig]]] = {"source": SourceConfig, "target":
 
 
 def default_path(role: Role) -> Path:
-    """``/etc/migrated/ROLE.toml``."""
+    """Return ``/etc/migrated/ROLE.toml``."""
     return CONFIG_DIRECTORY / f"{role}.toml"
 
 

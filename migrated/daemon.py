@@ -1,8 +1,8 @@
-"""An agent as a process: state directory, control socket, status site, signals, service manager, one event loop.
+"""Run an agent as a process: state directory, control socket, status site, signals, service manager, one event loop.
 
-The order matters.  First the state directory is locked, so that two agents never share one; then the sites listen, so
-that a port in use is known before any guest is touched; then the agent works; and on SIGTERM the agent comes to its safe
-end while the control socket still answers, so that one can see what it waits for.
+The order matters.  We lock the state directory first, so that two agents never share one.  Then the sites listen, so
+that a port in use is known before any guest is touched.  Then the agent works.  On SIGTERM the agent finishes safely
+while the control socket still answers, so that one can see what it waits for.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ if TYPE_CHECKING:
     from migrated.config import AgentConfig, Role
 
 LOCK_NAME: Final = "agent.lock"
-#: How often health and figures go to the service manager when its watchdog does not ask for more.
+#: How often the service manager gets health and status if its watchdog does not ask for more.
 STATUS_SECONDS: Final = 5.0
-#: The time we ask the service manager for, again and again, while a start or a stop takes long for a good reason.
+#: The time that we request from the service manager, repeatedly, while a start or a stop takes long for a good reason.
 EXTEND_SECONDS: Final = 60
-#: Sites get this long to finish answers under way; event streams end by themselves.
+#: How long sites may finish their current answers; event streams end by themselves.
 SITE_SHUTDOWN_SECONDS: Final = 2.0
 _READY_POLL_SECONDS: Final = 0.05
 
@@ -53,13 +53,14 @@ logger = structlog.get_logger("migrated.daemon")
 
 
 def run(role: Role, path: str | None, *, log_level: str = "info", log_format: str = "auto") -> int:
-    """Run the agent of ``role`` until SIGTERM or SIGINT; its exit code: 2 for a wrong configuration, 1 for other failures.
+    """Run the agent of ``role`` until SIGTERM or SIGINT; return its exit code.
 
-    Raises ConfigError of the file itself; what fails later is raised on a terminal and logged elsewhere.
+    It is 2 for a wrong configuration and 1 for other failures.  Raises ConfigError for the file itself.  On a terminal
+    a later failure is raised too, elsewhere it is logged.
     """
     settings = config.load(path, role)
     for_people = log.configure(level=log_level, fmt=log_format)
-    faulthandler.enable()  # the service manager ends a stuck agent with SIGABRT: say where it was stuck
+    faulthandler.enable()  # the service manager ends a stuck agent with SIGABRT: show where it was stuck
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_main(settings))
@@ -67,7 +68,7 @@ def run(role: Role, path: str | None, *, log_level: str = "info", log_format: st
         if for_people:
             raise
         logger.error("the agent has failed", **error_fields(error))  # noqa: TRY400 - expected: no traceback
-        # By this status the service manager knows that another start would end the same way.
+        # This status tells the service manager that another start would end the same way.
         return 2 if isinstance(error, ConfigError) else 1
     except Exception:
         logger.exception("the agent has failed: this is a bug")
@@ -76,30 +77,30 @@ def run(role: Role, path: str | None, *, log_level: str = "info", log_format: st
 
 
 async def _main(settings: AgentConfig) -> None:
-    # Signals first: one that comes while we start must end us in order, too.
+    # Install the signal handlers first: a signal that comes while we start must also end us in order.
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _on_signal, number, stop)
     loop.set_default_executor(blocking_calls(settings))
     agent = build_agent(settings)
-    # A collection that looks at everything imported takes tens of milliseconds, and may come while a guest is paused.
+    # A collection that scans everything imported takes tens of milliseconds, and may come while a guest is paused.
     gc.collect()
     gc.freeze()
     await serve(settings, agent, stop)
 
 
 def blocking_calls(settings: AgentConfig) -> ThreadPoolExecutor:
-    """Threads for everything that blocks, started as they are needed: enough that no migration waits for another's.
+    """Return threads for everything that blocks, started on demand: enough that no migration waits for another's.
 
-    asyncio's own pool has 6 threads on a host with 2 processors.  The journal entry before COMMIT, written while a guest is
-    paused, would queue behind other guests' memory that is being reserved or released.
+    asyncio's own pool has 6 threads on a host with 2 processors.  The journal entry before COMMIT, written while a
+    guest is paused, would queue behind work that reserves or releases other guests' memory.
     """
     return ThreadPoolExecutor(min(256, 16 + 4 * settings.limits.max_migrations), thread_name_prefix="blocking")
 
 
 def build_agent(settings: AgentConfig) -> HostAgent[Any]:
-    """Make the agent of ``settings.role``; imported here, since a source has no use for what a target loads."""
+    """Make the agent of ``settings.role``; imported here, since a source does not need a target's modules."""
     if settings.role == "source":
         from migrated.source.agent import SourceAgent
 
@@ -118,7 +119,7 @@ def _on_signal(number: signal.Signals, stop: asyncio.Event) -> None:
 
 
 async def serve(settings: AgentConfig, agent: HostAgent[Any], stop: asyncio.Event) -> None:
-    """Offer ``agent`` on its sites and run it until ``stop``.  Raises HostError and whatever the agent's run raises."""
+    """Serve ``agent`` on its sites and run it until ``stop``.  Raises HostError and whatever the agent's run raises."""
     about = {"name": settings.agent.name, "version": __version__, "pid": os.getpid()}
     _make_state_dir(settings.state_dir)
     with _locked(settings.state_dir):
@@ -143,10 +144,10 @@ async def serve(settings: AgentConfig, agent: HostAgent[Any], stop: asyncio.Even
 
 
 async def _finish(settings: AgentConfig, agent: HostAgent[Any], stop: asyncio.Event, work: asyncio.Task[None]) -> None:
-    """Until the agent's run is over: by ``stop``, or by an error of its own.
+    """Wait until the agent's run has finished, because of ``stop`` or because of an error of its own.
 
-    After ``stop`` it may take as long as guests need this process.  Without any, the agent keeps timeouts.shutdown by
-    itself, wait by wait; twice as long means that it is stuck.
+    After ``stop`` it may take as long as guests need this process.  Without such guests the agent keeps
+    timeouts.shutdown in each of its waits; after twice as long it is stuck.
     """
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait({work, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -161,16 +162,16 @@ async def _finish(settings: AgentConfig, agent: HostAgent[Any], stop: asyncio.Ev
             await asyncio.wait({work}, timeout=settings.timeouts.shutdown)
             message = f"the agent did not stop within {limit:g} s"
             raise TimeoutExceededError(
-                message, hint="guests wait or run on; raise timeouts.shutdown if it only was slow"
+                message, hint="guests wait or run on; raise timeouts.shutdown if it was only slow"
             )
     work.result()
     if not stop.is_set():
-        message = "the agent ended without being asked to"
+        message = "the agent stopped without being asked to"
         raise MigratedError(message, hint="this is a bug: please report it")
 
 
 def _is_needed(agent: HostAgent[Any]) -> bool:
-    """Whether a guest in post-copy is being served: it would stall at its next missing page without this process."""
+    """Whether a guest in post-copy is being served: without this process it would stall at its next missing page."""
     return any(record.state is State.POSTCOPY for record in agent.records(ended=False))
 
 
@@ -193,7 +194,7 @@ def _state_dir_error(path: Path, error: OSError) -> HostError:
 
 @contextlib.contextmanager
 def _locked(state_dir: Path) -> Iterator[None]:
-    """Hold the directory against another agent.  The kernel lets go of the lock of a dead one, however it died."""
+    """Hold the directory against another agent.  The kernel releases the lock when the process exits."""
     path = state_dir / LOCK_NAME
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -237,7 +238,7 @@ async def _runner(stack: contextlib.AsyncExitStack, app: web.Application) -> web
 
 
 def _remove_stale_socket(path: Path) -> None:
-    """Remove a dead agent's socket: we hold the lock, so it is nobody's.  Anything else is somebody's file."""
+    """Remove a dead agent's socket: we hold the lock, so nobody uses it.  Leave any other kind of file alone."""
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISSOCK(path.lstat().st_mode):
             message = f"control socket {path}: there is a file of another kind in its place"
@@ -247,7 +248,7 @@ def _remove_stale_socket(path: Path) -> None:
 
 async def _listen_control(runner: web.AppRunner, path: Path) -> None:
     _remove_stale_socket(path)
-    # Nobody else may connect, not even in the moment between bind and chmod.
+    # Nobody else may connect, not even between bind and chmod.
     former = os.umask(0o177)
     try:
         await web.UnixSite(runner, str(path)).start()
@@ -289,7 +290,7 @@ def _warn_of_openness(settings: AgentConfig) -> None:
 
 
 async def _tell_service_manager(agent: HostAgent[Any], stop: asyncio.Event, work: asyncio.Task[None]) -> None:
-    """READY once the agent can work; STATUS; and as long as it is healthy, WATCHDOG and all the time it needs."""
+    """Send READY once the agent can work, and STATUS; while it is healthy also WATCHDOG and requests for more time."""
     watchdog = systemd.watchdog_seconds()
     pause = min(STATUS_SECONDS, watchdog / 3) if watchdog else STATUS_SECONDS
     ready = False
@@ -310,12 +311,12 @@ async def _tell_service_manager(agent: HostAgent[Any], stop: asyncio.Event, work
         if health.healthy != healthy_before:
             logger.log(20 if health.healthy else 40, "health", healthy=health.healthy, reasons=health.reasons)
             healthy_before = health.healthy
-        # Polled: health is a question, not an event, and an agent is ready within moments of its start.
+        # Poll: health has no event, and an agent is ready within moments of its start.
         await asyncio.sleep(pause if ready else _READY_POLL_SECONDS)
 
 
 def status_line(agent: HostAgent[Any]) -> str:
-    """One line for ``systemctl status``."""
+    """Return one line for ``systemctl status``."""
     health = agent.health()
     if not health.healthy:
         return "unhealthy: " + "; ".join(health.reasons)
@@ -326,8 +327,8 @@ def status_line(agent: HostAgent[Any]) -> str:
 
 
 async def _notify(*assignments: str) -> None:
-    """Tell the service manager, which may be slow to read; that it cannot be told is no reason to end."""
+    """Notify the service manager, which may be slow to read.  A failure is no reason to exit."""
     try:
         await in_thread(systemd.notify, *assignments)
     except HostError as error:
-        logger.warning("service manager not told", **error_fields(error))
+        logger.warning("cannot notify the service manager", **error_fields(error))

@@ -1,4 +1,4 @@
-"""The options of a migration, declared once: configuration, command line, requests and running migrations use these."""
+"""Declare the options of a migration, once for the configuration, the command line, requests and running migrations."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ class Limits(Table):
     max_rounds: Annotated[int, Field(ge=1, le=1000)] = Field(default=8, description="pre-copy rounds at most")
     max_bandwidth: Rate = Field(default=0, description="limit over all streams; demanded pages are exempt")
     drain_bandwidth: Rate = Field(
-        default=0, description="limit of the background transfer after the switch-over, below the common one"
+        default=0, description="limit of the background transfer after the switchover, below the common one"
     )
 
     @property
     def downtime_limit_seconds(self) -> float:
-        """In the unit that everything but people uses."""
+        """The limit in seconds, the unit everywhere but at the user interface."""
         return self.downtime_limit_ms / 1000
 
     def given(self) -> dict[str, Any]:
-        """The options that were set, rather than left to their defaults."""
+        """Return the options that were set rather than left at their defaults."""
         return {name: getattr(self, name) for name in self.model_fields_set & MigrationOptions.model_fields.keys()}
 
 

@@ -1,7 +1,7 @@
-"""Tables of keys: the base class of the configuration's tables and of requests, and the kinds of value they share.
+"""Define tables of keys: the base class of configuration tables and requests, and the kinds of value they share.
 
-A key is declared once, as a field.  Its type is what the validation enforces, what errors call allowed, and what the command
-line parses; its default and its description are those of docs/configuration.md and of ``--help``.
+A key is declared once, as a field.  Validation enforces its type, errors state what the type allows, and the command
+line parses by it.  docs/configuration.md and ``--help`` show its default and description.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ T = TypeVar("T", bound="Table")
 _DAY: Final = 86400
 GUEST_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 _SOCKET_PATH_MAX_BYTES: Final = 107  # sockaddr_un.sun_path has 108, with the NUL
-#: How errors and documentation write the bounds of a number, and the longest text.
+#: How errors and documentation state the bounds of a number and the length of a text.
 _BOUNDS: Final = {"gt": "above {:,}", "ge": "from {:,}", "le": "to {:,}", "max_length": "of at most {} characters"}
 
 
 class Table(BaseModel):
-    """A table of keys.  Unknown keys are refused: a misspelt limit that is silently ignored would be worse."""
+    """A table of keys.  Unknown keys are refused: silently ignoring a misspelt limit would be worse."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Text:
-    """Annotates a value that is written as text.  ``parse`` raises ConfigError; ``name`` is the value's in ``--help``."""
+    """Annotates a value that is written as text.  ``parse`` raises ConfigError; ``--help`` shows ``name``."""
 
     parse: Callable[[str], Any]
     name: str
@@ -57,7 +57,7 @@ class Text:
     write: Callable[[Any], str] = str
 
     def __get_pydantic_core_schema__(self, _source: Any, _handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Tell pydantic how to read and write it."""
+        """Return how pydantic validates and serializes the value."""
         written = core_schema.plain_serializer_function_ser_schema(self.write, when_used="json")
         return core_schema.no_info_plain_validator_function(self._read, serialization=written)
 
@@ -145,7 +145,7 @@ class Timeouts(Table):
 
 
 class GuestTable(Table):
-    """``[guests.NAME]``; the drivers' tables derive from it."""
+    """``[guests.NAME]``; the base class of the drivers' tables."""
 
     driver: str
 
@@ -153,7 +153,7 @@ class GuestTable(Table):
 class MemoryTable(GuestTable):
     """A guest whose memory the agent makes.
 
-    ``reserve``: false where the host has less than all of the memory (see memory/memfd.py).
+    ``reserve``: false if the host has less memory than the guest (see memory/memfd.py).
     """
 
     page_size: PageSize | None = Field(
@@ -168,7 +168,7 @@ class MemoryTable(GuestTable):
 
 
 def read(kind: type[T], values: object, where: str, **context: object) -> T:
-    """Check ``values`` and make them a table.  Raises ConfigError, ``where`` first in its message."""
+    """Check ``values`` and return them as a table.  Raises ConfigError with ``where`` first in its message."""
     try:
         return kind.model_validate(values, context=context)
     except ValidationError as error:
@@ -177,7 +177,7 @@ def read(kind: type[T], values: object, where: str, **context: object) -> T:
 
 
 def explain(error: ValidationError, root: type[Table]) -> tuple[str, str]:
-    """Say what is wrong as ``("KEY: PROBLEM", HINT)``; of several errors, an unknown key explains the others."""
+    """Return what is wrong as ``("KEY: PROBLEM", HINT)``; of several errors, an unknown key explains the others."""
     found = min(error.errors(include_url=False), key=lambda one: one["type"] != "extra_forbidden")
     context = found.get("ctx", {})
     keys, tables, field = _find(root, found["loc"])
@@ -202,7 +202,7 @@ def explain(error: ValidationError, root: type[Table]) -> tuple[str, str]:
 
 
 def parse_argument(field: FieldInfo, text: str) -> Any:
-    """Check a command line's value of a key, and return it as JSON has it.  Raises ConfigError."""
+    """Check a command line's value of a key, and return it as in JSON.  Raises ConfigError."""
     annotation: Any = Annotated[field.annotation, *field.metadata]
     kind: TypeAdapter[Any] = TypeAdapter(annotation)
     try:
@@ -217,14 +217,14 @@ def parse_argument(field: FieldInfo, text: str) -> Any:
 
 
 def _find(root: type[Table], location: tuple[int | str, ...]) -> tuple[list[str], list[type[Table]], FieldInfo | None]:
-    """The keys that an error's location consists of, the table (or kinds of table) it leads to, the last field on the way."""
+    """Return the keys in an error's location, the table (or kinds of table) it leads to, and its last field."""
     tables, field = [root], None
     keys: list[str] = []
     for part in location:
         if len(tables) > 1 and (chosen := [table for table in tables if _driver(table) == part]):
-            tables = chosen  # pydantic tells which kind of table it took, which is no key of the file
+            tables = chosen  # pydantic names the kind of table that it chose, which is no key of the file
             continue
-        if part == "[key]":  # the key itself is wrong, which stands before this
+        if part == "[key]":  # the key itself is wrong: the part before
             continue
         keys.append(str(part))
         if len(tables) == 1 and (known := tables[0].model_fields.get(str(part))) is not None:
@@ -251,7 +251,7 @@ def _either(words: list[str]) -> str:
 
 
 def allowed(field: FieldInfo) -> str:
-    """Say which values a key may have."""
+    """Return which values a key may have, as text."""
     if (text := text_of(field)) is not None:
         return text.allowed
     if _tables_in(field.annotation):
@@ -265,7 +265,7 @@ def allowed(field: FieldInfo) -> str:
 
 
 def text_of(field: FieldInfo) -> Text | None:
-    """How the value is written, where its type says so."""
+    """Return how the value is written, if its type defines that."""
     pieces = [*field.metadata]
     for part in typing.get_args(field.annotation):  # PageSize | None
         pieces += getattr(part, "__metadata__", ())

@@ -1,10 +1,10 @@
-"""The command line."""
+"""The command line: its commands, and how it prints records and errors."""
 
 from __future__ import annotations
 
 
 def main() -> int:
-    """Run ``migrated``; the exit code.  What the verbs need is imported here, so that importing this package costs nothing."""
+    """Run ``migrated``; return the exit code.  Imports are local, so importing this package is cheap."""
     from migrated.cli.command import run
 
     return run()

@@ -1,4 +1,7 @@
-"""The command line's side of the control API."""
+"""The command line's client of the control API.
+
+`Client` talks to one agent, over its control socket or its status site.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _CONNECT_SECONDS: Final = 5.0
-# A verb answers when the agent has done it; agents keep limits of their own, well below this.
+# A verb answers when the agent has done it; the agents' own limits are well below this.
 _ANSWER_SECONDS: Final = 120.0
 # Events are silent while nothing changes, but a comment comes every 15 s.
 _EVENT_SECONDS: Final = 60.0
@@ -41,7 +44,7 @@ def default_agent() -> str:
 
 
 def _may_exist(path: Path) -> bool:
-    """Whether it exists, or is hidden from this user: then the attempt to connect says so, with its hint."""
+    """Whether it exists or is hidden from this user: connecting then reports that, with a hint."""
     try:
         return path.exists()
     except PermissionError:
@@ -58,7 +61,7 @@ def _is_directory(path: Path) -> bool:
 class Client:
     """One agent, by the path of its control socket (or its state directory) or the URL of its status site.
 
-    Use as an asynchronous context manager.  Methods raise RemoteError (the agent said no), HostError (no agent there),
+    Use as an asynchronous context manager.  Methods raise RemoteError (the agent refused), HostError (no agent there),
     ConnectionLostError.
     """
 
@@ -89,28 +92,28 @@ class Client:
         await self._session.close()
 
     async def about(self) -> dict[str, Any]:
-        """Who the agent is, with what is under way."""
+        """Return who the agent is, with its active migrations."""
         return await self._call("GET", "/v1/agent", dict[str, Any])
 
     async def migrations(self, *, ended: bool = True) -> list[Record]:
-        """All, oldest first; ``ended=False``: only those under way."""
+        """Return all migrations, oldest first; ``ended=False``: only active ones."""
         path = f"/v1/migrations?ended={'true' if ended else 'false'}"
         return (await self._call("GET", path, MigrationList)).migrations
 
     async def migration(self, migration: str) -> Record:
-        """By id, unique prefix or guest."""
+        """Return a migration by id, unique prefix or guest."""
         return await self._call("GET", _path(migration), Record)
 
     async def start(self, body: dict[str, Any]) -> Record:
-        """Begin one."""
+        """Start a migration."""
         return await self._call("POST", "/v1/migrations", Record, body)
 
     async def verb(self, migration: str, verb: str, body: dict[str, Any] | None = None) -> Record:
-        """``abort``, ``switchover``, ``resume``, ``set``, ``abandon``."""
+        """Run a verb: ``abort``, ``switchover``, ``resume``, ``set``, ``abandon``."""
         return await self._call("POST", f"{_path(migration)}/{verb}", Record, body or {})
 
     async def events(self, migration: str) -> AsyncIterator[Record]:
-        """The record, now and at each change, until the migration is over."""
+        """Yield the record, now and at each change, until the migration has ended."""
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_EVENT_SECONDS)
         url = f"{self._base}{_path(migration)}/events"
         try:

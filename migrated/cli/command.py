@@ -1,4 +1,4 @@
-"""The root command: gathers the verbs, and is the one place where exceptions become messages and exit codes."""
+"""The root command.  It gathers the commands, and only here exceptions become messages and exit codes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ for command in (source, target, *VERBS, check, inspect, demo):
 
 
 def run(arguments: list[str] | None = None) -> int:
-    """Run ``arguments`` (default: the process's); the exit code.  Nothing is raised, no traceback is shown."""
+    """Run ``arguments`` (default: the process's) and return the exit code.  Never raise and never show a traceback."""
     given = sys.argv[1:] if arguments is None else arguments
     as_json = "--json" in given
     try:
@@ -53,7 +53,7 @@ def run(arguments: list[str] | None = None) -> int:
         failure.tell(error, as_json=as_json)
         return failure.exit_code_of_error(error)
     except BrokenPipeError:
-        # Our reader (head, less) has gone.  Python would complain again when it flushes stdout at exit.
+        # Our reader (head, less) has exited.  Python would complain again when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return failure.DONE
     except Exception as error:  # noqa: BLE001 - no traceback ever reaches a user who did not ask

@@ -1,4 +1,4 @@
-"""How a command ends: exit codes, and errors as people and programs read them."""
+"""End a command: exit codes, and errors as people and programs read them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ INTERRUPTED: Final = 130  # as shells count: 128 + SIGINT
 
 
 class RemoteError(MigratedError):
-    """The agent answered with an error: what it said, with the exit code that fits."""
+    """The agent answered with an error: its message, with the matching exit code."""
 
     def __init__(self, info: dict[str, Any], *, status: int) -> None:
         super().__init__(
@@ -35,7 +35,7 @@ class RemoteError(MigratedError):
 
 
 def exit_code_of_error(error: BaseException) -> int:
-    """2 for what the user typed or asked that does not fit, 3 for aborted, else 1."""
+    """Return 2 if what the user typed or asked for does not fit, 3 for aborted, else 1."""
     if isinstance(error, RemoteError):
         return USAGE if error.status in (400, 404, 405, 409) else FAILED
     if isinstance(error, AbortedError):
@@ -44,7 +44,7 @@ def exit_code_of_error(error: BaseException) -> int:
 
 
 def exit_code_of_record(record: Record) -> int:
-    """0 completed (or still going well), 1 failed, 3 aborted."""
+    """Return 0 for completed (or still going well), 1 for failed, 3 for aborted."""
     return {State.FAILED: FAILED, State.ABORTED: ABORTED}.get(record.state, DONE)
 
 
@@ -56,7 +56,7 @@ def printable(text: str) -> str:
 
 
 def tell(error: BaseException, *, as_json: bool) -> None:
-    """Write ``error: …`` and its hint to stderr, and the error object to stdout where the output is JSON."""
+    """Write ``error: …`` and its hint to stderr, and the error object to stdout if the output is JSON."""
     if isinstance(error, click.ClickException):
         info: dict[str, Any] = {"code": "usage", "message": error.format_message(), "hint": _usage_hint(error)}
     else:

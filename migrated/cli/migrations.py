@@ -1,4 +1,4 @@
-"""The verbs that talk to an agent: start, status, list, wait, abort, switchover, resume, set, abandon, force-run, discard."""
+"""The commands that ask an agent about migrations: start, status, list, wait, abort and the other verbs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _WATCH_SECONDS: Final = 1.0
 
 
 class _Value(click.ParamType[Any]):
-    """The value of a key: checked here as the agent will check it, and handed on as JSON has it."""
+    """The value of a key, checked here as the agent will check it and passed on as in JSON."""
 
     def __init__(self, field: FieldInfo) -> None:
         text = settings.text_of(field)
@@ -47,7 +47,7 @@ class _Value(click.ParamType[Any]):
 
 
 def options(table: type[settings.Table], *names: str) -> Callable[[F], F]:
-    """Add a flag for each key of the table, or for those of these names."""
+    """Add a flag for each key of the table, or for those with these names."""
 
     def add(function: F) -> F:
         for name in reversed(names or tuple(table.model_fields)):
@@ -70,13 +70,13 @@ def _flag(name: str) -> str:
 
 
 def _help(field: FieldInfo) -> str:
-    """What a key is for, and which values it may have."""
+    """Return what a key is for, and which values it may have."""
     text = field.description or ""
     return f"{text[:1].upper()}{text[1:]} ({settings.allowed(field)})."
 
 
 def agent_verb(function: Callable[..., Coroutine[Any, Any, int]]) -> Callable[..., int]:
-    """Make a command of a coroutine function: adds ``--agent``, passes a connected client as first argument."""
+    """Make a command of a coroutine function: add ``--agent`` and pass a connected client as first argument."""
 
     @functools.wraps(function)
     def command(agent: str | None, **arguments: Any) -> int:
@@ -111,7 +111,7 @@ def _show(record: Record, *, as_json: bool) -> None:
 
 
 def print_json(value: Any) -> None:
-    """One JSON object, one line."""
+    """Print one JSON object on one line."""
     print(msgspec.json.encode(value).decode(), flush=True)
 
 
@@ -122,7 +122,7 @@ def print_json(value: Any) -> None:
 @click.argument("guest")
 @options(StartRequest, "to")
 @options(MigrationOptions)
-@click.option("--wait", is_flag=True, help="Stay until it is over, with progress.")
+@click.option("--wait", is_flag=True, help="Wait until it has ended, and show progress.")
 @json_flag
 @agent_verb
 async def start(client: Client, *, wait: bool, as_json: bool, **request: Any) -> int:
@@ -138,24 +138,24 @@ async def start(client: Client, *, wait: bool, as_json: bool, **request: Any) ->
 
 @click.command()
 @click.argument("id")
-@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="Wait so long at most.")
+@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="Wait at most so long.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 @json_flag
 @agent_verb
 async def wait(client: Client, *, id: str, timeout: float | None, quiet: bool, as_json: bool) -> int:
-    """Wait until a migration is over; the exit code says how it ended."""
+    """Wait until a migration has ended; the exit code says how it ended."""
     record = await client.migration(id)
     follow = _follow(client, record, as_json=as_json, quiet=quiet or as_json)
     try:
         async with asyncio.timeout(timeout):
             return await follow
     except TimeoutError:
-        message = f"migration {record.id} of {record.guest} is not over after {timeout:g} s"
-        raise TimeoutExceededError(message, hint="it goes on; `migrated status` shows where it is") from None
+        message = f"migration {record.id} of {record.guest} has not ended after {timeout:g} s"
+        raise TimeoutExceededError(message, hint="it continues; `migrated status` shows its progress") from None
 
 
 async def _follow(client: Client, record: Record, *, as_json: bool, quiet: bool) -> int:
-    """Show progress until the migration is over, then its summary.  What ends is the watching, never the migration."""
+    """Show progress until the migration has ended, then its summary.  Ctrl-C ends the watching, never the migration."""
     try:
         if quiet:
             async for latest in client.events(record.id):
@@ -166,10 +166,10 @@ async def _follow(client: Client, record: Record, *, as_json: bool, quiet: bool)
                     record = latest
                     progress.show(record)
     except asyncio.CancelledError:
-        print(f"no longer watching; it goes on: migrated wait {record.id}", file=sys.stderr)
+        print(f"no longer watching; the migration continues: migrated wait {record.id}", file=sys.stderr)
         raise
     if not record.ended:
-        record = await client.migration(record.id)  # the stream may end with the agent's last word unsent
+        record = await client.migration(record.id)  # the stream may end before the agent sends its last event
     if not record.ended:
         message = f"the agent stopped while migration {record.id} was in state {record.state.value}"
         raise MigratedError(message, code="agent-stopped", hint="start the agent again; guests are safe meanwhile")
@@ -183,12 +183,12 @@ async def _follow(client: Client, record: Record, *, as_json: bool, quiet: bool)
 @click.command()
 @click.argument("id", required=False)
 @click.option(
-    "--watch", is_flag=True, help="Again and again, until it is over or interrupted (with --json: one object a line)."
+    "--watch", is_flag=True, help="Repeat until it has ended or is interrupted (with --json: one object per line)."
 )
 @json_flag
 @agent_verb
 async def status(client: Client, *, id: str | None, watch: bool, as_json: bool) -> int:
-    """Show one migration, or the agent and what is under way."""
+    """Show one migration, or the agent and its active migrations."""
     if id is not None:
         return await _status_of_one(client, id, watch=watch, as_json=as_json)
     if not watch:
@@ -237,11 +237,11 @@ async def _watch_agent(client: Client, *, as_json: bool) -> int:
 
 
 @click.command("list")
-@click.option("--all", "everything", is_flag=True, help="Those that are over, too.")
+@click.option("--all", "everything", is_flag=True, help="Include migrations that have ended.")
 @json_flag
 @agent_verb
 async def list_(client: Client, *, everything: bool, as_json: bool) -> int:
-    """List migrations: those under way, or all the agent remembers."""
+    """List the active migrations, or all that the agent remembers."""
     records = await client.migrations(ended=everything)
     if as_json:
         print_json({"migrations": records})
@@ -249,7 +249,7 @@ async def list_(client: Client, *, everything: bool, as_json: bool) -> int:
     if records:
         rendering.console().print(rendering.migrations_table(records))
     else:
-        print("no migrations" if everything else "no migration is under way; --all shows those that are over")
+        print("no migrations" if everything else "no migration is under way; --all shows those that have ended")
     return failure.DONE
 
 
@@ -261,7 +261,7 @@ async def list_(client: Client, *, everything: bool, as_json: bool) -> int:
 @json_flag
 @agent_verb
 async def abort(client: Client, *, id: str, as_json: bool) -> int:
-    """End a migration before the switch-over; the guest runs on at the source."""
+    """End a migration before the switchover; the guest runs on at the source."""
     return _done(await client.verb(id, "abort"), as_json=as_json, word="aborting")
 
 
@@ -270,7 +270,7 @@ async def abort(client: Client, *, id: str, as_json: bool) -> int:
 @json_flag
 @agent_verb
 async def switchover(client: Client, *, id: str, as_json: bool) -> int:
-    """End pre-copy after the round under way, and move the guest."""
+    """End pre-copy after the current round, and move the guest."""
     return _done(await client.verb(id, "switchover"), as_json=as_json, word="switching over")
 
 
@@ -293,7 +293,7 @@ async def resume(client: Client, *, id: str, to: str | None, as_json: bool) -> i
 @json_flag
 @agent_verb
 async def set_(client: Client, *, id: str, as_json: bool, **values: Any) -> int:
-    """Change limits of a migration under way."""
+    """Change limits of an active migration."""
     body = {key: value for key, value in values.items() if value is not None}
     if not body:
         message = f"nothing to set: give at least one of {', '.join(map(_flag, Limits.model_fields))}"
@@ -302,7 +302,7 @@ async def set_(client: Client, *, id: str, as_json: bool, **values: Any) -> int:
 
 
 def _confirmed_verb(verb: str, *, word: str, risk: str, warning: Callable[[Record], str], text: str) -> click.Command:
-    """Make a command that does harm where it is wrong, and asks for the guest's name first."""
+    """Make a command that does harm if it is wrong, and asks for the guest's name first."""
 
     @click.command(verb, help=text)
     @click.argument("id")
@@ -316,7 +316,7 @@ def _confirmed_verb(verb: str, *, word: str, risk: str, warning: Callable[[Recor
                 message = f"{verb} {risk} and must be confirmed"
                 raise ConfigError(message, code="not-confirmed", hint=f"give --confirm {record.guest}")
             click.echo(warning(record))
-            # Blocks the loop, which has nothing else to do.
+            # This blocks the loop, which has nothing else to do.
             confirm = str(click.prompt(f"Type the guest's name ({record.guest}) to go on"))
         if confirm != record.guest:
             message = f"{confirm!r} is not the guest's name: nothing was done"
@@ -366,7 +366,7 @@ discard = _confirmed_verb(
 def format_loss(record: Record) -> str:
     """Say what `abandon` would destroy."""
     since = units.format_duration(max(0.0, time.time() - record.timeline[-1].at)) if record.timeline else "unknown"
-    # Not stale_pages, which is the number at the switch-over: much of that has arrived since.
+    # Not stale_pages, which is the number at the switchover: much of that has arrived since.
     lost = f"{units.format_size(record.remaining_bytes)} of its {units.format_size(record.total_bytes)} of memory"
     return f"Guest {record.guest} is {record.state.value} (for {since}) and lacks {lost}: that would be lost."
 

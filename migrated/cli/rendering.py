@@ -1,4 +1,4 @@
-"""Records as people read them: tables, one line, a summary, a progress display."""
+"""Render records for people: tables, one line, a summary, a progress display."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _COLOURS = {State.COMPLETED: "green", State.FAILED: "red", State.ABORTED: "yello
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Colours on a terminal only; never folds a table into less than 80 columns in a pipe."""
+    """Return a console: colours on a terminal only, and never fewer than 80 columns in a pipe."""
     out = Console(stderr=stderr, highlight=False, soft_wrap=False)
     if not out.is_terminal:
         out.width = 200
@@ -31,7 +31,7 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def plain_table(*columns: str) -> Table:
-    """A table without lines."""
+    """Return a table without lines."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in columns[:-1]:
         table.add_column(name, no_wrap=True)
@@ -40,17 +40,17 @@ def plain_table(*columns: str) -> Table:
 
 
 def literal(text: str) -> Text:
-    """Text in which rich sees no markup and the terminal no control sequences."""
+    """Return text in which rich sees no markup and the terminal no control sequences."""
     return Text(printable(text))
 
 
 def state_text(record: Record) -> Text:
-    """The state in its colour."""
+    """Return the state in its colour."""
     return Text(record.state.value, style=_COLOURS.get(record.state, "cyan"))
 
 
 def progress_percent(record: Record) -> float:
-    """How much of the guest's memory is up to date on the target."""
+    """Return the percentage of the guest's memory that is up to date on the target."""
     if record.state is State.COMPLETED:
         return 100.0
     if not record.total_bytes:
@@ -59,7 +59,7 @@ def progress_percent(record: Record) -> float:
 
 
 def eta_seconds(record: Record) -> float | None:
-    """Remaining memory at the present pace, less what the guest changes meanwhile; None if that never ends."""
+    """Return the time left at the present rate less the guest's writes; None if it never ends."""
     pace = record.throughput_bytes_per_second
     if record.state is State.PRECOPY:
         pace -= record.dirty_bytes_per_second
@@ -67,12 +67,12 @@ def eta_seconds(record: Record) -> float | None:
 
 
 def short_id(record: Record) -> str:
-    """Enough of the id for people to name the migration by; commands take any unique beginning of an id."""
+    """Return enough of the id for people to name the migration; commands take any unique prefix."""
     return record.id[:12]
 
 
 def migrations_table(records: Iterable[Record]) -> Table:
-    """One line a migration."""
+    """Return a table with one line per migration."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("ID", "GUEST", "ROLE", "STATE", "MODE", "PEER"):
         table.add_column(name, no_wrap=True)
@@ -98,7 +98,7 @@ def migrations_table(records: Iterable[Record]) -> Table:
 
 
 def line(record: Record) -> str:
-    """One plain line: progress where there is no terminal."""
+    """Return one plain line: the progress display where there is no terminal."""
     parts = [f"{short_id(record)} {record.guest}: {record.state.value}"]
     if not record.ended:
         parts.append(f"round {record.round}")
@@ -109,7 +109,7 @@ def line(record: Record) -> str:
 
 
 def summary(record: Record) -> Table:
-    """Everything a finished (or running) migration has to say."""
+    """Return a table of everything about a finished (or running) migration."""
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -158,7 +158,7 @@ def _figures(record: Record) -> list[tuple[str, str]]:
 
 
 def agent_line(about: dict[str, Any]) -> str:
-    """Who answers and how it is."""
+    """Return one line about the agent and its health."""
     state = "ready" if about.get("ready") else "not ready"
     if not about.get("healthy"):
         state = "unhealthy"
@@ -169,7 +169,7 @@ def agent_line(about: dict[str, Any]) -> str:
 
 
 class Progress:
-    """Live display on a terminal, a plain line a change of state or round elsewhere.  A context manager."""
+    """A live display on a terminal, elsewhere one plain line per change of state or round.  A context manager."""
 
     def __init__(self) -> None:
         self._console = console(stderr=True)

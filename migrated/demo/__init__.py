@@ -1,1 +1,1 @@
-"""``migrated demo``, and the guests it runs; no daemon needs any of it."""
+"""``migrated demo`` and the guests that it runs; no daemon needs this package."""

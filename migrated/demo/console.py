@@ -1,8 +1,8 @@
-"""The serial console of a self-checking guest: its lines read, its commands given, across moves.
+"""Read the lines of a self-checking guest's serial console and send it commands, across migrations.
 
-A move changes the process that holds the serial port, so a console may be attached to several sockets at a time: before a
-migration `attach` the target's too.  Lines from all of them end in one record of what the guest said; commands go to the
-socket attached last unless told otherwise.
+A migration changes the process that holds the serial port, so a console may be attached to several sockets at a time:
+`attach` the target's too before a migration.  Lines from all of them form one record of what the guest wrote.  Commands
+go to the socket attached last unless a call names another.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ _KEPT_LINES = 2000
 
 
 class Load(msgspec.Struct, frozen=True):
-    """One LOAD line.  ``stall_ms``: longest since the start or `reset`; ``gap_ms``: longest since the line before."""
+    """One LOAD line.
+
+    ``stall_ms``: longest stall since the start or `reset`; ``gap_ms``: longest since the line before.
+    """
 
     seconds: float
     operations: int
@@ -37,7 +40,7 @@ class Load(msgspec.Struct, frozen=True):
 
 
 class Swept(msgspec.Struct, frozen=True):
-    """One SWEPT line: blocks checked, wrong ones among them, mismatches since the guest's start."""
+    """One SWEPT line: blocks checked, wrong blocks among them, mismatches since the guest's start."""
 
     blocks: int
     wrong: int
@@ -45,12 +48,12 @@ class Swept(msgspec.Struct, frozen=True):
 
 
 class GuestConsole:
-    """What a self-checking guest says and is told.  Every wait takes a limit in seconds and raises TimeoutExceededError."""
+    """The console of a self-checking guest.  Every wait has a limit in seconds and raises TimeoutExceededError."""
 
     def __init__(self, name: str = "guest") -> None:
         self.name = name
         self.booted = False
-        self.lines: list[str] = []  # the last ones, whatever they are
+        self.lines: list[str] = []  # the last lines of any kind
         self.corrupt: list[str] = []  # CORRUPT and FATAL lines: empty in a sound guest
         self._loads = 0
         self._load: Load | None = None
@@ -76,7 +79,7 @@ class GuestConsole:
         self.attach_streams(str(path), reader, writer)
 
     def attach_streams(self, key: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Use pipes that are there already (a process guest's standard input and output)."""
+        """Use existing pipes (a process guest's standard input and output)."""
         if (former := self._writers.get(key)) is not None:
             former.close()  # a guest that came back to a host listens on the path of its earlier stay
         self._writers[key] = writer
@@ -86,11 +89,11 @@ class GuestConsole:
         task.add_done_callback(self._readers.discard)
 
     async def wait_booted(self, limit_seconds: float = 60) -> None:
-        """Until the load has filled its memory and runs."""
+        """Wait until the load has filled its memory and runs."""
         await self._wait(lambda: self.booted, limit_seconds, "the load to start")
 
     async def stats(self, limit_seconds: float = 30) -> Load:
-        """The next LOAD line: a figure from after the call, which also says that the guest runs."""
+        """Return the next LOAD line: its figures are newer than the call, and it proves that the guest runs."""
         seen = self._loads
         await self._wait(lambda: self._loads > seen, limit_seconds, "a line from the running load")
         if self._load is None:  # for the type checker: _loads counts them
@@ -98,14 +101,14 @@ class GuestConsole:
         return self._load
 
     async def wait_for(self, condition: Callable[[Load], bool], limit_seconds: float, what: str) -> Load:
-        """The first LOAD line that fits."""
+        """Return the first LOAD line that meets the condition."""
         await self._wait(lambda: self._load is not None and condition(self._load), limit_seconds, what)
         if self._load is None:
             raise AssertionError
         return self._load
 
     async def sweep(self, limit_seconds: float = 120) -> Swept:
-        """Have the guest check all its memory now."""
+        """Have the guest check all its memory now; return the result."""
         self._swept = None
         await self.command("sweep")
         await self._wait(lambda: self._swept is not None, limit_seconds, "the end of a sweep")
@@ -117,7 +120,7 @@ class GuestConsole:
         return self._swept
 
     async def verified(self, limit_seconds: float = 120) -> bool:
-        """A sweep now; whether neither it nor any check before found anything wrong."""
+        """Sweep now; return whether neither this sweep nor any earlier check found a mismatch."""
         swept = await self.sweep(limit_seconds)
         return swept.wrong == 0 and swept.errors == 0 and not self.corrupt
 
@@ -135,7 +138,7 @@ class GuestConsole:
             raise GuestError(message) from None
 
     async def close(self) -> None:
-        """Let go of every socket; the guest does not mind."""
+        """Close every socket; this does not affect the guest."""
         for task in list(self._readers):
             task.cancel()
         await asyncio.gather(*self._readers, return_exceptions=True)
@@ -165,7 +168,7 @@ class GuestConsole:
             try:
                 line = await reader.readline()
             except ValueError:
-                continue  # a line longer than the stream's limit: not one of ours
+                continue  # a line longer than the stream's limit is not the load's
             except OSError:
                 return
             if not line:
@@ -193,4 +196,4 @@ class GuestConsole:
             else:
                 self._swept = msgspec.convert(fields, Swept)
         except (ValueError, msgspec.ValidationError):
-            return  # cut short by the move: the next one is whole
+            return  # the migration cut this line short: the next one is whole

@@ -1,7 +1,7 @@
-"""A guest to try things with: ``python -m migrated.demo.example``.  Checks its memory as it writes it.
+"""A guest to try things with: ``python -m migrated.demo.example``.  It checks its memory as it writes it.
 
-The same blocks (index, counter, inverse of the counter, a fill) and the same lines and commands as the other test guests,
-on standard output and input or on a Unix socket (``--console``).  Pure Python, so it is modest: the C example
+It has the same blocks (index, counter, inverse of the counter, a fill), lines and commands as the other test guests, on
+standard output and input or on a Unix socket (``--console``).  It is pure Python and so slow: the C example
 (native/examples/) does the same a hundred times faster, with several threads.
 """
 
@@ -30,7 +30,7 @@ _TURN_SECONDS = 0.005
 
 
 class Load:
-    """The blocks of some regions, and what each of them has to hold."""
+    """The blocks of some regions, and what each of them must hold."""
 
     def __init__(self, memory: list[mmap.mmap], *, pattern: str, seed: int) -> None:
         self._memory = memory
@@ -52,7 +52,7 @@ class Load:
 
     @staticmethod
     def content(index: int, counter: int) -> bytes:
-        """What block ``index`` holds at its ``counter``-th write."""
+        """Return what block ``index`` holds after its ``counter``-th write."""
         fill = struct.pack("<Q", (index + 1) * 0x9E3779B97F4A7C15 + counter * 0xD6E8FEB86659FD93 & _MASK)
         return _HEAD.pack(index, counter, ~counter & _MASK) + fill * ((BLOCK_BYTES - _HEAD.size) // 8)
 
@@ -66,7 +66,7 @@ class Load:
         return int.from_bytes(self.expected[4 * index : 4 * index + 4], "little")
 
     def check(self, index: int) -> bool:
-        """Whether the block is as it has to be; says so when it is not, for the first."""
+        """Whether the block is correct; reports the first one that is not."""
         piece, at = self._place(index)
         found = piece[at : at + BLOCK_BYTES]
         counter = self._counter(index)
@@ -80,7 +80,7 @@ class Load:
         return False
 
     def operate(self) -> None:
-        """Check one block as the pattern has it, and write its next counter."""
+        """Check the block that the pattern chooses, and write its next counter."""
         if self.pattern == "dense":
             index, self._next = self._next, (self._next + 1) % self.blocks
         elif self.pattern == "hot" and self._random.random() < 0.9:
@@ -95,13 +95,13 @@ class Load:
         self.operations += 1
 
     def sweep(self) -> int:
-        """Check all; how many were wrong."""
+        """Check all blocks; return how many were wrong."""
         wrong = sum(not self.check(index) for index in range(self.blocks))
         self.sweeps += 1
         return wrong
 
     def sweep_some(self, count: int) -> None:
-        """Check the next few of a sweep that never ends."""
+        """Check the next blocks of a sweep that never ends."""
         for _ in range(count):
             self.check(self._cursor)
             self._cursor += 1
@@ -110,12 +110,12 @@ class Load:
                 self.sweeps += 1
 
     def save(self) -> bytes:
-        """What is not in the memory."""
+        """Return the state that is not in the memory."""
         head = struct.pack("<QQQQ", self.operations, self.sweeps, self.errors, self._next)
         return head + bytes(self.expected)
 
     def restore(self, data: bytes) -> None:
-        """The other end of `save`."""
+        """Restore what `save` returned."""
         if len(data) != 32 + len(self.expected):
             raise ValueError("the state is that of another load")
         self.operations, self.sweeps, self.errors, self._next = struct.unpack_from("<QQQQ", data)
@@ -123,13 +123,13 @@ class Load:
 
 
 class Console:
-    """Lines out and commands in: standard streams, or whoever is connected to a Unix socket."""
+    """Writes lines and reads commands: standard streams, or whoever is connected to a Unix socket."""
 
     def __init__(self, path: str | None) -> None:
         self._listener: socket.socket | None = None
         self._peer: socket.socket | None = None
         self._input = b""
-        self._ready = b""  # told again to whoever connects later
+        self._ready = b""  # sent again to whoever connects later
         if path is not None:
             Path(path).unlink(missing_ok=True)
             self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -138,7 +138,7 @@ class Console:
             self._listener.setblocking(False)
 
     def say(self, kind: str, **fields: float) -> None:
-        """One line; lost where nobody listens or reads."""
+        """Write one line; it is lost if nobody listens or reads."""
         line = f"{kind} {json.dumps(fields)}\n"
         if kind == "READY":
             self._ready = line.encode()
@@ -152,7 +152,7 @@ class Console:
                 self._peer = None
 
     def commands(self, wait_seconds: float) -> list[str]:
-        """Commands that have come, waiting a little for the first."""
+        """Return the commands that have arrived, after a short wait for the first."""
         watched: list[int] = [0] if self._listener is None else [self._listener.fileno()]
         if self._peer is not None:
             watched.append(self._peer.fileno())
@@ -171,13 +171,13 @@ class Console:
         if not data and self._peer is not None:
             self._peer = None
         elif not data:
-            time.sleep(wait_seconds)  # standard input has ended: nobody will command any more
+            time.sleep(wait_seconds)  # standard input has ended: no more commands will come
         *lines, self._input = (self._input + data).split(b"\n")
         return [line.decode(errors="replace").strip() for line in lines]
 
 
 def run(client: GuestClient, load: Load, console: Console, *, rate: int) -> None:
-    """Work until the guest has moved away or is told to quit."""
+    """Work until the guest has moved away or a command tells it to quit."""
     client.safe_point()
     if not client.incoming:
         load.fill()
@@ -192,7 +192,7 @@ def run(client: GuestClient, load: Load, console: Console, *, rate: int) -> None
         stall = max(stall, gap)
         if load.pattern != "idle":
             due = int((now - started) * rate)
-            written = max(written, due - rate // 20)  # what a pause kept from being written is not caught up with
+            written = max(written, due - rate // 20)  # do not catch up on writes that a pause prevented
             while written < due and time.monotonic() - now < _TURN_SECONDS:
                 load.operate()
                 written += 1
@@ -220,10 +220,10 @@ def run(client: GuestClient, load: Load, console: Console, *, rate: int) -> None
 
 
 def main() -> int:
-    """Command line."""
+    """Run the guest from the command line."""
     parser = argparse.ArgumentParser(prog="python -m migrated.demo.example", description=__doc__)
     parser.add_argument("--size", type=int, default=64, help="MiB of memory (default 64)")
-    parser.add_argument("--regions", type=int, default=1, help="in so many regions (default 1)")
+    parser.add_argument("--regions", type=int, default=1, help="number of regions (default 1)")
     parser.add_argument("--rate", type=int, default=1000, help="blocks written a second (default 1000)")
     parser.add_argument("--pattern", choices=PATTERNS, default="sparse")
     parser.add_argument("--console", metavar="SOCKET", help="talk on this Unix socket, not on standard streams")

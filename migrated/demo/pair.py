@@ -1,4 +1,7 @@
-"""Two agents on this machine, as daemons of their own, driven as an operator drives them: over their control sockets."""
+"""Run two agents on this machine as separate daemons.
+
+Like an operator, this module drives them over their control sockets.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ STOP_SECONDS = 30
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port nobody listens on right now."""
+    """Return a TCP port on which nobody listens right now."""
     with socket.socket() as sock:
         sock.bind((host, 0))
         return int(sock.getsockname()[1])
@@ -57,13 +60,13 @@ class AgentProcess:
 
     @property
     def pid(self) -> int:
-        """Of the running agent."""
+        """The pid of the running agent."""
         if self.process is None:
             raise MigratedError(f"the {self.role} agent is not running")
         return self.process.pid
 
     async def start(self) -> None:
-        """Start it and wait until it is ready."""
+        """Start the agent and wait until it is ready."""
         self.state_dir.mkdir(parents=True, exist_ok=True)
         self.config_path.write_text(to_toml({"agent": {"state_dir": str(self.state_dir)}, **self.table}))
         with self.log_path.open("ab") as log:
@@ -79,12 +82,12 @@ class AgentProcess:
             while not await self._ready():
                 if self.process.returncode is not None:
                     raise HostError(
-                        f"the {self.role} agent ended at once, with status {self.process.returncode}:\n{self.log_tail()}"
+                        f"the {self.role} agent exited at once with status {self.process.returncode}:\n{self.log_tail()}"
                     )
                 await asyncio.sleep(0.02)
 
     def log_tail(self, lines: int = 12) -> str:
-        """The end of its log."""
+        """Return the end of the agent's log."""
         return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-lines:])
 
     async def _ready(self) -> bool:
@@ -94,7 +97,7 @@ class AgentProcess:
             return False
 
     async def stop(self) -> int:
-        """SIGTERM, and wait: the status it ended with (-9 if it had to be killed)."""
+        """Send SIGTERM and wait; return the exit status (-9 if the agent had to be killed)."""
         process, self.process = self.process, None
         if process is None:
             return 0
@@ -110,14 +113,14 @@ class AgentProcess:
         return int(process.returncode or 0)
 
     async def kill(self) -> None:
-        """As a crash would: SIGKILL."""
+        """Send SIGKILL, to simulate a crash."""
         process, self.process = self.process, None
         if process is not None and process.returncode is None:
             process.kill()
             await process.wait()
 
     async def request(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        """One call of the control API; MigratedError with the agent's own words when it says no."""
+        """Call the control API once; MigratedError with the agent's message if it refuses."""
         async with (
             aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(self.socket))) as session,
             session.request(method, f"http://agent{path}", json=body) as answer,
@@ -131,11 +134,11 @@ class AgentProcess:
             return data
 
     async def record(self, migration_id: str) -> dict[str, Any]:
-        """A migration's record."""
+        """Return a migration's record."""
         return await self.request("GET", f"/v1/migrations/{migration_id}")
 
     async def events(self, migration_id: str) -> AsyncIterator[dict[str, Any]]:
-        """Records as they change, until the migration has ended."""
+        """Yield the records as they change, until the migration has ended."""
         timeout = aiohttp.ClientTimeout(total=None, sock_read=60)
         async with (
             aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(self.socket)), timeout=timeout) as session,
@@ -148,7 +151,7 @@ class AgentProcess:
     async def wait(
         self, migration_id: str, *states: str, limit_seconds: float = 120, ended: bool = True
     ) -> dict[str, Any]:
-        """Until the migration is in one of these states (or, with ``ended``, has ended)."""
+        """Wait until the migration is in one of these states (or, with ``ended``, has ended)."""
         what = f"{self.role} migration {migration_id} to be {' or '.join(states) or 'over'}"
         async with within(limit_seconds, what):
             async for record in self.events(migration_id):
@@ -159,7 +162,7 @@ class AgentProcess:
 
 
 def to_toml(table: dict[str, Any]) -> str:
-    """Enough TOML for a configuration: tables of tables, strings, numbers, booleans, lists of strings."""
+    """Return enough TOML for a configuration: tables of tables, strings, numbers, booleans, lists of strings."""
     lines: list[str] = []
 
     def emit(path: tuple[str, ...], entries: dict[str, Any]) -> None:
@@ -210,12 +213,12 @@ class AgentPair:
         await self.target.stop()
 
     async def start(self, guest: str, **options: Any) -> str:
-        """Start a migration; its id."""
+        """Start a migration; return its id."""
         body = {"guest": guest, "to": self.address, **options}
         return str((await self.source.request("POST", "/v1/migrations", body))["id"])
 
     async def migrate(self, guest: str, *, limit_seconds: float = 120, **options: Any) -> dict[str, Any]:
-        """Start one and wait for its end on both sides; the source's record, with the target's faults."""
+        """Migrate and wait for the end on both sides; return the source's record, with the target's faults."""
         migration = await self.start(guest, **options)
         record = await self.source.wait(migration, limit_seconds=limit_seconds)
         if record["state"] == "completed":
@@ -226,5 +229,5 @@ class AgentPair:
 
 
 def short_directory() -> str:
-    """Where to make a temporary directory: socket paths must stay short, so not below a long TMPDIR."""
+    """Return where to make a temporary directory: a long TMPDIR would make socket paths too long."""
     return "/tmp" if len(os.environ.get("TMPDIR", "")) > 20 else os.environ.get("TMPDIR", "/tmp")  # noqa: S108

@@ -1,4 +1,7 @@
-"""Huge pages for as long as they are needed: the pool is raised, and lowered by as much on the way out."""
+"""Provide huge pages for as long as they are needed.
+
+The pool is raised first and lowered by the same amount at the end.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ def _write(path: Path, total: int) -> None:
 
 @contextlib.contextmanager
 def huge_pages(size_bytes: int, page_bytes: int) -> Iterator[None]:
-    """Make sure that ``size_bytes`` can be reserved in pages of this size.  PoolError when they cannot be had."""
+    """Make sure that ``size_bytes`` of pages of this size can be reserved.  PoolError if they cannot."""
     needed = -(-size_bytes // page_bytes)
     before = _pool(page_bytes)
     lacking = needed - (before.free - before.reserved)
@@ -40,7 +43,7 @@ def huge_pages(size_bytes: int, page_bytes: int) -> Iterator[None]:
             code="no-huge-pages",
             hint=f"as root: {before.raise_command(needed)}",
         ) from error
-    added = _pool(page_bytes).total - before.total  # the kernel gives what it finds, which may be less
+    added = _pool(page_bytes).total - before.total  # the kernel adds what it finds, which may be less
     try:
         if added < lacking:
             raise PoolError(
@@ -50,5 +53,5 @@ def huge_pages(size_bytes: int, page_bytes: int) -> Iterator[None]:
             )
         yield
     finally:
-        # Others may have raised the pool meanwhile: take back our part only.
+        # Others may have raised the pool meanwhile: remove only our part.
         _write(path, max(0, _pool(page_bytes).total - max(0, added)))

@@ -1,4 +1,4 @@
-"""The co-operative guest of the demo: no root, no QEMU, no huge pages needed."""
+"""Run the co-operative guest of the demo: it needs no root, no QEMU and no huge pages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MIB = 1 << 20
 
 
 class RunningProcess(RunningGuest):
-    """``python -m migrated.demo.example`` below the source agent, and its console."""
+    """``python -m migrated.demo.example`` with the source agent, and its console."""
 
     def __init__(self, directory: Path, *, memory_bytes: int, name: str = "demo", rate: int = 2000) -> None:
         super().__init__(name, directory / f"{name}.guest.log")
@@ -48,7 +48,7 @@ class RunningProcess(RunningGuest):
         return {"driver": "process", "page_size": "4K", "command": self._command(self.target_console)}
 
     async def start(self) -> None:
-        """Start it; returns when it has filled its memory.  The source agent must be there."""
+        """Start the guest and return once it has filled its memory.  The source agent must already run."""
         console = self._directory / f"{self.name}.tty"
         await self._launch(*self._command(console), env={**os.environ, ENVIRONMENT: str(self.socket)})
         await self.console.attach(console)

@@ -1,4 +1,4 @@
-"""A self-checking QEMU guest: its command lines on both sides, its process, its console."""
+"""Describe and run a self-checking QEMU guest: its command lines on both sides, its process, its console."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from migrated.demo.images import build_bootsector, build_linux_guest
 from migrated.demo.running_guest import RunningGuest
 from migrated.errors import GuestError
 
-#: The program to run: another version of QEMU if MIGRATED_QEMU names one.
+#: The program to run.  MIGRATED_QEMU names another version of QEMU.
 QEMU = os.environ.get("MIGRATED_QEMU") or "qemu-system-x86_64"
 MIB = 1 << 20
 
 
-#: Where the first QEMU keeps the guest's memory: on its default, private memory ("private-small": without transparent huge
-#: pages), on a memfd with pages of ``page_bytes``, or in a file on a hugetlbfs.
+#: Where the first QEMU keeps the guest's memory: in its default, private memory ("private-small": without transparent
+#: huge pages), in a memfd with pages of ``page_bytes``, or in a file on a hugetlbfs.
 Memory = Literal["private", "private-small", "memfd", "file"]
 
 #: Starts the command that follows it without transparent huge pages (PR_SET_THP_DISABLE).
@@ -38,13 +38,13 @@ class QemuGuest:
     cache: Path
     name: str = "demo"
     program: str = QEMU
-    target_program: str | None = None  # default: as the source
+    target_program: str | None = None  # default: as at the source
     machine: str = "q35"
     kind: Literal["linux", "boot"] = "linux"
     accel: Literal["tcg", "kvm"] = "tcg"
     memory_bytes: int = 512 * MIB
     page_bytes: int = 2 * MIB
-    target_page_bytes: int | None = None  # default: as the source
+    target_page_bytes: int | None = None  # default: as at the source
     memory: Memory = "memfd"
     regions: int = 1  # memory backends, each a NUMA node
     hugetlbfs: Path | None = None  # a mount for `memory` "file"
@@ -52,12 +52,12 @@ class QemuGuest:
     disk: Path | None = None
     disk_options: str = "cache=none"
     extra: tuple[str, ...] = ()
-    source_extra: tuple[str, ...] = ()  # of the first QEMU alone
-    qmp: Path | None = None  # QMP socket of the first QEMU; default: beside everything else
+    source_extra: tuple[str, ...] = ()  # for the first QEMU only
+    qmp: Path | None = None  # QMP socket of the first QEMU; default: in ``directory``
 
     @property
     def backends(self) -> tuple[str, ...]:
-        """Ids of the memory backends; one that QEMU makes by itself is called pc.ram on a PC."""
+        """Ids of the memory backends; a PC's own one is called pc.ram."""
         if self.regions == 1:
             return ("pc.ram",) if self._private else ("ram",)
         return tuple(f"ram{index}" for index in range(self.regions))
@@ -119,11 +119,11 @@ class QemuGuest:
         return self.directory / f"{self.name}.tty"
 
     def target_serial(self, move: int = 1) -> Path:
-        """Serial socket of the QEMU after this move."""
+        """Return the serial socket of the QEMU after this migration."""
         return self.directory / f"{self.name}.{move}.tty"
 
     def source_command(self) -> list[str]:
-        """The running guest's command."""
+        """Return the command of the running guest."""
         return [
             *(_WITHOUT_THP if self.memory == "private-small" else ()),
             *(self.program, *self._memory(paths=False), *self._devices()),
@@ -133,7 +133,7 @@ class QemuGuest:
         ]
 
     def target_command(self, move: int = 1) -> list[str]:
-        """The incoming guest's command, as it stands in the target's configuration."""
+        """Return the command of the incoming guest, as in the target's configuration."""
         return [
             *(self.target_program or self.program, *self._memory(paths=True), *self._devices()),
             *("-serial", f"unix:{self.target_serial(move)},server=on,wait=off"),
@@ -158,7 +158,7 @@ class RunningQemu(RunningGuest):
         self.guest = guest
 
     async def start(self, *, boot_seconds: float = 120, prefix: tuple[str, ...] = ()) -> None:
-        """Start it, attach the console, wait for the load."""
+        """Start QEMU, attach the console, and wait for the load."""
         command = await asyncio.to_thread(self.guest.source_command)
         process = await self._launch(*prefix, *command)
         ended = asyncio.ensure_future(process.wait())
@@ -166,7 +166,7 @@ class RunningQemu(RunningGuest):
         try:
             await asyncio.wait({ended, booted}, return_when=asyncio.FIRST_COMPLETED)
             if not booted.done():
-                raise GuestError(f"QEMU ended with status {process.returncode}: {self.log_path.read_text()[-2000:]}")
+                raise GuestError(f"QEMU exited with status {process.returncode}: {self.log_path.read_text()[-2000:]}")
             booted.result()
         finally:
             booted.cancel()

@@ -1,7 +1,7 @@
-"""``migrated demo``: a guest, two agents and a migration on this machine, watched and verified.
+"""Run ``migrated demo``: a guest, two agents and a migration on this machine, watched and verified.
 
-With root, QEMU and huge pages: a Linux guest under TCG that writes and checks its memory all the time.  Without: the
-co-operative guest on 4 KiB pages; the demo says what it goes without.
+With root, QEMU and huge pages the guest is Linux under TCG, which writes and checks its memory all the time.  Otherwise
+it is the co-operative guest on 4 KiB pages, and the demo reports what is missing.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ PROCESS_MEMORY_BYTES = 64 * MIB
 
 
 def cache_directory() -> Path:
-    """Where guest images are kept between runs: ``MIGRATED_CACHE``, or below the user's cache."""
+    """Return where guest images are kept between runs: ``MIGRATED_CACHE``, or below the user's cache."""
     if configured := os.environ.get("MIGRATED_CACHE"):
         return Path(configured).absolute()
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "migrated"
 
 
 def run(*, json: bool = False, mode: str = "hybrid", guest: str = "auto") -> int:
-    """Run the demo; the exit code: 0 when the guest arrived and its memory was verified."""
+    """Run the demo; return exit code 0 if the guest arrived and its memory was verified."""
     console = Console(stderr=json, highlight=False)
     show = Show(console)
     try:
@@ -55,7 +55,7 @@ def run(*, json: bool = False, mode: str = "hybrid", guest: str = "auto") -> int
 
 
 def lacking_for_qemu() -> list[str]:
-    """What this machine and user lack for the demo with a real QEMU guest."""
+    """Return what this machine and user lack for the demo with a real QEMU guest."""
     lacking = []
     if os.geteuid() != 0:
         lacking.append("root (to reserve huge pages and attach to an unmodified QEMU)")
@@ -73,7 +73,7 @@ async def _run(show: Show, *, mode: str, guest: str) -> dict[str, Any]:
         if guest == "linux":
             try:
                 return await _qemu_demo(show, mode)
-            except HostError as error:  # no huge pages to be had, or no package to take the guest's kernel from
+            except HostError as error:  # no huge pages, or no package with the guest's kernel
                 show.without("a real QEMU guest on huge pages", [error.message])
                 guest = "process"
     return await (_process_demo(show, mode) if guest == "process" else _qemu_demo(show, mode))

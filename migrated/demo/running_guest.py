@@ -1,4 +1,7 @@
-"""The first process of a demo's guest: started apart from us, watched over its console, ended if it is still there."""
+"""Run the first process of a demo's guest in a session of its own.
+
+We watch it over its console and end it if it is still there.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ END_SECONDS = 10
 
 
 class RunningGuest:
-    """Base of the kinds of guest; each adds a `start` of its own.  What the process says is in ``log_path``."""
+    """The base class of the guests, which add a `start` of their own.  ``log_path`` has the process's output."""
 
     def __init__(self, name: str, log_path: Path) -> None:
         self.name = name
@@ -30,7 +33,7 @@ class RunningGuest:
         return self.process
 
     async def stop(self) -> None:
-        """Let go of the console, end the process if it is still there: it is, if the guest did not move."""
+        """Close the console, and end the process if it still runs because the guest did not move."""
         await self.console.close()
         process, self.process = self.process, None
         if process is not None and process.returncode is None:

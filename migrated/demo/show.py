@@ -1,4 +1,4 @@
-"""What the demo prints: steps, a live line while the guest moves, and the summary."""
+"""Print the demo's output: steps, a live line while the guest moves, and the summary."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from migrated.units import format_duration, format_rate, format_size
 
 
 class Show:
-    """On ``console``; live only where it is a terminal."""
+    """Prints on ``console``; live only if that is a terminal."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
 
     def step(self, text: str) -> None:
-        """One line a step."""
+        """Print one line for a step."""
         self._console.print(Text("• ") + Text(text))
 
     def without(self, what: str, reasons: list[str]) -> None:
-        """Say loudly what is missing."""
+        """Point out what is missing."""
         self._console.print(Text(f"! going without {what}:", style="bold yellow"))
         for reason in reasons:
             self._console.print(Text(f"    {reason}", style="yellow"))
 
     async def follow(self, events: AsyncIterator[dict[str, Any]]) -> dict[str, Any]:
-        """Show a migration as it goes; its last record."""
+        """Show a migration while it runs; return its last record."""
         record: dict[str, Any] = {}
         state = ""
         with Live(console=self._console, refresh_per_second=8, transient=True) as live:
@@ -42,7 +42,7 @@ class Show:
         return record
 
     def summary(self, result: dict[str, Any]) -> None:
-        """The figures, and the one that matters most last."""
+        """Print the figures, the most important one last."""
         table = Table(show_header=False, box=None, padding=(0, 2))
         faults, latency, guest = result["faults"], result["fault_seconds"], result["guest"]
         memory = f"{guest['kind']}, {format_size(guest['memory_bytes'])} in pages of {format_size(guest['page_size'])}"
@@ -50,7 +50,7 @@ class Show:
         table.add_row("downtime", format_duration(result["downtime_seconds"] or 0.0))
         table.add_row("total time", format_duration(result["total_seconds"]))
         table.add_row("transferred", format_size(result["transferred_bytes"]))
-        table.add_row("rounds", f"{result['rounds']}, then {result['stale_pages']} stale pages after the switch-over")
+        table.add_row("rounds", f"{result['rounds']}, then {result['stale_pages']} stale pages after the switchover")
         kinds = ", ".join(f"{count} {kind}" for kind, count in faults.items())
         table.add_row("faults served", kinds)
         table.add_row(
@@ -75,5 +75,5 @@ def _line(record: dict[str, Any]) -> Text:
         format_rate(record["throughput_bytes_per_second"]),
     ]
     if record["stale_pages"]:
-        words.append(f"{record['stale_pages']} stale at switch-over")
+        words.append(f"{record['stale_pages']} stale at switchover")
     return Text("    " + " · ".join(words))

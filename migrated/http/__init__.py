@@ -1,1 +1,1 @@
-"""The agent seen from outside: the control API on its Unix socket, and the read-only status site."""
+"""The agent's HTTP interfaces: the control API on its Unix socket, and the read-only status site."""

@@ -1,6 +1,6 @@
-"""The control API: the verbs of `HostAgent` over HTTP on the agent's Unix socket.
+"""Serve the control API: the verbs of `HostAgent` over HTTP on the agent's Unix socket.
 
-Whoever may open the socket (mode 0600) may do everything; there is no other right.
+Whoever may open the socket (mode 0600) may do everything; there are no finer rights.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ Body = TypeVar("Body", bound=Table)
 
 
 class EmptyBody(Table):
-    """Nothing."""
+    """No keys."""
 
 
 class ResumeBody(Table):
-    """``to``: where the target is now, if it has moved."""
+    """``to``: the target's address now, if it has moved."""
 
     to: TargetAddress | None = None
 
@@ -41,7 +41,7 @@ class ConfirmBody(Table):
     confirm: str
 
 
-#: Each verb of a migration: the body it takes, and what it asks of the agent.
+#: For each verb of a migration, the body it takes and the request it makes to the agent.
 _VERBS: Final[dict[str, tuple[type[Table], Callable[[HostAgent[Any], str, Any], Awaitable[Record]]]]] = {
     "abort": (EmptyBody, lambda agent, migration, _: agent.abort(migration)),
     "switchover": (EmptyBody, lambda agent, migration, _: agent.switchover(migration)),
@@ -77,13 +77,13 @@ async def _post_verb(
 ) -> web.Response:
     body = await _body(request, kind)
     agent = agent_of(request)
-    # The agent looks the migration up: an id, a prefix of one, or the guest's name, so that all ways in agree.
+    # The agent looks the migration up: an id, a prefix of one, or the guest's name.  So all interfaces agree.
     record = agent.record(request.match_info["id"])
     return json_answer(await ask(agent, record.id, body))
 
 
 async def _body(request: web.Request, kind: type[Body]) -> Body:
-    """Decode the body, an absent one as ``{}``.  Raises BadRequestError."""
+    """Decode the body; an absent one counts as ``{}``.  Raises BadRequestError."""
     try:
         return kind.model_validate_json(await request.read() or b"{}")
     except ValidationError as error:

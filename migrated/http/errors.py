@@ -1,4 +1,4 @@
-"""Errors as HTTP answers: ``{"error": {code, message, hint, state?}}``, whoever raised them."""
+"""Turn errors into HTTP answers: ``{"error": {code, message, hint, state?}}``, whoever raised them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from migrated import errors
 if TYPE_CHECKING:
     from aiohttp.typedefs import Handler
 
-#: First match wins: the narrow before the wide.
+#: The first match wins: narrow classes before wide ones.
 STATUS: Final[tuple[tuple[type[errors.MigratedError], int], ...]] = (
     (errors.NotFoundError, 404),
     (errors.ConflictError, 409),
@@ -44,18 +44,18 @@ class BadRequestError(errors.UsageError):
 
 
 def json_answer(value: object, *, status: int = 200) -> web.Response:
-    """Anything msgspec can write."""
+    """Return anything that msgspec can encode."""
     return web.Response(body=msgspec.json.encode(value), content_type="application/json", status=status)
 
 
 def error_answer(info: dict[str, Any], *, status: int) -> web.Response:
-    """``{"error": …}``; an empty state is left out."""
+    """Return ``{"error": …}``; an empty state is left out."""
     return json_answer({"error": {key: value for key, value in info.items() if key != "state" or value}}, status=status)
 
 
 @web.middleware
 async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Turn every exception of a handler into an answer; only what is a bug of ours is logged."""
+    """Turn every exception of a handler into an answer; log only our own bugs."""
     try:
         return await handler(request)
     except errors.MigratedError as error:
@@ -72,7 +72,7 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
             answer.headers["Allow"] = error.headers["Allow"]
         return answer
     except ConnectionError:
-        raise  # the client has gone: nobody to answer
+        raise  # the client has closed the connection
     except Exception as error:  # noqa: BLE001 - a bug in one answer must not end the daemon; logged
         structlog.get_logger("migrated.http").exception("request failed", method=request.method, path=request.path)
         return error_answer(errors.error_fields(error), status=500)

@@ -1,8 +1,8 @@
-"""``/metrics``: the records, as Prometheus wants them.
+"""Export the records to Prometheus at ``/metrics``.
 
-Figures of one migration (labels ``migration`` and ``guest``) are there only while it runs, so that labels do not pile up.
-Counters and histograms are the agent's, without such labels.  They start at 0 with the agent's process and only ever grow:
-`RecordCollector` leaves out the records of earlier agents, and keeps what a forgotten record had counted.
+Figures of one migration (labels ``migration`` and ``guest``) exist only while it runs, so that labels do not pile up.
+Counters and histograms belong to the agent and have no such labels.  They start at 0 with the agent's process and only
+ever grow: `RecordCollector` leaves out the records of earlier agents, and keeps what a forgotten record had counted.
 """
 
 from __future__ import annotations
@@ -47,27 +47,28 @@ _GAUGES: Final = (
         "migrated_migration_bandwidth_limit_bytes_per_second",
         "Limit; 0 if there is none",
     ),
-    ("stale_pages", "migrated_migration_stale_pages", "Host pages not up to date since the switch-over"),
+    ("stale_pages", "migrated_migration_stale_pages", "Host pages not up to date since the switchover"),
 )
 
 
-#: Counters: metric name, help, label, and the values of the label that are there from the start.
+#: Counters: metric name, help, label, and the values of the label that exist from the start.
 _COUNTERS: Final = (
     ("migrated_migrations_started", "Migrations begun", "", ("",)),
-    ("migrated_migrations_ended", "Migrations over, by result", "result", tuple(sorted(ENDED))),
-    ("migrated_transferred_bytes", "Bytes on page connections", "", ("",)),
-    ("migrated_memory_bytes", "Bytes of guest memory dealt with, by how", "kind", ()),
+    ("migrated_migrations_ended", "Migrations that have ended, by result", "result", tuple(sorted(ENDED))),
+    ("migrated_transferred_bytes", "Bytes transferred on page connections", "", ("",)),
+    ("migrated_memory_bytes", "Bytes of guest memory processed, by kind", "kind", ()),
     ("migrated_faults", "Faults of guests answered, by kind of page", "kind", FAULT_KINDS),
 )
 _LATENCY: Final = "migrated_fault_latency_seconds"
 _DOWNTIME: Final = "migrated_downtime_seconds"
 
-#: What only grows, by metric, label and bucket of a histogram (its upper bound; "sum": the sum of what was observed).
+#: Everything that only grows, by metric, label and histogram bucket (its upper bound; "sum": the sum of all
+#: observations).
 _Totals = collections.Counter[tuple[str, str, float | str]]
 
 
 def _figures(record: Record) -> _Totals:
-    """What a record adds to the totals."""
+    """Return what a record adds to the totals."""
     found: _Totals = collections.Counter()
     found["migrated_migrations_started", "", ""] = 1
     found["migrated_transferred_bytes", "", ""] = record.transferred_bytes
@@ -94,19 +95,20 @@ class RecordCollector(Collector):
     def __init__(self, agent: HostAgent[Any], about: dict[str, Any]) -> None:
         self._agent = agent
         self._about = about
-        # Records of earlier agents, which a restarted agent still lists.  Compared by identity: a migration that this
-        # agent takes up again has the same id, a record of its own, and counts.
+        # Records of earlier agents, which a restarted agent still lists.  We compare the objects: a migration that this
+        # agent takes up again has the same id but a record of its own, and counts.
         self._inherited = {record.id: record for record in agent.records() if record.ended}
-        # Last figures of every migration seen; what the agent has forgotten since goes into _forgotten for good.
+        # The last figures of every migration seen.  Those of a migration that the agent has since forgotten move to
+        # _forgotten.
         self._seen: dict[str, Record] = {}
         self._forgotten: _Totals = collections.Counter()
 
     def describe(self) -> Iterable[Metric]:
-        """Nothing: registering must not need an agent that already works."""
+        """Yield nothing: registering must not need an agent that already works."""
         return ()
 
     def collect(self) -> Iterator[Metric]:
-        """Make all metrics, from records as they are now."""
+        """Make all metrics from the current records."""
         records = [record for record in self._agent.records() if self._inherited.get(record.id) is not record]
         yield from self._about_agent()
         yield from _live(records)
@@ -175,7 +177,7 @@ def _add_histogram(family: HistogramMetricFamily, label: str, bounds: tuple[floa
 
 
 def make_registry(agent: HostAgent[Any], about: dict[str, Any]) -> CollectorRegistry:
-    """Make a registry of our own: the library's global one would be shared by two agents in one process (tests)."""
+    """Make a registry of our own: two agents in one process (tests) would share the library's global one."""
     registry = CollectorRegistry()
     registry.register(RecordCollector(agent, about))
     ProcessCollector(registry=registry)
@@ -183,5 +185,5 @@ def make_registry(agent: HostAgent[Any], about: dict[str, Any]) -> CollectorRegi
 
 
 def exposition(registry: CollectorRegistry) -> bytes:
-    """Write the text format."""
+    """Return the metrics in the text format."""
     return generate_latest(registry)

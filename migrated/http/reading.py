@@ -1,4 +1,4 @@
-"""The routes that only look: served by the control socket and by the status site alike."""
+"""Serve the read-only routes, which the control socket and the status site share."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 AGENT: Final = web.AppKey("agent", HostAgent[Any])
 ABOUT: Final = web.AppKey("about", dict)
 STOPPING: Final = web.AppKey("stopping", asyncio.Event)
-#: Ids of the migrations being watched, one for each stream.  An application without it does not limit them.
+#: The ids of the watched migrations, one per stream.  An application without it does not limit them.
 WATCHERS: Final = web.AppKey("watchers", list)
 
-#: A comment goes down a silent event stream this often, so that a client that has gone is noticed.
+#: A silent event stream carries a comment this often, so that we notice a client that has closed the connection.
 KEEPALIVE_SECONDS: Final = 15.0
-#: Of the status site, which anybody who reaches it may watch: each costs a task and a socket.
+#: The limit of the status site, which anybody who reaches it may watch: each stream costs a task and a socket.
 MAX_WATCHERS: Final = 64
 
 
@@ -36,7 +36,7 @@ def agent_of(request: web.Request) -> HostAgent[Any]:
 
 
 def summary(agent: HostAgent[Any], about: dict[str, Any], *, ended: bool = True) -> dict[str, Any]:
-    """Say what ``/status`` answers: who we are, how we are, and every migration."""
+    """Return the answer of ``/status``: who we are, our health, and every migration."""
     health = agent.health()
     return {
         **about,
@@ -50,7 +50,7 @@ def summary(agent: HostAgent[Any], about: dict[str, Any], *, ended: bool = True)
 
 
 def add_reading_routes(app: web.Application) -> None:
-    """``GET /v1/agent``, ``/v1/migrations``, ``/v1/migrations/ID`` and ``…/ID/events``."""
+    """Add ``GET /v1/agent``, ``/v1/migrations``, ``/v1/migrations/ID`` and ``…/ID/events``."""
     app.router.add_get("/v1/agent", _get_agent)
     app.router.add_get("/v1/migrations", _get_migrations)
     app.router.add_get("/v1/migrations/{id}", _get_migration)
@@ -78,7 +78,7 @@ async def _get_migration(request: web.Request) -> web.Response:
 
 
 async def _get_events(request: web.Request) -> web.StreamResponse:
-    """Server-sent events: the record, now and whenever it changes, until the migration is over."""
+    """Send the record as server-sent events, now and whenever it changes, until the migration has ended."""
     agent = agent_of(request)
     record = agent.record(request.match_info["id"])  # NotFoundError before the stream begins
     watchers: list[str] | None = request.app.get(WATCHERS)
@@ -95,7 +95,7 @@ async def _get_events(request: web.Request) -> web.StreamResponse:
                 await answer.write(event)
         await answer.write_eof()
     except ConnectionError:
-        pass  # the watcher has gone, which is its right
+        pass  # the watcher closed the connection, as it may
     finally:
         watchers.remove(record.id)
     return answer

@@ -1,4 +1,4 @@
-"""The status site: looks, never touches.  ``/status /metrics /healthz /readyz /`` and the reading half of ``/v1``."""
+"""Serve the read-only status site: ``/status /metrics /healthz /readyz /`` and the reading half of ``/v1``."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
     from migrated.agent.host_agent import HostAgent
 
-#: There is nothing to upload here.
+#: Nothing can be uploaded here.
 MAX_BODY_BYTES: Final = 1024
 _INLINE: Final = re.compile(r"<(script|style)>(.*?)</\1>", re.DOTALL)
 
 
 def status_app(agent: HostAgent[Any], about: dict[str, Any], *, hosts: Collection[str] = ()) -> web.Application:
-    """Build the application for the status address; ``hosts`` are the names it may be asked by, beside localhost."""
+    """Build the application for the status address; ``hosts`` are the host names it answers to, beside localhost."""
     app = web.Application(
         middlewares=[_common_headers, errors_as_json, _only_for_hosts({"localhost", *hosts}), _read_only],
         client_max_size=MAX_BODY_BYTES,
@@ -74,16 +74,16 @@ async def _get_readyz(request: web.Request) -> web.Response:
 
 @web.middleware
 async def _read_only(request: web.Request, handler: Handler) -> web.StreamResponse:
-    # Before "not found", so that a verb sent here by mistake learns why it cannot work.
+    # Check this before "not found", so that the answer to a verb sent here by mistake says why it cannot work.
     if request.method not in ("GET", "HEAD"):
         raise web.HTTPMethodNotAllowed(request.method, ["GET", "HEAD"])
     return await handler(request)
 
 
 def _only_for_hosts(names: Collection[str]) -> Middleware:
-    """Refuse requests for hosts of other names: a web page whose name was made to mean our address (DNS rebinding).
+    """Refuse requests for other host names: a web page can make its name resolve to our address (DNS rebinding).
 
-    An address needs no check: a browser that asks for one counts the answer to that address, not to a page's name.
+    An address needs no check: for a browser, the answer then belongs to that address and not to a page's name.
     """
     known = {name.lower() for name in names}
 

@@ -1,10 +1,11 @@
-"""Guests of our own, built where they are needed: a Linux guest and a boot-sector guest that check their own memory.
+"""Build our own guests where they are needed: a Linux guest and a boot-sector guest that check their own memory.
 
-`build_linux_guest` takes Debian's kernel (downloaded as a package, never installed) and makes an initramfs whose init is
-linux_init.c.  `build_bootsector` assembles boot_entry.S and boot_load.c into a disk image that needs no operating system.
-Both run the load of selfcheck.h and talk over their first serial port; `migrated.demo.console` speaks with them.
+`build_linux_guest` downloads Debian's kernel as a package, without installing it, and makes an initramfs whose init is
+linux_init.c.  `build_bootsector` assembles boot_entry.S and boot_load.c into a disk image that needs no operating
+system. Both run the load of selfcheck.h and write to their first serial port, which `migrated.demo.console` reads.
 
-Results are cached in a directory of the caller's choice, under a name that holds a digest of everything they are made of.
+The caller chooses the directory in which results are cached.  Their names contain a digest of everything they are made
+of.
 """
 
 from __future__ import annotations
@@ -43,13 +44,13 @@ _BOOT_MAGIC = b"MGDLOAD1"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LinuxImage:
-    """What QEMU's ``-kernel`` and ``-initrd`` want."""
+    """The files for QEMU's ``-kernel`` and ``-initrd``."""
 
     kernel: Path
     initrd: Path
 
     def arguments(self, **load: str | int) -> list[str]:
-        """QEMU arguments; ``load``: size, rate, pattern, sweep, disk, churn, as linux_init.c documents them."""
+        """Return QEMU arguments; ``load``: size, rate, pattern, sweep, disk, churn, as linux_init.c documents them."""
         words = ["console=ttyS0", "quiet", "panic=-1", *(f"load_{key}={value}" for key, value in load.items())]
         if "churn" in load:
             words.append("init_on_free=1")
@@ -57,9 +58,9 @@ class LinuxImage:
 
 
 def build_linux_guest(cache_dir: Path | str) -> LinuxImage:
-    """Kernel and initramfs of the Linux guest.
+    """Build kernel and initramfs of the Linux guest.
 
-    Raises HostError when the package cannot be had (no apt, no package lists) or the compiler is missing.
+    Raises HostError if the package is unavailable (no apt, no package lists) or the compiler is missing.
     """
     cache = _directory(cache_dir)
     kernel, modules = _debian_kernel(cache)
@@ -83,10 +84,10 @@ def build_bootsector(
     pattern: str = "sparse",
     sweep_seconds: int = 10,
 ) -> Path:
-    """A raw disk image (``-drive format=raw,file=…,if=ide``) whose guest loads all its memory above 1 MiB.
+    """Build a raw disk image (``-drive format=raw,file=…,if=ide``) whose guest loads all its memory above 1 MiB.
 
-    ``size_bytes`` limits how much of it (0: all), ``rate`` the blocks written a second (0: as fast as it can),
-    ``sweep_seconds`` how long a background sweep takes (0: none).  Raises HostError when the compiler is missing.
+    ``size_bytes`` limits how much of it (0: all), ``rate`` the blocks written per second (0: as fast as it can),
+    ``sweep_seconds`` is the duration of a background sweep (0: none).  Raises HostError if the compiler is missing.
     """
     cache = _directory(cache_dir)
     sources = [SOURCES / name for name in ("boot_entry.S", "boot_load.c", "selfcheck.h", "boot.ld")]
@@ -109,7 +110,7 @@ def build_bootsector(
 
 
 def build_disk(path: Path | str, size_bytes: int) -> Path:
-    """A disk whose every 4 KiB block is a function of its number, as the Linux guest's ``load_disk`` expects it."""
+    """Make a disk whose 4 KiB blocks are functions of their numbers, as the Linux guest's ``load_disk`` expects."""
     path = Path(path)
     mask = (1 << 64) - 1
     step = 0xA0761D6478BD642F
@@ -137,7 +138,7 @@ def _digest(*paths: Path, extra: bytes = b"") -> str:
 
 
 def _write_whole(path: Path, data: bytes) -> None:
-    """Write beside the path and rename: a cache never holds half a file, whoever builds at the same time."""
+    """Write beside the path and rename: the cache never holds half a file, even with several builders."""
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         file.write(data)
     Path(file.name).chmod(0o644)
@@ -145,7 +146,7 @@ def _write_whole(path: Path, data: bytes) -> None:
 
 
 def _run(command: list[str], limit_seconds: float, cwd: Path | None = None) -> str:
-    """Run a build command; its output, or HostError with the end of what it said."""
+    """Run a build command; return its output, or raise HostError with the end of its output."""
     try:
         done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=limit_seconds, cwd=cwd)
     except FileNotFoundError:
@@ -154,7 +155,7 @@ def _run(command: list[str], limit_seconds: float, cwd: Path | None = None) -> s
             message, code="tool-missing", hint=f"install the Debian package that holds {command[0]}"
         ) from None
     except subprocess.TimeoutExpired:
-        message = f"{' '.join(command[:3])} did not end within {limit_seconds:g} s"
+        message = f"{' '.join(command[:3])} did not finish within {limit_seconds:g} s"
         raise HostError(message, code="tool-failed") from None
     if done.returncode:
         message = f"{' '.join(command[:3])} failed: {(done.stderr or done.stdout).strip()[-2000:]}"
@@ -170,7 +171,7 @@ def _compile(*arguments: str) -> None:
 
 
 def _debian_kernel(cache: Path) -> tuple[Path, list[Path]]:
-    """The newest cached kernel and its modules; fetched by apt when the cache has none."""
+    """Return the newest cached kernel and its modules; apt fetches them if the cache has none."""
     wanted_modules = f"uncompressed {' '.join(MODULES)}"
     suffix = f"+{hashlib.sha256(wanted_modules.encode()).hexdigest()[:8]}"  # which modules were extracted, and how
     for directory in sorted(cache.glob(f"linux-*{suffix}"), reverse=True):
@@ -179,7 +180,8 @@ def _debian_kernel(cache: Path) -> tuple[Path, list[Path]]:
     package = _kernel_package()
     with tempfile.TemporaryDirectory(dir=cache) as name:
         scratch = Path(name)
-        # apt's unprivileged downloader may not write into our directory; as root it says so and goes on by itself.
+        # apt's unprivileged downloader may not write into our directory; as root it reports that and continues by
+        # itself.
         _run(["apt-get", "-q", "download", package], DOWNLOAD_SECONDS, cwd=scratch)
         (archive,) = scratch.glob("*.deb")
         wanted = scratch / "wanted"
@@ -193,7 +195,7 @@ def _debian_kernel(cache: Path) -> tuple[Path, list[Path]]:
         try:
             wanted.rename(directory)
         except OSError:
-            if not (directory / "complete").exists():  # else somebody else was faster
+            if not (directory / "complete").exists():  # else another process was faster
                 raise
     return directory / "vmlinuz", _module_paths(directory)
 
@@ -203,7 +205,7 @@ def _module_paths(directory: Path) -> list[Path]:
 
 
 def _kernel_package() -> str:
-    """The package that the meta package stands for at the moment."""
+    """Return the package that the meta package currently depends on."""
     hint = "apt-get update (the package lists are not here), or put vmlinuz into the cache"
     for line in _run(["apt-cache", "depends", KERNEL_PACKAGE], BUILD_SECONDS).splitlines():
         words = line.split()
@@ -214,9 +216,9 @@ def _kernel_package() -> str:
 
 
 def _extract(archive: Path, into: Path) -> None:
-    """Only the kernel and the few modules out of a package of a hundred megabytes.
+    """Extract only the kernel and a few modules from a package of a hundred megabytes.
 
-    Debian compresses modules from release 13 on; some are part of one release's kernel and modules of another's.
+    Debian compresses modules since release 13.  Some modules of one release are built into the kernel of another.
     """
     modules = {f"{name}.ko" for name in MODULES}
     built_in: set[str] = set()
@@ -243,7 +245,7 @@ def _extract(archive: Path, into: Path) -> None:
 
 
 def _cpio(files: Mapping[str, tuple[int, bytes]]) -> bytes:
-    """An initramfs in the "newc" format: the files (name → mode, contents), their directories, /dev/console."""
+    """Return an initramfs in the "newc" format: files (name → mode, contents), their directories, /dev/console."""
     out = bytearray()
     directories = sorted({str(parent) for name in files for parent in Path(name).parents if str(parent) != "."})
     for name in ("dev", *directories):

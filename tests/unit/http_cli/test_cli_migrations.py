@@ -78,8 +78,8 @@ async def test_wait_has_a_limit(source: Served) -> None:
     await source.agent.start(START)
     code, _, err = await source.cli("wait", "vm1", "--timeout", "0.1", "--quiet")
     assert code == 1
-    assert "is not over after 0.1 s" in err
-    assert "hint: it goes on" in err
+    assert "has not ended after 0.1 s" in err
+    assert "hint: it continues" in err
 
 
 async def test_verbs(source: Served) -> None:
@@ -126,7 +126,7 @@ async def test_what_may_destroy_a_guest_is_asked_twice(source: Served, verb: str
 
 async def test_list_shows_what_is_under_way_and_all_on_request(source: Served) -> None:
     code, out, _ = await source.cli("list")
-    assert (code, out) == (0, "no migration is under way; --all shows those that are over\n")
+    assert (code, out) == (0, "no migration is under way; --all shows those that have ended\n")
     record = await source.agent.start(START)
     assert record.id in (await source.cli("list"))[1]
     await source.agent.abort("vm1")
