@@ -66,10 +66,10 @@ class AgentSection(Table):
     """``[agent]``: the agent's name and its state directory."""
 
     state_dir: StateDirectory | None = Field(
-        default=None, description="control socket, journals, one directory a guest"
+        default=None, description="directory of the control socket, the journals and one directory per guest"
     )
     name: HostName = Field(
-        default="", validate_default=True, description='what people call this host; `""`: its host name'
+        default="", validate_default=True, description='name of this host in logs and records; `""`: its host name'
     )
 
 
@@ -82,7 +82,7 @@ class ListenSection(Table):
 class HttpSection(Table):
     """``[http]``: the read-only status site."""
 
-    status: StatusAddress | None = Field(default=None, description='where it listens; `""`: no status site')
+    status: StatusAddress | None = Field(default=None, description='address of the status site; `""`: no status site')
 
 
 class TlsSection(Table):
@@ -96,7 +96,7 @@ class TlsSection(Table):
         if not insecure:
             refuse(
                 "connections would need TLS, which this version does not have yet",
-                "[tls] may only say insecure = true, which sends guest memory unencrypted to whoever answers: "
+                "set insecure = true in [tls], which sends guest memory unencrypted to whoever answers: "
                 "use it on loopback or on a network of your own (WireGuard, IPsec, a dedicated link)",
             )
         return insecure
@@ -105,12 +105,12 @@ class TlsSection(Table):
 class LimitsSection(Table):
     """``[limits]``: how much the agent handles at once."""
 
-    max_migrations: Annotated[int, Field(ge=1, le=1024)] = Field(default=8, description="at once")
+    max_migrations: Annotated[int, Field(ge=1, le=1024)] = Field(default=8, description="migrations at the same time")
     max_connections: Annotated[int, Field(ge=4, le=65536)] = Field(
-        default=256, description="of peers that have not said who they are"
+        default=256, description="connections from peers that have not identified themselves"
     )
     max_records: Annotated[int, Field(ge=0, le=100_000)] = Field(
-        default=200, description="of finished migrations, kept for `migrated list --all`"
+        default=200, description="finished migrations that `migrated list --all` shows"
     )
 
 

@@ -112,7 +112,7 @@ def build_agent(settings: AgentConfig) -> HostAgent[Any]:
 
 def _on_signal(number: signal.Signals, stop: asyncio.Event) -> None:
     if stop.is_set():
-        logger.warning("still stopping: guests are being left safe", signal=number.name)
+        logger.warning("still stopping: bringing every guest to a safe state", signal=number.name)
         return
     logger.info("stopping", signal=number.name)
     stop.set()
@@ -153,7 +153,7 @@ async def _finish(settings: AgentConfig, agent: HostAgent[Any], stop: asyncio.Ev
     await asyncio.wait({work, stopping}, return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()
     if stop.is_set():
-        await _notify("STOPPING=1", "STATUS=leaving every guest safe")
+        await _notify("STOPPING=1", "STATUS=stopping: bringing every guest to a safe state")
     while stop.is_set() and not work.done():
         limit = 2 * settings.timeouts.shutdown
         await asyncio.wait({work}, timeout=limit)
@@ -303,7 +303,9 @@ async def _tell_service_manager(agent: HostAgent[Any], stop: asyncio.Event, work
         if not stop.is_set():
             await _notify(f"STATUS={status_line(agent)}")
         elif _is_needed(agent):
-            await _notify(f"STATUS=serving guests in post-copy to their end: {status_line(agent)}")
+            await _notify(
+                f"STATUS=serving guests in post-copy until all their memory has arrived: {status_line(agent)}"
+            )
         if health.healthy and (not ready or (stop.is_set() and _is_needed(agent))):
             await _notify(f"EXTEND_TIMEOUT_USEC={EXTEND_SECONDS * 1_000_000}")
         if health.healthy and watchdog:

@@ -20,10 +20,10 @@ class Limits(Table):
     downtime_limit_ms: Annotated[float, Field(gt=0, le=60_000)] = Field(
         default=50.0, description="switch over when the rest takes no longer than this"
     )
-    max_rounds: Annotated[int, Field(ge=1, le=1000)] = Field(default=8, description="pre-copy rounds at most")
+    max_rounds: Annotated[int, Field(ge=1, le=1000)] = Field(default=8, description="maximum number of pre-copy rounds")
     max_bandwidth: Rate = Field(default=0, description="limit over all streams; demanded pages are exempt")
     drain_bandwidth: Rate = Field(
-        default=0, description="limit of the background transfer after the switchover, below the common one"
+        default=0, description="limit of the background transfer after the switchover, within that of all streams"
     )
 
     @property
@@ -41,12 +41,12 @@ class MigrationOptions(Limits):
 
     mode: Mode = Field(
         default="hybrid",
-        description="hybrid: pre-copy, then post-copy. precopy: the guest never runs on the target before everything is there. "
+        description="hybrid: pre-copy, then post-copy. precopy: the guest never runs on the target before all memory has arrived. "
         "postcopy: switch over at once",
     )
     streams: Annotated[int, Field(ge=1, le=16)] = Field(
-        default=2, description="bulk connections; the urgent one comes on top"
+        default=2, description="bulk connections, beside the urgent one"
     )
     compression: Compression = Field(
-        default="off", description="zstd compresses bulk data, each stream by itself and only while it pays"
+        default="off", description="zstd: each stream compresses its bulk data while that pays"
     )

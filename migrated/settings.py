@@ -63,7 +63,7 @@ class Text:
 
     def _read(self, value: object) -> Any:
         if not isinstance(value, str):
-            refuse(f"{reprlib.repr(value)} is not a text", f"allowed: {self.allowed}")
+            refuse(f"{reprlib.repr(value)} is not a string", f"allowed: {self.allowed}")
         try:
             return self.parse(value)
         except ConfigError as error:
@@ -111,25 +111,27 @@ class Timeouts(Table):
     handshake: Seconds = Field(default=10.0, description="a peer's first message, or a page connection's preface")
     guest_start: Seconds = Field(default=60.0, description="the target has reserved memory and started its side")
     guest_command: Seconds = Field(default=10.0, description="one command to a guest")
-    guest_pause: Seconds = Field(default=10.0, description="the guest has stopped, its I/O drained")
-    guest_state: Seconds = Field(default=60.0, description="the guest state is saved, moved and loaded")
+    guest_pause: Seconds = Field(default=10.0, description="the guest has stopped and drained its I/O")
+    guest_state: Seconds = Field(default=60.0, description="the guest state is saved, sent and loaded")
     switchover: Seconds = Field(default=30.0, description="barrier, stale map and commit, each")
     abort: Seconds = Field(default=10.0, description="the target has cleaned up after an abort")
     release: Seconds = Field(default=30.0, description="both sides have released the guest at the end")
-    heartbeat_interval: Seconds = Field(default=1.0, description="a ping goes out after so much silence")
+    heartbeat_interval: Seconds = Field(default=1.0, description="a ping is sent after this much silence")
     heartbeat_limit: Seconds = Field(
-        default=10.0, validate_default=True, description="a peer silent for so long is lost; at least two intervals"
+        default=10.0,
+        validate_default=True,
+        description="a peer that is silent for this long is lost; at least two intervals",
     )
     reconnect: SecondsOrNever = Field(
-        default=0.0, description="a paused post-copy gives up after so long; 0: never, the guest waits"
+        default=0.0, description="a paused post-copy fails after this long; 0: never, the guest waits"
     )
     reconnect_interval: Seconds = Field(
-        default=0.5, description="first pause between attempts; it doubles after each that fails …"
+        default=0.5, description="first pause between attempts; it doubles after each failure …"
     )
     reconnect_interval_limit: Seconds = Field(default=15.0, description="… up to this")
     shutdown: Seconds = Field(
         default=20.0,
-        description="SIGTERM: aborts and farewells. A guest in post-copy is served for as long as it takes",
+        description="after SIGTERM: aborting migrations and closing connections. A guest in post-copy is served as long as it needs",
     )
 
     @field_validator("heartbeat_limit")
@@ -157,7 +159,7 @@ class MemoryTable(GuestTable):
     """
 
     page_size: PageSize | None = Field(
-        default=None, description="of the guest's memory; by default 2M, or 4K where the host lacks huge pages"
+        default=None, description="page size of the guest's memory; by default 2M, or 4K if the host lacks huge pages"
     )
     reserve: bool = Field(
         default=True, description="`false`: pages are taken as they are needed, for guests larger than the host"
@@ -259,9 +261,9 @@ def allowed(field: FieldInfo) -> str:
     if typing.get_origin(field.annotation) is Literal:
         return _either([str(value) for value in typing.get_args(field.annotation)])
     bounds = {name: getattr(piece, name) for piece in field.metadata for name in _BOUNDS if hasattr(piece, name)}
-    kinds: dict[object, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    kinds: dict[object, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
     words = [_BOUNDS[name].format(bound) for name, bound in bounds.items() if bound is not None]
-    return " ".join([kinds.get(field.annotation, "a list of texts"), *words])
+    return " ".join([kinds.get(field.annotation, "a list of strings"), *words])
 
 
 def text_of(field: FieldInfo) -> Text | None:

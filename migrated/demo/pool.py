@@ -38,7 +38,7 @@ def huge_pages(size_bytes: int, page_bytes: int) -> Iterator[None]:
         _write(path, before.total + lacking)
     except OSError as error:
         raise PoolError(
-            f"{needed} free pages of {page_bytes >> 20} MiB are needed, {needed - lacking} are there, "
+            f"{needed} free pages of {page_bytes >> 20} MiB are needed, {needed - lacking} are available, "
             f"and {path} cannot be changed: {error.strerror}",
             code="no-huge-pages",
             hint=f"as root: {before.raise_command(needed)}",

@@ -168,12 +168,12 @@ def _answer(process: subprocess.Popen[bytes], deadline: float, limit_seconds: fl
     except subprocess.TimeoutExpired:
         return _end(process, limit_seconds)
     if process.returncode < 0:
-        return Failure(f"was ended by signal {-process.returncode}")
+        return Failure(f"was killed by signal {-process.returncode}")
     with contextlib.suppress(ValueError):
         answer = json.loads(output)
         if process.returncode == 0 and isinstance(answer, dict):
             return answer
-    return Failure(f"ended with status {process.returncode}")
+    return Failure(f"exited with status {process.returncode}")
 
 
 def _end(process: subprocess.Popen[bytes], limit_seconds: float) -> Failure:

@@ -81,7 +81,7 @@ def areas(pid: int) -> list[Area]:
     try:
         return parse(path.read_text(encoding="utf-8", errors="surrogateescape"))
     except (FileNotFoundError, ProcessLookupError) as error:
-        raise GuestError(f"process {pid} has ended", code="guest-gone") from error
+        raise GuestError(f"process {pid} has exited", code="guest-gone") from error
     except PermissionError as error:
         raise GuestError(
             f"cannot read {path}: {error.strerror}",

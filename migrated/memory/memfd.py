@@ -132,7 +132,7 @@ def allocate(size_bytes: int, page_bytes: int, name: str, *, reserved: bool = Tr
             )
     elif reserved and size_bytes > (available := _meminfo_bytes("MemAvailable", otherwise=1 << 62)):
         raise PoolError(
-            f"region {name} needs {format_size(size_bytes)} of memory, {format_size(available)} can be had",
+            f"region {name} needs {format_size(size_bytes)} of memory, but only {format_size(available)} is available",
             code="no-memory",
             hint="free memory on this host, or move the guest to another one",
         )
@@ -156,7 +156,7 @@ def allocate(size_bytes: int, page_bytes: int, name: str, *, reserved: bool = Tr
 def _exhausted(page_bytes: int, needed: int, name: str) -> PoolError:
     pool = next(pool for pool in pools() if pool.page_bytes == page_bytes)
     return PoolError(
-        f"region {name} needs {needed} pages of {format_size(page_bytes)}, {max(0, pool.available)} can be had "
+        f"region {name} needs {needed} pages of {format_size(page_bytes)}, but only {max(0, pool.available)} are available "
         f"({pool.total} in the pool, {pool.free} free, {pool.reserved} of them reserved)",
         code="no-huge-pages",
         hint=f"{pool.raise_command(needed)}  (1 GiB pages are best set aside when the host boots)"

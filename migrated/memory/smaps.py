@@ -39,7 +39,7 @@ def mapped_areas(pid: int, ranges: Collection[tuple[int, int]]) -> list[MappedAr
     try:
         text = Path(f"/proc/{pid}/smaps").read_text(encoding="utf-8", errors="surrogateescape")
     except OSError as error:
-        raise GuestError(f"process {pid} has ended, or hides its memory from us", code="guest-gone") from error
+        raise GuestError(f"process {pid} has exited, or hides its memory from us", code="guest-gone") from error
     for line in text.splitlines():
         if field := _FIELD.match(line):
             sizes[field[1]] = int(field[2]) << 10

@@ -121,11 +121,11 @@ class PidHandle:
         try:
             handle = cls(pid, os.pidfd_open(pid), child=False)
         except OSError as error:
-            raise GuestError(f"process {pid} cannot be watched: {error.strerror}", code="guest-gone") from error
+            raise GuestError(f"cannot watch process {pid}: {error.strerror}", code="guest-gone") from error
         # Check after opening the pidfd: from then on the pidfd determines which process is meant.
         if started is not None and not process_lives(pid, started):
             handle.close()
-            raise GuestError(f"process {pid} has ended, or is a later one with its pid", code="guest-gone")
+            raise GuestError(f"process {pid} has exited, or its pid now belongs to another process", code="guest-gone")
         return handle
 
     @classmethod

@@ -28,6 +28,6 @@ class ProcessTargetConfig(MemoryTable):
     )
     next_socket: OptionalSocketPath = Field(
         default="",
-        description="the socket of a source agent on this host, where the guest connects once it has arrived whole, so that it "
-        "can be moved on",
+        description="the socket of a source agent on this host, to which the guest connects once all its memory has arrived, "
+        "so that it can be migrated again",
     )

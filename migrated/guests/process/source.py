@@ -164,7 +164,7 @@ class ProcessHub:
             async with self._settling:  # two that connect at the same time must not both find the place free
                 await self._forget_former()
                 if self.guest is not None:
-                    raise GuestRefusedError(f"guest {self.name} is connected already", code="guest-connected")
+                    raise GuestRefusedError(f"guest {self.name} is already connected", code="guest-connected")
                 self.guest = guest = await self._settle(connection, hello, fds)
             fds = guest.memory_fds
             async with self._changed:
@@ -285,7 +285,7 @@ class ProcessSource(SourceGuest):
             raise GuestRefusedError(
                 f"guest {self.name}: its memory is also mapped by {other}, whose writes cannot be seen",
                 code="memory-mapped-elsewhere",
-                hint="end that process, or have it let go of the memory",
+                hint="end that process, or have it unmap the memory",
             )
         self._fds = [os.dup(fd) for fd in guest.memory_fds]
         return SourceMemory(

@@ -55,7 +55,7 @@ class ProcessTarget(TargetGuest):
         del regions, description  # the guest itself says what it wants, when it is started
         if shutil.which(self._config.command[0]) is None:
             raise GuestError(
-                f"guest {self.name}: {self._config.command[0]} is not there, or not a program",
+                f"guest {self.name}: {self._config.command[0]} does not exist or is not a program",
                 code="guest-start",
                 hint="check the command of this guest in the target's configuration",
             )
@@ -127,7 +127,7 @@ class ProcessTarget(TargetGuest):
             if connection.pid == pid:
                 return connection
             _log.warning(
-                "a stranger connected to the guest's socket", guest=self.name, pid=connection.pid, expected=pid
+                "another process connected to the guest's socket", guest=self.name, pid=connection.pid, expected=pid
             )
             connection.close()
 

@@ -22,7 +22,7 @@ class QemuSourceConfig(GuestTable):
     qmp: SocketPath = Field(description="the guest's QMP socket")
     #: The process still holds the old memory, and one `cont` would run the guest twice, so it quits by default.
     on_release: Literal["quit", "keep"] = Field(
-        default="quit", description="what becomes of the QEMU that is left when the guest runs elsewhere"
+        default="quit", description="what to do with this QEMU once the guest runs on the target"
     )
 
 

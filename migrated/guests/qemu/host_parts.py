@@ -41,7 +41,7 @@ def doubts(option: Option, properties: Properties | None, implied: str, director
         yield f"{value}: must fit the target{more}{_relative(value, directory)}"
     elif name in {"netdev", "nic", "net"}:
         if kind not in {"none", "nic"}:
-            yield "the network back end must be there on the target"
+            yield "the network back end must exist on the target"
     elif name in _CHARACTER_DEVICES or name == "chardev":
         yield from _character_device(kind)
     elif name == "s":

@@ -165,7 +165,7 @@ class RunningQemu(SourceGuest):
         self._runs = status == "running"
         if reasons := report.get("blocked-reasons"):
             raise GuestRefusedError(
-                f"guest {self.name} cannot be migrated, says QEMU: {'; '.join(reasons)}", code="migration-blocked"
+                f"guest {self.name} cannot be migrated; QEMU reports: {'; '.join(reasons)}", code="migration-blocked"
             )
 
     async def _refuse_block_layer(self, monitor: MonitorCommands) -> None:
@@ -173,7 +173,7 @@ class RunningQemu(SourceGuest):
         jobs: list[dict[str, Any]] = await monitor.execute("query-jobs")
         if working := [f"{job['id']} ({job['type']})" for job in jobs if job["status"] not in {"concluded", "null"}]:
             raise GuestRefusedError(
-                f"guest {self.name} has a job at work: {', '.join(working)}",
+                f"guest {self.name} has an active job: {', '.join(working)}",
                 code="job-running",
                 hint="wait for it, or cancel it (job-cancel), and start the migration again",
             )
@@ -274,7 +274,7 @@ class RunningQemu(SourceGuest):
             status = await monitor.wait_status(_TRANSIENT, limit=limit)
         if status != "running":
             raise GuestError(
-                f"guest {self.name}: QEMU does not run on, its run state is {status}",
+                f"guest {self.name}: QEMU did not resume, its run state is {status}",
                 code="guest-not-resumed",
                 hint=_MOVED_AWAY if status == "postmigrate" else "",
             )

@@ -118,7 +118,7 @@ class QemuTarget(TargetGuest):
         while True:
             if (end := child.poll()) is not None:
                 raise GuestError(
-                    f"guest {self.name}: QEMU {end} at its start",
+                    f"guest {self.name}: QEMU {end} during its start",
                     code="guest-start",
                     hint="try the command by hand; what QEMU said is in the message",
                 )
@@ -360,7 +360,7 @@ class QemuTarget(TargetGuest):
         status = await monitor.wait_status(frozenset({"inmigrate"}), limit=self._timeouts.guest_command)
         if status != "running":
             raise GuestError(
-                f"guest {self.name}: QEMU does not run, its run state is {status}",
+                f"guest {self.name}: QEMU did not resume, its run state is {status}",
                 code="guest-not-resumed",
                 hint=f"see {self.log_path}",
             )

@@ -63,9 +63,9 @@ def test_a_probe_imports_nothing_from_the_current_directory(tmp_path: Path, monk
 def test_a_probe_that_crashes_fails_or_babbles_is_an_answer(command: list[str]) -> None:
     answers = defects.run(["crashes", "fails", "babbles", "one"], command=command)
     assert answers == {
-        "crashes": Failure("was ended by signal 11"),
-        "fails": Failure("ended with status 1"),
-        "babbles": Failure("ended with status 0"),
+        "crashes": Failure("was killed by signal 11"),
+        "fails": Failure("exited with status 1"),
+        "babbles": Failure("exited with status 0"),
         "one": {"name": "one"},
     }
 
@@ -149,7 +149,7 @@ def test_each_defect_of_tracking_is_told_with_what_follows(
     ("answers", "name", "state", "says"),
     [
         ({"tracking-1G": {"untested": "no free 1G pages"}}, "tracking of 1 GiB pages", "untested", "no free 1G pages"),
-        ({"tracking-2M": Failure("was ended by signal 9")}, "tracking of 2 MiB pages", "excludes", "signal 9"),
+        ({"tracking-2M": Failure("was killed by signal 9")}, "tracking of 2 MiB pages", "excludes", "signal 9"),
         ({"mapped-over": {"noticed": False}}, "memory mapped over while it is tracked", "excludes", "not noticed"),
         ({"locked": {"emptied": False, "kept": True}}, "unmapping locked memory", "excludes", "MADV_DONTNEED_LOCKED"),
         ({"locked": {"emptied": True, "kept": False}}, "unmapping locked memory", "excludes", "loses pages"),
