@@ -127,7 +127,7 @@ class ProcessTarget(TargetGuest):
             if connection.pid == pid:
                 return connection
             _log.warning(
-                "another process connected to the guest's socket", guest=self.name, pid=connection.pid, expected=pid
+                "a stranger connected to the guest's socket", guest=self.name, pid=connection.pid, expected=pid
             )
             connection.close()
 

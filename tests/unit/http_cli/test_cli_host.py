@@ -149,7 +149,7 @@ def test_inspect_of_a_process_that_is_gone_is_an_error() -> None:
         [sys.executable, "-m", "migrated", "inspect", str(gone.pid)], capture_output=True, text=True
     )
     assert result.returncode == 1
-    assert result.stderr.startswith(f"error: process {gone.pid} has ended")
+    assert result.stderr.startswith(f"error: process {gone.pid} has exited")
 
 
 UNDER_SECCOMP = """

@@ -90,7 +90,7 @@ async def test_a_guest_that_is_there_is(tmp_path: Path) -> None:
     former, arriving = Former(hung_up=False), Arriving()
     place = hub(tmp_path, former)
     await served(place, arriving)
-    assert "connected already" in arriving.refused
+    assert "already connected" in arriving.refused
     assert not arriving.mapped.is_set()
     assert place.guest is not None
 
