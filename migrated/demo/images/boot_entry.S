@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Boot sector of the test guest: reads the sectors behind it, asks the firmware for the memory map (E820), maps all memory
- * one to one with 2 MiB pages, goes to long mode and runs load_main (boot_load.c) in ring 3, with all ports allowed.
- * Ring 3, because a KVM without hardware behind it emulates ring 0 instruction by instruction, thousands of times slower.
+ * Boot sector of the test guest: reads the sectors behind it, asks the firmware for the memory map (E820), maps all
+ * memory one to one with 2 MiB pages, enters long mode and runs load_main (boot_load.c) in ring 3, with all ports
+ * allowed.  It uses ring 3 because a KVM without hardware support emulates ring 0 one instruction at a time, thousands
+ * of times slower.
  *
  * Low memory: 0x0500 memory map (count, then 24-byte entries), stack below 0x7000, 0x7c00 image, 0x10000 page
  * tables: one page for the top, one for the next level, one for each GiB.
@@ -36,7 +37,7 @@ entry:
 	int	$0x13
 	jc	failed
 
-	/* The memory map, as the firmware tells it entry by entry. */
+	/* Read the memory map from the firmware, entry by entry. */
 	movl	$0, MAP_COUNT
 	mov	$MAP, %di
 	xor	%ebx, %ebx
@@ -55,7 +56,7 @@ entry:
 	jnz	2b
 3:
 	cli
-	mov	$0xff, %al	/* no interrupt from here on */
+	mov	$0xff, %al	/* no interrupts from here on */
 	out	%al, $0x21
 	out	%al, $0xa1
 	in	$0x92, %al	/* the twenty-first address line */
@@ -152,7 +153,7 @@ long_mode:
 	xor	%eax, %eax
 	rep stosb
 
-	/* No interrupt table: nothing is ever let in, and a fault of our own ends in a reset. */
+	/* No interrupt table: interrupts stay disabled, and a fault of our own ends in a reset. */
 	lidt	idt_pointer
 	push	$40 + 3
 	push	$STACK

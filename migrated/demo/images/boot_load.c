@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT
 /*
- * The boot-sector guest after its boot sector: the load of selfcheck.h on all memory above 1 MiB, or as much of it as the
- * parameters in the image say (spread over all ranges of the memory map by taking them in turn).  Serial port 1 carries the
- * same lines and commands as the Linux guest's.  Runs in ring 3 without interrupts, so it
- * cannot sleep: a load with a rate spins in between.
+ * The boot-sector guest after its boot sector: it runs the load of selfcheck.h on all memory above 1 MiB.  Parameters
+ * in the image may limit the memory, which then comes from all ranges of the memory map in turn.  Serial port 1 carries
+ * the same lines and commands as the Linux guest's.  The guest runs in ring 3 without interrupts, so it cannot sleep:
+ * a load with a rate spins between writes.
  */
 #include "selfcheck.h"
 
@@ -21,7 +21,7 @@ struct map_entry {
 	uint32_t type, attributes;
 } __attribute__((packed));
 
-/* Patched by the builder, which finds it by the magic word. */
+/* The builder finds these by the magic word and patches them. */
 __attribute__((used)) static volatile const struct {
 	char magic[8];
 	uint64_t size_bytes, rate, sweep_seconds;
@@ -33,7 +33,7 @@ static struct range {
 } ranges[RANGES];
 static unsigned int range_count;
 static uint64_t ticks_per_ms;
-static char output[4096]; /* what the serial port has not taken yet */
+static char output[4096]; /* output that the serial port has not accepted yet */
 static unsigned int output_start, output_end;
 
 void load_main(void);
@@ -59,11 +59,11 @@ static inline uint64_t ticks(void)
 	return (uint64_t)high << 32 | low;
 }
 
-/* ---- the serial port: written without waiting, since a console nobody reads must not stop the load */
+/* ---- the serial port: never wait for it, since a console that nobody reads must not stop the load */
 
 static void push_output(void)
 {
-	int room = 16; /* the port's queue, once it says that it is empty */
+	int room = 16; /* the size of the port's queue, once the port reports it empty */
 
 	if (output_start == output_end || !(in8(PORT + 5) & 0x20))
 		return;
@@ -102,7 +102,7 @@ static void say_field(const char *name, uint64_t value)
 	say_number(value, 10);
 }
 
-/* Milliseconds with three decimals, from ticks. */
+/* Print ticks as milliseconds with three decimals. */
 static void say_ms(const char *name, uint64_t value)
 {
 	uint64_t us = value * 1000 / ticks_per_ms;
@@ -114,7 +114,7 @@ static void say_ms(const char *name, uint64_t value)
 	say_char((char)('0' + us % 10));
 }
 
-/* 's', 'r' or 'q' when the line of that command is complete. */
+/* Return 's', 'r' or 'q' when the line of that command is complete. */
 static char next_command(void)
 {
 	static char first;
@@ -136,7 +136,7 @@ static char next_command(void)
 
 /* ---- time */
 
-/* How fast the time stamp counter runs, from 20 ms of the timer chip's second channel. */
+/* Measure the frequency of the time stamp counter over 20 ms of the timer chip's second channel. */
 static void calibrate(void)
 {
 	uint32_t count = PIT_HZ / 50;
@@ -190,7 +190,7 @@ static uint64_t find_memory(void)
 	return blocks;
 }
 
-/* The counters come out of the first range; then every range gives the same share of what was asked for. */
+/* Take the counters from the first range, then the same share of the requested memory from every range. */
 static void lay_out(struct sc_load *load)
 {
 	uint64_t blocks = find_memory(), wanted = parameters.size_bytes / SC_BLOCK_BYTES;
@@ -258,7 +258,7 @@ void load_main(void)
 			for (int i = 0; i < 64; i++)
 				sc_operate(&load);
 		} else if (load.pattern != SC_IDLE) {
-			/* What a pause kept from being written is not caught up with: at most 20 ms worth of it. */
+			/* Do not catch up on writes that a pause prevented, beyond 20 ms worth of them. */
 			due = ms * rate / 1000;
 			if (due - written > rate / 50 + 1)
 				written = due - (rate / 50 + 1);

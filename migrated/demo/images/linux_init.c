@@ -1,18 +1,20 @@
 // SPDX-License-Identifier: MIT
 /*
- * init of the Linux test guest: the self-checking load of selfcheck.h on most of the guest's memory, talking over ttyS0.
+ * init of the Linux test guest: runs the self-checking load of selfcheck.h on most of the guest's memory.  It writes
+ * lines to ttyS0 and reads commands there.
  *
- * Kernel command line (what the kernel does not know, it hands to init as environment):
+ * Kernel command line (the kernel passes options that it does not know to init as environment):
  *   load_size=50%|64M         share of the memory free at the start, or a size          default 60%
  *   load_rate=max|N           blocks written a second                                    default max
  *   load_pattern=sparse|hot|dense|idle                                                   default sparse
  *   load_sweep=N              seconds for one background sweep, 0 for none               default 10
  *   load_disk=/dev/vda        read this disk with O_DIRECT into an eighth of the memory
- *   load_churn=1              besides, allocate memory, see that it is clear, fill it and free it, again and again
+ *   load_churn=1              also allocate memory, check that it is zero, fill it and free it, repeatedly
  *
- * Prints READY, then about twice a second LOAD {json}; CORRUPT {json} for the first mismatch.  Takes `sweep`, `reset` (of the
- * longest stall) and `quit`, a line each.  A stall is a gap between two turns of the loop on the guest's own clock: the time
- * that QEMU has the guest stopped is not in it, since its clocks stand still with it.
+ * Prints READY, then LOAD {json} about twice a second, and CORRUPT {json} for the first mismatch.  Accepts the commands
+ * `sweep`, `reset` (of the longest stall) and `quit`, one per line.  A stall is a gap between two turns of the loop on
+ * the guest's own clock.  It does not include the time for which QEMU stops the guest, since the guest's clocks then
+ * stand still.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -38,12 +40,12 @@
 #define TURN_NS 2000000ull /* a turn of the loop lasts about this long */
 #define REPORT_NS 500000000ull
 #define DISK_THREADS 4
-#define DISK_READ_BLOCKS 16 /* 64 KiB a read: long enough in flight to be overtaken by a scan */
+#define DISK_READ_BLOCKS 16 /* 64 KiB per read: in flight long enough for a scan to overtake it */
 #define MPOL_INTERLEAVE 3
 #define CHURN_BYTES (16u << 20)
 
 struct disk_reader {
-	pthread_mutex_t lock; /* held while memory and `loaded` do not agree with each other */
+	pthread_mutex_t lock; /* held while memory and `loaded` disagree */
 	uint64_t *memory;
 	uint64_t *loaded; /* disk block that each memory block holds, plus one; 0 for none yet */
 	uint64_t blocks;
@@ -55,11 +57,11 @@ struct disk_reader {
 };
 
 static int console = -1;
-static char pending[8192]; /* console output the tty has not taken yet */
+static char pending[8192]; /* console output that the tty has not accepted yet */
 static size_t pending_bytes;
 static struct disk_reader readers[DISK_THREADS];
 static int reader_count;
-static int sweeping; /* readers stand back for it */
+static int sweeping; /* readers yield to it */
 static uint64_t churn_turns, churn_errors;
 
 static uint64_t now_ns(void)
@@ -70,7 +72,7 @@ static uint64_t now_ns(void)
 	return (uint64_t)t.tv_sec * 1000000000ull + (uint64_t)t.tv_nsec;
 }
 
-/* The console must never hold the load up: what the tty does not take at once waits, and is dropped if too much waits. */
+/* The console must never block the load: queue what the tty does not accept at once, drop it if the queue is full. */
 static void console_push(void)
 {
 	ssize_t n;
@@ -180,7 +182,7 @@ static uint64_t disk_sweep(void)
 	return wrong;
 }
 
-/* Which needs which differs between kernels: go round until a turn loads nothing more. */
+/* Dependencies differ between kernels: repeat until a pass loads no further module. */
 static void load_modules(void)
 {
 	static const char *const names[] = { "virtio", "virtio_ring", "virtio_pci_legacy_dev", "virtio_pci_modern_dev",
@@ -207,8 +209,9 @@ static void load_modules(void)
 }
 
 /*
- * Give memory back and take some again, all the time.  With init_on_free=1 this kernel clears pages when they are freed, not
- * when they are allocated: a page whose clearing was lost on the way to another host is handed out with what it held before.
+ * Free memory and allocate it again, all the time.  With init_on_free=1 this kernel clears pages when they are freed,
+ * not when they are allocated.  So if a migration loses the clearing of a page, the kernel hands it out with its old
+ * contents.
  */
 static void *churn(void *unused)
 {
@@ -250,7 +253,7 @@ static uint64_t start_disk(const char *path, uint64_t *memory, uint64_t blocks)
 	for (int tries = 0; (fd = open(path, O_RDONLY | O_DIRECT | O_CLOEXEC)) < 0; tries++) {
 		if (tries == 500)
 			fatal("opening the disk");
-		usleep(10000); /* devtmpfs makes the node when the driver has found the disk */
+		usleep(10000); /* devtmpfs creates the node when the driver has found the disk */
 	}
 	bytes = lseek(fd, 0, SEEK_END);
 	if (bytes < DISK_READ_BLOCKS * SC_BLOCK_BYTES || each == 0)
@@ -325,7 +328,7 @@ static void open_console(void)
 	}
 }
 
-/* 1 and the line in `command` when one is complete. */
+/* Return 1 when a line is complete, with the line in `command`. */
 static int next_command(char *command, size_t size)
 {
 	static char input[64];
@@ -361,7 +364,7 @@ int main(void)
 	uint64_t *memory;
 
 	open_console();
-	syscall(SYS_set_mempolicy, MPOL_INTERLEAVE, &nodes, 3); /* with two nodes: blocks in both; else refused, and fine */
+	syscall(SYS_set_mempolicy, MPOL_INTERLEAVE, &nodes, 3); /* two nodes: blocks in both; one: harmless error */
 	blocks = wanted_bytes() / SC_BLOCK_BYTES;
 	memory = mmap(NULL, blocks * SC_BLOCK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	if (memory == MAP_FAILED)
@@ -390,7 +393,7 @@ int main(void)
 				for (int i = 0; i < 16; i++)
 					sc_operate(&load);
 		} else if (load.pattern != SC_IDLE) {
-			/* What a pause kept from being written is not caught up with: at most one turn's worth of delay. */
+			/* Do not catch up on writes that a pause prevented, beyond one turn's worth of them. */
 			uint64_t due = (turn - started) / 1000 * rate / 1000000;
 
 			if (due - written_due > rate / 50 + 1)

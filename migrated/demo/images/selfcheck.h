@@ -2,12 +2,12 @@
 /*
  * The self-checking load that every test guest runs: the Linux init, the boot-sector guest and the C example.
  *
- * Memory is an array of 4 KiB blocks.  A block holds its index, a counter, the inverse of the counter and, in all the words
- * after them, a fill that depends on both.  What the counter has to be is kept apart, in `expected`: a block that was rolled
- * back to an older but consistent state is found as surely as a torn one.  Every visit checks the whole block before it
- * writes the next counter; a sweep checks all of them.
+ * Memory is an array of 4 KiB blocks.  A block holds its index, a counter, the inverse of the counter and, in all
+ * remaining words, a fill that depends on both.  The expected counters are kept elsewhere, in `expected`.  So the load
+ * detects a block that was rolled back to an older but consistent state as surely as a torn one.  Every visit checks
+ * the whole block before it writes the next counter; a sweep checks all blocks.
  *
- * Freestanding: no library call, so that it runs where there is none.
+ * The load is freestanding: it makes no library call, so it runs where there is no library.
  */
 #ifndef MIGRATED_SELFCHECK_H
 #define MIGRATED_SELFCHECK_H
@@ -26,12 +26,12 @@ enum sc_pattern {
 	SC_IDLE, /* none */
 };
 
-/* What the first mismatch looked like. */
+/* The first mismatch. */
 struct sc_mismatch {
-	uint64_t index; /* of the block */
-	uint64_t word; /* in the block */
+	uint64_t index; /* the block's index */
+	uint64_t word; /* which word of the block */
 	uint64_t found, wanted;
-	uint64_t counter; /* that the block should have */
+	uint64_t counter; /* the block's expected counter */
 };
 
 struct sc_load {
@@ -43,9 +43,9 @@ struct sc_load {
 	uint64_t first_index; /* written into block 0 (several loads in one guest) */
 	enum sc_pattern pattern;
 	uint64_t random; /* seed, not 0 */
-	/* Kept here. */
-	uint64_t next; /* of the dense pattern */
-	uint64_t cursor; /* of the sweep under way */
+	/* Maintained by the load. */
+	uint64_t next; /* the dense pattern's next block */
+	uint64_t cursor; /* the sweep's next block */
 	uint64_t operations, sweeps, errors;
 	struct sc_mismatch first;
 };
@@ -84,7 +84,7 @@ static inline void sc_block_write(volatile uint64_t *block, uint64_t index, uint
 	}
 }
 
-/* 0, or 1 with the first word that differs in *out. */
+/* Return 0, or 1 and store the first differing word in *out. */
 static inline int sc_block_check(const volatile uint64_t *block, uint64_t index, uint64_t counter,
 				 struct sc_mismatch *out)
 {
@@ -118,7 +118,7 @@ differs:
 	return 1;
 }
 
-/* Check one block; 1 on a mismatch, which is counted and, the first time, kept. */
+/* Check one block.  Return 1 on a mismatch; count it, and store the first one. */
 static inline int sc_check(struct sc_load *load, uint64_t i)
 {
 	struct sc_mismatch mismatch;
@@ -138,7 +138,7 @@ static inline void sc_fill(struct sc_load *load)
 	}
 }
 
-/* Check a block as the pattern has it and write its next counter. */
+/* Check the block that the pattern chooses and write its next counter. */
 static inline void sc_operate(struct sc_load *load)
 {
 	uint64_t hot = load->blocks / SC_HOT_SHARE ? load->blocks / SC_HOT_SHARE : 1;
@@ -166,7 +166,7 @@ static inline void sc_operate(struct sc_load *load)
 	load->operations++;
 }
 
-/* Check the next `count` blocks of the sweep that never ends. */
+/* Check the next `count` blocks of the endless sweep. */
 static inline void sc_sweep_some(struct sc_load *load, uint64_t count)
 {
 	while (count--) {
@@ -178,7 +178,7 @@ static inline void sc_sweep_some(struct sc_load *load, uint64_t count)
 	}
 }
 
-/* Check every block now; how many were wrong. */
+/* Check every block now; return how many were wrong. */
 static inline uint64_t sc_sweep_all(struct sc_load *load)
 {
 	uint64_t wrong = 0;
