@@ -1,4 +1,7 @@
-"""Declare the options of a migration, once for the configuration, the command line, requests and running migrations."""
+"""Declare the options of a migration, once for all their uses.
+
+The configuration, the command line, requests and running migrations share the declarations.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line: its commands, and how it prints records and errors."""
+"""The command line: its commands, and how it prints records and errors.  `main` is the entry point of ``migrated``."""
 
 from __future__ import annotations
 

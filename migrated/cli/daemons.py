@@ -1,4 +1,7 @@
-"""``migrated source`` and ``migrated target``: run an agent in the foreground."""
+"""Run an agent in the foreground: ``migrated source`` and ``migrated target``.
+
+The service manager starts them the same way.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""``migrated demo``."""
+"""Define the command ``migrated demo``.
+
+`migrated.demo.run` has the demo itself.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""End a command: exit codes, and errors as people and programs read them."""
+"""End a command: exit codes, and errors as people and programs read them.
+
+People get ``error:`` and ``hint:`` lines, programs an object in JSON.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The commands that ask an agent about migrations: start, status, list, wait, abort and the other verbs."""
+"""Define the commands that ask an agent about migrations: start, status, list, wait, abort and the other verbs.
+
+`Client` carries their requests, and an option per key comes from the tables of `migrated.options`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Render records for people: tables, one line, a summary, a progress display."""
+"""Render records for people: tables, one line, a summary, a progress display.
+
+Programs get the records as JSON instead.
+"""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""``migrated demo`` and the guests that it runs; no daemon needs this package."""
+"""``migrated demo`` and the guests that it runs.  No daemon needs this package."""

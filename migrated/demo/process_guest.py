@@ -1,4 +1,7 @@
-"""Run the co-operative guest of the demo: it needs no root, no QEMU and no huge pages."""
+"""Run the co-operative guest of the demo.
+
+It needs no root, no QEMU and no huge pages.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Describe and run a self-checking QEMU guest: its command lines on both sides, its process, its console."""
+"""Describe and run a self-checking QEMU guest.
+
+This module has its command lines on both sides, its process and its console.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Print the demo's output: steps, a live line while the guest moves, and the summary."""
+"""Print the demo's output: steps, a live line while the guest moves, and the summary.
+
+The live line appears on a terminal only.
+"""
 
 from __future__ import annotations
 

@@ -180,10 +180,7 @@ class TargetGuest(abc.ABC):
         """End the guest process (before COMMIT only) and wait until it is gone.  Idempotent."""
 
     async def end_left_over(self) -> None:  # noqa: B027 - most leave nothing but their process
-        """In a new object, after a restart of the agent before the guest was loaded: end what the process left.
-
-        `kill` would have ended it too.
-        """
+        """In a new object, after a restart before the guest was loaded: end what `kill` ends beside the process."""
 
     @abc.abstractmethod
     def memento(self) -> Memento:

@@ -1,4 +1,7 @@
-"""Turn errors into HTTP answers: ``{"error": {code, message, hint, state?}}``, whoever raised them."""
+"""Turn errors into HTTP answers: ``{"error": {code, message, hint, state?}}``, whoever raised them.
+
+`STATUS` maps each class of error to its HTTP status.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Serve the read-only routes, which the control socket and the status site share."""
+"""Serve the read-only routes, which the control socket and the status site share.
+
+One of them streams a migration's record as server-sent events.
+"""
 
 from __future__ import annotations
 

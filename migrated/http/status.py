@@ -1,4 +1,7 @@
-"""Serve the read-only status site: ``/status /metrics /healthz /readyz /`` and the reading half of ``/v1``."""
+"""Serve the read-only status site: ``/status /metrics /healthz /readyz /`` and the reading half of ``/v1``.
+
+It refuses other methods, and requests for host names that are not its own.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Report which memory of a process could be migrated: the substance of ``migrated inspect``."""
+"""Report which memory of a process could be migrated: the substance of ``migrated inspect``.
+
+For all other memory the report says what prevents it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Find out by trying what this host can do, and how to fix what it cannot: the substance of ``migrated check``."""
+"""Find out by trying what this host can do: the substance of ``migrated check``.
+
+For each need that is not met, the module says how to fix it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Report how much of its memory a process has mapped at the moment, and which of its faults a userfaultfd gets."""
+"""Read ``/proc/PID/smaps``: how much of its memory a process has mapped at the moment.
+
+The ``VmFlags`` there also show which faults a userfaultfd gets.
+"""
 
 from __future__ import annotations
 
