@@ -10,6 +10,7 @@ import aiohttp
 import msgspec
 
 from migrated.agent.record import Record
+from migrated.agent.requests import GuestList
 from migrated.cli.failure import RemoteError
 from migrated.config import CONTROL_SOCKET_NAME, STATE_DIRECTORY
 from migrated.errors import ConfigError, ConnectionLostError, HostError
@@ -91,6 +92,10 @@ class Client:
     async def about(self) -> dict[str, Any]:
         """Who the agent is, with what is under way."""
         return await self._call("GET", "/v1/agent", dict[str, Any])
+
+    async def guests(self) -> GuestList:
+        """Which guests can be migrated from the agent's host, and why the others cannot."""
+        return await self._call("GET", "/v1/guests", GuestList)
 
     async def migrations(self, *, ended: bool = True) -> list[Record]:
         """All, oldest first; ``ended=False``: only those under way."""

@@ -34,6 +34,14 @@ class FaultSource:
     mappings: tuple[Mapping, ...]
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Outline:
+    """What a list of guests says of one: its run state, and the memory that its owner gave it."""
+
+    state: str
+    memory_bytes: int
+
+
 class StateChannel(Protocol):
     """Byte pipe for the guest state (what is not memory), both ways, to the same driver on the other host."""
 
@@ -65,6 +73,10 @@ class SourceGuest(abc.ABC):
     def describe(self) -> Description:
         """After `open`: what the target's driver compares with its own guest.  Travels in the hello."""
         return {}
+
+    @abc.abstractmethod
+    async def outline(self) -> Outline:
+        """Return what is known of the guest after `open`, also if `open` refused it.  Changes nothing in the guest."""
 
     @property
     @abc.abstractmethod
