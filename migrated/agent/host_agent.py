@@ -15,7 +15,7 @@ from migrated.agent import archive
 from migrated.agent.archive import Archive
 from migrated.agent.migration import Migration
 from migrated.agent.record import Record
-from migrated.agent.requests import Health, SetRequest, StartRequest
+from migrated.agent.requests import GuestList, Health, SetRequest, StartRequest
 from migrated.agent.table import MigrationTable
 from migrated.config import AgentConfig
 from migrated.errors import ConflictError
@@ -58,6 +58,10 @@ class HostAgent(abc.ABC, Generic[M]):
     def guests(self) -> list[str]:
         """Return the names of the configured guests, sorted."""
         return sorted(self.config.guests)
+
+    @abc.abstractmethod
+    async def survey(self) -> GuestList:
+        """Examine every guest of this host: can it be migrated, and if not, why not (source only; ConflictError on a target)."""
 
     def records(self, *, ended: bool = True) -> list[Record]:
         """Return all migrations, oldest first, with fresh figures; ended=False leaves out those that have ended."""

@@ -10,6 +10,7 @@ from typing import Any, Self
 import msgspec
 from pydantic import Field, model_validator
 
+from migrated.agent.record import ErrorInfo
 from migrated.options import Limits, MigrationOptions, TargetAddress
 from migrated.settings import Table, refuse
 
@@ -38,6 +39,27 @@ class SetRequest(_Request, Limits):
         if not self.model_fields_set:
             refuse("nothing to set", f"give at least one of {', '.join(Limits.model_fields)}")
         return self
+
+
+class GuestReport(msgspec.Struct, kw_only=True):
+    """One guest of this host.
+
+    ``state`` and ``memory_bytes`` are empty and 0 if nobody could be asked.  ``error``: why it cannot be migrated.
+    """
+
+    name: str
+    driver: str
+    state: str = ""
+    memory_bytes: int = 0
+    migratable: bool = False
+    error: ErrorInfo | None = None
+
+
+class GuestList(msgspec.Struct, kw_only=True):
+    """Answer of ``GET /v1/guests``.  ``problems``: why guests may be missing from the list."""
+
+    guests: list[GuestReport]
+    problems: list[ErrorInfo] = []
 
 
 class Health(msgspec.Struct, kw_only=True):

@@ -13,6 +13,7 @@ import aiohttp
 import msgspec
 
 from migrated.agent.record import Record
+from migrated.agent.requests import GuestList
 from migrated.cli.failure import RemoteError
 from migrated.config import CONTROL_SOCKET_NAME, STATE_DIRECTORY
 from migrated.errors import ConfigError, ConnectionLostError, HostError
@@ -94,6 +95,10 @@ class Client:
     async def about(self) -> dict[str, Any]:
         """Return who the agent is, with its active migrations."""
         return await self._call("GET", "/v1/agent", dict[str, Any])
+
+    async def guests(self) -> GuestList:
+        """Which guests can be migrated from the agent's host, and why the others cannot."""
+        return await self._call("GET", "/v1/guests", GuestList)
 
     async def migrations(self, *, ended: bool = True) -> list[Record]:
         """Return all migrations, oldest first; ``ended=False``: only active ones."""

@@ -13,6 +13,7 @@ from migrated import __version__
 from migrated.cli import failure
 from migrated.cli.daemons import source, target
 from migrated.cli.demo import demo
+from migrated.cli.guests import guests
 from migrated.cli.host import check, inspect
 from migrated.cli.migrations import VERBS
 from migrated.errors import MigratedError
@@ -31,7 +32,7 @@ def root(context: click.Context, agent: str | None) -> None:
     context.obj = agent
 
 
-for command in (source, target, *VERBS, check, inspect, demo):
+for command in (source, target, *VERBS, guests, check, inspect, demo):
     root.add_command(command)
 
 

@@ -36,6 +36,14 @@ class FaultSource:
     mappings: tuple[Mapping, ...]
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Outline:
+    """What a list of guests says of one: its run state, and the memory that its owner gave it."""
+
+    state: str
+    memory_bytes: int
+
+
 class StateChannel(Protocol):
     """A two-way byte pipe to the same driver on the other host, for the guest state (everything except memory)."""
 
@@ -67,6 +75,10 @@ class SourceGuest(abc.ABC):
     def describe(self) -> Description:
         """Return what the target's driver compares with its own guest.  Call after `open`; it travels in the hello."""
         return {}
+
+    @abc.abstractmethod
+    async def outline(self) -> Outline:
+        """Return what is known of the guest after `open`, also if `open` refused it.  Changes nothing in the guest."""
 
     @property
     @abc.abstractmethod

@@ -59,10 +59,16 @@ def control_app(agent: HostAgent[Any], about: dict[str, Any]) -> web.Application
     app[AGENT] = agent
     app[ABOUT] = about
     add_reading_routes(app)
+    app.router.add_get("/v1/guests", _get_guests)
     app.router.add_post("/v1/migrations", _post_migration)
     for verb, (kind, ask) in _VERBS.items():
         app.router.add_post(f"/v1/migrations/{{id}}/{verb}", functools.partial(_post_verb, kind, ask))
     return app
+
+
+async def _get_guests(request: web.Request) -> web.Response:
+    # Not on the status site: it takes the guests' monitors for a moment.
+    return json_answer(await agent_of(request).survey())
 
 
 async def _post_migration(request: web.Request) -> web.Response:

@@ -14,7 +14,7 @@ import structlog
 from migrated.address import parse_address
 from migrated.agent.host_agent import HostAgent
 from migrated.agent.record import Record, State, failed_record, id_of
-from migrated.agent.requests import Health, SetRequest, StartRequest
+from migrated.agent.requests import GuestList, Health, SetRequest, StartRequest
 from migrated.config import AgentConfig
 from migrated.errors import ConflictError, GuestError, MigratedError, NotFoundError
 from migrated.guests.access.pidfd import process_lives
@@ -24,6 +24,7 @@ from migrated.recovery.state import LeftoverMigrations, RecoveryState
 from migrated.source.migration import SourceMigration
 from migrated.source.options import Options
 from migrated.source.stage import Recovered
+from migrated.source.survey import Survey
 from migrated.waiting import in_thread
 
 log = structlog.get_logger("migrated.source")
@@ -37,6 +38,7 @@ class SourceAgent(HostAgent[SourceMigration]):
     def __init__(self, config: AgentConfig) -> None:
         super().__init__(config, log)
         self._journal = Journal(config.state_dir / "journal", SourceEntry)
+        self._survey = Survey(config, self._guests, active=lambda: self.records(ended=False), check=self._check_movable)
 
     async def start(self, request: StartRequest) -> Record:
         """Check everything that can be checked without touching the guest; then migrate in the background."""
@@ -53,14 +55,8 @@ class SourceAgent(HostAgent[SourceMigration]):
             )
         options = Options.of(request, self.config.migration)
         await self._check_committed(request.guest)
-        busy = self._migrations.of_guest(request.guest)
-        if busy is not None:
-            raise ConflictError(
-                f"{request.guest} is being migrated already, to {busy.record.peer} ({busy.id})",
-                state=busy.record.state.value,
-                code="guest-migrating",
-                hint=f"wait for it (`migrated wait {busy.id}`) or abort it",
-            )
+        await self._survey.leave(request.guest)
+        self._check_idle(request.guest)
         if len(self._migrations.active) >= self.config.limits.max_migrations:
             raise ConflictError(
                 f"{len(self._migrations.active)} migrations are active, which is the limit",
@@ -80,6 +76,28 @@ class SourceAgent(HostAgent[SourceMigration]):
         )
         self._launch(migration)
         return migration.record
+
+    async def survey(self) -> GuestList:
+        """See HostAgent."""
+        self._check_started()
+        if self._stopping:
+            raise ConflictError("this agent is shutting down", hint="start it again first")
+        return await self._survey.report()
+
+    async def _check_movable(self, guest: str) -> None:
+        """Raise what `start` would raise for this guest."""
+        self._check_idle(guest)
+        await self._check_committed(guest)
+
+    def _check_idle(self, guest: str) -> None:
+        busy = self._migrations.of_guest(guest)
+        if busy is not None:
+            raise ConflictError(
+                f"{guest} is being migrated already, to {busy.record.peer} ({busy.id})",
+                state=busy.record.state.value,
+                code="guest-migrating",
+                hint=f"wait for it (`migrated wait {busy.id}`) or abort it",
+            )
 
     async def _check_committed(self, guest: str) -> None:
         """Refuse a guest that belongs to a target since COMMIT, whatever happened since.  HostError, ConflictError."""
@@ -227,6 +245,7 @@ class SourceAgent(HostAgent[SourceMigration]):
         entry.stage, entry.superseded = "active", False
         await in_thread(self._journal.write, record.id, entry)
         log.error("running the guest here on request", migration=record.id, guest=record.guest)
+        await self._survey.leave(record.guest)
         migration = self._revive(entry, [], RecoveryState(self._journal, self._store, record.id), forced=True)
         self._launch(migration)
         return migration.record
@@ -280,3 +299,4 @@ class SourceAgent(HostAgent[SourceMigration]):
             self._started = True
             await stop.wait()
             await self._wind_up()
+            await self._survey.close()

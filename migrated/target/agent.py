@@ -18,7 +18,7 @@ import structlog
 from migrated.address import Address
 from migrated.agent.host_agent import HostAgent
 from migrated.agent.record import Record, failed_record, id_of
-from migrated.agent.requests import Health, SetRequest, StartRequest
+from migrated.agent.requests import GuestList, Health, SetRequest, StartRequest
 from migrated.config import AgentConfig
 from migrated.errors import (
     ConfigError,
@@ -76,6 +76,13 @@ class TargetAgent(HostAgent[TargetMigration]):
         raise ConflictError(
             f"this is a target agent: {request.guest} is moved by the source agent it runs under",
             hint="`migrated --agent … start` with the source agent's control socket",
+        )
+
+    async def survey(self) -> GuestList:
+        """Guests leave from the source agent."""
+        raise ConflictError(
+            "this is a target agent: the source agent of a host knows which guests can be migrated away",
+            hint="`migrated --agent … guests` with the source agent's control socket",
         )
 
     async def switchover(self, migration_id: str) -> Record:

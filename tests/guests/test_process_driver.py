@@ -21,7 +21,7 @@ from structlog.testing import capture_logs
 from migrated.demo.console import GuestConsole
 from migrated.demo.pair import AgentPair
 from migrated.errors import GuestError, GuestRefusedError, MigratedError, TimeoutExceededError
-from migrated.guests.driver import FaultSource
+from migrated.guests.driver import FaultSource, Outline
 from migrated.guests.process.config import ProcessSourceConfig, ProcessTargetConfig
 from migrated.guests.process.source import ProcessHub, ProcessSource
 from migrated.guests.process.target import ProcessTarget
@@ -133,12 +133,14 @@ async def test_the_source_driver_tracks_pauses_and_resumes_a_guest(short: Path, 
         source = ProcessSource("p", hub)
         memory = await source.open()
         assert [region.size_bytes for region in memory.regions] == [SIZE]
+        assert await source.outline() == Outline("running", SIZE)
         assert not source.needs_quiesced_scans
         tracker = Tracker(memory, await source.tracking_uffd())
         tracker.arm()
         await console.stats(LIMIT)
         assert written(tracker.scan()) > 0
         await source.pause(Pipe())
+        assert await source.outline() == Outline("paused", SIZE)
         tracker.scan()
         assert written(tracker.scan()) == 0  # nothing is written between two looks at a paused guest
         pipe = Pipe()

@@ -13,6 +13,7 @@ from tests.libvirt.conftest import Domains
 from tests.rig.guest import MIB
 from tests.rig.libvirt_host import domain_xml
 from tests.rig.moving_domain import MovingDomain
+from tests.rig.pages import pool_full
 
 pytestmark = [
     pytest.mark.root,
@@ -181,3 +182,13 @@ async def test_a_device_whose_state_would_be_lost_is_refused_by_name(domains: Do
         record = await domain.fail()
         assert record["error"]["code"] == "unsupported-device"
         assert "memory shared with others" in record["error"]["message"]
+
+
+async def test_a_host_without_free_huge_pages_is_refused_by_name(domains: Domains) -> None:
+    async with domains() as domain:
+        with pool_full(2 * MIB):
+            record = await domain.fail()
+            assert record["error"]["code"] == "no-huge-pages", record["error"]
+            assert "nr_hugepages" in record["error"]["hint"]
+            assert await domain.states() == ("running", "none")
+        await domain.move(downtime_limit_ms=2000)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -11,6 +13,8 @@ import pytest
 from tests.libvirt.conftest import Domains
 from tests.rig.guest import MIB
 from tests.rig.host import PROGRAM
+from tests.rig.libvirt_host import domain_xml
+from tests.rig.moving_domain import MovingDomain
 
 pytestmark = [
     pytest.mark.root,
@@ -29,6 +33,19 @@ async def inspect(domain: str, uri: str) -> dict[str, Any]:
     out, _ = await process.communicate()
     answer: dict[str, Any] = json.loads(out)
     return answer
+
+
+async def guests(domain: MovingDomain) -> dict[str, dict[str, Any]]:
+    """What `migrated guests` says on the domain's host, by the guests' names."""
+    await domain.here.source()
+    process = await asyncio.create_subprocess_exec(
+        *(*PROGRAM, "guests", "--json", "--agent", str(domain.here.directory / "source")),
+        stdout=asyncio.subprocess.PIPE,
+    )
+    out, _ = await process.communicate()
+    answer: dict[str, Any] = json.loads(out)
+    assert answer["problems"] == []
+    return {guest["name"]: guest for guest in answer["guests"]}
 
 
 async def test_a_domain_on_default_memory_migrates_in_every_mode(domains: Domains) -> None:
@@ -82,3 +99,50 @@ async def test_memory_that_libvirt_would_preallocate_is_not_held_twice(domains: 
         assert "immediate" not in await domain.libvirt.virsh("dumpxml", domain.name)
         assert "immediate" in await domain.libvirt.virsh("dumpxml", "--inactive", domain.name)
         await domain.move(downtime_limit_ms=2000)
+
+
+@contextlib.asynccontextmanager
+async def another_domain(domain: MovingDomain, name: str, devices: str) -> AsyncIterator[None]:
+    """A second domain beside ``domain``, which never runs."""
+    xml = domain_xml(domain.directory, name, 64 * MIB, devices=devices).replace("console.sock", f"{name}.sock")
+    path = domain.libvirt.directory / f"{name}.xml"
+    path.write_text(xml)
+    await domain.libvirt.virsh("create", "--paused", str(path))
+    try:
+        yield
+    finally:
+        await domain.libvirt.forget(name)
+
+
+async def test_guests_lists_what_can_be_migrated_and_why_the_rest_cannot(domains: Domains) -> None:
+    async with domains() as domain:
+        shared = "<shmem name='window'><model type='ivshmem-plain'/><size unit='M'>1</size></shmem>"
+        tables = domain.here.source_guests
+        tables["shop"] = {"driver": "libvirt", "uri": domain.libvirt.uri, "domain": "shared"}
+        tables["gone"] = {"driver": "libvirt", "uri": domain.libvirt.uri}
+        tables["off"] = {"driver": "qemu", "qmp": str(domain.directory / "nobody.qmp")}
+        async with another_domain(domain, "shared", shared), another_domain(domain, "stranger", ""):
+            before = await domain.console.stats()
+            listed = await guests(domain)
+            assert set(listed) == {domain.name, "shop", "gone", "off", "stranger"}
+            fine, refused = listed[domain.name], listed["shop"]
+            assert (fine["state"], fine["memory_bytes"], fine["migratable"]) == ("running", domain.memory_bytes, True)
+            assert fine["error"] is None
+            assert (refused["driver"], refused["memory_bytes"]) == ("libvirt", 64 * MIB)
+            assert "memory shared with others" in refused["error"]["message"]
+            codes = {name: guest["error"]["code"] for name, guest in listed.items() if not guest["migratable"]}
+            assert codes == {
+                "shop": "unsupported-device",
+                "gone": "no-domain",
+                "off": "qmp-unreachable",
+                "stranger": "unknown-guest",
+            }
+            await domain.assert_sound(before)
+        migration = await domain.begin(mode="hybrid", max_bandwidth="1MB")
+        source = await domain.here.source()
+        assert (await source.wait(migration, "precopy"))["state"] == "precopy"
+        busy = (await guests(domain))[domain.name]
+        assert (busy["state"], busy["error"]["code"]) == ("precopy", "guest-migrating")
+        await source.request("POST", f"/v1/migrations/{migration}/set", {"max_bandwidth": "0"})
+        await domain.arrive(migration)
+        await domain.assert_sound(before)

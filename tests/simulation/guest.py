@@ -12,7 +12,7 @@ import itertools
 from typing import Any, Final, Self
 
 from migrated.errors import GuestError, GuestRefusedError
-from migrated.guests.driver import FaultSource, SourceGuest, TargetGuest
+from migrated.guests.driver import FaultSource, Outline, SourceGuest, TargetGuest
 from migrated.memory.regions import Mapping, Region, SourceMemory
 from tests.simulation.loop import current
 
@@ -201,6 +201,9 @@ class SourceDriver(SourceGuest):
         )
         mappings = tuple(Mapping(index, 0, 0, region.size_bytes) for index, region in enumerate(regions))
         return SourceMemory(process.pid, regions, mappings, tuple(self._fds), tuple(0 for _ in regions))
+
+    async def outline(self) -> Outline:
+        return Outline(self._guest.state, sum(memory.st_size for memory in self._guest.memory))
 
     @property
     def needs_quiesced_scans(self) -> bool:

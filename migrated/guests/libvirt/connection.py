@@ -42,10 +42,15 @@ def binding(guest: str) -> tuple[Any, Any]:
         return _module("libvirt"), _module("libvirt_qemu")
     except ImportError as error:
         raise GuestRefusedError(
-            f"guest {guest}: the agent's Python has no libvirt binding ({error})",
+            f"{_subject(guest)}: the agent's Python has no libvirt binding ({error})",
             code="libvirt-missing",
             hint="install the distribution's python3-libvirt, or `pip install migrated[libvirt]`, which needs libvirt-dev",
         ) from error
+
+
+def _subject(guest: str) -> str:
+    """Begin a message with the guest, or, without one, with what is missing from a list of all domains."""
+    return f"guest {guest}" if guest else "libvirt's domains are not known"
 
 
 def _module(name: str) -> Any:
@@ -87,7 +92,7 @@ def _keep_silent(context: Any, error: Any) -> None:
 
 
 class Connection:
-    """Made by `connect`; `close` when done with it."""
+    """Made by `connect`; `close` when done with it.  ``guest`` is empty if it is for no guest in particular."""
 
     def __init__(self, guest: str, uri: str, libvirt: Any, qemu: Any, handle: Any) -> None:
         self.guest = guest
@@ -131,7 +136,7 @@ class Connection:
             return await _within(limit_seconds, functools.partial(function, *arguments))
         except TimeoutError as error:
             raise GuestError(
-                f"guest {self.guest}: libvirt did not answer within {limit_seconds:g} s: {what}",
+                f"{_subject(self.guest)}: libvirt did not answer within {limit_seconds:g} s: {what}",
                 code="libvirt-timeout",
                 hint="something else (a backup, another command) may hold the domain: see `virsh domjobinfo`",
             ) from error
@@ -142,7 +147,7 @@ class Connection:
         """What the binding has raised, by name."""
         lost = not self.alive
         return GuestError(
-            f"guest {self.guest}: {what}: {error}",
+            f"{_subject(self.guest)}: {what}: {error}",
             code="libvirt-lost" if lost else "libvirt-failed",
             hint="was libvirtd restarted?" if lost else "",
         )
@@ -176,7 +181,7 @@ class Connection:
 
 def _unreachable(guest: str, uri: str, why: str) -> GuestError:
     return GuestError(
-        f"guest {guest}: cannot connect to libvirt ({uri}): {why}",
+        f"{_subject(guest)}: cannot connect to libvirt ({uri}): {why}",
         code="libvirt-unreachable",
         hint="is libvirtd (or virtqemud) running, and may the agent's user connect? Try `virsh -c URI list`",
     )

@@ -21,7 +21,7 @@ import structlog
 
 from migrated.errors import GuestError, GuestRefusedError, MigratedError, TimeoutExceededError
 from migrated.guests.access.pidfd import PidHandle, process_started
-from migrated.guests.driver import Memento, SourceGuest, StateChannel
+from migrated.guests.driver import Memento, Outline, SourceGuest, StateChannel
 from migrated.guests.process import connection as process
 from migrated.guests.process.config import ProcessSourceConfig
 from migrated.guests.process.wire import (
@@ -298,6 +298,10 @@ class ProcessSource(SourceGuest):
             memory_fds=tuple(self._fds),
             file_offsets=tuple(0 for _ in self._fds),
         )
+
+    async def outline(self) -> Outline:
+        guest = self._hub.require()
+        return Outline("paused" if guest.paused else "running", sum(region.size_bytes for region in guest.regions))
 
     @property
     def needs_quiesced_scans(self) -> bool:

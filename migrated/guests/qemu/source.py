@@ -18,7 +18,7 @@ from typing import Any
 from migrated.errors import GuestError, GuestRefusedError, MigratedError, TimeoutExceededError
 from migrated.guests.access import injection
 from migrated.guests.access.pidfd import PidHandle
-from migrated.guests.driver import Description, Memento, SourceGuest, StateChannel
+from migrated.guests.driver import Description, Memento, Outline, SourceGuest, StateChannel
 from migrated.guests.qemu import config as qemu_driver
 from migrated.guests.qemu import memory as qemu_memory
 from migrated.guests.qemu.config import QemuSourceConfig
@@ -120,6 +120,11 @@ class RunningQemu(SourceGuest):
         if self._description is None:
             raise GuestError(f"guest {self.name} is not open", code="guest-not-open")
         return self._description.encode()
+
+    async def outline(self) -> Outline:
+        monitor: MonitorCommands = await self.qemu.monitor()
+        size = await monitor.execute("query-memory-size-summary")
+        return Outline(await monitor.status(), size["base-memory"] + size.get("plugged-memory", 0))
 
     # ------------------------------------------------------------ refusals
 

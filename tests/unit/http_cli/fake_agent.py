@@ -12,8 +12,8 @@ from typing import Any
 
 from migrated import config, daemon
 from migrated.agent.host_agent import HostAgent
-from migrated.agent.record import Faults, FaultSeconds, Record, State, StateChange
-from migrated.agent.requests import Health, SetRequest, StartRequest
+from migrated.agent.record import ErrorInfo, Faults, FaultSeconds, Record, State, StateChange
+from migrated.agent.requests import GuestList, GuestReport, Health, SetRequest, StartRequest
 from migrated.errors import ConflictError, GuestRefusedError, NotFoundError
 
 GUEST = "vm1"
@@ -32,6 +32,18 @@ class FakeAgent(HostAgent[Any]):
 
     def guests(self) -> list[str]:
         return [GUEST, "other"]
+
+    async def survey(self) -> GuestList:
+        if self.role == "target":
+            raise ConflictError("a target does not know", hint="ask the source")
+        refused = ErrorInfo(code="job-running", message="guest other has a job at work: backup", hint="wait for it")
+        return GuestList(
+            guests=[
+                GuestReport(name=GUEST, driver="qemu", state="running", memory_bytes=1 << 30, migratable=True),
+                GuestReport(name="other", driver="libvirt", state="paused", memory_bytes=1 << 31, error=refused),
+            ],
+            problems=[ErrorInfo(code="libvirt-missing", message="no [libvirt] binding\x1b[31m", hint="install it")],
+        )
 
     def records(self, *, ended: bool = True) -> list[Record]:
         return [record for record in self.all if ended or not record.ended]

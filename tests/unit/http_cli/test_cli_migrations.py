@@ -296,3 +296,26 @@ def test_a_summary_carries_no_control_sequences_to_the_terminal(capsys: pytest.C
     assert "\x1b" not in out
     assert "\u202e" not in out
     assert "\\x1b[2J" in out
+
+
+async def test_guests_are_listed_with_the_reason_of_those_that_cannot_be_migrated(source: Served) -> None:
+    code, out, err = await source.cli("guests")
+    assert (code, err) == (0, "")
+    rows = [" ".join(line.split()) for line in out.splitlines()]
+    assert rows[1] == "vm1 qemu running 1 GiB yes -"
+    assert rows[2] == "other libvirt paused 2 GiB no guest other has a job at work: backup [job-running]"
+    assert "no [libvirt] binding\\x1b[31m [libvirt-missing]; install it" in out
+
+
+async def test_guests_json_prints_one_object(source: Served) -> None:
+    code, out, _ = await source.cli("guests", "--json")
+    assert code == 0
+    answer = one_object(out)
+    assert [guest["migratable"] for guest in answer["guests"]] == [True, False]
+    assert answer["problems"][0]["code"] == "libvirt-missing"
+
+
+async def test_guests_are_asked_of_a_source(target: Served) -> None:
+    code, out, err = await target.cli("guests", "--json")
+    assert (code, one_object(out)["error"]["code"]) == (2, "conflict")
+    assert "ask the source" in err

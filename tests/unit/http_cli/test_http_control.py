@@ -75,6 +75,21 @@ async def test_what_does_not_fit_is_answered_with_an_error_object(
                 assert error["state"] in ("precopy", "postcopy")
 
 
+async def test_guests_are_examined_for_whoever_may_open_the_control_socket_only(source: Served) -> None:
+    async with source.control() as http, http.get("/v1/guests") as answer:
+        report = await answer.json()
+        assert answer.status == 200
+        assert [(guest["name"], guest["migratable"]) for guest in report["guests"]] == [("vm1", True), ("other", False)]
+        assert report["guests"][1]["error"]["code"] == "job-running"
+    async with source.status() as http, http.get("/v1/guests") as answer:
+        assert answer.status == 404
+
+
+async def test_a_target_examines_no_guests(target: Served) -> None:
+    async with target.control() as http, http.get("/v1/guests") as answer:
+        assert answer.status == 409
+
+
 async def test_a_body_without_end_is_refused(source: Served) -> None:
     async with source.control() as http, http.post("/v1/migrations", data=b" " * (1 << 20)) as answer:
         assert answer.status == 413
