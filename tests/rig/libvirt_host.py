@@ -144,13 +144,14 @@ class LibvirtHost:
                 daemon.close()
 
     async def stop(self) -> None:
-        """End libvirtd, and what stands in for init; the domains end with `libvirt_hosts`."""
+        """End libvirtd, what stands in for init, and all that libvirtd has left."""
         await self._end(signal.SIGKILL)
         init, self._init = self._init, None
         if init is not None:
-            with contextlib.suppress(ProcessLookupError):
-                init.kill()
-            await init.wait()
+            assert init.stdin is not None
+            init.stdin.close()
+            async with within(_COMMAND_SECONDS, "what libvirtd has left to end"):
+                await init.wait()
 
     # ------------------------------------------------------------ virsh
 
