@@ -5,10 +5,12 @@
 #define MGD_TEST_TARGET_RIG_H
 
 #include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <sched.h>
 #include <stdbool.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
@@ -71,23 +73,28 @@ static long rig_pool(uint64_t page_bytes)
 	return pages;
 }
 
-/* Add pages to the pool of this size (or remove them).  Returns whether all were obtained; others may be changing it
- * too. */
+/* Add pages to the pool of this size (or remove them).  Returns whether all were obtained.  Other tests change the pool
+ * at the same time, under the same lock (tests/rig/pages.py). */
 static bool rig_pool_add(uint64_t page_bytes, long pages)
 {
-	long before = rig_pool(page_bytes);
+	int lock = open("/run/lock/migrated-tests-pool", O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+	long before;
 	char path[128];
 	FILE *file;
+	bool all;
 
-	if (before < 0)
+	if (lock < 0 || flock(lock, LOCK_EX) != 0)
 		return false;
+	before = rig_pool(page_bytes);
 	rig_pool_path(page_bytes, path, sizeof(path));
-	file = fopen(path, "w");
-	if (!file)
-		return false;
-	fprintf(file, "%ld\n", before + pages);
-	fclose(file);
-	return rig_pool(page_bytes) >= before + pages;
+	file = before < 0 ? NULL : fopen(path, "w");
+	if (file) {
+		fprintf(file, "%ld\n", before + pages);
+		fclose(file);
+	}
+	all = file && rig_pool(page_bytes) >= before + pages;
+	close(lock);
+	return all;
 }
 
 /* ---- patterns: a block of version v > 0 holds its number and version in every word; version 0 is zeros */
