@@ -75,7 +75,7 @@ async def test_a_unit_that_confines_its_guests_is_named_as_the_cause(machines: M
             record = await guest.fail()
             await guest.target.stop()
     assert record["error"]["code"] == "cannot-inject"
-    assert "and so is this agent" in record["error"]["message"]
+    assert "start the agent without a filter" in record["error"]["message"]
 
 
 @pytest.mark.parametrize("role", ROLES)
