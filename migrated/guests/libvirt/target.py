@@ -340,24 +340,12 @@ class LibvirtTarget(TargetGuest):
         }
 
     async def adopt(self, pid: int, uffd: int, memory: tuple[TargetMemory, ...], memento: Memento) -> FaultSource:
-        process = PidHandle.attach(pid)
-        try:
-            remote = injection.find_remote(pid, uffd)
-            if remote is None:
-                raise GuestError(
-                    f"guest {self.name}: process {pid} does not hold the userfaultfd of this migration",
-                    code="guest-gone",
-                )
-            mappings = await qemu_incoming.find_mappings(self.name, pid, memory)
-        except BaseException:
-            process.close()
-            raise
+        faults = await qemu_incoming.adopt(self.name, self.qemu, pid, uffd, memory)
         self.runs = bool(memento.get("runs", True))
         self._uuid = str(memento.get("uuid", ""))
         self._definition = str(memento.get("definition", ""))
         self._autostart = bool(memento.get("autostart", False))
-        self.qemu.adopt(process, injection.InjectedUffd(process, uffd, remote, 0.0))
-        return FaultSource(pid=pid, uffd=uffd, mappings=mappings)
+        return faults
 
 
 async def _drop(task: asyncio.Future[Any]) -> None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Awaitable, Callable
+from typing import Any
 
-from migrated.errors import GuestRefusedError
+from migrated.errors import GuestError, GuestRefusedError
 from migrated.guests.access import injection
 from migrated.guests.access.pidfd import PidHandle
 from migrated.guests.driver import FaultSource
 from migrated.guests.qemu.command import regions_differ
+from migrated.guests.qemu.process import ManagedQemu
 from migrated.memory.maps import Area, areas, file_key, mapped_elsewhere
 from migrated.memory.native import uffd_register
 from migrated.memory.regions import Mapping, TargetMemory
@@ -84,3 +86,22 @@ async def _empty_page_tables(process: PidHandle, mappings: tuple[Mapping, ...]) 
     """Empty the page tables: pages that QEMU has preallocated or locked would never fault."""
     for mapping in await _present(process.pid, mappings):
         await in_thread(injection.empty_page_tables, process, mapping.address, mapping.length_bytes)
+
+
+async def adopt(
+    guest: str, qemu: ManagedQemu[Any], pid: int, uffd: int, memory: tuple[TargetMemory, ...]
+) -> FaultSource:
+    """Take over the QEMU of an agent that has exited, with the userfaultfd that was kept.  Raises ``guest-gone``."""
+    process = PidHandle.attach(pid)
+    try:
+        remote = injection.find_remote(pid, uffd)
+        if remote is None:
+            raise GuestError(
+                f"guest {guest}: process {pid} does not hold the userfaultfd of this migration", code="guest-gone"
+            )
+        mappings = await find_mappings(guest, pid, memory)
+    except BaseException:
+        process.close()
+        raise
+    qemu.adopt(process, injection.InjectedUffd(process, uffd, remote, 0.0))
+    return FaultSource(pid=pid, uffd=uffd, mappings=mappings)

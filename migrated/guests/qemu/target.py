@@ -256,22 +256,10 @@ class QemuTarget(TargetGuest):
         return {"runs": self.runs}
 
     async def adopt(self, pid: int, uffd: int, memory: tuple[TargetMemory, ...], memento: Memento) -> FaultSource:
-        process = PidHandle.attach(pid)
-        try:
-            remote = injection.find_remote(pid, uffd)
-            if remote is None:
-                raise GuestError(
-                    f"guest {self.name}: process {pid} does not hold the userfaultfd of this migration",
-                    code="guest-gone",
-                )
-            mappings = await incoming.find_mappings(self.name, pid, memory)
-        except BaseException:
-            process.close()
-            raise
+        faults = await incoming.adopt(self.name, self.qemu, pid, uffd, memory)
         self.runs = bool(memento.get("runs", True))
         self._owns_files = True
-        self.qemu.adopt(process, injection.InjectedUffd(process, uffd, remote, 0.0))
-        return FaultSource(pid=pid, uffd=uffd, mappings=mappings)
+        return faults
 
     async def _monitor(self) -> Monitor:
         try:
