@@ -230,4 +230,4 @@ class AgentPair:
 
 def short_directory() -> str:
     """Return where to make a temporary directory: a long TMPDIR would make socket paths too long."""
-    return "/tmp" if len(os.environ.get("TMPDIR", "")) > 20 else os.environ.get("TMPDIR", "/tmp")  # noqa: S108
+    return "/tmp" if len(os.environ.get("TMPDIR", "")) > 20 else os.environ.get("TMPDIR", "/tmp")  # noqa: S108 - sockets need short paths

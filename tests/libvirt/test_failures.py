@@ -64,6 +64,23 @@ async def test_an_abort_leaves_the_domain_running_on_the_source(domains: Domains
         await domain.move(downtime_limit_ms=2000)
 
 
+async def test_a_domain_that_was_given_away_does_not_start_again_by_itself(domains: Domains) -> None:
+    """A reboot of the source's host in post-copy would start it there while it runs elsewhere."""
+    async with domains(persistent=True) as domain:
+        await domain.libvirt.virsh("autostart", domain.name)
+        async with in_precopy(domain) as migration:
+            await (await domain.here.source()).kill()
+            await (await domain.here.source()).wait(migration)
+        assert "Autostart:      enable" in await domain.libvirt.virsh("dominfo", domain.name)
+        migration = await domain.begin(mode="postcopy", drain_bandwidth=SLOWLY)
+        source = await domain.here.source()
+        assert (await source.wait(migration, "postcopy"))["state"] == "postcopy"
+        assert "Autostart:      disable" in await domain.libvirt.virsh("dominfo", domain.name)
+        await source.request("POST", f"/v1/migrations/{migration}/set", {"drain_bandwidth": "0"})
+        await domain.arrive(migration)
+        assert "Autostart:      enable" in await domain.libvirt.virsh("dominfo", domain.name)
+
+
 async def test_a_source_agent_that_is_killed_in_precopy_leaves_the_domain_running(domains: Domains) -> None:
     async with domains() as domain, in_precopy(domain) as migration:
         await (await domain.here.source()).kill()

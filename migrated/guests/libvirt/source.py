@@ -16,6 +16,7 @@ import structlog
 from migrated.errors import GuestError, GuestRefusedError, MigratedError, TimeoutExceededError
 from migrated.guests.access.pidfd import open_files
 from migrated.guests.driver import Description as PlainDescription
+from migrated.guests.driver import Memento, StateChannel
 from migrated.guests.libvirt.config import Description, LibvirtSourceConfig, pack_xml
 from migrated.guests.libvirt.connection import Connection
 from migrated.guests.libvirt.monitor import LibvirtMonitor
@@ -121,6 +122,7 @@ class LibvirtSource(RunningQemu):
         super().__init__(name, LibvirtQemu(name, config.uri, domain, command_seconds=timeouts.guest_command), timeouts)
         self._undefine = config.undefine
         self._described: Description | None = None
+        self._autostart = False  # whether libvirt starts the domain by itself, as its owner wants it
 
     async def open(self) -> SourceMemory:
         memory = await super().open()
@@ -133,7 +135,30 @@ class LibvirtSource(RunningQemu):
             used_bytes=tuple(block.used_bytes for block in self.blocks),
             **await self._domain_description(),
         )
+        self._autostart = self._described.autostart
         return memory
+
+    async def pause(self, channel: StateChannel) -> None:
+        if self._autostart:  # after COMMIT a reboot of this host must not start it here
+            monitor: LibvirtMonitor = await self.qemu.monitor()
+            await self._ask(monitor, "turning autostart off", monitor.domain.setAutostart, 0)
+        await super().pause(channel)
+
+    async def resume(self) -> None:
+        await super().resume()
+        if self._autostart:
+            monitor: LibvirtMonitor = await self.qemu.monitor()
+            try:
+                await self._ask(monitor, "turning autostart on", monitor.domain.setAutostart, 1)
+            except GuestError as error:
+                log.error("autostart is off", guest=self.name, error=str(error))  # noqa: TRY400 - expected: no traceback
+
+    def memento(self) -> Memento:
+        return {**super().memento(), "autostart": self._autostart}
+
+    async def reclaim(self, memento: Memento) -> None:
+        self._autostart = bool(memento.get("autostart", False))
+        await super().reclaim(memento)
 
     async def _refuse_unmovable(self, monitor: Any) -> None:
         await self._refuse_devices(monitor)
