@@ -7,38 +7,31 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import hmac
 import os
-import socket
 import time
 
 import structlog
 
-from migrated.address import Address
 from migrated.agent.host_agent import HostAgent
 from migrated.agent.record import Record, failed_record, id_of
 from migrated.agent.requests import GuestList, Health, SetRequest, StartRequest
 from migrated.config import AgentConfig
 from migrated.errors import (
-    ConfigError,
     ConflictError,
     GuestError,
     GuestRefusedError,
-    HostError,
     MigratedError,
     NotFoundError,
     RemoteProtocolError,
 )
 from migrated.guests.access.pidfd import PidHandle, process_lives
-from migrated.link.control_link import ControlLink, tune
-from migrated.link.dialing import heartbeat
-from migrated.memory.engine import URGENT
+from migrated.link.control_link import ControlLink
+from migrated.link.listener import Listener
 from migrated.memory.regions import Region, TargetMemory
 from migrated.protocol.bounds import abort_of
-from migrated.protocol.framing import FrameDecoder
-from migrated.protocol.messages import Aborted, AnyMessage, Hello, Ready, Resume
-from migrated.protocol.preamble import PREAMBLE_BYTES, Preamble, Purpose, VersionMismatchError, decode, refusal
+from migrated.protocol.messages import Aborted, Hello, Ready, Resume
+from migrated.protocol.preamble import Preamble
 from migrated.protocol.session import Session
 from migrated.protocol.transitions import Role
 from migrated.protocol.transitions import State as SessionState
@@ -48,13 +41,12 @@ from migrated.settings import MemoryTable
 from migrated.target.late import answer
 from migrated.target.memory import GuestMemory, users_of
 from migrated.target.migration import Recovered, TargetMigration
-from migrated.waiting import in_thread, within
+from migrated.waiting import in_thread
 
 log = structlog.get_logger("migrated.target")
 
 #: The fault thread must have run within this time, or the agent reports itself unhealthy (and systemd restarts it).
 FAULT_THREAD_LIMIT_NS = 10 * 10**9
-FIRST_MESSAGE_MAX_BYTES = 1 << 17
 
 
 class TargetAgent(HostAgent[TargetMigration]):
@@ -64,10 +56,15 @@ class TargetAgent(HostAgent[TargetMigration]):
 
     def __init__(self, config: AgentConfig) -> None:
         super().__init__(config, log)
-        self._connections: set[asyncio.Task[None]] = set()
         self._waiting_for_next: set[bytes] = set()  # sessions of guests that wait here and that this agent cannot serve
         self._journal = Journal(config.state_dir / "journal", TargetEntry)
-        self.listening_on: tuple[str, int] | None = None  # set once we listen (configured port 0: any free one)
+        self._listener = Listener(
+            config.listen_address,
+            self,
+            timeouts=config.timeouts,
+            max_connections=config.limits.max_connections,
+            setting=f"{config.path}: listen.address",
+        )
 
     # ------------------------------------------------------------ verbs
 
@@ -156,21 +153,19 @@ class TargetAgent(HostAgent[TargetMigration]):
 
     async def run(self, stop: asyncio.Event) -> None:
         """Listen until ``stop``; then abort what can be aborted, and stay while a guest here still lacks pages."""
-        listener = await self._listen()  # first: an unusable address must show before a guest is touched
+        await self._listener.open()  # first: an unusable address must show before a guest is touched
         accepting: asyncio.Task[None] | None = None
         try:
             await self._take_back()
             self._started = True
-            accepting = asyncio.ensure_future(self._accept(listener))
+            accepting = asyncio.ensure_future(self._listener.serve())
             async with self._guests:
                 await stop.wait()
                 await self._wind_up()
         finally:
             if accepting is not None:
                 accepting.cancel()
-            listener.close()
-            for task in list(self._connections):
-                task.cancel()
+            self._listener.close()
 
     # ------------------------------------------------------------ recovery after a restart
 
@@ -256,95 +251,7 @@ class TargetAgent(HostAgent[TargetMigration]):
         )
         self._launch(migration)
 
-    async def _listen(self) -> socket.socket:
-        address = self.config.listen_address
-        loop = asyncio.get_running_loop()
-        listener: socket.socket | None = None
-        try:
-            candidates = await loop.getaddrinfo(
-                address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-            )
-            family, kind, proto, _, where = candidates[0]
-            listener = socket.socket(family, kind, proto)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(where)
-            listener.listen(128)
-        except OSError as error:
-            if listener is not None:
-                listener.close()
-            message = f"cannot listen on {address}: {error.strerror}"
-            if error.errno in {errno.EADDRINUSE, socket.EAI_AGAIN}:  # temporary: the service manager restarts us
-                hint = "another process (perhaps another target agent) has the port, or no name server answers"
-                raise HostError(message, code="cannot-listen", hint=hint) from error
-            hint = "allowed: an address of this host, and a port that this user may listen on"
-            message = f"{self.config.path}: listen.address: {message}"
-            raise ConfigError(message, code="cannot-listen", hint=hint) from error
-        listener.setblocking(False)
-        self.listening_on = listener.getsockname()[:2]
-        log.info("listening", address=str(Address(*self.listening_on)))
-        return listener
-
-    async def _accept(self, listener: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            try:
-                sock, peer = await loop.sock_accept(listener)
-            except OSError as error:  # out of descriptors, or the peer is gone already
-                log.warning("accept failed", error=str(error))
-                await asyncio.sleep(0.1)
-                continue
-            if len(self._connections) >= self.config.limits.max_connections:
-                log.warning("too many connections", peer=str(peer))
-                sock.close()
-                continue
-            task = asyncio.ensure_future(self._greet(sock, str(Address(*peer[:2]))))
-            self._connections.add(task)
-            task.add_done_callback(self._connections.discard)
-
-    # ------------------------------------------------------------ a new connection
-
-    async def _greet(self, sock: socket.socket, peer: str) -> None:
-        """Serve a new connection.  Whatever a stranger does here ends at most its own connection."""
-        try:
-            sock.setblocking(False)
-            tune(sock, silence_seconds=self.config.timeouts.heartbeat_limit)
-            async with within(self.config.timeouts.handshake, "a connection to say what it is"):
-                preamble = await self._preamble(sock)
-            if preamble is None:
-                return
-            if preamble.purpose is Purpose.CONTROL:
-                await self._control(sock, preamble)
-            else:
-                await self._page_connection(sock, preamble)
-        except (MigratedError, OSError) as error:
-            log.warning("connection refused", peer=peer, error=str(error))
-        except Exception:
-            log.exception("connection failed: this is a bug", peer=peer)
-        finally:
-            sock.close()
-
-    async def _preamble(self, sock: socket.socket) -> Preamble | None:
-        loop = asyncio.get_running_loop()
-        data = b""
-        while len(data) < PREAMBLE_BYTES:
-            piece = await loop.sock_recv(sock, PREAMBLE_BYTES - len(data))
-            if not piece:
-                break
-            data += piece
-        if not data:
-            return None  # a port check: connected and closed at once
-        try:
-            return decode(data)
-        except VersionMismatchError as error:
-            await loop.sock_sendall(sock, refusal(error))
-            raise
-
-    async def _page_connection(self, sock: socket.socket, preamble: Preamble) -> None:
-        migration = self._by_session(preamble)
-        if migration is None or migration.record.ended:
-            raise RemoteProtocolError("a page connection for a session that is not known here")
-        stream = URGENT if preamble.purpose is Purpose.URGENT else preamble.stream
-        await migration.add_stream(stream, sock.detach())
+    # ------------------------------------------------------------ connections of sources
 
     def _known(self, session: bytes) -> bool:
         return (
@@ -352,7 +259,8 @@ class TargetAgent(HostAgent[TargetMigration]):
             or session in self._waiting_for_next
         )
 
-    def _by_session(self, preamble: Preamble) -> TargetMigration | None:
+    def find(self, preamble: Preamble) -> TargetMigration | None:
+        """See `Receiver`."""
         for migration in self._migrations:
             if migration.hello.session == preamble.session:
                 if not migration.authentic(preamble.token):
@@ -360,24 +268,8 @@ class TargetAgent(HostAgent[TargetMigration]):
                 return migration
         return None
 
-    async def _control(self, sock: socket.socket, preamble: Preamble) -> None:
-        known = self._by_session(preamble)  # raises on a wrong token while our caller still owns the socket
-        # The transport owns the descriptor from here on; our caller closes a detached socket.
-        reader, writer = await asyncio.open_connection(sock=socket.socket(fileno=sock.detach()))
-        if known is not None:
-            await known.dialled(ControlLink(reader, writer, heartbeat=heartbeat(self.config.timeouts)))
-            return
-        try:
-            async with within(self.config.timeouts.handshake, "the first message"):
-                first, data = await _first_message(reader)
-            if not isinstance(first, Hello | Resume):
-                raise RemoteProtocolError(f"a control connection began with {type(first).__name__}")
-            if first.session != preamble.session or first.token != preamble.token:
-                raise RemoteProtocolError("session or token differ between the preamble and the first message")
-        except BaseException:
-            writer.transport.abort()
-            raise
-        link = ControlLink(reader, writer, heartbeat=heartbeat(self.config.timeouts), received=data)
+    async def begin(self, link: ControlLink, first: Hello | Resume) -> None:
+        """See `Receiver`."""
         if isinstance(first, Hello):
             link.start(Session(Role.TARGET))
             await self._take_in(link)
@@ -467,18 +359,3 @@ class TargetAgent(HostAgent[TargetMigration]):
             config=self.config,
             recovery_state=RecoveryState(self._journal, self._store, id_of(hello.session)),
         )
-
-
-async def _first_message(reader: asyncio.StreamReader) -> tuple[AnyMessage, bytes]:
-    """Return the first message and every byte read so far, for the session that the message selects."""
-    decoder = FrameDecoder()
-    data = b""
-    while True:
-        piece = await reader.read(1 << 16)
-        if not piece:
-            raise RemoteProtocolError("the connection was closed before its first message")
-        data += piece
-        if len(data) > FIRST_MESSAGE_MAX_BYTES:
-            raise RemoteProtocolError(f"the first message is longer than {FIRST_MESSAGE_MAX_BYTES} bytes")
-        for message in decoder.feed(piece):
-            return message, data

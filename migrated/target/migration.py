@@ -332,6 +332,8 @@ class TargetMigration(Migration):
     async def add_stream(self, stream: int, fd: int) -> None:
         """Take a page connection that showed our token, and own its descriptor."""
         try:
+            if self.record.ended:
+                raise RemoteProtocolError("a page connection for a session that has ended")
             async with within(STREAM_WAIT_SECONDS, "memory for a page connection"):
                 await self._armed.wait()
             if stream != URGENT and stream >= self.hello.streams:

@@ -28,7 +28,7 @@ from migrated.agent.requests import SetRequest, StartRequest
 from migrated.config import AgentConfig, SourceConfig, TargetConfig
 from migrated.errors import MigratedError
 from migrated.guests.access import pidfd
-from migrated.link import dialing
+from migrated.link import dialing, listener
 from migrated.memory.engine import URGENT, EventKind
 from migrated.protocol import messages, preamble, transitions
 from migrated.protocol.session import Session
@@ -540,7 +540,7 @@ class World:
                 return False
             if host.stop.is_set() or host.agent._tasks or host.agent._migrations.active:
                 return False
-            if host.role == "target" and host.agent._connections:
+            if host.role == "target" and host.agent._listener.connections:
                 return False
         return True
 
@@ -835,7 +835,7 @@ def seams(world: World) -> Iterator[None]:
         (target_agent, "PidHandle", guest.SimPidHandle),
         (target_agent, "users_of", guest.users_of),
         (dialing, "socket", sockets),
-        (target_agent, "socket", sockets),
+        (listener, "socket", sockets),
     ]
     places += [
         (module, "os", machine.OS)

@@ -1,0 +1,204 @@
+"""The target's port: accept connections and read from each what it is for, before the agent sees it.
+
+Whoever can reach the port can connect.  Until a connection has named a session and shown its token, it costs one task
+and one descriptor for at most timeouts.handshake, and its failure ends nothing but itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+from typing import Final, Protocol
+
+import structlog
+
+from migrated.address import Address
+from migrated.errors import ConfigError, HostError, MigratedError, RemoteProtocolError
+from migrated.link.control_link import ControlLink, tune
+from migrated.link.dialing import heartbeat
+from migrated.memory.engine import URGENT
+from migrated.protocol.framing import FrameDecoder
+from migrated.protocol.messages import AnyMessage, Hello, Resume
+from migrated.protocol.preamble import PREAMBLE_BYTES, Preamble, Purpose, VersionMismatchError, decode, refusal
+from migrated.settings import Timeouts
+from migrated.waiting import within
+
+log = structlog.get_logger("migrated.target")
+
+FIRST_MESSAGE_MAX_BYTES: Final = 1 << 17
+_BACKLOG: Final = 128
+_ACCEPT_AGAIN_SECONDS: Final = 0.1
+
+
+class KnownSession(Protocol):
+    """A session whose connections this agent takes."""
+
+    async def dialled(self, link: ControlLink) -> None:
+        """Take a further control link, which is not started, and own it."""
+
+    async def add_stream(self, stream: int, fd: int) -> None:
+        """Take a page connection, and own its descriptor."""
+
+
+class Receiver(Protocol):
+    """Who takes the connections that have said what they are."""
+
+    def find(self, preamble: Preamble) -> KnownSession | None:
+        """Return the session of a connection, None if there is none.  Raises RemoteProtocolError on a wrong token."""
+
+    async def begin(self, link: ControlLink, first: Hello | Resume) -> None:
+        """Take the first control link of a session, which is not started, and own it."""
+
+
+class Listener:
+    """`open` it, run `serve` as a task, and `close` it at the end."""
+
+    def __init__(
+        self, address: Address, receiver: Receiver, *, timeouts: Timeouts, max_connections: int, setting: str
+    ) -> None:
+        """Listen on ``address``, which ``setting`` gives (for the error message)."""
+        self.address = address  # after `open`, with the port that was free if it was 0
+        self.connections: set[asyncio.Task[None]] = set()  # those that the receiver has not taken or answered
+        self._receiver = receiver
+        self._timeouts = timeouts
+        self._max_connections = max_connections
+        self._setting = setting
+        self._socket: socket.socket | None = None
+
+    # ------------------------------------------------------------ the port
+
+    async def open(self) -> None:
+        """Bind and listen.  Raises HostError if another attempt may succeed, else ConfigError."""
+        loop = asyncio.get_running_loop()
+        listener: socket.socket | None = None
+        try:
+            candidates = await loop.getaddrinfo(
+                self.address.host, self.address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )
+            family, kind, proto, _, where = candidates[0]
+            listener = socket.socket(family, kind, proto)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(where)
+            listener.listen(_BACKLOG)
+        except OSError as error:
+            if listener is not None:
+                listener.close()
+            message = f"cannot listen on {self.address}: {error.strerror}"
+            if error.errno in {errno.EADDRINUSE, socket.EAI_AGAIN}:  # temporary: the service manager restarts us
+                hint = "another process (perhaps another target agent) has the port, or no name server answers"
+                raise HostError(message, code="cannot-listen", hint=hint) from error
+            hint = "allowed: an address of this host, and a port that this user may listen on"
+            raise ConfigError(f"{self._setting}: {message}", code="cannot-listen", hint=hint) from error
+        listener.setblocking(False)
+        self._socket = listener
+        self.address = Address(*listener.getsockname()[:2])
+        log.info("listening", address=str(self.address))
+
+    def close(self) -> None:
+        """Stop listening, and drop the connections that nobody has taken.  Cancel `serve` first."""
+        if self._socket is not None:
+            self._socket.close()
+        for task in list(self.connections):
+            task.cancel()
+
+    async def serve(self) -> None:
+        """Accept connections until cancelled."""
+        if self._socket is None:
+            raise MigratedError("serve before open: this is a bug")
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                sock, peer = await loop.sock_accept(self._socket)
+            except OSError as error:  # out of descriptors, or the peer is gone already
+                log.warning("accept failed", error=str(error))
+                await asyncio.sleep(_ACCEPT_AGAIN_SECONDS)
+                continue
+            if len(self.connections) >= self._max_connections:
+                log.warning("too many connections", peer=str(peer))
+                sock.close()
+                continue
+            task = asyncio.ensure_future(self._greet(sock, str(Address(*peer[:2]))))
+            self.connections.add(task)
+            task.add_done_callback(self.connections.discard)
+
+    # ------------------------------------------------------------ a new connection
+
+    async def _greet(self, sock: socket.socket, peer: str) -> None:
+        """Serve a new connection.  Whatever a stranger does here ends at most its own connection."""
+        try:
+            sock.setblocking(False)
+            tune(sock, silence_seconds=self._timeouts.heartbeat_limit)
+            async with within(self._timeouts.handshake, "a connection to say what it is"):
+                preamble = await _preamble(sock)
+            if preamble is None:
+                return
+            if preamble.purpose is Purpose.CONTROL:
+                await self._control(sock, preamble)
+            else:
+                await self._page_connection(sock, preamble)
+        except (MigratedError, OSError) as error:
+            log.warning("connection refused", peer=peer, error=str(error))
+        except Exception:
+            log.exception("connection failed: this is a bug", peer=peer)
+        finally:
+            sock.close()
+
+    async def _page_connection(self, sock: socket.socket, preamble: Preamble) -> None:
+        known = self._receiver.find(preamble)
+        if known is None:
+            raise RemoteProtocolError("a page connection for a session that is not known here")
+        stream = URGENT if preamble.purpose is Purpose.URGENT else preamble.stream
+        await known.add_stream(stream, sock.detach())
+
+    async def _control(self, sock: socket.socket, preamble: Preamble) -> None:
+        known = self._receiver.find(preamble)  # raises on a wrong token while our caller still owns the socket
+        # The transport owns the descriptor from here on; our caller closes a detached socket.
+        reader, writer = await asyncio.open_connection(sock=socket.socket(fileno=sock.detach()))
+        if known is not None:
+            await known.dialled(ControlLink(reader, writer, heartbeat=heartbeat(self._timeouts)))
+            return
+        try:
+            async with within(self._timeouts.handshake, "the first message"):
+                first, data = await _first_message(reader)
+            if not isinstance(first, Hello | Resume):
+                raise RemoteProtocolError(f"a control connection began with {type(first).__name__}")
+            if first.session != preamble.session or first.token != preamble.token:
+                raise RemoteProtocolError("session or token differ between the preamble and the first message")
+        except BaseException:
+            writer.transport.abort()
+            raise
+        link = ControlLink(reader, writer, heartbeat=heartbeat(self._timeouts), received=data)
+        await self._receiver.begin(link, first)
+
+
+async def _preamble(sock: socket.socket) -> Preamble | None:
+    loop = asyncio.get_running_loop()
+    data = b""
+    while len(data) < PREAMBLE_BYTES:
+        piece = await loop.sock_recv(sock, PREAMBLE_BYTES - len(data))
+        if not piece:
+            break
+        data += piece
+    if not data:
+        return None  # a port check: connected and closed at once
+    try:
+        return decode(data)
+    except VersionMismatchError as error:
+        await loop.sock_sendall(sock, refusal(error))
+        raise
+
+
+async def _first_message(reader: asyncio.StreamReader) -> tuple[AnyMessage, bytes]:
+    """Return the first message and every byte read so far, for the session that the message selects."""
+    decoder = FrameDecoder()
+    data = b""
+    while True:
+        piece = await reader.read(1 << 16)
+        if not piece:
+            raise RemoteProtocolError("the connection was closed before its first message")
+        data += piece
+        if len(data) > FIRST_MESSAGE_MAX_BYTES:
+            raise RemoteProtocolError(f"the first message is longer than {FIRST_MESSAGE_MAX_BYTES} bytes")
+        for message in decoder.feed(piece):
+            return message, data
