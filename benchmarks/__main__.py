@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 import uvloop
 
-from benchmarks import bounds, comparison, figures, stall, switchover
+from benchmarks import bounds, comparison, domains, figures, stall, switchover
 from benchmarks.guest import LOADS
 from benchmarks.network import RATES
 from benchmarks.report import Section
@@ -35,6 +35,7 @@ SECTIONS: dict[str, Callable[[Settings], Awaitable[Section]]] = {
     "sparse": bounds.sparse,
     "stall": stall.stall,
     "comparison": comparison.run,
+    "libvirt": domains.run,
 }
 COMPARED = ("idle", "sparse", "hot", "dense")
 OUTPUT = Path("build/bench")

@@ -15,7 +15,8 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import AsyncIterator
+import uuid
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 from migrated.demo.images import build_linux_guest
@@ -43,7 +44,7 @@ namespaces = []
 stdio_handler = "file"
 remember_owner = 0
 """
-_CONSOLE = "/var/lib/libvirt/qemu/console.sock"
+CONSOLE = "/var/lib/libvirt/qemu/console.sock"
 
 
 def missing() -> str:
@@ -66,10 +67,15 @@ def end_everything(directory: Path) -> None:
 
 
 class LibvirtHost:
-    """``name`` under ``directory``: short, and to be traversed by libvirt's user."""
+    """``name`` under ``directory``: short, and to be traversed by libvirt's user.  ``prefix`` goes before libvirtd's command.
 
-    def __init__(self, directory: Path, name: str) -> None:
+    To libvirt it is a host of its own, with a name and a UUID: it refuses to migrate a domain to the host that has it.
+    """
+
+    def __init__(self, directory: Path, name: str, *, prefix: tuple[str, ...] = ()) -> None:
         self.directory = directory / f"virt-{name}"
+        self._name = name
+        self._prefix = prefix
         self._init: asyncio.subprocess.Process | None = None
         self._daemon: PidHandle | None = None
 
@@ -86,7 +92,7 @@ class LibvirtHost:
     @property
     def console(self) -> Path:
         """The serial console of the one domain here, from outside."""
-        return self.directory / "lib" / Path(_CONSOLE).relative_to("/var/lib/libvirt")
+        return self.directory / "lib" / Path(CONSOLE).relative_to("/var/lib/libvirt")
 
     async def start(self) -> None:
         """Start libvirtd and wait until it answers.  Also after `kill` or `terminate`: domains that run are found again."""
@@ -108,9 +114,10 @@ class LibvirtHost:
             (self.directory / place).mkdir(parents=True, exist_ok=True)
         (self.directory / "etc" / "qemu.conf").write_text(_QEMU_CONF)
         (self.directory / "etc" / "libvirtd.conf").write_text(
-            f'auth_unix_rw = "none"\nlog_outputs = "3:file:{self.directory}/libvirtd.log"\n'
+            f'auth_unix_rw = "none"\nlog_outputs = "3:file:{self.directory}/libvirtd.log"\nhost_uuid = "{uuid.uuid4()}"\n'
         )
-        mounts = [f"mkdir -p /{to}; mount --bind {self.directory}/{of} /{to}" for to, of in _PLACES.items()]
+        mounts = [f"hostname host-{self._name}"]
+        mounts += [f"mkdir -p /{to}; mount --bind {self.directory}/{of} /{to}" for to, of in _PLACES.items()]
         # A /dev/kvm that is there and that libvirt's user may not open has libvirt ask QEMU what it can do again, each time.
         kvm = self.directory / "kvm"
         mounts.append(f"[ -e /dev/kvm ] && mknod -m 666 {kvm} c 10 232 && mount --bind {kvm} /dev/kvm || true")
@@ -118,7 +125,17 @@ class LibvirtHost:
         init = f"exec {sys.executable} {Path(subreaper.__file__)} {daemon}"
         with (self.directory / "libvirtd.out").open("ab") as log:
             return await asyncio.create_subprocess_exec(
-                *("unshare", "--mount", "--propagation", "private", "bash", "-ec", "; ".join([*mounts, init])),
+                *(
+                    *self._prefix,
+                    "unshare",
+                    "--mount",
+                    "--uts",
+                    "--propagation",
+                    "private",
+                    "bash",
+                    "-ec",
+                    "; ".join([*mounts, init]),
+                ),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,
@@ -248,7 +265,7 @@ def domain_xml(
     <emulator>{shutil.which("qemu-system-x86_64")}</emulator>
     <controller type='usb' model='none'/>
     <memballoon model='none'/>
-    <serial type='unix'><source mode='bind' path='{_CONSOLE}'/></serial>
+    <serial type='unix'><source mode='bind' path='{CONSOLE}'/></serial>
     {devices}
   </devices>
 </domain>
@@ -256,10 +273,13 @@ def domain_xml(
 
 
 @contextlib.asynccontextmanager
-async def libvirt_hosts(directory: Path, *names: str) -> AsyncIterator[tuple[LibvirtHost, ...]]:
-    """Running libvirtds in ``directory``, which goes with all that runs from there."""
+async def libvirt_hosts(
+    directory: Path, *names: str, prefixes: Sequence[tuple[str, ...]] = ()
+) -> AsyncIterator[tuple[LibvirtHost, ...]]:
+    """Running libvirtds in ``directory``, which goes with all that runs from there.  ``prefixes``: one a name."""
     directory.chmod(0o755)  # noqa: ASYNC240 - at once
-    hosts = tuple(LibvirtHost(directory, name) for name in names)
+    prefixes = prefixes or [()] * len(names)
+    hosts = tuple(LibvirtHost(directory, name, prefix=prefix) for name, prefix in zip(names, prefixes, strict=True))
     with supervisor.undoing(sys.executable, "-m", "tests.rig.libvirt_host", str(directory)):
         try:
             await asyncio.gather(*(host.start() for host in hosts))
