@@ -9,7 +9,7 @@ import socket
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Final, Literal, NoReturn
+from typing import Annotated, Any, ClassVar, Final, Literal, NoReturn, Self
 
 from pydantic import AfterValidator, Field, field_validator
 
@@ -34,6 +34,9 @@ STATE_DIRECTORY: Final = Path("/run/migrated")
 CONTROL_SOCKET_NAME: Final = "control.sock"
 # Two agents on one host must not collide by default.
 DEFAULT_STATUS: Final = {"target": Address("127.0.0.1", 7441), "source": Address("127.0.0.1", 7442)}
+
+#: What SIGHUP changes in a running agent: what only later migrations use.
+RELOADABLE: Final = frozenset({"guests", "libvirt", "migration"})
 
 # The control socket's path must fit sockaddr_un.sun_path: 108 bytes with the NUL.
 _STATE_DIRECTORY_MAX_BYTES: Final = 90
@@ -139,6 +142,15 @@ class AgentConfig(Table):
     def path(self) -> str:
         """The file's path, for messages."""
         return self._path
+
+    def reloaded(self, new: AgentConfig) -> tuple[Self, list[str]]:
+        """Return this configuration with what a running agent takes over of ``new``, and the names of the tables that wait.
+
+        The latter have changed as well, and count from the agent's next start on.
+        """
+        changed = [name for name in type(self).model_fields if getattr(self, name) != getattr(new, name)]
+        now = {name: getattr(new, name) for name in changed if name in RELOADABLE}
+        return self.model_copy(update=now), [name for name in changed if name not in RELOADABLE]
 
     def guest_table(self, name: str) -> GuestTable | None:
         """Return ``[guests.NAME]``, or its substitute from ``[libvirt]``; None: no such guest."""

@@ -87,7 +87,9 @@ async def _main(settings: AgentConfig) -> None:
     # A collection that scans everything imported takes tens of milliseconds, and may come while a guest is paused.
     gc.collect()
     gc.freeze()
-    await serve(settings, agent, stop)
+    reload = asyncio.Event()
+    loop.add_signal_handler(signal.SIGHUP, reload.set)
+    await serve(settings, agent, stop, reload)
 
 
 def blocking_calls(settings: AgentConfig) -> ThreadPoolExecutor:
@@ -118,8 +120,13 @@ def _on_signal(number: signal.Signals, stop: asyncio.Event) -> None:
     stop.set()
 
 
-async def serve(settings: AgentConfig, agent: HostAgent[Any], stop: asyncio.Event) -> None:
-    """Serve ``agent`` on its sites and run it until ``stop``.  Raises HostError and whatever the agent's run raises."""
+async def serve(
+    settings: AgentConfig, agent: HostAgent[Any], stop: asyncio.Event, reload: asyncio.Event | None = None
+) -> None:
+    """Serve ``agent`` on its sites and run it until ``stop``; each time ``reload`` is set, read the configuration again.
+
+    Raises HostError and whatever the agent's run raises.
+    """
     about = {"name": settings.agent.name, "version": __version__, "pid": os.getpid()}
     _make_state_dir(settings.state_dir)
     with _locked(settings.state_dir):
@@ -135,12 +142,30 @@ async def serve(settings: AgentConfig, agent: HostAgent[Any], stop: asyncio.Even
             _warn_of_openness(settings)
             work = asyncio.create_task(agent.run(stop), name="agent")
             telling = asyncio.create_task(_tell_service_manager(agent, stop, work), name="service-manager")
+            reloading = asyncio.create_task(_reload_on(reload or asyncio.Event(), agent), name="reload")
             try:
                 await _finish(settings, agent, stop, work)
             finally:
                 telling.cancel()
-                await asyncio.wait({telling})
+                reloading.cancel()
+                await asyncio.wait({telling, reloading})
     logger.info("agent down", role=settings.role)
+
+
+async def _reload_on(event: asyncio.Event, agent: HostAgent[Any]) -> None:
+    """Each time ``event`` is set, read the configuration again.  One that is wrong changes nothing and is logged."""
+    while True:
+        await event.wait()
+        event.clear()
+        path, role = agent.config.path, agent.config.role
+        try:
+            waiting = await agent.reload(await in_thread(config.load, path, role))
+        except MigratedError as error:
+            logger.warning("the configuration was not reloaded", **error_fields(error))
+            continue
+        logger.info("configuration reloaded", path=path, guests=agent.guests())
+        if waiting:
+            logger.warning("some of the configuration has to wait for the agent's next start", tables=waiting)
 
 
 async def _finish(settings: AgentConfig, agent: HostAgent[Any], stop: asyncio.Event, work: asyncio.Task[None]) -> None:

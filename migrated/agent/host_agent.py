@@ -117,6 +117,27 @@ class HostAgent(abc.ABC, Generic[M]):
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until ``stop`` is set; then abort what can be aborted, leave every guest safe, and return."""
 
+    async def reload(self, config: AgentConfig) -> list[str]:
+        """Take over the guests and defaults of a new configuration, for migrations that start from now on.
+
+        Returns the names of the tables that have changed and wait for the next start.  Raises ConflictError, and changes
+        nothing, if the table of a guest that is being migrated has changed: the migration still needs it.
+        """
+        self._check_started()
+        for migration in self._migrations.active:
+            guest = migration.record.guest
+            if config.guest_table(guest) != self.config.guest_table(guest):
+                raise ConflictError(
+                    f"{config.path}: the table of {guest} has changed, and {guest} is being migrated ({migration.id})",
+                    state=migration.record.state.value,
+                    code="guest-migrating",
+                    hint="leave the table as it was until the migration has ended, then reload again",
+                )
+        applied, waiting = self.config.reloaded(config)
+        await self._guests.reload(applied)
+        self.config = applied
+        return waiting
+
     # ------------------------------------------------------------ common to both roles
 
     def _reasons(self) -> list[str]:

@@ -11,6 +11,7 @@ import click
 
 from migrated import __version__
 from migrated.cli import failure
+from migrated.cli.configuration import config
 from migrated.cli.daemons import source, target
 from migrated.cli.demo import demo
 from migrated.cli.guests import guests
@@ -32,7 +33,7 @@ def root(context: click.Context, agent: str | None) -> None:
     context.obj = agent
 
 
-for command in (source, target, *VERBS, guests, check, inspect, demo):
+for command in (source, target, *VERBS, guests, check, config, inspect, demo):
     root.add_command(command)
 
 

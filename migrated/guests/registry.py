@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from migrated.guests.driver import SourceGuest, TargetGuest
 
 
+def _process_guests(config: AgentConfig) -> dict[str, ProcessSourceConfig]:
+    return {name: table for name, table in config.guests.items() if isinstance(table, ProcessSourceConfig)}
+
+
 class GuestRegistry:
     """The guests of one agent's configuration.
 
@@ -34,13 +38,13 @@ class GuestRegistry:
     """
 
     def __init__(self, config: AgentConfig) -> None:
-        self._config = config
+        self.config = config
         self._stack = contextlib.AsyncExitStack()
         self._hubs: dict[str, ProcessHub] = {}
 
     def run_dir(self, name: str) -> Path:
         """Return the directory of a guest's sockets and logs."""
-        path = self._config.state_dir / "guests" / name
+        path = self.config.state_dir / "guests" / name
         path.mkdir(parents=True, exist_ok=True)
         return path
 
@@ -48,16 +52,37 @@ class GuestRegistry:
         """Remove the directory of a finished migration, unless something is kept there."""
         if name not in self._hubs:  # a hub keeps it for good
             with contextlib.suppress(OSError):
-                (self._config.state_dir / "guests" / name).rmdir()
+                (self.config.state_dir / "guests" / name).rmdir()
 
     async def __aenter__(self) -> Self:
-
-        await self._stack.enter_async_context(guest_log.kept_short(self._config.state_dir / "guests"))
-        for name, table in self._config.guests.items():
-            if isinstance(table, ProcessSourceConfig):
-                self._hubs[name] = ProcessHub(name, table, self._config.timeouts)
-                await self._stack.enter_async_context(self._hubs[name])
+        await self._stack.enter_async_context(guest_log.kept_short(self.config.state_dir / "guests"))
+        self._stack.push_async_callback(self._close_hubs, self._hubs)
+        for name in _process_guests(self.config):
+            self._hubs[name] = await self._new_hub(name, self.config).__aenter__()
         return self
+
+    async def reload(self, config: AgentConfig) -> None:
+        """Take over another configuration.  A co-operative guest whose table has changed must connect again.
+
+        Raises HostError, and changes nothing, if this host lacks pages of a size that a new table asks for.
+        """
+        former, guests = _process_guests(self.config), _process_guests(config)
+        new = {name: self._new_hub(name, config) for name, table in guests.items() if former.get(name) != table}
+        old = {name: self._hubs.pop(name) for name, table in former.items() if guests.get(name) != table}
+        self._hubs.update(new)  # nothing awaits between the pop and here: a guest has its hub at any time
+        self.config = config
+        await self._close_hubs(old)  # first: an old hub and a new one may have the same socket
+        for hub in new.values():
+            await hub.__aenter__()
+
+    @staticmethod
+    def _new_hub(name: str, config: AgentConfig) -> ProcessHub:
+        return ProcessHub(name, _process_guests(config)[name], config.timeouts)
+
+    @staticmethod
+    async def _close_hubs(hubs: dict[str, ProcessHub]) -> None:
+        for hub in hubs.values():
+            await hub.__aexit__(None, None, None)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -66,19 +91,19 @@ class GuestRegistry:
 
     def source_guest(self, name: str) -> SourceGuest:
         """Return a driver object for one migration away from here."""
-        table = self._config.guest_table(name)
+        table = self.config.guest_table(name)
         if isinstance(table, QemuSourceConfig):
-            return QemuSource(name, table, self._config.timeouts)
+            return QemuSource(name, table, self.config.timeouts)
         if isinstance(table, LibvirtSourceConfig):
-            return LibvirtSource(name, table, self._config.timeouts)
+            return LibvirtSource(name, table, self.config.timeouts)
         return ProcessSource(name, self._hubs[name])
 
     def target_guest(self, name: str) -> TargetGuest:
         """Return a driver object for one migration to here."""
-        table = self._config.guest_table(name)
+        table = self.config.guest_table(name)
         if isinstance(table, QemuTargetConfig):
-            return QemuTarget(name, table, self.run_dir(name), self._config.timeouts)
+            return QemuTarget(name, table, self.run_dir(name), self.config.timeouts)
         if isinstance(table, LibvirtTargetConfig):
-            return LibvirtTarget(name, table, self.run_dir(name), self._config.timeouts)
+            return LibvirtTarget(name, table, self.run_dir(name), self.config.timeouts)
         assert isinstance(table, ProcessTargetConfig)
-        return ProcessTarget(name, table, self.run_dir(name), self._config.timeouts)
+        return ProcessTarget(name, table, self.run_dir(name), self.config.timeouts)

@@ -38,7 +38,7 @@ class SourceAgent(HostAgent[SourceMigration]):
     def __init__(self, config: AgentConfig) -> None:
         super().__init__(config, log)
         self._journal = Journal(config.state_dir / "journal", SourceEntry)
-        self._survey = Survey(config, self._guests, active=lambda: self.records(ended=False), check=self._check_movable)
+        self._survey = Survey(self._guests, active=lambda: self.records(ended=False), check=self._check_movable)
 
     async def start(self, request: StartRequest) -> Record:
         """Check everything that can be checked without touching the guest; then migrate in the background."""

@@ -14,7 +14,6 @@ from typing import Final
 
 from migrated.agent.record import ErrorInfo, Record
 from migrated.agent.requests import GuestList, GuestReport
-from migrated.config import AgentConfig
 from migrated.errors import ConflictError, MigratedError, NotFoundError, TimeoutExceededError
 from migrated.guests.driver import SourceGuest
 from migrated.guests.libvirt.config import LibvirtSourceConfig, LibvirtSourceSection
@@ -37,13 +36,11 @@ class Survey:
 
     def __init__(
         self,
-        config: AgentConfig,
         guests: GuestRegistry,
         *,
         active: Callable[[], Iterable[Record]],
         check: Callable[[str], Awaitable[None]],
     ) -> None:
-        self._config = config
         self._guests = guests
         self._active = active
         self._check = check
@@ -55,7 +52,7 @@ class Survey:
         domains, problems = await self._domains()
         # A guest under migration first: it is listed by the name that its migration has.
         names: dict[_Place, str] = {}
-        for name in (*(record.guest for record in self._active()), *self._config.guests):
+        for name in (*(record.guest for record in self._active()), *self._guests.config.guests):
             names.setdefault(self._place(name), name)
         strangers = []
         for domain in domains:
@@ -81,7 +78,7 @@ class Survey:
         await asyncio.gather(*(cancel_and_wait(task) for task in list(self._examinations.values())))
 
     def _place(self, name: str) -> _Place:
-        table = self._config.guest_table(name)
+        table = self._guests.config.guest_table(name)
         if isinstance(table, LibvirtSourceConfig):
             return _place_of_domain(table.uri, table.domain or name)
         return ("guest", name)
@@ -90,9 +87,9 @@ class Survey:
 
     async def _domains(self) -> tuple[list[RunningDomain], list[ErrorInfo]]:
         """Every running domain of every libvirt that the configuration names, and which of these did not answer."""
-        tables = (self._config.libvirt, *self._config.guests.values())
+        tables = (self._guests.config.libvirt, *self._guests.config.guests.values())
         uris = {table.uri for table in tables if isinstance(table, LibvirtSourceSection | LibvirtSourceConfig)}
-        limit = self._config.timeouts.guest_command
+        limit = self._guests.config.timeouts.guest_command
         answers = await asyncio.gather(
             *(running_domains(uri, limit_seconds=limit) for uri in sorted(uris)), return_exceptions=True
         )
@@ -109,8 +106,8 @@ class Survey:
 
     def _stranger(self, domain: RunningDomain) -> GuestReport:
         """Report a domain that the configuration does not let through."""
-        path = self._config.path
-        if self._config.guest_table(domain.name) is None:
+        path = self._guests.config.path
+        if self._guests.config.guest_table(domain.name) is None:
             why, hint = (
                 "neither [guests] nor [libvirt] names it",
                 f'add it to domains of [libvirt] in {path} ("*": all)',
@@ -175,7 +172,7 @@ class Survey:
             await guest.close()
 
     def _empty(self, name: str) -> GuestReport:
-        table = self._config.guest_table(name)
+        table = self._guests.config.guest_table(name)
         return GuestReport(name=name, driver=table.driver if table is not None else "")
 
     def _result(self, name: str, task: asyncio.Task[GuestReport]) -> GuestReport:

@@ -62,8 +62,8 @@ class Setting:
         self.guests = guests
         self.domains: list[RunningDomain] | Exception = []
         self.records: list[Record] = []
+        self.config = config.decode({"tls": {"insecure": True}, **table}, "source")
         self.survey = Survey(
-            config.decode({"tls": {"insecure": True}, **table}, "source"),
             cast("GuestRegistry", self),
             active=lambda: self.records,
             check=self.check,
