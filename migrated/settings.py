@@ -21,6 +21,7 @@ from pydantic import (
     ConfigDict,
     Field,
     GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     TypeAdapter,
     ValidationError,
     ValidationInfo,
@@ -60,6 +61,10 @@ class Text:
         """Return how pydantic validates and serializes the value."""
         written = core_schema.plain_serializer_function_ser_schema(self.write, when_used="json")
         return core_schema.no_info_plain_validator_function(self._read, serialization=written)
+
+    def __get_pydantic_json_schema__(self, _schema: CoreSchema, _handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """Describe the value: text, of which a schema cannot say more."""
+        return {"type": "string", "title": self.name, "description": self.allowed}
 
     def _read(self, value: object) -> Any:
         if not isinstance(value, str):

@@ -14,8 +14,9 @@ from pydantic import ValidationError
 
 from migrated.agent.host_agent import HostAgent
 from migrated.agent.record import Record
-from migrated.agent.requests import SetRequest, StartRequest
+from migrated.agent.requests import GuestList, SetRequest, StartRequest
 from migrated.http.errors import BadRequestError, errors_as_json, json_answer
+from migrated.http.openapi import Operation, add_document, add_route
 from migrated.http.reading import ABOUT, AGENT, add_reading_routes, agent_of
 from migrated.options import TargetAddress
 from migrated.settings import Table, explain
@@ -41,15 +42,35 @@ class ConfirmBody(Table):
     confirm: str
 
 
-#: For each verb of a migration, the body it takes and the request it makes to the agent.
-_VERBS: Final[dict[str, tuple[type[Table], Callable[[HostAgent[Any], str, Any], Awaitable[Record]]]]] = {
-    "abort": (EmptyBody, lambda agent, migration, _: agent.abort(migration)),
-    "switchover": (EmptyBody, lambda agent, migration, _: agent.switchover(migration)),
-    "resume": (ResumeBody, lambda agent, migration, body: agent.resume(migration, body.to and str(body.to))),
-    "set": (SetRequest, lambda agent, migration, body: agent.set(migration, body)),
-    "abandon": (ConfirmBody, lambda agent, migration, body: agent.abandon(migration, confirm=body.confirm)),
-    "force-run": (ConfirmBody, lambda agent, migration, body: agent.force_run(migration, confirm=body.confirm)),
-    "discard": (ConfirmBody, lambda agent, migration, body: agent.discard(migration, confirm=body.confirm)),
+#: For each verb of a migration, what it does, the body it takes and the request it makes to the agent.
+_VERBS: Final[dict[str, tuple[str, type[Table], Callable[[HostAgent[Any], str, Any], Awaitable[Record]]]]] = {
+    "abort": (
+        "Abort it; the guest runs on at its source",
+        EmptyBody,
+        lambda agent, migration, _: agent.abort(migration),
+    ),
+    "switchover": ("End pre-copy now", EmptyBody, lambda agent, migration, _: agent.switchover(migration)),
+    "resume": (
+        "Reconnect a paused post-copy now",
+        ResumeBody,
+        lambda agent, migration, body: agent.resume(migration, body.to and str(body.to)),
+    ),
+    "set": ("Change its limits", SetRequest, lambda agent, migration, body: agent.set(migration, body)),
+    "abandon": (
+        "Give up the pages that never arrived",
+        ConfirmBody,
+        lambda agent, migration, body: agent.abandon(migration, confirm=body.confirm),
+    ),
+    "force-run": (
+        "Run the guest on this host",
+        ConfirmBody,
+        lambda agent, migration, body: agent.force_run(migration, confirm=body.confirm),
+    ),
+    "discard": (
+        "End what is left of the guest on this host",
+        ConfirmBody,
+        lambda agent, migration, body: agent.discard(migration, confirm=body.confirm),
+    ),
 }
 
 
@@ -59,10 +80,13 @@ def control_app(agent: HostAgent[Any], about: dict[str, Any]) -> web.Application
     app[AGENT] = agent
     app[ABOUT] = about
     add_reading_routes(app)
-    app.router.add_get("/v1/guests", _get_guests)
-    app.router.add_post("/v1/migrations", _post_migration)
-    for verb, (kind, ask) in _VERBS.items():
-        app.router.add_post(f"/v1/migrations/{{id}}/{verb}", functools.partial(_post_verb, kind, ask))
+    add_route(app, Operation("GET", "/v1/guests", "Guests, and why some cannot be migrated", GuestList), _get_guests)
+    start = Operation("POST", "/v1/migrations", "Start a migration", Record, StartRequest, statuses=(202,))
+    add_route(app, start, _post_migration)
+    for verb, (summary, kind, ask) in _VERBS.items():
+        operation = Operation("POST", f"/v1/migrations/{{id}}/{verb}", summary, Record, kind)
+        add_route(app, operation, functools.partial(_post_verb, kind, ask))
+    add_document(app, "migrated: control of an agent")
     return app
 
 

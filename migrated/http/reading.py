@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypedDict
 
 import msgspec
 from aiohttp import web
 
 from migrated.agent.host_agent import HostAgent
+from migrated.agent.record import Record
 from migrated.errors import MigratedError, error_fields
 from migrated.http.errors import BadRequestError, json_answer
+from migrated.http.openapi import Operation, add_route
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator
-
-    from migrated.agent.record import Record
 
 AGENT: Final = web.AppKey("agent", HostAgent[Any])
 ABOUT: Final = web.AppKey("about", dict)
@@ -31,6 +31,26 @@ WATCHERS: Final = web.AppKey("watchers", list)
 KEEPALIVE_SECONDS: Final = 15.0
 #: The limit of the status site, which anybody who reaches it may watch: each stream costs a task and a socket.
 MAX_WATCHERS: Final = 64
+
+
+class Summary(TypedDict):
+    """Who an agent is, its health, and its migrations, oldest first."""
+
+    name: str
+    version: str
+    pid: int
+    role: str
+    guests: list[str]
+    healthy: bool
+    ready: bool
+    reasons: list[str]
+    migrations: list[Record]
+
+
+class MigrationList(TypedDict):
+    """Migrations, oldest first."""
+
+    migrations: list[Record]
 
 
 def agent_of(request: web.Request) -> HostAgent[Any]:
@@ -54,10 +74,13 @@ def summary(agent: HostAgent[Any], about: dict[str, Any], *, ended: bool = True)
 
 def add_reading_routes(app: web.Application) -> None:
     """Add ``GET /v1/agent``, ``/v1/migrations``, ``/v1/migrations/ID`` and ``…/ID/events``."""
-    app.router.add_get("/v1/agent", _get_agent)
-    app.router.add_get("/v1/migrations", _get_migrations)
-    app.router.add_get("/v1/migrations/{id}", _get_migration)
-    app.router.add_get("/v1/migrations/{id}/events", _get_events, allow_head=False)
+    for operation, handler in (
+        (Operation("GET", "/v1/agent", "Who the agent is, its health and its active migrations", Summary), _get_agent),
+        (Operation("GET", "/v1/migrations", "All migrations", MigrationList, flags=("ended",)), _get_migrations),
+        (Operation("GET", "/v1/migrations/{id}", "One migration", Record), _get_migration),
+        (Operation("GET", "/v1/migrations/{id}/events", "Its record at each change", "text/event-stream"), _get_events),
+    ):
+        add_route(app, operation, handler)
     app[STOPPING] = asyncio.Event()
     app.on_shutdown.append(_end_streams)
 

@@ -10,14 +10,15 @@ import hashlib
 import importlib.resources
 import ipaddress
 import re
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypedDict
 
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from migrated.http.errors import errors_as_json, json_answer
 from migrated.http.metrics import exposition, make_registry
-from migrated.http.reading import ABOUT, AGENT, WATCHERS, add_reading_routes, agent_of, summary
+from migrated.http.openapi import Operation, add_document, add_route
+from migrated.http.reading import ABOUT, AGENT, WATCHERS, Summary, add_reading_routes, agent_of, summary
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -54,10 +55,34 @@ def status_app(agent: HostAgent[Any], about: dict[str, Any], *, hosts: Collectio
 
     app.router.add_get("/", get_dashboard)
     app.router.add_get("/metrics", get_metrics)
-    app.router.add_get("/status", _get_status)
-    app.router.add_get("/healthz", _get_healthz)
-    app.router.add_get("/readyz", _get_readyz)
+    for operation, handler in (
+        (Operation("GET", "/status", "Who the agent is, its health and its migrations", Summary), _get_status),
+        (
+            Operation("GET", "/healthz", "Whether the agent works; 503 if not", Healthy, statuses=(200, 503)),
+            _get_healthz,
+        ),
+        (
+            Operation("GET", "/readyz", "Whether the agent accepts migrations; 503 if not", Ready, statuses=(200, 503)),
+            _get_readyz,
+        ),
+    ):
+        add_route(app, operation, handler)
+    add_document(app, "migrated: status of an agent")
     return app
+
+
+class Healthy(TypedDict):
+    """``reasons``: why not."""
+
+    healthy: bool
+    reasons: list[str]
+
+
+class Ready(TypedDict):
+    """``reasons``: why not."""
+
+    ready: bool
+    reasons: list[str]
 
 
 async def _get_status(request: web.Request) -> web.Response:
