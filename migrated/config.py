@@ -5,13 +5,14 @@ Each table is a class, and each key a field of it (see `migrated.settings`).
 
 from __future__ import annotations
 
+import os
 import socket
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, Literal, NoReturn, Self
 
-from pydantic import AfterValidator, Field, field_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from migrated.address import Address, parse_address
 from migrated.errors import ConfigError
@@ -25,7 +26,7 @@ from migrated.guests.libvirt.config import (
 from migrated.guests.process.config import ProcessSourceConfig, ProcessTargetConfig
 from migrated.guests.qemu.config import QemuSourceConfig, QemuTargetConfig
 from migrated.options import MigrationOptions
-from migrated.settings import GuestName, GuestTable, Table, Text, Timeouts, read, refuse
+from migrated.settings import GuestName, GuestTable, Seconds, Table, Text, Timeouts, read, refuse
 
 Role = Literal["source", "target"]
 
@@ -36,7 +37,7 @@ CONTROL_SOCKET_NAME: Final = "control.sock"
 DEFAULT_STATUS: Final = {"target": Address("127.0.0.1", 7441), "source": Address("127.0.0.1", 7442)}
 
 #: What SIGHUP changes in a running agent: what only later migrations use.
-RELOADABLE: Final = frozenset({"guests", "libvirt", "migration"})
+RELOADABLE: Final = frozenset({"guests", "hooks", "libvirt", "migration"})
 
 # The control socket's path must fit sockaddr_un.sun_path: 108 bytes with the NUL.
 _STATE_DIRECTORY_MAX_BYTES: Final = 90
@@ -117,6 +118,47 @@ class LimitsSection(Table):
     )
 
 
+def _parse_program(text: str) -> Path:
+    path = Path(text)
+    if not path.is_absolute() or not path.is_file() or not os.access(path, os.X_OK):
+        raise ConfigError(f"{text!r} is not an executable file", hint="give the absolute path of a program")
+    return path
+
+
+Program = Annotated[Path, Text(_parse_program, "path", "the absolute path of an executable file")]
+StateName = Literal[
+    "precopy", "switchover", "postcopy", "postcopy-paused", "recovering", "completed", "aborted", "failed"
+]
+_BEFORE: Final = "phases before which it is asked: if it fails, the migration is rolled back"
+
+
+class HooksSection(Table):
+    """``[hooks]``: the operator's program, and when the agent runs it."""
+
+    program: Program | None = Field(default=None, description="run as `PROGRAM before PHASE` or `PROGRAM on STATE`")
+    timeout: Seconds = Field(default=10.0, description="seconds; a hook that takes longer has failed and is killed")
+    before: Sequence[str] = []
+    on: list[StateName] = Field(default=[], description="states which it is told that the migration has entered")
+
+    @model_validator(mode="after")
+    def _has_program(self) -> Self:
+        if self.program is None and (self.before or self.on):
+            refuse("it has no program to run", "add program")
+        return self
+
+
+class SourceHooksSection(HooksSection):
+    """``[hooks]`` of a source."""
+
+    before: list[Literal["setup", "precopy", "switchover"]] = Field(default=[], description=_BEFORE)
+
+
+class TargetHooksSection(HooksSection):
+    """``[hooks]`` of a target."""
+
+    before: list[Literal["setup", "precopy", "postcopy"]] = Field(default=[], description=_BEFORE)
+
+
 class AgentConfig(Table):
     """A configuration file."""
 
@@ -129,6 +171,7 @@ class AgentConfig(Table):
     migration: MigrationOptions = MigrationOptions()
     timeouts: Timeouts = Timeouts()
     limits: LimitsSection = LimitsSection()
+    hooks: HooksSection = HooksSection()
     libvirt: LibvirtSection = LibvirtSection()
     guests: Mapping[GuestName, GuestTable] = {}
 
@@ -182,6 +225,7 @@ class SourceConfig(AgentConfig):
 
     role = "source"
 
+    hooks: SourceHooksSection = SourceHooksSection()
     libvirt: LibvirtSourceSection = LibvirtSourceSection()
     guests: Mapping[GuestName, SourceGuest] = {}
 
@@ -196,6 +240,7 @@ class TargetConfig(AgentConfig):
 
     role = "target"
 
+    hooks: TargetHooksSection = TargetHooksSection()
     libvirt: LibvirtTargetSection = LibvirtTargetSection()
     guests: Mapping[GuestName, TargetGuest] = {}
 

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from migrated.agent.connection import Connection
+from migrated.agent.hooks import Hooks
 from migrated.agent.record import NEXT, ErrorInfo, Record, State, StateChange
 from migrated.errors import AbortedError, MigratedError, as_migrated_error
 from migrated.memory.engine import Event, EventKind
 from migrated.waiting import cancel_and_wait
 
 if TYPE_CHECKING:
+    from migrated.config import HooksSection
     from migrated.memory.engine import SourceEngine, TargetEngine
 
 #: Watchers are notified of new figures at most this often.
@@ -40,11 +42,12 @@ class Migration:
 
     role = ""
 
-    def __init__(self, record: Record) -> None:
+    def __init__(self, record: Record, hooks: HooksSection) -> None:
         self.record = record
         self.log = structlog.get_logger(f"migrated.{self.role}").bind(migration=record.id, guest=record.guest)
         self.connection = Connection(self)  # the current one, or the previous one until the next is made
         self.engine: SourceEngine | TargetEngine | None = None
+        self.hooks = Hooks(hooks, record, self.log)
         self.on_end: Callable[[Record], None] | None = None
         self._over = False
         self._watchers: set[asyncio.Event] = set()
@@ -77,6 +80,7 @@ class Migration:
                 self.on_end(self.record)
         level = self.log.warning if error is not None else self.log.info
         level("state", before=before.value, state=state.value, **({"error": str(error)} if error else {}))
+        self.hooks.on(state)
         self.notify()
 
     def _add_to_timeline(self, change: StateChange) -> None:
@@ -142,6 +146,7 @@ class Migration:
             finally:
                 self._over = True
             await log_errors(self._after_the_end(), self.log, "finish")
+            await self.hooks.finish()
 
     async def _migrate(self) -> None:
         """Run the flow, failures included; return in a final state."""

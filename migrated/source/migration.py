@@ -110,7 +110,8 @@ class SourceMigration(Migration):
                 driver=driver,
                 max_bandwidth_bytes_per_second=options.max_bandwidth,
                 state=State.POSTCOPY_PAUSED if self.session.committed else State.SETUP,
-            )
+            ),
+            config.hooks,
         )
         self.session_id = session_id
         self.options = options
@@ -162,12 +163,14 @@ class SourceMigration(Migration):
     # ------------------------------------------------------------ until COMMIT
 
     async def _until_loaded(self, connection: Connection) -> None:
+        await self.hooks.before(State.SETUP)
         memory = await self._guest.open()
         self.record.total_bytes = sum(region.size_bytes for region in memory.regions)
         self.background(self._watch_guest())
         host_pages = await self._greet(connection, memory)
         engine = self._make_engine(memory, host_pages)
         await self._open_streams(engine)
+        await self.hooks.before(State.PRECOPY)
         self.set_state(State.PRECOPY)
         precopy = await self._track(connection.link, memory, engine)
         finish = await precopy.run() if self.options.mode != "postcopy" else False
@@ -248,6 +251,7 @@ class SourceMigration(Migration):
 
     async def _switch_over(self, link: ControlLink, engine: SourceEngine, precopy: PreCopy, *, finish: bool) -> None:
         """Pause the guest, scan, send the stale map and the guest state; return when the target has loaded it."""
+        await self.hooks.before(State.SWITCHOVER)
         self.set_state(State.SWITCHOVER)
         started = time.monotonic()
         await self._guest.pause(link.pipe)

@@ -121,7 +121,8 @@ class TargetMigration(Migration):
                 driver=hello.driver,
                 total_bytes=sum(region.size_bytes for region in hello.regions),
                 state=State.SETUP if recovered is None else State.POSTCOPY_PAUSED,
-            )
+            ),
+            config.hooks,
         )
         self.hello = hello
         self.session = session
@@ -239,6 +240,7 @@ class TargetMigration(Migration):
     async def _set_up(self, link: ControlLink) -> None:
         """Allocate the memory, start a process that uses it and a server for its faults; send Ready."""
         hello = self.hello
+        await self.hooks.before(State.SETUP)
         regions = tuple(Region(r.name, r.size_bytes, r.page_bytes, r.device) for r in hello.regions)
         await self._guest.check(regions, hello.description)
         memory = self._memory
@@ -256,6 +258,7 @@ class TargetMigration(Migration):
         engine.arm(faults.uffd, faults.mappings)
         self.background(self._watch_guest())
         self.connection.alive.spawn(self._load_state(link))
+        await self.hooks.before(State.PRECOPY)
         self._armed.set()
         await link.send(Ready(memory.page_bytes))
         self.set_state(State.PRECOPY)
@@ -284,6 +287,8 @@ class TargetMigration(Migration):
         await self._mapped.wait()
         self._laps.lap("load")
         self._entry.guest = self._guest.memento()
+        if await self.hooks.before(State.POSTCOPY):
+            self._laps.lap("hook")
         await self._write("loaded")
         await link.send(Loaded())
         self._laps.lap("journal")

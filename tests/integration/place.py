@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -258,11 +258,16 @@ class Place:
 
 @contextlib.asynccontextmanager
 async def place(
-    program: Path, *, memory_bytes: int = 16 * MIB, timeouts: dict[str, float] | None = None
+    program: Path,
+    *,
+    memory_bytes: int = 16 * MIB,
+    timeouts: dict[str, float] | None = None,
+    prepare: Callable[[Place], None] = lambda _: None,
 ) -> AsyncIterator[Place]:
-    """Both agents up; in the end they must have had nothing to complain of."""
+    """Both agents up, after ``prepare``; in the end they must have had nothing to complain of."""
     with supervisor.directory("mgi-", short_directory()) as directory:
         here = Place(directory, program, memory_bytes=memory_bytes, timeouts={**TIMEOUTS, **(timeouts or {})})
+        prepare(here)
         try:
             async with here.pair:
                 try:

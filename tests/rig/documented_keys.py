@@ -28,6 +28,8 @@ SECTIONS: dict[str, type[Table]] = {
     "[migration]": MigrationOptions,
     "[timeouts]": Timeouts,
     "[limits]": config.LimitsSection,
+    "[hooks] on a source": config.SourceHooksSection,
+    "[hooks] on a target": config.TargetHooksSection,
     "[libvirt] on a source": LibvirtSourceSection,
     "[libvirt] on a target": LibvirtTargetSection,
     'driver = "qemu" on a source': QemuSourceConfig,

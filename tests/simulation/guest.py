@@ -365,6 +365,7 @@ class SimGuestRegistry:
     """Model of `GuestRegistry`: every name refers to the one simulated guest."""
 
     def __init__(self, config: Any) -> None:
+        self.config = config
         self._host = current().host
 
     async def __aenter__(self) -> Self:

@@ -20,6 +20,7 @@ from migrated import config, daemon
 from migrated.agent.archive import Archive
 from migrated.agent.migration import Migration
 from migrated.agent.record import Record, State
+from migrated.config import HooksSection
 from migrated.guests.qemu.process import QemuProcess
 from migrated.guests.qemu.qmp import Monitor
 from migrated.recovery import systemd
@@ -208,7 +209,7 @@ async def test_a_record_that_is_slow_to_be_archived_and_yet_is_there_when_the_ag
 
     async def life() -> None:
         running = asyncio.ensure_future(agent.run(stop))
-        agent._launch(OneMigration(Record(id="m", guest="vm1", role="source", mode="hybrid")))
+        agent._launch(OneMigration(Record(id="m", guest="vm1", role="source", mode="hybrid"), HooksSection()))
         stop.set()
         await running
 

@@ -11,6 +11,7 @@ import pytest
 from migrated.agent.connection import Connection
 from migrated.agent.migration import Migration
 from migrated.agent.record import Record
+from migrated.config import HooksSection
 from migrated.errors import ConnectionLostError, MigratedError
 from migrated.link.control_link import ControlLink
 from migrated.protocol.session import Session
@@ -35,7 +36,7 @@ class FakeEngine:
 
 @pytest.fixture
 def migration() -> Migration:
-    made = Migration(Record(id="0123456789ab", guest="vm1", role="source", mode="hybrid"))
+    made = Migration(Record(id="0123456789ab", guest="vm1", role="source", mode="hybrid"), HooksSection())
     made.engine = cast("Any", FakeEngine())
     return made
 

@@ -12,6 +12,7 @@ from structlog.testing import capture_logs
 
 from migrated.agent.migration import TIMELINE_CHANGES, FinalError, Migration, log_errors
 from migrated.agent.record import Record, State
+from migrated.config import HooksSection
 from migrated.errors import AbortedError, GuestError, MigratedError, NativeError, PeerError
 from migrated.memory.engine import Event, EventKind
 
@@ -30,7 +31,7 @@ class OneMigration(Migration):
 
 @pytest.fixture
 def migration() -> OneMigration:
-    return OneMigration(Record(id="0123456789ab", guest="vm1", role="target", mode="hybrid"))
+    return OneMigration(Record(id="0123456789ab", guest="vm1", role="target", mode="hybrid"), HooksSection())
 
 
 async def test_a_watcher_sees_the_record_now_and_at_every_change_until_the_end(migration: OneMigration) -> None:
@@ -137,7 +138,7 @@ class Flow(OneMigration):
     """Its flow is what the test makes it; notes what follows."""
 
     def __init__(self, flow: Callable[[OneMigration], Awaitable[None]]) -> None:
-        super().__init__(Record(id="0123456789ab", guest="vm1", role="target", mode="hybrid"))
+        super().__init__(Record(id="0123456789ab", guest="vm1", role="target", mode="hybrid"), HooksSection())
         self.steps: list[str] = []
         self._flow = flow
 
@@ -310,7 +311,7 @@ async def test_background_work_that_loses_its_cancellation_is_cancelled_again(
 
 
 async def test_a_link_that_flaps_for_weeks_does_not_make_the_record_grow() -> None:
-    migration = Migration(Record(id="a", guest="vm1", role="source", mode="hybrid"))
+    migration = Migration(Record(id="a", guest="vm1", role="source", mode="hybrid"), HooksSection())
     for state in (State.PRECOPY, State.SWITCHOVER, State.POSTCOPY):
         migration.set_state(state)
     for _ in range(1000):

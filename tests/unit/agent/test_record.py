@@ -11,6 +11,7 @@ from structlog.testing import capture_logs
 
 from migrated.agent.migration import Migration
 from migrated.agent.record import ENDED, NEXT, Laps, Record, State
+from migrated.config import HooksSection
 from migrated.errors import ConflictError, MigratedError
 
 PAIRS = list(itertools.product(State, State))
@@ -25,7 +26,7 @@ class Counting(Migration):
 
 
 def in_state(state: State) -> Counting:
-    return Counting(Record(id="0123456789ab", guest="vm1", role="source", mode="hybrid", state=state))
+    return Counting(Record(id="0123456789ab", guest="vm1", role="source", mode="hybrid", state=state), HooksSection())
 
 
 def test_laps_are_all_of_the_time() -> None:

@@ -11,6 +11,7 @@ from migrated.agent.archive import Archive
 from migrated.agent.migration import Migration
 from migrated.agent.record import Record, State
 from migrated.agent.table import MigrationTable
+from migrated.config import HooksSection
 from migrated.errors import ConflictError, NotFoundError
 
 Make = Callable[..., Migration]
@@ -28,7 +29,7 @@ class OneMigration(Migration):
 
 
 def migration(name: str, guest: str = "vm1") -> OneMigration:
-    return OneMigration(Record(id=name, guest=guest, role="source", mode="hybrid"))
+    return OneMigration(Record(id=name, guest=guest, role="source", mode="hybrid"), HooksSection())
 
 
 def ended(one: OneMigration, state: State = State.ABORTED) -> OneMigration:

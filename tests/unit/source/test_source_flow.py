@@ -15,7 +15,7 @@ import pytest
 from migrated.address import Address
 from migrated.agent.migration import FinalError
 from migrated.agent.record import State
-from migrated.config import AgentConfig
+from migrated.config import AgentConfig, HooksSection
 from migrated.errors import AbortedError, ConnectionLostError, GuestError, MigratedError, TimeoutExceededError
 from migrated.guests.access.pidfd import process_started
 from migrated.guests.driver import Memento, SourceGuest
@@ -131,7 +131,7 @@ def source_migration(
         driver=HELLO.driver,
         guest=cast("SourceGuest", guest),
         options=read(Options, {"target": "host-c:7440", "streams": 1}, "options"),
-        config=cast("AgentConfig", SimpleNamespace(timeouts=timeouts or Timeouts())),
+        config=cast("AgentConfig", SimpleNamespace(timeouts=timeouts or Timeouts(), hooks=HooksSection())),
         session_id=HELLO.session,
         recovery_state=recovery_state,
         **given,
