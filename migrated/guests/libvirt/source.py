@@ -23,6 +23,7 @@ from migrated.guests.libvirt.monitor import LibvirtMonitor
 from migrated.guests.qemu.process import ManagedQemu
 from migrated.guests.qemu.source import RunningQemu
 from migrated.memory.regions import SourceMemory
+from migrated.options import DomainOptions
 from migrated.settings import Timeouts
 from migrated.waiting import in_thread
 
@@ -117,10 +118,14 @@ def _holders(fd: int, uuid: str) -> list[int]:
 class LibvirtSource(RunningQemu):
     """See `SourceGuest`."""
 
-    def __init__(self, name: str, config: LibvirtSourceConfig, timeouts: Timeouts) -> None:
+    def __init__(
+        self, name: str, config: LibvirtSourceConfig, timeouts: Timeouts, requested: DomainOptions | None = None
+    ) -> None:
         domain = config.domain or name
+        asked = requested.requested() if requested is not None else {}
         super().__init__(name, LibvirtQemu(name, config.uri, domain, command_seconds=timeouts.guest_command), timeouts)
-        self._undefine = config.undefine
+        self._undefine = bool(asked.get("undefine_source", config.undefine_source))
+        self._persistent = asked.get("persistent", "")  # on the target
         self._described: Description | None = None
         self._autostart = False  # whether libvirt starts the domain by itself, as its owner wants it
 
@@ -133,6 +138,7 @@ class LibvirtSource(RunningQemu):
             backends=tuple(plain["backends"]),
             ids=tuple(block.id for block in self.blocks),
             used_bytes=tuple(block.used_bytes for block in self.blocks),
+            persistent=self._persistent,
             **await self._domain_description(),
         )
         self._autostart = self._described.autostart
@@ -154,11 +160,15 @@ class LibvirtSource(RunningQemu):
                 log.error("autostart is off", guest=self.name, error=str(error))  # noqa: TRY400 - expected: no traceback
 
     def memento(self) -> Memento:
-        return {**super().memento(), "autostart": self._autostart}
+        return {**super().memento(), "autostart": self._autostart, "undefine": self._undefine}
 
     async def reclaim(self, memento: Memento) -> None:
         self._autostart = bool(memento.get("autostart", False))
         await super().reclaim(memento)
+
+    async def adopt(self, pid: int, memento: Memento) -> None:
+        self._undefine = bool(memento.get("undefine", self._undefine))
+        await super().adopt(pid, memento)
 
     async def _refuse_unmovable(self, monitor: Any) -> None:
         await self._refuse_devices(monitor)
