@@ -6,6 +6,7 @@ All that is asked of its QEMU goes through libvirt's monitor; the rest is as wit
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -18,7 +19,7 @@ from migrated.guests.access.pidfd import open_files
 from migrated.guests.driver import Description as PlainDescription
 from migrated.guests.driver import Memento, StateChannel
 from migrated.guests.libvirt.config import Description, LibvirtSourceConfig, pack_xml
-from migrated.guests.libvirt.connection import Connection
+from migrated.guests.libvirt.connection import Connection, insist
 from migrated.guests.libvirt.monitor import LibvirtMonitor
 from migrated.guests.qemu.process import ManagedQemu
 from migrated.guests.qemu.source import RunningQemu
@@ -121,9 +122,11 @@ class LibvirtSource(RunningQemu):
     def __init__(
         self, name: str, config: LibvirtSourceConfig, timeouts: Timeouts, requested: DomainOptions | None = None
     ) -> None:
-        domain = config.domain or name
+        self._uri, self._domain = config.uri, config.domain or name
         asked = requested.requested() if requested is not None else {}
-        super().__init__(name, LibvirtQemu(name, config.uri, domain, command_seconds=timeouts.guest_command), timeouts)
+        super().__init__(
+            name, LibvirtQemu(name, self._uri, self._domain, command_seconds=timeouts.guest_command), timeouts
+        )
         self._undefine = bool(asked.get("undefine_source", config.undefine_source))
         self._persistent = asked.get("persistent", "")  # on the target
         self._described: Description | None = None
@@ -146,18 +149,21 @@ class LibvirtSource(RunningQemu):
 
     async def pause(self, channel: StateChannel) -> None:
         if self._autostart:  # after COMMIT a reboot of this host must not start it here
-            monitor: LibvirtMonitor = await self.qemu.monitor()
-            await self._ask(monitor, "turning autostart off", monitor.domain.setAutostart, 0)
+            await self._set_autostart(on=False)
         await super().pause(channel)
 
     async def resume(self) -> None:
-        await super().resume()
+        limit = self._timeouts.release
+        await insist(super().resume, limit_seconds=limit)
         if self._autostart:
-            monitor: LibvirtMonitor = await self.qemu.monitor()
             try:
-                await self._ask(monitor, "turning autostart on", monitor.domain.setAutostart, 1)
+                await insist(functools.partial(self._set_autostart, on=True), limit_seconds=limit)
             except GuestError as error:
                 log.error("autostart is off", guest=self.name, error=str(error))  # noqa: TRY400 - expected: no traceback
+
+    async def _set_autostart(self, *, on: bool) -> None:
+        monitor: LibvirtMonitor = await self.qemu.monitor()
+        await self._ask(monitor, f"turning autostart {'on' if on else 'off'}", monitor.domain.setAutostart, int(on))
 
     def memento(self) -> Memento:
         return {**super().memento(), "autostart": self._autostart, "undefine": self._undefine}
@@ -165,6 +171,9 @@ class LibvirtSource(RunningQemu):
     async def reclaim(self, memento: Memento) -> None:
         self._autostart = bool(memento.get("autostart", False))
         await super().reclaim(memento)
+
+    async def _reopen(self) -> None:
+        await insist(super()._reopen, limit_seconds=self._timeouts.release)
 
     async def adopt(self, pid: int, memento: Memento) -> None:
         self._undefine = bool(memento.get("undefine", self._undefine))
@@ -214,7 +223,7 @@ class LibvirtSource(RunningQemu):
         process = self.qemu.handle
         if process.poll() is None:
             try:
-                await self._give_up()
+                await insist(self._give_up, limit_seconds=self._timeouts.release)
                 await process.wait(self._timeouts.release)
             except (MigratedError, TimeoutExceededError) as error:
                 log.warning("libvirt did not end the domain; its QEMU is ended", guest=self.name, error=str(error))
@@ -222,15 +231,26 @@ class LibvirtSource(RunningQemu):
                 await process.kill(self._timeouts.release)
 
     async def _give_up(self) -> None:
-        """Have libvirt end the domain; it must not start again by itself, and is not kept if so configured."""
-        monitor: LibvirtMonitor = await self.qemu.monitor()
-        libvirt, domain = monitor.connection.libvirt, monitor.domain
-        persistent = await self._ask(monitor, "asking whether it is persistent", domain.isPersistent)
+        """Have libvirt end the domain; it must not start again by itself, and is not kept if so requested."""
+        limit = self._timeouts.guest_command
+        connection = await Connection.connect(self.name, self._uri, limit_seconds=limit)
+        try:
+            domain = await connection.domain(self._domain, limit_seconds=limit)
+            if domain is not None:
+                await connection.call(
+                    "ending the domain", self._end, connection.libvirt, domain, limit_seconds=self._timeouts.release
+                )
+        finally:
+            await connection.close()
+
+    def _end(self, libvirt: Any, domain: Any) -> None:
+        """Blocks.  May be done again, wherever the first time was interrupted."""
+        persistent = domain.isPersistent()
         if persistent:
-            with contextlib.suppress(GuestError):
-                await self._ask(monitor, "turning autostart off", domain.setAutostart, 0)
-        await monitor.connection.call("ending the domain", domain.destroy, limit_seconds=self._timeouts.release)
-        if persistent and self._undefine:
+            domain.setAutostart(0)
+        if self.qemu.handle.poll() is None and domain.isActive():
+            domain.destroy()
+        if persistent and self._undefine and not domain.isActive():
             flags = libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE | libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
             flags |= libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA | libvirt.VIR_DOMAIN_UNDEFINE_KEEP_NVRAM
-            await self._ask(monitor, "undefining the domain", domain.undefineFlags, flags)
+            domain.undefineFlags(flags)

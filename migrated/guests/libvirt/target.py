@@ -36,7 +36,7 @@ from migrated.guests.driver import (
     TargetGuest,
 )
 from migrated.guests.libvirt.config import Description, LibvirtTargetConfig, unpack_xml
-from migrated.guests.libvirt.connection import Connection, begin
+from migrated.guests.libvirt.connection import Connection, begin, insist
 from migrated.guests.libvirt.domain_xml import Domain, incoming
 from migrated.guests.libvirt.landmarks import Landmarks
 from migrated.guests.libvirt.save_image import SaveImage, abandon_left_over
@@ -302,16 +302,19 @@ class LibvirtTarget(TargetGuest):
         if not self._definition:
             return
         try:
-            connection = await self._connected()
-            define = connection.handle.defineXML
-            limit = self._timeouts.release  # libvirt may have to find out first what its QEMU can do
-            domain = await connection.call("defining the domain", define, self._definition, limit_seconds=limit)
-            if self._autostart:
-                await self._ask("turning autostart on", domain.setAutostart, 1)
+            await insist(self._define, limit_seconds=self._timeouts.release)
         except MigratedError as error:  # it runs; that it is transient is told
             log.error(  # noqa: TRY400 - expected: no traceback
                 "the domain runs here and could not be defined", guest=self.name, error=str(error)
             )
+
+    async def _define(self) -> None:
+        connection = await self._connected()
+        define = connection.handle.defineXML
+        limit = self._timeouts.release  # libvirt may have to find out first what its QEMU can do
+        domain = await connection.call("defining the domain", define, self._definition, limit_seconds=limit)
+        if self._autostart:
+            await self._ask("turning autostart on", domain.setAutostart, 1)
 
     async def kill(self) -> None:
         deadline = asyncio.get_running_loop().time() + self._timeouts.abort
