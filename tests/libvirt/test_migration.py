@@ -49,7 +49,8 @@ async def guests(domain: MovingDomain) -> dict[str, dict[str, Any]]:
     return {guest["name"]: guest for guest in answer["guests"]}
 
 
-async def test_a_domain_on_default_memory_migrates_in_every_mode(domains: Domains) -> None:
+async def test_a_domain_on_default_memory_makes_five_round_trips_in_every_mode(domains: Domains) -> None:
+    """Default memory there, huge pages here, and so on; all of it is verified after each migration."""
     async with domains(persistent=True) as domain:
         await domain.libvirt.virsh("autostart", domain.name)
         assert await domain.states() == ("running", "none")
@@ -75,7 +76,12 @@ async def test_a_domain_on_default_memory_migrates_in_every_mode(domains: Domain
         there = await domain.move(mode="postcopy")
         assert there.source["stale_pages"] > 0
         await domain.move(mode="postcopy")
+        for mode in ("hybrid", "postcopy", "precopy"):
+            for page_size in (2 * MIB, 4096):
+                moved = await domain.move(mode=mode, downtime_limit_ms=2000)
+                assert moved.target["page_size"] == page_size
         assert await domain.states() == ("running", "shut off")
+        assert "Autostart:      enable" in await domain.libvirt.virsh("dominfo", domain.name)
 
 
 async def test_a_transient_domain_stays_transient_and_a_paused_one_paused(domains: Domains) -> None:

@@ -48,6 +48,18 @@ _UNMOVABLE = {
 }
 
 
+def refuse_devices(guest: str, xml: str) -> None:
+    """Raise GuestRefusedError ``unsupported-device`` if a running domain has a device that would not arrive whole."""
+    domain = ET.fromstring(xml)  # noqa: S314 - libvirt's own
+    found = [what for path, what in _UNMOVABLE.items() if domain.find(path) is not None]
+    if found:
+        raise GuestRefusedError(
+            f"guest {guest} has {', '.join(found)}",
+            code="unsupported-device",
+            hint="detach it for the time of the migration (virsh detach-device)",
+        )
+
+
 class LibvirtQemu(ManagedQemu[LibvirtMonitor]):
     """The QEMU of a domain."""
 
@@ -184,14 +196,7 @@ class LibvirtSource(RunningQemu):
         await super()._refuse_unmovable(monitor)
 
     async def _refuse_devices(self, monitor: LibvirtMonitor) -> None:
-        xml = await self._ask(monitor, "reading its XML", monitor.domain.XMLDesc, 0)
-        found = [what for path, what in _UNMOVABLE.items() if ET.fromstring(xml).find(path) is not None]  # noqa: S314 - libvirt's own
-        if found:
-            raise GuestRefusedError(
-                f"guest {self.name} has {', '.join(found)}",
-                code="unsupported-device",
-                hint="detach it for the time of the migration (virsh detach-device)",
-            )
+        refuse_devices(self.name, await self._ask(monitor, "reading its XML", monitor.domain.XMLDesc, 0))
 
     async def _domain_description(self) -> dict[str, Any]:
         monitor: LibvirtMonitor = await self.qemu.monitor()
