@@ -53,3 +53,27 @@ class MigrationOptions(Limits):
     compression: Compression = Field(
         default="off", description="zstd: each stream compresses its bulk data while that pays"
     )
+
+
+class PersistentOption(Table):
+    """Whether a domain of libvirt's is defined on its target.  Declared here, asked for with `start`."""
+
+    persistent: Literal["as-source", "yes", "no"] = Field(
+        default="as-source", description="libvirt: whether the domain is defined on the target once it runs there"
+    )
+
+
+class UndefineOption(Table):
+    """Whether a domain of libvirt's stays defined on its source."""
+
+    undefine_source: bool = Field(
+        default=False, description="libvirt: a persistent domain is undefined on the source once it runs on the target"
+    )
+
+
+class DomainOptions(PersistentOption, UndefineOption):
+    """Options of ``migrated start`` for libvirt's guests; the hosts' configurations have the defaults."""
+
+    def requested(self) -> dict[str, Any]:
+        """Return the options that were set rather than left to the configurations."""
+        return {name: getattr(self, name) for name in self.model_fields_set & DomainOptions.model_fields.keys()}

@@ -263,6 +263,8 @@ def allowed(field: FieldInfo) -> str:
         return text.allowed
     if _tables_in(field.annotation):
         return "a table"
+    if typing.get_origin(field.annotation) is dict:
+        return "a table of strings"
     if typing.get_origin(field.annotation) is Literal:
         return _either([str(value) for value in typing.get_args(field.annotation)])
     if typing.get_origin(field.annotation) is list and (

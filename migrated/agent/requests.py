@@ -11,7 +11,7 @@ import msgspec
 from pydantic import Field, model_validator
 
 from migrated.agent.record import ErrorInfo
-from migrated.options import Limits, MigrationOptions, TargetAddress
+from migrated.options import DomainOptions, Limits, MigrationOptions, TargetAddress
 from migrated.settings import Table, refuse
 
 
@@ -24,7 +24,7 @@ class _Request(Table):
         )
 
 
-class StartRequest(_Request, MigrationOptions):
+class StartRequest(_Request, MigrationOptions, DomainOptions):
     """Body of ``POST /v1/migrations``; omitted fields take the configured defaults."""
 
     guest: str = Field(description="the guest's name in the source's configuration")

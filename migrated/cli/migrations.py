@@ -22,7 +22,7 @@ from migrated.agent.requests import StartRequest
 from migrated.cli import failure, rendering
 from migrated.cli.client import Client
 from migrated.errors import ConfigError, MigratedError, TimeoutExceededError
-from migrated.options import Limits, MigrationOptions
+from migrated.options import DomainOptions, Limits, MigrationOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -55,6 +55,10 @@ def options(table: type[settings.Table], *names: str) -> Callable[[F], F]:
     def add(function: F) -> F:
         for name in reversed(names or tuple(table.model_fields)):
             field = table.model_fields[name]
+            if field.annotation is bool:  # three states: left out, too
+                both = f"{_flag(name)}/{_flag(f'no_{name}')}"
+                function = click.option(both, name, default=None, help=_help(field))(function)
+                continue
             values = typing.get_args(field.annotation)
             function = click.option(
                 _flag(name),
@@ -125,6 +129,7 @@ def print_json(value: Any) -> None:
 @click.argument("guest")
 @options(StartRequest, "to")
 @options(MigrationOptions)
+@options(DomainOptions)
 @click.option("--wait", is_flag=True, help="Wait until it has ended, and show progress.")
 @json_flag
 @agent_verb

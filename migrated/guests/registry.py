@@ -9,6 +9,7 @@ import contextlib
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from migrated.errors import GuestRefusedError
 from migrated.guests import guest_log
 from migrated.guests.libvirt.config import LibvirtSourceConfig, LibvirtTargetConfig
 from migrated.guests.libvirt.source import LibvirtSource
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from migrated.config import AgentConfig
     from migrated.guests.driver import SourceGuest, TargetGuest
+    from migrated.options import DomainOptions
 
 
 def _process_guests(config: AgentConfig) -> dict[str, ProcessSourceConfig]:
@@ -89,13 +91,22 @@ class GuestRegistry:
     ) -> None:
         await self._stack.aclose()
 
-    def source_guest(self, name: str) -> SourceGuest:
-        """Return a driver object for one migration away from here."""
+    def source_guest(self, name: str, requested: DomainOptions | None = None) -> SourceGuest:
+        """Return a driver object for one migration away from here.
+
+        Raises GuestRefusedError ``not-of-libvirt`` if options for libvirt's guests were requested for another.
+        """
         table = self.config.guest_table(name)
+        if requested is not None and requested.requested() and not isinstance(table, LibvirtSourceConfig):
+            raise GuestRefusedError(
+                f"guest {name} is not libvirt's, and {', '.join(requested.requested())} is for libvirt's guests",
+                code="not-of-libvirt",
+                hint="leave the option out",
+            )
         if isinstance(table, QemuSourceConfig):
             return QemuSource(name, table, self.config.timeouts)
         if isinstance(table, LibvirtSourceConfig):
-            return LibvirtSource(name, table, self.config.timeouts)
+            return LibvirtSource(name, table, self.config.timeouts, requested)
         return ProcessSource(name, self._hubs[name])
 
     def target_guest(self, name: str) -> TargetGuest:

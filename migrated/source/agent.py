@@ -63,7 +63,7 @@ class SourceAgent(HostAgent[SourceMigration]):
                 code="too-many",
                 hint="wait for one to end, or raise limits.max_migrations",
             )
-        guest = self._guests.source_guest(request.guest)
+        guest = self._guests.source_guest(request.guest, request)
         session_id = os.urandom(16)
         migration = SourceMigration(
             guest_name=request.guest,

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from tests.libvirt.conftest import Domains
 from tests.rig.guest import MIB
 from tests.rig.host import PROGRAM
-from tests.rig.libvirt_host import domain_xml
+from tests.rig.libvirt_host import LibvirtHost, domain_xml
 from tests.rig.moving_domain import MovingDomain
 
 pytestmark = [
@@ -48,7 +49,8 @@ async def guests(domain: MovingDomain) -> dict[str, dict[str, Any]]:
     return {guest["name"]: guest for guest in answer["guests"]}
 
 
-async def test_a_domain_on_default_memory_migrates_in_every_mode(domains: Domains) -> None:
+async def test_a_domain_on_default_memory_makes_five_round_trips_in_every_mode(domains: Domains) -> None:
+    """Default memory there, huge pages here, and so on; all of it is verified after each migration."""
     async with domains(persistent=True) as domain:
         await domain.libvirt.virsh("autostart", domain.name)
         assert await domain.states() == ("running", "none")
@@ -74,7 +76,12 @@ async def test_a_domain_on_default_memory_migrates_in_every_mode(domains: Domain
         there = await domain.move(mode="postcopy")
         assert there.source["stale_pages"] > 0
         await domain.move(mode="postcopy")
+        for mode in ("hybrid", "postcopy", "precopy"):
+            for page_size in (2 * MIB, 4096):
+                moved = await domain.move(mode=mode, downtime_limit_ms=2000)
+                assert moved.target["page_size"] == page_size
         assert await domain.states() == ("running", "shut off")
+        assert "Autostart:      enable" in await domain.libvirt.virsh("dominfo", domain.name)
 
 
 async def test_a_transient_domain_stays_transient_and_a_paused_one_paused(domains: Domains) -> None:
@@ -99,6 +106,50 @@ async def test_memory_that_libvirt_would_preallocate_is_not_held_twice(domains: 
         assert "immediate" not in await domain.libvirt.virsh("dumpxml", domain.name)
         assert "immediate" in await domain.libvirt.virsh("dumpxml", "--inactive", domain.name)
         await domain.move(downtime_limit_ms=2000)
+
+
+async def test_what_differs_on_the_target_is_replaced_and_the_hook_is_asked(
+    domains: Domains, libvirts: tuple[LibvirtHost, ...]
+) -> None:
+    common = libvirts[0].directory.parent
+    hook = common / "hook"
+
+    def have_the_hook_run(command: str) -> None:
+        text = common / "hook.new"
+        text.write_text(f"#!/bin/sh\nexec {command}\n")
+        text.chmod(0o755)
+        text.rename(hook)
+
+    have_the_hook_run("cat")
+    here, there = f"{common}/boot/", f"{common}/boot-of-b/"
+    target = {"replace": {"paths": {here: there, there: here}}, "xml_hook": str(hook)}
+    async with domains(target=target) as domain:
+        Path(there.rstrip("/")).symlink_to(here)  # noqa: ASYNC240 - at once
+        for command, code, problem in (
+            ("sh -c 'echo the inventory is down >&2; exit 1'", "xml-hook", "the inventory is down"),
+            ("sed s/acpi/apic/", "guest-start", "feature 'acpi'"),  # libvirt's own check of the guest's ABI
+        ):
+            have_the_hook_run(command)
+            record = await domain.fail()
+            assert record["error"]["code"] == code, record["error"]
+            assert problem in record["error"]["message"]
+            assert await domain.states() == ("running", "none")
+
+        have_the_hook_run("sed 's/the title of/the new title of/'")
+        await domain.move(downtime_limit_ms=2000, undefine_source=True)
+        assert await domain.states() == ("running", "none")
+        for options in ((), ("--inactive",)):
+            xml = await domain.libvirt.virsh("dumpxml", domain.name, *options)
+            assert f"<kernel>{there}kernel</kernel>" in xml
+            assert "<title>the new title of" in xml
+
+        have_the_hook_run("cat")
+        await domain.move(downtime_limit_ms=2000, persistent="no", undefine_source=True)
+        assert f"<kernel>{here}kernel</kernel>" in await domain.libvirt.virsh("dumpxml", domain.name)
+        assert await domain.states() == ("running", "none")
+        assert "Persistent:     no" in await domain.libvirt.virsh("dominfo", domain.name)
+        await domain.move(downtime_limit_ms=2000, persistent="yes")
+        assert "Persistent:     yes" in await domain.libvirt.virsh("dominfo", domain.name)
 
 
 @contextlib.asynccontextmanager

@@ -14,6 +14,7 @@ from migrated.guests.libvirt.config import (
     LibvirtTargetConfig,
     LibvirtTargetSection,
 )
+from migrated.guests.libvirt.replace import Replacements
 from migrated.guests.process.config import ProcessSourceConfig, ProcessTargetConfig
 from migrated.guests.qemu.config import QemuSourceConfig, QemuTargetConfig
 from migrated.options import MigrationOptions
@@ -36,6 +37,7 @@ SECTIONS: dict[str, type[Table]] = {
     'driver = "qemu" on a target': QemuTargetConfig,
     'driver = "libvirt" on a source': LibvirtSourceConfig,
     'driver = "libvirt" on a target': LibvirtTargetConfig,
+    "replace on a target": Replacements,
     'driver = "process" on a source': ProcessSourceConfig,
     'driver = "process" on a target': ProcessTargetConfig,
 }
@@ -56,7 +58,7 @@ def documented(table: type[Table]) -> str:
     for name, field in table.model_fields.items():
         if field.is_required():
             default = "required"
-        elif field.default is None:
+        elif field.default is None or isinstance(field.default, Table):
             default = BY_ROLE.get(name, "")
         else:
             value = shown[name]

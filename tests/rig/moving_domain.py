@@ -72,19 +72,21 @@ async def moving_domain(
     *,
     page_size: tuple[str, str] = ("4K", "2M"),
     config: dict[str, Any] | None = None,
+    target: dict[str, Any] | None = None,
     persistent: bool = True,
     **domain: Any,
 ) -> AsyncIterator[MovingDomain]:
     """A booted domain on the first of two libvirts, with agents in ``directory``.
 
-    ``page_size`` on the first and on the second host; ``config``: sections for all agents; ``domain``: arguments of `domain_xml`.
+    ``page_size`` on the first and on the second host; ``config``: sections for all agents; ``target``: keys of ``[libvirt]`` on
+    both targets; ``domain``: arguments of `domain_xml`.
     """
     load = {"size": "60%", "rate": 1000, "pattern": "hot", **domain}
     hosts = []
     for name, libvirt, size in zip("ab", libvirts, page_size, strict=True):
         source = {"uri": libvirt.uri, "domains": [NAME]}
-        target = {"uri": libvirt.uri, "accept": [NAME], "page_size": size}
-        hosts.append(Host(directory, name, config=config, source={"libvirt": source}, target={"libvirt": target}))
+        accept = {"uri": libvirt.uri, "accept": [NAME], "page_size": size, **(target or {})}
+        hosts.append(Host(directory, name, config=config, source={"libvirt": source}, target={"libvirt": accept}))
     moving = MovingDomain((hosts[0], hosts[1]), libvirts, libvirts[0].directory.parent)
     try:
         xml = domain_xml(libvirts[0].directory.parent, NAME, MEMORY_BYTES, **load)

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import fnmatch
 import zlib
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, field_validator
 
 from migrated.errors import GuestRefusedError, RemoteProtocolError
+from migrated.guests.libvirt.replace import Replacements
+from migrated.options import PersistentOption, UndefineOption
 from migrated.settings import GuestTable, MemoryTable, PageSize, Table, refuse
 
 _PAGE_MAX_BYTES = 2 << 20
@@ -24,22 +26,35 @@ MAX_XML_BYTES = 1 << 20
 DEFAULT_URI = "qemu:///system"
 
 
-class _OnSource(Table):
+def _check_program(path: str) -> str:
+    if path and not path.startswith("/"):
+        refuse(f"{path!r} is not absolute", "give an absolute path")
+    return path
+
+
+Program = Annotated[str, AfterValidator(_check_program)]
+
+
+class _OnSource(UndefineOption):
     """What is said of a domain on its source."""
 
     uri: str = Field(default=DEFAULT_URI, description="libvirt, on this host")
-    undefine: bool = Field(
-        default=False, description="`true`: a persistent domain is also undefined here once it runs on the target"
-    )
 
 
-class _OnTarget(Table):
+class _OnTarget(PersistentOption):
     """What is said of a domain on its target."""
 
     uri: str = Field(default=DEFAULT_URI, description="libvirt, on this host")
-    persistent: Literal["as-source", "yes", "no"] = Field(
-        default="as-source", description="whether the domain is defined here once it runs"
+    replace: Replacements = Field(
+        default=Replacements(),
+        description="what differs between the hosts in the domain's XML; see [replace](#replace-on-a-target)",
     )
+    xml_hook: Program = Field(
+        default="",
+        description="absolute path of a program that changes the domain's XML: XML on standard input, XML on standard output; see "
+        "[libvirt.md](libvirt.md#another-host-other-paths)",
+    )
+    xml_hook_user: str = Field(default="nobody", description="user that runs `xml_hook`, if the agent is root")
     page_size: PageSize | None = Field(
         default=None, description="of the domain's memory, not 1G; by default 2M, or 4K where the host lacks huge pages"
     )
@@ -78,6 +93,9 @@ class LibvirtSection(Table):
         del name
         return None
 
+    def _for_one(self, table: type[Table]) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in table.model_fields}
+
 
 class LibvirtSourceSection(_OnSource, LibvirtSection):
     """``[libvirt]`` of a source."""
@@ -88,7 +106,7 @@ class LibvirtSourceSection(_OnSource, LibvirtSection):
         """See LibvirtSection."""
         if not _matches(name, self.domains):
             return None
-        return LibvirtSourceConfig(uri=self.uri, undefine=self.undefine)
+        return LibvirtSourceConfig(**self._for_one(_OnSource))
 
 
 class LibvirtTargetSection(_OnTarget, LibvirtSection):
@@ -101,9 +119,7 @@ class LibvirtTargetSection(_OnTarget, LibvirtSection):
         if not _matches(name, self.accept):
             return None
         # Not validated again: a page size is written as text and is a number here.
-        return LibvirtTargetConfig.model_construct(
-            uri=self.uri, persistent=self.persistent, page_size=self.page_size, reserve=self.reserve
-        )
+        return LibvirtTargetConfig.model_construct(**self._for_one(_OnTarget))
 
 
 def _matches(name: str, patterns: list[str]) -> bool:
@@ -125,6 +141,9 @@ class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     xml: bytes
     definition: bytes
     autostart: bool
+    persistent: Literal["", "as-source", "yes", "no"] = (
+        ""  # as requested with the migration; empty: the target's configuration decides
+    )
 
     def encode(self) -> dict[str, Any]:
         """As plain values."""

@@ -16,7 +16,8 @@ import importlib.machinery
 import importlib.util
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Awaitable, Callable
 from typing import Any, Final, TypeVar
 
 from migrated.errors import GuestError, GuestRefusedError
@@ -26,6 +27,10 @@ T = TypeVar("T")
 #: A libvirtd that does not answer keep-alives for so long is given up: three in a row.
 _KEEPALIVE_SECONDS: Final = 5
 _KEEPALIVES: Final = 3
+
+#: Codes of a libvirtd that has ended, and may be started again.
+_AWAY: Final = frozenset({"libvirt-unreachable", "libvirt-lost"})
+_RETRY_SECONDS: Final = 0.2
 
 #: Where distributions keep the binding for their own Python.
 DISTRIBUTION = [
@@ -143,9 +148,10 @@ class Connection:
         except self.libvirt.libvirtError as error:
             raise self.error(what, error) from error
 
-    def error(self, what: str, error: Exception) -> GuestError:
+    def error(self, what: str, error: Any) -> GuestError:
         """What the binding has raised, by name."""
-        lost = not self.alive
+        # The library's own errors of its connection: it may not have noticed yet that this has ended.
+        lost = not self.alive or error.get_error_domain() == self.libvirt.VIR_FROM_RPC
         return GuestError(
             f"{_subject(self.guest)}: {what}: {error}",
             code="libvirt-lost" if lost else "libvirt-failed",
@@ -185,6 +191,21 @@ def _unreachable(guest: str, uri: str, why: str) -> GuestError:
         code="libvirt-unreachable",
         hint="is libvirtd (or virtqemud) running, and may the agent's user connect? Try `virsh -c URI list`",
     )
+
+
+async def insist(work: Callable[[], Awaitable[T]], *, limit_seconds: float) -> T:
+    """Do ``work``, again and again while libvirtd is away: a domain runs, and stands still, without it.
+
+    Raises what ``work`` raises for another reason, or last within the limit.
+    """
+    deadline = time.monotonic() + limit_seconds
+    while True:
+        try:
+            return await work()
+        except GuestError as error:
+            if error.code not in _AWAY or time.monotonic() > deadline:
+                raise
+        await asyncio.sleep(_RETRY_SECONDS)
 
 
 def begin(function: Callable[[], T]) -> asyncio.Future[T]:

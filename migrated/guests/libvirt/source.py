@@ -6,6 +6,7 @@ All that is asked of its QEMU goes through libvirt's monitor; the rest is as wit
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -18,11 +19,12 @@ from migrated.guests.access.pidfd import open_files
 from migrated.guests.driver import Description as PlainDescription
 from migrated.guests.driver import Memento, StateChannel
 from migrated.guests.libvirt.config import Description, LibvirtSourceConfig, pack_xml
-from migrated.guests.libvirt.connection import Connection
+from migrated.guests.libvirt.connection import Connection, insist
 from migrated.guests.libvirt.monitor import LibvirtMonitor
 from migrated.guests.qemu.process import ManagedQemu
 from migrated.guests.qemu.source import RunningQemu
 from migrated.memory.regions import SourceMemory
+from migrated.options import DomainOptions
 from migrated.settings import Timeouts
 from migrated.waiting import in_thread
 
@@ -44,6 +46,18 @@ _UNMOVABLE = {
     "devices/shmem": "memory shared with others",
     "launchSecurity": "encrypted memory",
 }
+
+
+def refuse_devices(guest: str, xml: str) -> None:
+    """Raise GuestRefusedError ``unsupported-device`` if a running domain has a device that would not arrive whole."""
+    domain = ET.fromstring(xml)  # noqa: S314 - libvirt's own
+    found = [what for path, what in _UNMOVABLE.items() if domain.find(path) is not None]
+    if found:
+        raise GuestRefusedError(
+            f"guest {guest} has {', '.join(found)}",
+            code="unsupported-device",
+            hint="detach it for the time of the migration (virsh detach-device)",
+        )
 
 
 class LibvirtQemu(ManagedQemu[LibvirtMonitor]):
@@ -117,10 +131,16 @@ def _holders(fd: int, uuid: str) -> list[int]:
 class LibvirtSource(RunningQemu):
     """See `SourceGuest`."""
 
-    def __init__(self, name: str, config: LibvirtSourceConfig, timeouts: Timeouts) -> None:
-        domain = config.domain or name
-        super().__init__(name, LibvirtQemu(name, config.uri, domain, command_seconds=timeouts.guest_command), timeouts)
-        self._undefine = config.undefine
+    def __init__(
+        self, name: str, config: LibvirtSourceConfig, timeouts: Timeouts, requested: DomainOptions | None = None
+    ) -> None:
+        self._uri, self._domain = config.uri, config.domain or name
+        asked = requested.requested() if requested is not None else {}
+        super().__init__(
+            name, LibvirtQemu(name, self._uri, self._domain, command_seconds=timeouts.guest_command), timeouts
+        )
+        self._undefine = bool(asked.get("undefine_source", config.undefine_source))
+        self._persistent = asked.get("persistent", "")  # on the target
         self._described: Description | None = None
         self._autostart = False  # whether libvirt starts the domain by itself, as its owner wants it
 
@@ -133,6 +153,7 @@ class LibvirtSource(RunningQemu):
             backends=tuple(plain["backends"]),
             ids=tuple(block.id for block in self.blocks),
             used_bytes=tuple(block.used_bytes for block in self.blocks),
+            persistent=self._persistent,
             **await self._domain_description(),
         )
         self._autostart = self._described.autostart
@@ -140,39 +161,42 @@ class LibvirtSource(RunningQemu):
 
     async def pause(self, channel: StateChannel) -> None:
         if self._autostart:  # after COMMIT a reboot of this host must not start it here
-            monitor: LibvirtMonitor = await self.qemu.monitor()
-            await self._ask(monitor, "turning autostart off", monitor.domain.setAutostart, 0)
+            await self._set_autostart(on=False)
         await super().pause(channel)
 
     async def resume(self) -> None:
-        await super().resume()
+        limit = self._timeouts.release
+        await insist(super().resume, limit_seconds=limit)
         if self._autostart:
-            monitor: LibvirtMonitor = await self.qemu.monitor()
             try:
-                await self._ask(monitor, "turning autostart on", monitor.domain.setAutostart, 1)
+                await insist(functools.partial(self._set_autostart, on=True), limit_seconds=limit)
             except GuestError as error:
                 log.error("autostart is off", guest=self.name, error=str(error))  # noqa: TRY400 - expected: no traceback
 
+    async def _set_autostart(self, *, on: bool) -> None:
+        monitor: LibvirtMonitor = await self.qemu.monitor()
+        await self._ask(monitor, f"turning autostart {'on' if on else 'off'}", monitor.domain.setAutostart, int(on))
+
     def memento(self) -> Memento:
-        return {**super().memento(), "autostart": self._autostart}
+        return {**super().memento(), "autostart": self._autostart, "undefine": self._undefine}
 
     async def reclaim(self, memento: Memento) -> None:
         self._autostart = bool(memento.get("autostart", False))
         await super().reclaim(memento)
+
+    async def _reopen(self) -> None:
+        await insist(super()._reopen, limit_seconds=self._timeouts.release)
+
+    async def adopt(self, pid: int, memento: Memento) -> None:
+        self._undefine = bool(memento.get("undefine", self._undefine))
+        await super().adopt(pid, memento)
 
     async def _refuse_unmovable(self, monitor: Any) -> None:
         await self._refuse_devices(monitor)
         await super()._refuse_unmovable(monitor)
 
     async def _refuse_devices(self, monitor: LibvirtMonitor) -> None:
-        xml = await self._ask(monitor, "reading its XML", monitor.domain.XMLDesc, 0)
-        found = [what for path, what in _UNMOVABLE.items() if ET.fromstring(xml).find(path) is not None]  # noqa: S314 - libvirt's own
-        if found:
-            raise GuestRefusedError(
-                f"guest {self.name} has {', '.join(found)}",
-                code="unsupported-device",
-                hint="detach it for the time of the migration (virsh detach-device)",
-            )
+        refuse_devices(self.name, await self._ask(monitor, "reading its XML", monitor.domain.XMLDesc, 0))
 
     async def _domain_description(self) -> dict[str, Any]:
         monitor: LibvirtMonitor = await self.qemu.monitor()
@@ -204,7 +228,7 @@ class LibvirtSource(RunningQemu):
         process = self.qemu.handle
         if process.poll() is None:
             try:
-                await self._give_up()
+                await insist(self._give_up, limit_seconds=self._timeouts.release)
                 await process.wait(self._timeouts.release)
             except (MigratedError, TimeoutExceededError) as error:
                 log.warning("libvirt did not end the domain; its QEMU is ended", guest=self.name, error=str(error))
@@ -212,15 +236,26 @@ class LibvirtSource(RunningQemu):
                 await process.kill(self._timeouts.release)
 
     async def _give_up(self) -> None:
-        """Have libvirt end the domain; it must not start again by itself, and is not kept if so configured."""
-        monitor: LibvirtMonitor = await self.qemu.monitor()
-        libvirt, domain = monitor.connection.libvirt, monitor.domain
-        persistent = await self._ask(monitor, "asking whether it is persistent", domain.isPersistent)
+        """Have libvirt end the domain; it must not start again by itself, and is not kept if so requested."""
+        limit = self._timeouts.guest_command
+        connection = await Connection.connect(self.name, self._uri, limit_seconds=limit)
+        try:
+            domain = await connection.domain(self._domain, limit_seconds=limit)
+            if domain is not None:
+                await connection.call(
+                    "ending the domain", self._end, connection.libvirt, domain, limit_seconds=self._timeouts.release
+                )
+        finally:
+            await connection.close()
+
+    def _end(self, libvirt: Any, domain: Any) -> None:
+        """Blocks.  May be done again, wherever the first time was interrupted."""
+        persistent = domain.isPersistent()
         if persistent:
-            with contextlib.suppress(GuestError):
-                await self._ask(monitor, "turning autostart off", domain.setAutostart, 0)
-        await monitor.connection.call("ending the domain", domain.destroy, limit_seconds=self._timeouts.release)
-        if persistent and self._undefine:
+            domain.setAutostart(0)
+        if self.qemu.handle.poll() is None and domain.isActive():
+            domain.destroy()
+        if persistent and self._undefine and not domain.isActive():
             flags = libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE | libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
             flags |= libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA | libvirt.VIR_DOMAIN_UNDEFINE_KEEP_NVRAM
-            await self._ask(monitor, "undefining the domain", domain.undefineFlags, flags)
+            domain.undefineFlags(flags)

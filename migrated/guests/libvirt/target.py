@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import functools
 import signal
+import xml.etree.ElementTree as ET
 from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,11 +36,12 @@ from migrated.guests.driver import (
     TargetGuest,
 )
 from migrated.guests.libvirt.config import Description, LibvirtTargetConfig, unpack_xml
-from migrated.guests.libvirt.connection import Connection, begin
+from migrated.guests.libvirt.connection import Connection, begin, insist
 from migrated.guests.libvirt.domain_xml import Domain, incoming
 from migrated.guests.libvirt.landmarks import Landmarks
 from migrated.guests.libvirt.save_image import SaveImage, abandon_left_over
 from migrated.guests.libvirt.source import LibvirtQemu
+from migrated.guests.libvirt.xml_hook import XmlHook
 from migrated.guests.qemu import incoming as qemu_incoming
 from migrated.guests.qemu.memory import Block
 from migrated.guests.qemu.state import HeaderDecoder, ram_section, stream_begin
@@ -64,7 +66,8 @@ class LibvirtTarget(TargetGuest):
         self._image_path = run_dir / f"{name}.image"
         self._image: SaveImage | None = None
         self._connection: Connection | None = None
-        self._domain: Domain | None = None
+        self._domain: Domain | None = None  # as the source has it
+        self._changed: str | None = None  # its XML with what the configuration changes for this host
         self._description: Description | None = None
         self._restoring: asyncio.Future[Any] | None = None
         self._uuid = ""
@@ -87,12 +90,6 @@ class LibvirtTarget(TargetGuest):
                 hint=f'say domain = "{domain.name}" in [guests.{self.name}] of the target',
             )
         self._uuid = domain.uuid
-        definition = unpack_xml(theirs.definition)
-        if self._config.persistent == "as-source":
-            self._definition = definition
-        elif self._config.persistent == "yes":
-            self._definition = definition or domain.xml
-        self._autostart = theirs.autostart and bool(self._definition)
         limit = self._timeouts.guest_command
         connection = await self._connected()
         same = await connection.domain_by_uuid(domain.uuid, limit_seconds=limit)
@@ -110,6 +107,33 @@ class LibvirtTarget(TargetGuest):
                 code="guest-exists",
                 hint="undefine or rename it there first (virsh undefine, virsh domrename)",
             )
+        await self._change_xml(theirs)
+
+    async def _change_xml(self, theirs: Description) -> None:
+        """Make the XML that libvirt restores and the one that it defines later."""
+        changed = await self._change(unpack_xml(theirs.xml), "domain")
+        self._changed = incoming(changed).xml
+        persistent = theirs.persistent or self._config.persistent
+        definition = unpack_xml(theirs.definition)
+        if definition and persistent != "no":
+            self._definition = await self._change(definition, "definition")
+        elif persistent == "yes":
+            self._definition = changed
+        self._autostart = theirs.autostart and bool(self._definition)
+
+    async def _change(self, text: str, kind: str) -> str:
+        """The XML as this host is to have it."""
+        config = self._config
+        try:
+            text, replaced = config.replace.apply(text)
+        except ET.ParseError as error:
+            raise RemoteProtocolError(f"the XML of the domain's {kind} is malformed: {error}") from error
+        if replaced:
+            log.info("replaced in the domain's XML", guest=self.name, kind=kind, replaced=replaced)
+        if not config.xml_hook:
+            return text
+        limit = self._timeouts.guest_command
+        return await XmlHook(self.name, config.xml_hook, config.xml_hook_user, limit_seconds=limit).change(text, kind)
 
     async def _connected(self) -> Connection:
         if self._connection is None or not self._connection.alive:
@@ -144,7 +168,9 @@ class LibvirtTarget(TargetGuest):
         connection = await self._connected()
         image = self._image = await in_thread(SaveImage.create, self._image_path, domain.xml)
         paused = connection.libvirt.VIR_DOMAIN_SAVE_PAUSED
-        self._restoring = begin(functools.partial(connection.handle.restoreFlags, str(image.path), None, paused))
+        # libvirt compares our XML with the source's, and refuses one whose guest would see other hardware.
+        changed = self._changed if self._changed != domain.xml else None
+        self._restoring = begin(functools.partial(connection.handle.restoreFlags, str(image.path), changed, paused))
         process = await self._unless_failed(self._started(image))
         self.qemu.adopt(process)
         blocks = [
@@ -276,16 +302,19 @@ class LibvirtTarget(TargetGuest):
         if not self._definition:
             return
         try:
-            connection = await self._connected()
-            define = connection.handle.defineXML
-            limit = self._timeouts.release  # libvirt may have to find out first what its QEMU can do
-            domain = await connection.call("defining the domain", define, self._definition, limit_seconds=limit)
-            if self._autostart:
-                await self._ask("turning autostart on", domain.setAutostart, 1)
+            await insist(self._define, limit_seconds=self._timeouts.release)
         except MigratedError as error:  # it runs; that it is transient is told
             log.error(  # noqa: TRY400 - expected: no traceback
                 "the domain runs here and could not be defined", guest=self.name, error=str(error)
             )
+
+    async def _define(self) -> None:
+        connection = await self._connected()
+        define = connection.handle.defineXML
+        limit = self._timeouts.release  # libvirt may have to find out first what its QEMU can do
+        domain = await connection.call("defining the domain", define, self._definition, limit_seconds=limit)
+        if self._autostart:
+            await self._ask("turning autostart on", domain.setAutostart, 1)
 
     async def kill(self) -> None:
         deadline = asyncio.get_running_loop().time() + self._timeouts.abort

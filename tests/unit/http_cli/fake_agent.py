@@ -25,6 +25,7 @@ class FakeAgent(HostAgent[Any]):
     def __init__(self, role: str = "source") -> None:  # nothing of the base: it has no guests and no state directory
         self.role = role
         self.all: list[Record] = []
+        self.requested: list[StartRequest] = []
         self.sick: list[str] = []
         self.started = asyncio.Event()
         self.failure: BaseException | None = None
@@ -57,6 +58,7 @@ class FakeAgent(HostAgent[Any]):
     async def start(self, request: StartRequest) -> Record:
         if self.role == "target":
             raise ConflictError("a target starts no migrations", hint="ask the source")
+        self.requested.append(request)
         if request.guest == "refused":
             raise GuestRefusedError("guest refused: memory is not shared", hint="start QEMU with share=on")
         if request.guest not in self.guests():

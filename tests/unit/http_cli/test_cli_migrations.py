@@ -41,6 +41,21 @@ async def test_start_prints_the_id_and_nothing_else(source: Served) -> None:
     assert (record.mode, record.peer) == ("postcopy", "b:7440")
 
 
+@pytest.mark.parametrize(
+    ("flags", "requested"),
+    [
+        ([], {}),
+        (["--persistent", "yes", "--undefine-source"], {"persistent": "yes", "undefine_source": True}),
+        (["--persistent", "as-source", "--no-undefine-source"], {"persistent": "as-source", "undefine_source": False}),
+    ],
+)
+async def test_start_requests_what_becomes_of_the_domains_definitions(
+    source: Served, flags: list[str], requested: dict[str, Any]
+) -> None:
+    code, _, _ = await source.cli("start", "vm1", "--to", "b:7440", *flags)
+    assert (code, source.agent.requested[-1].requested()) == (0, requested)
+
+
 async def test_start_json_prints_one_object(source: Served) -> None:
     code, out, _ = await source.cli("start", "vm1", "--to", "b:7440", "--json")
     assert code == 0

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 import zlib
+from pathlib import Path
 
 import pytest
 
 from migrated import config
+from migrated.agent.requests import StartRequest
 from migrated.errors import ConfigError, GuestRefusedError, RemoteProtocolError
 from migrated.guests.libvirt import connection
 from migrated.guests.libvirt.config import (
@@ -19,6 +21,7 @@ from migrated.guests.libvirt.config import (
     unpack_xml,
 )
 from migrated.guests.libvirt.domain_xml import incoming
+from migrated.guests.registry import GuestRegistry
 from migrated.protocol.framing import MAX_FIELDS
 
 DOMAIN = """\
@@ -70,8 +73,8 @@ def test_a_description_fits_a_control_message_and_is_checked() -> None:
 
 def test_domains_need_no_table_where_the_configuration_says_so() -> None:
     tls = {"tls": {"insecure": True}}
-    source = config.decode({**tls, "libvirt": {"domains": ["web-*"], "undefine": True}}, "source")
-    assert source.guest_table("web-1") == LibvirtSourceConfig(undefine=True)
+    source = config.decode({**tls, "libvirt": {"domains": ["web-*"], "undefine_source": True}}, "source")
+    assert source.guest_table("web-1") == LibvirtSourceConfig(undefine_source=True)
     assert source.guest_table("db-1") is None
     target = config.decode({**tls, "libvirt": {"accept": ["*"], "page_size": "2M"}}, "target")
     table = target.guest_table("web-1")
@@ -81,6 +84,20 @@ def test_domains_need_no_table_where_the_configuration_says_so() -> None:
     for wrong in ({"libvirt": {"page_size": "1G"}}, {"guests": {"vm": {"driver": "libvirt", "page_size": "1G"}}}):
         with pytest.raises(ConfigError, match="page_size"):
             config.decode({**tls, **wrong}, "target")
+
+
+def test_options_for_libvirts_guests_are_refused_for_others(tmp_path: Path) -> None:
+    tables = {"vm": {"driver": "qemu", "qmp": "/run/vm.qmp"}, "db": {"driver": "libvirt"}}
+    settings = {"tls": {"insecure": True}, "agent": {"state_dir": str(tmp_path)}, "guests": tables}
+    registry = GuestRegistry(config.decode(settings, "source"))
+    plain = StartRequest.model_validate({"guest": "vm", "to": "b:1"})
+    for options in ({"persistent": "yes"}, {"undefine_source": False}):
+        request = StartRequest.model_validate({"guest": "vm", "to": "b:1", **options})
+        registry.source_guest("db", request)
+        registry.source_guest("vm", plain)
+        with pytest.raises(GuestRefusedError, match=next(iter(options))) as refused:
+            registry.source_guest("vm", request)
+        assert refused.value.code == "not-of-libvirt"
 
 
 def test_an_agent_without_the_binding_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
