@@ -5,6 +5,9 @@
 #   make check                linters and type checks only
 #   make test-interop         guest tests on the QEMU of Debian 12, 13 and sid, installed into trees
 #   make venv                 build and install into .venv
+#   make install              install the agents below PREFIX (/usr/local), configuration and units included; DESTDIR is for packagers
+#   make deb | wheel          build packages into build/dist: Debian's (SUITE=bookworm|trixie), or a wheel and an sdist
+#   make sbom | lock          list what the agents consist of | resolve their requirements anew
 #   make bench | soak         compare with QEMU and iperf3 | random failures for SOAK_SECONDS
 #   make simulate             SIMULATIONS schedules of random failures in virtual time, starting at SIMULATION_FIRST
 #   make clean                remove everything that was built
@@ -36,7 +39,8 @@ CORE := $(wildcard native/src/*.[ch] native/include/mgd_api.h native/include/mig
 C_FORMATTED := $(wildcard native/src/*.[ch] native/include/*.h native/tests/*.[ch] native/fuzz/*.[ch] \
 	native/fuzz/*/*.[ch] native/examples/*.[ch])
 
-.PHONY: deps venv demo check test test-native test-asan test-tsan fuzz test-python test-interop bench docs soak simulate clean always
+.PHONY: deps venv demo check test test-native test-asan test-tsan fuzz test-python test-interop bench docs soak simulate clean always \
+	wheel deb install sbom lock
 
 # ---------------------------------------------------------------- distribution packages
 
@@ -164,6 +168,52 @@ test-interop: $(STAMPS)/installed $(STAMPS)/test-deps
 			$(BIN)/python -m pytest $(PYTEST_ARGS) tests/guests --ignore=tests/guests/test_versions.py; \
 	done
 	$(BIN)/python -m pytest $(PYTEST_ARGS) tests/guests/test_versions.py
+
+# ---------------------------------------------------------------- packages
+
+DIST := build/dist
+BUILDER := build/builder
+PREFIX ?= /usr/local
+DESTDIR ?=
+SUITE ?=
+
+# Equal sources make equal packages.
+wheel deb install sbom: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || stat --format=%Y pyproject.toml)
+
+# What builds the packages: every file of it is checked against its hash.
+$(STAMPS)/builder: package/build.lock .ci/venv .ci/deps
+	@mkdir -p $(STAMPS)
+	@.ci/deps $(PACKAGES)
+	@$(LOCK) .ci/venv $(BUILDER) package/build.lock
+	@touch $@
+
+# The wheel is built from the sdist.
+build/wheel: always $(STAMPS)/builder
+	@rm -rf $@
+	$(BUILDER)/bin/python -m build --no-isolation --outdir $@ . >build/wheel.log 2>&1 || { cat build/wheel.log; exit 1; }
+
+# The distribution's zstd and OpenSSL are used, and updated, as they are: the wheel has no copies of them.
+wheel: build/wheel
+	@mkdir -p $(DIST)
+	PATH=$(BUILDER)/bin:$$PATH $(BUILDER)/bin/auditwheel repair --exclude libzstd.so.1 --exclude libssl.so.3 \
+		--exclude libcrypto.so.3 --wheel-dir $(DIST) build/wheel/*.whl
+	cp build/wheel/*.tar.gz $(DIST)
+
+deb: build/wheel
+	@.ci/deps dpkg-dev:dpkg-shlibdeps
+	$(BUILDER)/bin/python -m package.deb --wheel build/wheel/*.whl --output $(DIST) $(if $(SUITE),--suite $(SUITE)) $(ARGS)
+
+install: build/wheel
+	$(BUILDER)/bin/python -m package.install --wheel build/wheel/*.whl --prefix $(PREFIX) $(if $(DESTDIR),--destdir $(DESTDIR))
+
+sbom: $(STAMPS)/builder
+	@mkdir -p $(DIST)
+	$(BUILDER)/bin/python -m package.sbom >$(DIST)/migrated.cdx.json
+
+lock: $(STAMPS)/builder
+	@[[ -x build/uv/bin/uv ]] || { python3 -m venv build/uv && build/uv/bin/pip install --quiet --disable-pip-version-check uv; }
+	$(BUILDER)/bin/python -m package.lock build/uv/bin/uv
+	$(BUILDER)/bin/python -m package.sbom --licences >docs/licences.md
 
 clean:
 	rm -rf build $(VENV)

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 #: Paths are written from the top of the checkout; those of Python modules also from `migrated/`.
-TOPS = ("benchmarks", "config", "docs", "migrated", "native", "systemd", "tests")
+TOPS = ("benchmarks", "config", "docs", "migrated", "native", "package", "systemd", "tests")
 #: A function is named with its file.
 FUNCTION = re.compile(r"((?:migrated|native)/[\w./]+\.(?:py|c)):([\w.]+)")
 #: At the start of a line, as our clang-format breaks it: `type name(parameters)`, and the brace on the next line.
