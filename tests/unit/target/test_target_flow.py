@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 
 from migrated.agent.record import State
-from migrated.config import AgentConfig
+from migrated.config import AgentConfig, HooksSection
 from migrated.errors import ConnectionLostError, GuestError, MigratedError, TimeoutExceededError
 from migrated.guests.access.pidfd import process_started
 from migrated.guests.driver import FaultSource, TargetGuest
@@ -146,7 +146,7 @@ def flow(stage: str, guest: FakeGuest, journal: Journal[TargetEntry], tmp_path: 
     entry = TargetEntry(hello=HELLO, stage=stage, peer="source", page_bytes=(1 << 21, 4096), started_at=1.0)
     journal.write(ID, entry)
     state = SessionState.WAITING if stage == "loaded" else SessionState.PAUSED
-    config = cast("AgentConfig", type("Config", (), {"timeouts": Timeouts()}))
+    config = cast("AgentConfig", type("Config", (), {"timeouts": Timeouts(), "hooks": HooksSection()}))
     made = Flow(
         HELLO,
         guest=cast("TargetGuest", guest),
