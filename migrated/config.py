@@ -83,6 +83,14 @@ class ListenSection(Table):
     address: ListenAddress = Field(default=Address("0.0.0.0", 7440), description="where source agents connect")
 
 
+class ControlSection(Table):
+    """``[control]``: who may use the control socket, beside root and the agent's user."""
+
+    owner: str = Field(default="", description="user that owns the control socket, and may do everything")
+    group: str = Field(default="", description="group whose members may do everything")
+    read_group: str = Field(default="", description="group whose members may read, but give no commands")
+
+
 class HttpSection(Table):
     """``[http]``: the read-only status site."""
 
@@ -111,7 +119,8 @@ class LimitsSection(Table):
 
     max_migrations: Annotated[int, Field(ge=1, le=1024)] = Field(default=8, description="migrations at the same time")
     max_connections: Annotated[int, Field(ge=4, le=65536)] = Field(
-        default=256, description="connections from peers that have not identified themselves"
+        default=256,
+        description="connections from peers that have not identified themselves; beyond it, the peer with the most loses its oldest",
     )
     max_records: Annotated[int, Field(ge=0, le=100_000)] = Field(
         default=200, description="finished migrations that `migrated list --all` shows"
@@ -166,6 +175,7 @@ class AgentConfig(Table):
 
     agent: AgentSection = AgentSection()
     listen: ListenSection = ListenSection()
+    control: ControlSection = ControlSection()
     http: HttpSection = HttpSection()
     tls: TlsSection = Field(default=TlsSection.model_construct(), validate_default=True)
     migration: MigrationOptions = MigrationOptions()

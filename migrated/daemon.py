@@ -17,6 +17,7 @@ import os
 import signal
 import socket
 import stat
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final
 
@@ -27,7 +28,9 @@ from aiohttp import web
 from migrated import __version__, config, log
 from migrated.agent.record import State
 from migrated.errors import ConfigError, HostError, MigratedError, TimeoutExceededError, error_fields
+from migrated.http.access import Access, Peer
 from migrated.http.control import control_app
+from migrated.http.guard import Guard, address_of, http_log
 from migrated.http.status import status_app
 from migrated.recovery import systemd
 from migrated.waiting import in_thread
@@ -40,6 +43,8 @@ if TYPE_CHECKING:
     from migrated.agent.host_agent import HostAgent
     from migrated.config import AgentConfig, Role
 
+ProtocolFactory = Callable[[], asyncio.Protocol]
+
 LOCK_NAME: Final = "agent.lock"
 #: How often the service manager gets health and status if its watchdog does not ask for more.
 STATUS_SECONDS: Final = 5.0
@@ -47,6 +52,8 @@ STATUS_SECONDS: Final = 5.0
 EXTEND_SECONDS: Final = 60
 #: How long sites may finish their current answers; event streams end by themselves.
 SITE_SHUTDOWN_SECONDS: Final = 2.0
+#: A burst of connections must not use up the kernel's queue, or everybody else connects 1 s late.
+BACKLOG: Final = 1024
 _READY_POLL_SECONDS: Final = 0.05
 
 logger = structlog.get_logger("migrated.daemon")
@@ -127,10 +134,11 @@ async def serve(
 
     Raises HostError and whatever the agent's run raises.
     """
+    access = Access.of(settings.control, settings.path)
     about = {"name": settings.agent.name, "version": __version__, "pid": os.getpid()}
     _make_state_dir(settings.state_dir)
     with _locked(settings.state_dir):
-        async with _sites(settings, agent, about):
+        async with _sites(settings, agent, about, access):
             logger.info(
                 "agent up",
                 role=settings.role,
@@ -244,22 +252,32 @@ def _locked(state_dir: Path) -> Iterator[None]:
 
 
 @contextlib.asynccontextmanager
-async def _sites(settings: AgentConfig, agent: HostAgent[Any], about: dict[str, Any]) -> AsyncIterator[None]:
+async def _sites(
+    settings: AgentConfig, agent: HostAgent[Any], about: dict[str, Any], access: Access
+) -> AsyncIterator[None]:
     async with contextlib.AsyncExitStack() as stack:
-        control = await _runner(stack, control_app(agent, about))
-        await _listen_control(control, settings.control_socket)
+        guard = Guard(lambda transport: Peer.of(transport).uid)
+        factory = await _runner(stack, control_app(agent, about, access), guard)
+        stack.callback((await _listen_control(factory, settings.control_socket)).close)
         stack.callback(settings.control_socket.unlink, missing_ok=True)
+        access.apply(settings.control_socket)
         if (address := settings.status_address) is not None:
             hosts = {address.host, settings.agent.name, socket.gethostname()}
-            await _listen_status(settings, await _runner(stack, status_app(agent, about, hosts=hosts)), address)
+            factory = await _runner(stack, status_app(agent, about, hosts=hosts), Guard(address_of))
+            stack.callback((await _listen_status(settings, factory, address)).close)
         yield
 
 
-async def _runner(stack: contextlib.AsyncExitStack, app: web.Application) -> web.AppRunner:
-    runner = web.AppRunner(app, handle_signals=False, access_log=None, shutdown_timeout=SITE_SHUTDOWN_SECONDS)
+async def _runner(stack: contextlib.AsyncExitStack, app: web.Application, guard: Guard) -> ProtocolFactory:
+    """Start an application; return the factory of its connections."""
+    app.middlewares.insert(0, guard.busy)
+    runner = web.AppRunner(
+        app, handle_signals=False, access_log=None, logger=http_log, shutdown_timeout=SITE_SHUTDOWN_SECONDS
+    )
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
-    return runner
+    assert runner.server is not None
+    return guard.protocol(runner.server)
 
 
 def _remove_stale_socket(path: Path) -> None:
@@ -271,12 +289,12 @@ def _remove_stale_socket(path: Path) -> None:
         path.unlink()
 
 
-async def _listen_control(runner: web.AppRunner, path: Path) -> None:
+async def _listen_control(factory: ProtocolFactory, path: Path) -> asyncio.AbstractServer:
     _remove_stale_socket(path)
     # Nobody else may connect, not even between bind and chmod.
     former = os.umask(0o177)
     try:
-        await web.UnixSite(runner, str(path)).start()
+        return await asyncio.get_running_loop().create_unix_server(factory, str(path), backlog=BACKLOG)
     except OSError as error:
         message = f"control socket {path}: {error.strerror}"
         raise HostError(message, code="state-dir", hint="set agent.state_dir to a directory of this user's") from error
@@ -284,9 +302,10 @@ async def _listen_control(runner: web.AppRunner, path: Path) -> None:
         os.umask(former)
 
 
-async def _listen_status(settings: AgentConfig, runner: web.AppRunner, address: Address) -> None:
+async def _listen_status(settings: AgentConfig, factory: ProtocolFactory, address: Address) -> asyncio.AbstractServer:
+    loop = asyncio.get_running_loop()
     try:
-        await web.TCPSite(runner, address.host, address.port).start()
+        return await loop.create_server(factory, address.host, address.port, backlog=BACKLOG)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             message = f"status site: {address} is in use by another program"

@@ -8,7 +8,9 @@ id on each of its lines.
 from __future__ import annotations
 
 import logging
+import math
 import sys
+import time
 from typing import TYPE_CHECKING, Any, Final, Literal, TextIO, get_args
 
 import structlog
@@ -74,6 +76,34 @@ def configure(*, level: str = "info", fmt: str = "auto", stream: TextIO | None =
         logging.getLogger("qemu.qmp").setLevel(logging.WARNING)
     logging.captureWarnings(capture=True)
     return people
+
+
+class Sparing:
+    """Log at most ``lines`` warnings in each ``seconds``, for events that strangers cause: they must not fill the disk.
+
+    The first line of the next period says how many were left out.
+    """
+
+    def __init__(self, logger: Any, *, lines: int = 20, seconds: float = 10.0) -> None:
+        self._logger = logger
+        self._limit = lines
+        self._seconds = seconds
+        self._begun_at = -math.inf
+        self._lines = 0
+        self._left_out = 0
+
+    def warning(self, event: str, **fields: Any) -> None:
+        """Log, or count as left out."""
+        now = time.monotonic()
+        if now - self._begun_at >= self._seconds:
+            self._begun_at, self._lines = now, 0
+        if self._lines == self._limit:
+            self._left_out += 1
+            return
+        self._lines += 1
+        if self._left_out:
+            fields["left_out"], self._left_out = self._left_out, 0
+        self._logger.warning(event, **fields)
 
 
 def redact(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

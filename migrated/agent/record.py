@@ -132,6 +132,7 @@ class Record(msgspec.Struct, kw_only=True):
     mode: str
     peer: str = ""  # HOST:PORT of the other agent
     driver: str = ""
+    requested_by: str = ""  # who gave the command to start it, on the source
     state: State = State.SETUP
     page_size: int = 0  # bytes, of the target's largest host page
     total_bytes: int = 0

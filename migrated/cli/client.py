@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+import grp
 import os
+import pwd
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
@@ -30,6 +33,9 @@ _ANSWER_SECONDS: Final = 120.0
 # Events are silent while nothing changes, but a comment comes every 15 s.
 _EVENT_SECONDS: Final = 60.0
 _MAX_EVENT_BYTES: Final = 1 << 20
+_ASK_FOR_A_GROUP: Final = (
+    "use sudo, or name a group of yours in control.group of the agent's configuration and restart it"
+)
 
 
 class MigrationList(msgspec.Struct):
@@ -155,14 +161,43 @@ class Client:
         if isinstance(cause, FileNotFoundError | ConnectionRefusedError):
             hint = "start one with `migrated source` or `migrated target`, or name one with --agent"
             return HostError(f"no agent answers at {where}", code="no-agent", hint=hint)
-        if isinstance(cause, PermissionError):
-            hint = "the control socket is for the agent's user: use sudo"
-            return HostError(f"{where}: permission denied", code="no-agent", hint=hint)
+        if isinstance(cause, PermissionError) and self._socket is not None:
+            missing, hint = _missing_permission(self._socket)
+            return HostError(f"{where}: permission denied: {missing}", code="no-agent", hint=hint)
         reason = os.strerror(cause.errno) if isinstance(cause, OSError) and cause.errno else str(cause) or "timeout"
         message = f"the connection to the agent at {where} was lost: {reason}"
         return ConnectionLostError(
             message, hint="guests do not depend on it; see the agent's log and `migrated status`"
         )
+
+
+def _missing_permission(path: Path) -> tuple[str, str]:
+    """Return what keeps this user from the control socket, and what to do."""
+    blocked = next((one for one in reversed(path.parents) if not os.access(one, os.X_OK, effective_ids=True)), path)
+    try:
+        found = blocked.stat()
+        mode, group = stat.filemode(found.st_mode), _name_of_group(found.st_gid)
+    except OSError as error:
+        return f"{blocked}: {error.strerror}", _ASK_FOR_A_GROUP
+    right = "w" if blocked == path else "x"
+    missing = f"user {os.geteuid()} lacks {right!r} on {blocked} ({mode} {_name_of_user(found.st_uid)}:{group})"
+    if found.st_gid != 0 and right in mode[4:7]:
+        return missing, f"use sudo, or become a member of the group {group} and log in again"
+    return missing, _ASK_FOR_A_GROUP
+
+
+def _name_of_user(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+def _name_of_group(gid: int) -> str:
+    try:
+        return grp.getgrgid(gid).gr_name
+    except KeyError:
+        return str(gid)
 
 
 def _path(migration: str) -> str:

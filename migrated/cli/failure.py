@@ -40,7 +40,7 @@ class RemoteError(MigratedError):
 def exit_code_of_error(error: BaseException) -> int:
     """Return 2 if what the user typed or asked for does not fit, 3 for aborted, else 1."""
     if isinstance(error, RemoteError):
-        return USAGE if error.status in (400, 404, 405, 409) else FAILED
+        return USAGE if error.status in (400, 403, 404, 405, 409) else FAILED
     if isinstance(error, AbortedError):
         return ABORTED
     return USAGE if isinstance(error, ConfigError | UsageError | click.UsageError) else FAILED

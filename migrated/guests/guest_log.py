@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import stat
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -25,17 +26,24 @@ CHECK_SECONDS: Final = 5.0
 #: How much an error message quotes.
 TAIL_BYTES: Final = 2000
 
+#: QEMU quotes the option that it complains about, such as ``-object secret,id=disk,data=letmein``.
+_SECRET: Final = re.compile(r"""(["']?\b(?:data|password|passwd|passphrase|secret)["']?\s*[=:]\s*["']?)[^\s,"'}]+""")
+
 log = structlog.get_logger("migrated.guests")
 
 
 def tail(path: Path, limit_bytes: int = TAIL_BYTES) -> str:
-    """Return the end of the file as text, or an empty string if it cannot be read."""
+    """Return the end of the file as text without secrets, or an empty string if it cannot be read.
+
+    The text becomes part of error messages, which the status site shows to whoever can connect.
+    """
     try:
         with path.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - limit_bytes))
-            return file.read(limit_bytes).decode(errors="replace").strip()
+            text = file.read(limit_bytes).decode(errors="replace").strip()
     except OSError:
         return ""
+    return _SECRET.sub(r"\1(secret)", text)
 
 
 def cut(path: Path, *, limit_bytes: int, kept_bytes: int) -> bool:

@@ -1,10 +1,11 @@
 """Serve the control API: the verbs of `HostAgent` over HTTP on the agent's Unix socket.
 
-Whoever may open the socket (mode 0600) may do everything; there are no finer rights.
+`migrated.http.access` decides who may use it.
 """
 
 from __future__ import annotations
 
+import asyncio
 import functools
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, TypeVar
@@ -15,6 +16,7 @@ from pydantic import ValidationError
 from migrated.agent.host_agent import HostAgent
 from migrated.agent.record import Record
 from migrated.agent.requests import GuestList, SetRequest, StartRequest
+from migrated.http.access import Judge, only_for
 from migrated.http.errors import BadRequestError, errors_as_json, json_answer
 from migrated.http.openapi import Operation, add_document, add_route
 from migrated.http.reading import ABOUT, AGENT, add_reading_routes, agent_of
@@ -22,7 +24,10 @@ from migrated.options import TargetAddress
 from migrated.settings import Table, explain
 
 MAX_BODY_BYTES: Final = 64 * 1024
+#: How long a client may take to send a body.
+BODY_SECONDS: Final = 10.0
 
+JUDGE: Final = web.AppKey("judge", Judge)
 Body = TypeVar("Body", bound=Table)
 
 
@@ -74,11 +79,13 @@ _VERBS: Final[dict[str, tuple[str, type[Table], Callable[[HostAgent[Any], str, A
 }
 
 
-def control_app(agent: HostAgent[Any], about: dict[str, Any]) -> web.Application:
+def control_app(agent: HostAgent[Any], about: dict[str, Any], judge: Judge) -> web.Application:
     """Build the application for the control socket."""
-    app = web.Application(middlewares=[errors_as_json], client_max_size=MAX_BODY_BYTES)
+    # In this order, `only_for` sees the status of every answer, and its own refusals become answers, too.
+    app = web.Application(middlewares=[errors_as_json, only_for(judge), errors_as_json], client_max_size=MAX_BODY_BYTES)
     app[AGENT] = agent
     app[ABOUT] = about
+    app[JUDGE] = judge
     add_reading_routes(app)
     add_route(app, Operation("GET", "/v1/guests", "Guests, and why some cannot be migrated", GuestList), _get_guests)
     start = Operation("POST", "/v1/migrations", "Start a migration", Record, StartRequest, statuses=(202,))
@@ -97,6 +104,7 @@ async def _get_guests(request: web.Request) -> web.Response:
 
 async def _post_migration(request: web.Request) -> web.Response:
     record = await agent_of(request).start(await _body(request, StartRequest))
+    record.requested_by = request.app[JUDGE].client(request).name
     answer = json_answer(record, status=202)
     answer.headers["Location"] = f"/v1/migrations/{record.id}"
     return answer
@@ -115,7 +123,12 @@ async def _post_verb(
 async def _body(request: web.Request, kind: type[Body]) -> Body:
     """Decode the body; an absent one counts as ``{}``.  Raises BadRequestError."""
     try:
-        return kind.model_validate_json(await request.read() or b"{}")
+        async with asyncio.timeout(BODY_SECONDS):
+            data = await request.read()
+    except TimeoutError:
+        raise web.HTTPRequestTimeout from None
+    try:
+        return kind.model_validate_json(data or b"{}")
     except ValidationError as error:
         problem, hint = explain(error, kind)
         raise BadRequestError(f"the body of {request.method} {request.path}: {problem}", hint=hint) from error

@@ -12,12 +12,14 @@ import structlog
 from aiohttp import web
 
 from migrated import errors
+from migrated.http.access import ForbiddenError
 
 if TYPE_CHECKING:
     from aiohttp.typedefs import Handler
 
 #: The first match wins: narrow classes before wide ones.
 STATUS: Final[tuple[tuple[type[errors.MigratedError], int], ...]] = (
+    (ForbiddenError, 403),
     (errors.NotFoundError, 404),
     (errors.ConflictError, 409),
     (errors.AbortedError, 409),
@@ -36,7 +38,10 @@ _HINTS: Final = {
     404: "see docs/http.md for the paths",
     405: "the status site is read-only: control goes through the control socket",
     421: "use an IP address, localhost, or the host that http.status or agent.name of the configuration names",
+    408: "send the body at once",
     413: "requests are small: see docs/http.md",
+    429: "end some of the requests under way: event streams, usually",
+    503: "end some of the event streams",
 }
 
 

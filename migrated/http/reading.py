@@ -24,13 +24,17 @@ if TYPE_CHECKING:
 AGENT: Final = web.AppKey("agent", HostAgent[Any])
 ABOUT: Final = web.AppKey("about", dict)
 STOPPING: Final = web.AppKey("stopping", asyncio.Event)
-#: The ids of the watched migrations, one per stream.  An application without it does not limit them.
+#: The clients' addresses, one per event stream.  An application without it does not limit them.
 WATCHERS: Final = web.AppKey("watchers", list)
 
 #: A silent event stream carries a comment this often, so that we notice a client that has closed the connection.
 KEEPALIVE_SECONDS: Final = 15.0
 #: The limit of the status site, which anybody who reaches it may watch: each stream costs a task and a socket.
 MAX_WATCHERS: Final = 64
+#: Of these, one address may have so many.
+MAX_WATCHERS_OF_ONE: Final = 48
+#: How long a watcher may leave its events unread.
+UNREAD_SECONDS: Final = 30.0
 
 
 class Summary(TypedDict):
@@ -107,23 +111,25 @@ async def _get_events(request: web.Request) -> web.StreamResponse:
     """Send the record as server-sent events, now and whenever it changes, until the migration has ended."""
     agent = agent_of(request)
     record = agent.record(request.match_info["id"])  # NotFoundError before the stream begins
+    client = request.remote or ""
     watchers: list[str] | None = request.app.get(WATCHERS)
     if watchers is None:
         watchers = []
-    elif len(watchers) >= MAX_WATCHERS:
+    elif len(watchers) >= MAX_WATCHERS or watchers.count(client) >= MAX_WATCHERS_OF_ONE:
         raise web.HTTPServiceUnavailable(reason="Too many event streams")
     answer = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
-    watchers.append(record.id)
+    watchers.append(client)
     try:
         await answer.prepare(request)
         async with contextlib.aclosing(_server_sent(agent.events(record.id), request.app[STOPPING])) as events:
             async for event in events:
-                await answer.write(event)
+                async with asyncio.timeout(UNREAD_SECONDS):
+                    await answer.write(event)
         await answer.write_eof()
-    except ConnectionError:
-        pass  # the watcher closed the connection, as it may
+    except (ConnectionError, TimeoutError):
+        pass  # the watcher closed the connection, as it may, or does not read
     finally:
-        watchers.remove(record.id)
+        watchers.remove(client)
     return answer
 
 

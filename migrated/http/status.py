@@ -117,9 +117,10 @@ def _only_for_hosts(names: Collection[str]) -> Middleware:
 
     @web.middleware
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
-        host = request.headers.get("Host")
-        if host is not None and not _is_address(host) and host.partition(":")[0].lower() not in known:
-            raise web.HTTPMisdirectedRequest
+        # None at all is HTTP/1.0: every browser sends one.
+        for host in request.headers.getall("Host", []):
+            if not _is_address(host) and host.partition(":")[0].lower() not in known:
+                raise web.HTTPMisdirectedRequest
         return await handler(request)
 
     return check

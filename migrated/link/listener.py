@@ -14,9 +14,11 @@ from typing import Final, Protocol
 import structlog
 
 from migrated.address import Address
+from migrated.admission import Admission, client_at
 from migrated.errors import ConfigError, HostError, MigratedError, RemoteProtocolError
 from migrated.link.control_link import ControlLink, tune
 from migrated.link.dialing import heartbeat
+from migrated.log import Sparing
 from migrated.memory.engine import URGENT
 from migrated.protocol.framing import FrameDecoder
 from migrated.protocol.messages import AnyMessage, Hello, Resume
@@ -25,9 +27,12 @@ from migrated.settings import Timeouts
 from migrated.waiting import within
 
 log = structlog.get_logger("migrated.target")
+#: For what anybody who reaches the port can cause.
+strangers = Sparing(log)
 
 FIRST_MESSAGE_MAX_BYTES: Final = 1 << 17
-_BACKLOG: Final = 128
+#: A burst of strangers must not use up the kernel's queue: a source that then dials would try again only after 1 s.
+_BACKLOG: Final = 4096
 _ACCEPT_AGAIN_SECONDS: Final = 0.1
 
 
@@ -62,7 +67,7 @@ class Listener:
         self.connections: set[asyncio.Task[None]] = set()  # those that the receiver has not taken or answered
         self._receiver = receiver
         self._timeouts = timeouts
-        self._max_connections = max_connections
+        self._unknown: Admission[asyncio.Task[None]] = Admission(max_connections)
         self._setting = setting
         self._socket: socket.socket | None = None
 
@@ -111,16 +116,25 @@ class Listener:
             try:
                 sock, peer = await loop.sock_accept(self._socket)
             except OSError as error:  # out of descriptors, or the peer is gone already
-                log.warning("accept failed", error=str(error))
+                strangers.warning("accept failed", error=str(error))
                 await asyncio.sleep(_ACCEPT_AGAIN_SECONDS)
-                continue
-            if len(self.connections) >= self._max_connections:
-                log.warning("too many connections", peer=str(peer))
-                sock.close()
                 continue
             task = asyncio.ensure_future(self._greet(sock, str(Address(*peer[:2]))))
             self.connections.add(task)
-            task.add_done_callback(self.connections.discard)
+            task.add_done_callback(self._forget)
+            if (dropped := self._unknown.enter(client_at(peer[0]), task)) is not None:
+                strangers.warning("too many connections", peer=str(Address(*peer[:2])))
+                dropped.cancel()
+            await asyncio.sleep(0)  # between any two connections, the migrations have their turn
+
+    def _forget(self, task: asyncio.Task[None]) -> None:
+        self.connections.discard(task)
+        self._unknown.leave(task)
+
+    def _is_known(self) -> None:
+        """Count this task's connection no more: it has shown the token of a session."""
+        if (task := asyncio.current_task()) is not None:
+            self._unknown.leave(task)
 
     # ------------------------------------------------------------ a new connection
 
@@ -138,7 +152,7 @@ class Listener:
             else:
                 await self._page_connection(sock, preamble)
         except (MigratedError, OSError) as error:
-            log.warning("connection refused", peer=peer, error=str(error))
+            strangers.warning("connection refused", peer=peer, error=str(error))
         except Exception:
             log.exception("connection failed: this is a bug", peer=peer)
         finally:
@@ -148,6 +162,7 @@ class Listener:
         known = self._receiver.find(preamble)
         if known is None:
             raise RemoteProtocolError("a page connection for a session that is not known here")
+        self._is_known()
         stream = URGENT if preamble.purpose is Purpose.URGENT else preamble.stream
         await known.add_stream(stream, sock.detach())
 
@@ -156,6 +171,7 @@ class Listener:
         # The transport owns the descriptor from here on; our caller closes a detached socket.
         reader, writer = await asyncio.open_connection(sock=socket.socket(fileno=sock.detach()))
         if known is not None:
+            self._is_known()
             await known.dialled(ControlLink(reader, writer, heartbeat=heartbeat(self._timeouts)))
             return
         try:

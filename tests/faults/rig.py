@@ -156,6 +156,7 @@ class Rig:
         timeouts: dict[str, float] | None = None,
         source_journal_dir: Path | None = None,
         target_journal_dir: Path | None = None,
+        target_status: bool = False,
     ) -> None:
         self.directory = directory
         self.program = program
@@ -183,6 +184,8 @@ class Rig:
         }
         self.source = AgentProcess("source", directory, {**common, "guests": {GUEST: source_guest}})
         listen = {"listen": {"address": f"127.0.0.1:{port}"}}
+        self.status = f"127.0.0.1:{free_port()}" if target_status else ""  # of the target
+        listen["http"] = {"status": self.status}
         self.target = AgentProcess("target", directory, {**common, **listen, "guests": {GUEST: target_guest}})
         for agent, journal in ((self.source, source_journal_dir), (self.target, target_journal_dir)):
             if journal is not None:

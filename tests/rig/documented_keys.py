@@ -24,6 +24,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 SECTIONS: dict[str, type[Table]] = {
     "[agent]": config.AgentSection,
     "[listen] (target only)": config.ListenSection,
+    "[control]": config.ControlSection,
     "[http]": config.HttpSection,
     "[tls]": config.TlsSection,
     "[migration]": MigrationOptions,

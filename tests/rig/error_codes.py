@@ -20,6 +20,7 @@ PAGE = PACKAGE.parent / "docs" / "errors.md"
 
 #: Of codes whose messages come from elsewhere.
 CAUSES: Mapping[str, str] = {
+    "forbidden": "The user who asked may not do this: the control socket is for root and for the users of `[control]`.",
     "guest-lost": "The guest was at the target and has ended there.",
     "internal": "A mistake in migrated itself.",
     "journal": "A journal entry could not be written or read.",
@@ -38,6 +39,7 @@ ADVICE: Mapping[str, str] = {
     "conflict": "Look at the state of the migration (`migrated status ID`) and use a command that fits it.",
     "connection-lost": "Nothing, if it was a moment: after COMMIT the source reconnects by itself. Otherwise check the network.",
     "discarded": "Nothing: somebody asked for it.",
+    "forbidden": "Use sudo, or become a member of the group that the hint names, and log in again.",
     "guest-connected": "End the other process of this guest, or give this one a socket of its own.",
     "guest-connection-lost": "Look at the guest's own log: the program has closed its socket or ended.",
     "guest-failed": "Look at the message and at the guest's own log.",
@@ -58,6 +60,7 @@ ADVICE: Mapping[str, str] = {
     "malformed": "Run the same version on both hosts, and check that nothing else answers on the port.",
     "migration-blocked": "Remove what QEMU names in the message.",
     "native": "Look at the message, which names the system call and its error; `migrated check` says what this host can do.",
+    "no-agent": "Use sudo, or become a member of the group that the hint names, and log in again.",
     "no-descriptors": "Start the guest anew from its disk: memory that was not kept is lost.",
     "no-pages": "Raise the pool of huge pages, or free some: `migrated check` shows the pools.",
     "no-rights": "Run the agent as root, or with the capabilities that docs/operations.md lists.",

@@ -74,3 +74,24 @@ async def test_a_guest_that_never_stops_writing_fills_nothing(tmp_path: Path, mo
         process.signal(signal.SIGKILL)
         process.close()
     assert cuts == 3
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        (
+            "qemu-system-x86_64: -object secret,id=disk,data=letmein,format=raw: Property 'secret.id' twice",
+            "qemu-system-x86_64: -object secret,id=disk,data=(secret),format=raw: Property 'secret.id' twice",
+        ),
+        (
+            """-object {"qom-type": "secret", "data": "letmein"}: no""",
+            """-object {"qom-type": "secret", "data": "(secret)"}: no""",
+        ),
+        ("password=letmein", "password=(secret)"),
+        ("load of migration failed: Invalid argument", "load of migration failed: Invalid argument"),
+    ],
+)
+def test_an_error_message_quotes_no_secret(tmp_path: Path, said: str, shown: str) -> None:
+    path = tmp_path / "qemu.log"
+    path.write_text(said)
+    assert guest_log.tail(path) == shown

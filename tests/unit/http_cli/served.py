@@ -49,8 +49,9 @@ class Served:
             yield session
 
 
-def settings_for(directory: Path, role: config.Role, status: str) -> config.AgentConfig:
+def settings_for(directory: Path, role: config.Role, status: str, **tables: dict[str, str]) -> config.AgentConfig:
     table: dict[str, Any] = {
+        **tables,
         "agent": {"state_dir": str(directory / "state"), "name": "host-a"},
         "http": {"status": status},
         "tls": {"insecure": True},
@@ -60,9 +61,9 @@ def settings_for(directory: Path, role: config.Role, status: str) -> config.Agen
 
 
 @contextlib.asynccontextmanager
-async def serving(directory: Path, role: config.Role, port: int) -> AsyncIterator[Served]:
+async def serving(directory: Path, role: config.Role, port: int, **tables: dict[str, str]) -> AsyncIterator[Served]:
     agent = FakeAgent(role)
-    settings = settings_for(directory, role, f"127.0.0.1:{port}")
+    settings = settings_for(directory, role, f"127.0.0.1:{port}", **tables)
     stop = asyncio.Event()
     task = asyncio.create_task(daemon.serve(settings, agent, stop))
     started = asyncio.create_task(agent.started.wait())

@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import json
 import os
+import re
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -290,6 +292,36 @@ async def test_a_user_who_may_not_see_the_control_socket_is_told_to_use_sudo(
                 await connected.migrations()
     assert caught.value.code == "no-agent"
     assert "sudo" in caught.value.hint
+    assert "control.group" in caught.value.hint
+    assert re.search(r"user \d+ lacks 'x' on /.*/source \(d[rwx-]{9} \w+:\w+\)", caught.value.message)
+
+
+@contextlib.contextmanager
+def of_a_group(short_dir: Path) -> Iterator[Path]:
+    """The control socket of a group that this user is no member of."""
+    short_dir.chmod(0o755)
+    path = short_dir / "control.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        os.chown(path, 0, 64002)
+        path.chmod(0o660)
+        os.seteuid(65534)
+        try:
+            yield path
+        finally:
+            os.seteuid(0)
+
+
+@pytest.mark.root
+async def test_a_user_outside_the_group_is_told_which_one(short_dir: Path) -> None:
+    with of_a_group(short_dir) as path:
+        async with client.Client(str(path)) as connected:
+            with pytest.raises(HostError) as caught:
+                await connected.migrations()
+    assert "user 65534 lacks 'w' on" in caught.value.message
+    assert "(srw-rw---- root:64002)" in caught.value.message
+    assert "become a member of the group 64002" in caught.value.hint
 
 
 # ---------------------------------------------------------------- text of others

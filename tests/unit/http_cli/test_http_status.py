@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import re
 from pathlib import Path
 
@@ -55,7 +56,13 @@ async def test_status_says_who_how_and_what(source: Served) -> None:
     assert set(migration["fault_seconds"]) == {"p50", "p99", "max", "histogram_log2_us"}
 
 
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:7442", "127.0.0.1.evil.example", "[::1", ""])
+@pytest.mark.parametrize(
+    "host",
+    [
+        *("evil.example", "evil.example:7442", "127.0.0.1.evil.example", "evil.example.", "localhost.evil.example"),
+        *("[::1", "", "::1", "[evil.example]:7442", "[::1]evil.example", "evil.example:@127.0.0.1", "0x7f.1", "127.1"),
+    ],
+)
 @pytest.mark.parametrize("path", ["/status", "/metrics", "/"])
 async def test_a_page_elsewhere_reads_nothing_by_a_name_that_leads_here(source: Served, path: str, host: str) -> None:
     """DNS rebinding: a browser takes the answer for its own site's, whose name has come to mean 127.0.0.1."""
@@ -68,6 +75,25 @@ async def test_a_page_elsewhere_reads_nothing_by_a_name_that_leads_here(source: 
 async def test_addresses_and_the_names_of_this_host_are_answered(source: Served, host: str) -> None:
     async with source.status() as http, http.get("/healthz", headers={"Host": host}) as answer:
         assert answer.status == 200
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (b"GET /healthz HTTP/1.0\r\n\r\n", 200),  # a load balancer's check
+        (b"GET /healthz HTTP/1.0\r\nHost: evil.example\r\n\r\n", 421),
+        (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\nConnection: close\r\n\r\n", 421),
+        (b"GET http://evil.example/healthz HTTP/1.1\r\nHost: evil.example\r\nConnection: close\r\n\r\n", 421),
+    ],
+)
+async def test_every_host_counts_that_a_request_names(source: Served, request_: bytes, status: int) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(source.status_url.rpartition(":")[2]))
+    writer.write(request_)
+    async with asyncio.timeout(60):
+        answer = await reader.read()
+    writer.close()
+    # aiohttp itself refuses a second Host, in its newer versions.
+    assert int(answer.split()[1]) in ({status, 400} if request_.count(b"Host") > 1 else {status})
 
 
 @pytest.mark.parametrize("path", ["/v1/migrations", "/v1/migrations/vm1/abort", "/status", "/", "/nothing"])
