@@ -33,7 +33,7 @@ static void connect_source(struct mgd_source *source, uint32_t stream, int fd)
 {
 	struct mgd_error err = {0};
 
-	CHECK_OK(mgd_source_add_stream(source, stream, dup(fd), &err), err);
+	CHECK_OK(mgd_source_add_stream(source, stream, plain_channel(dup(fd)), &err), err);
 }
 
 static void hand_over_stale_map(struct mgd_source *source, struct host *host)

@@ -122,8 +122,8 @@ static void connect_engines(struct move *move)
 		int pair[2];
 
 		CHECK(!socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair));
-		CHECK_OK(mgd_target_add_stream(move->target, stream, pair[1], &err), err);
-		CHECK_OK(mgd_source_add_stream(move->source, stream, pair[0], &err), err);
+		CHECK_OK(mgd_target_add_stream(move->target, stream, plain_channel(pair[1]), &err), err);
+		CHECK_OK(mgd_source_add_stream(move->source, stream, plain_channel(pair[0]), &err), err);
 	}
 }
 
