@@ -268,3 +268,8 @@ int mgd_channel_fd(const struct mgd_channel *channel)
 {
 	return channel->fd;
 }
+
+void mgd_channel_set_rekey(struct mgd_channel *channel, uint64_t records)
+{
+	tls_stream_set_rekey(channel->tls, records);
+}

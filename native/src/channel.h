@@ -23,6 +23,9 @@ int mgd_channel_send(struct mgd_channel *channel, struct iovec *iov, int count, 
 int mgd_channel_recv(struct mgd_channel *channel, struct iovec *iov, int count, struct mgd_error *err);
 /* Make every blocked call of every thread on the channel fail.  Any thread may call this. */
 void mgd_channel_shutdown(struct mgd_channel *channel);
+/* For tests, before the first byte: change the keys of a TLS connection's sending direction after every so many
+ * records. */
+void mgd_channel_set_rekey(struct mgd_channel *channel, uint64_t records);
 
 /* For tls_stream.c.  A call on the socket failed with this errno ("send", "receive"), or the socket ended. */
 int mgd_channel_fail(const char *call, int code, struct mgd_error *err);

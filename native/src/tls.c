@@ -32,12 +32,12 @@ struct mgd_tls {
 /* ---- words */
 
 /* Copy text of the peer's, which may hold anything. */
-static void put_printable(char *out, size_t bytes, const unsigned char *text, size_t length)
+static void put_printable(char *out, size_t bytes, const char *text)
 {
 	size_t at = 0;
 
-	for (; at < length && at + 1 < bytes; at++)
-		out[at] = text[at] >= ' ' && text[at] < 0x7f ? (char)text[at] : '?';
+	for (; text[at] && at + 1 < bytes; at++)
+		out[at] = text[at] >= ' ' && text[at] < 0x7f ? text[at] : '?';
 	out[at] = 0;
 }
 
@@ -114,20 +114,25 @@ static const char *put_date(char out[32], const ASN1_TIME *when)
 	return out;
 }
 
-/* What is wrong with a certificate of the peer's chain. */
-static void put_refusal(struct tls_refusal *refusal, const X509 *certificate, int depth, int code)
+static void put_subject(char *out, size_t bytes, const X509 *certificate)
 {
-	char subject[80] = "", names[80] = "", date[32];
-	const char *what = depth ? "CA certificate" : "certificate";
+	char *text = certificate ? X509_NAME_oneline(X509_get_subject_name(certificate), NULL, 0) : NULL;
+
+	put_printable(out, bytes, text ? text : "");
+	OPENSSL_free(text);
+}
+
+/* What is wrong with the peer's chain, at the certificate that is being checked. */
+static void put_refusal(struct tls_refusal *refusal, X509_STORE_CTX *chain)
+{
+	const X509 *certificate = X509_STORE_CTX_get_current_cert(chain);
+	const char *what = X509_STORE_CTX_get_error_depth(chain) ? "CA certificate" : "certificate";
+	char subject[80], names[80] = "", date[32];
 	size_t bytes = sizeof(refusal->words);
+	int code = X509_STORE_CTX_get_error(chain);
 	char *out = refusal->words;
 
-	if (certificate) {
-		unsigned char *text = (unsigned char *)X509_NAME_oneline(X509_get_subject_name(certificate), NULL, 0);
-
-		put_printable(subject, sizeof(subject), text, text ? strlen((char *)text) : 0);
-		OPENSSL_free(text);
-	}
+	put_subject(subject, sizeof(subject), certificate);
 	switch (code) {
 	case X509_V_ERR_CERT_HAS_EXPIRED:
 		snprintf(out, bytes, "the peer's %s (%s) expired on %s", what, subject,
@@ -144,6 +149,7 @@ static void put_refusal(struct tls_refusal *refusal, const X509 *certificate, in
 	case X509_V_ERR_SELF_SIGNED_CERT_IN_CHAIN:
 	case X509_V_ERR_CERT_SIGNATURE_FAILURE:
 	case X509_V_ERR_CERT_UNTRUSTED:
+		put_subject(subject, sizeof(subject), X509_STORE_CTX_get0_cert(chain));
 		snprintf(out, bytes, "the peer's certificate (%s) is not signed by our CA", subject);
 		break;
 	case X509_V_ERR_HOSTNAME_MISMATCH:
@@ -167,8 +173,7 @@ static int verified(int good, X509_STORE_CTX *chain)
 	SSL *ssl = X509_STORE_CTX_get_ex_data(chain, SSL_get_ex_data_X509_STORE_CTX_idx());
 
 	if (!good)
-		put_refusal(SSL_get_app_data(ssl), X509_STORE_CTX_get_current_cert(chain),
-			    X509_STORE_CTX_get_error_depth(chain), X509_STORE_CTX_get_error(chain));
+		put_refusal(SSL_get_app_data(ssl), chain);
 	return good;
 }
 
@@ -272,7 +277,8 @@ static int set_rules(SSL_CTX *context, bool is_server)
 	 * recvmsg move the bytes.  It needs CONFIG_TLS. */
 	SSL_CTX_set_options(context, SSL_OP_NO_COMPRESSION | SSL_OP_NO_TICKET | SSL_OP_CIPHER_SERVER_PREFERENCE |
 					     SSL_OP_PRIORITIZE_CHACHA);
-	SSL_CTX_set_mode(context, SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER);
+	SSL_CTX_set_mode(context,
+			 SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER | SSL_MODE_NO_AUTO_CHAIN);
 	SSL_CTX_set_session_cache_mode(context, SSL_SESS_CACHE_OFF);
 	SSL_CTX_set_read_ahead(context, 1);
 	SSL_CTX_set_default_read_buffer_len(context, READ_AHEAD_BYTES);

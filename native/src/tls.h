@@ -40,5 +40,4 @@ int tls_stream_try_send(struct tls_stream *stream, const void *buf, size_t bytes
 int tls_stream_recv(struct tls_stream *stream, struct iovec *iov, int count, struct mgd_error *err);
 int tls_stream_try_recv(struct tls_stream *stream, void *buf, size_t bytes, size_t *out_bytes, int *out_wants,
 			struct mgd_error *err);
-/* For tests: change the keys of the sending direction before this many more records. */
 void tls_stream_set_rekey(struct tls_stream *stream, uint64_t records);
