@@ -21,11 +21,6 @@ pytestmark = pytest.mark.usefixtures("no_descriptor_left")
 PREAMBLE = bytes(range(64))
 
 
-@pytest.fixture(scope="module")
-def ours(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority(tmp_path_factory.mktemp("ca"))
-
-
 class Pair:
     """Both ends of a connection, the server's first."""
 
@@ -45,24 +40,24 @@ class Pair:
         await asyncio.gather(self.server.handshake(), self.client.handshake())
 
 
-async def test_each_side_knows_the_names_of_the_other(ours: Authority) -> None:
-    with Pair(ours.side("host-b", server=True), ours.side("host-a", server=False), "host-b") as pair:
+async def test_each_side_knows_the_names_of_the_other(authority: Authority) -> None:
+    with Pair(authority.side("host-b", server=True), authority.side("host-a", server=False), "host-b") as pair:
         await pair.handshakes()
         assert pair.server.peer_names() == ("host-a", "127.0.0.1")
         assert pair.client.peer_names() == ("host-b", "127.0.0.1")
 
 
-async def test_what_follows_the_preamble_is_kept(ours: Authority) -> None:
-    with Pair(ours.side("host-b", server=True), ours.side("host-a", server=False), "127.0.0.1") as pair:
+async def test_what_follows_the_preamble_is_kept(authority: Authority) -> None:
+    with Pair(authority.side("host-b", server=True), authority.side("host-a", server=False), "127.0.0.1") as pair:
         await pair.handshakes()
         await pair.client.send(PREAMBLE + b"the first frame")
         assert await pair.server.receive(64) == PREAMBLE
         assert await pair.server.receive(15) == b"the first frame"
 
 
-async def test_more_than_the_socket_takes_is_sent_as_the_peer_reads(ours: Authority) -> None:
+async def test_more_than_the_socket_takes_is_sent_as_the_peer_reads(authority: Authority) -> None:
     data = os.urandom(1 << 20)
-    with Pair(ours.side("host-b", server=True), ours.side("host-a", server=False), "host-b") as pair:
+    with Pair(authority.side("host-b", server=True), authority.side("host-a", server=False), "host-b") as pair:
         await pair.handshakes()
         _, received = await asyncio.gather(pair.client.send(data), pair.server.receive(len(data)))
         assert received == data
@@ -88,8 +83,8 @@ async def test_a_plain_connection_has_the_same_calls_and_no_names() -> None:
         channel.take()
 
 
-async def test_the_client_refuses_a_server_of_another_name(ours: Authority) -> None:
-    with Pair(ours.side("host-b", server=True), ours.side("host-a", server=False), "host-c") as pair:
+async def test_the_client_refuses_a_server_of_another_name(authority: Authority) -> None:
+    with Pair(authority.side("host-b", server=True), authority.side("host-a", server=False), "host-c") as pair:
         server = asyncio.ensure_future(pair.server.handshake())
         with pytest.raises(TlsError, match=r"certificate is for host-b 127\.0\.0\.1, not for host-c"):
             await pair.client.handshake()
@@ -97,11 +92,11 @@ async def test_the_client_refuses_a_server_of_another_name(ours: Authority) -> N
             await server
 
 
-async def test_the_server_refuses_a_client_of_another_ca(ours: Authority, tmp_path: Path) -> None:
+async def test_the_server_refuses_a_client_of_another_ca(authority: Authority, tmp_path: Path) -> None:
     stranger = Authority(tmp_path).side("host-a", server=False)
-    both = Tls(server=False, ca=ours.ca, certificate=tmp_path / "host-a.pem", key=tmp_path / "host-a.key")
+    both = Tls(server=False, ca=authority.ca, certificate=tmp_path / "host-a.pem", key=tmp_path / "host-a.key")
     assert stranger.validity()[0] <= time.time() < stranger.validity()[1]
-    with Pair(ours.side("host-b", server=True), both, "host-b") as pair:
+    with Pair(authority.side("host-b", server=True), both, "host-b") as pair:
         client = asyncio.ensure_future(pair.client.handshake())
         with pytest.raises(TlsError, match=r"\(/CN=host-a\) is not signed by our CA"):
             await pair.server.handshake()
@@ -110,8 +105,8 @@ async def test_the_server_refuses_a_client_of_another_ca(ours: Authority, tmp_pa
             await pair.client.receive(1)
 
 
-async def test_the_end_of_a_connection_is_no_tls_error(ours: Authority) -> None:
-    with Pair(ours.side("host-b", server=True), ours.side("host-a", server=False), "host-b") as pair:
+async def test_the_end_of_a_connection_is_no_tls_error(authority: Authority) -> None:
+    with Pair(authority.side("host-b", server=True), authority.side("host-a", server=False), "host-b") as pair:
         client = asyncio.ensure_future(pair.client.handshake())
         await asyncio.sleep(0)
         pair.server.close()
@@ -120,10 +115,14 @@ async def test_the_end_of_a_connection_is_no_tls_error(ours: Authority) -> None:
 
 
 @pytest.fixture
-def files(ours: Authority, tmp_path: Path) -> dict[str, Path]:
-    ours.side("host-a", server=False)
+def files(authority: Authority, tmp_path: Path) -> dict[str, Path]:
+    authority.side("host-a", server=False)
     (tmp_path / "text").write_text("not PEM")
-    return {"ca": ours.ca, "certificate": ours.directory / "host-a.pem", "key": ours.directory / "host-a.key"}
+    return {
+        "ca": authority.ca,
+        "certificate": authority.directory / "host-a.pem",
+        "key": authority.directory / "host-a.key",
+    }
 
 
 @pytest.mark.parametrize("which", ["ca", "certificate", "key"])
@@ -134,9 +133,9 @@ def test_an_unusable_file_is_named(files: dict[str, Path], which: str, tmp_path:
         Tls(server=True, **files | {which: tmp_path / "text"})
 
 
-def test_a_key_of_another_certificate_is_refused(files: dict[str, Path], ours: Authority) -> None:
+def test_a_key_of_another_certificate_is_refused(files: dict[str, Path], authority: Authority) -> None:
     with pytest.raises(TlsError, match=r"ca\.key: key values mismatch"):
-        Tls(server=True, **files | {"key": ours.directory / "ca.key"})
+        Tls(server=True, **files | {"key": authority.directory / "ca.key"})
 
 
 def test_a_key_with_a_password_is_refused_and_nobody_is_asked(files: dict[str, Path], tmp_path: Path) -> None:
