@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.unit.memory.authority import Authority
+from tests.rig.authority import Authority
 from tests.unit.memory.child import Child
 
 

@@ -28,7 +28,7 @@ from migrated.memory.engine import (
 )
 from migrated.memory.native import lib
 from migrated.memory.regions import Region, SourceMemory, TargetMemory
-from tests.unit.memory.authority import Authority
+from tests.rig.authority import Authority
 
 PAGE = 4096
 SECRET = hashlib.shake_256(b"any key").digest(lib.MGD_SECRET_BYTES)

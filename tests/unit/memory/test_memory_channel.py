@@ -14,7 +14,7 @@ import pytest
 
 from migrated.errors import ConnectionLostError, MigratedError, TlsError
 from migrated.memory.channel import Channel, Tls
-from tests.unit.memory.authority import Authority
+from tests.rig.authority import Authority
 
 pytestmark = pytest.mark.usefixtures("no_descriptor_left")
 
