@@ -209,7 +209,8 @@ static int flush(struct tls_stream *stream, int *out_wants, struct mgd_error *er
 			return mgd_channel_fail("send", errno, err);
 		stream->out_from += (size_t)sent;
 	}
-	stream->out_from = stream->out_to = 0;
+	stream->out_from = 0;
+	stream->out_to = 0;
 	return 0;
 }
 
