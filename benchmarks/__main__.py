@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 import uvloop
 
-from benchmarks import bounds, comparison, domains, figures, stall, switchover
+from benchmarks import bounds, comparison, domains, figures, stall, switchover, tls
 from benchmarks.guest import LOADS
 from benchmarks.network import RATES
 from benchmarks.report import Section
@@ -26,6 +26,7 @@ SECTIONS: dict[str, Callable[[Settings], Awaitable[Section]]] = {
     "limit": figures.limit,
     "after": figures.after,
     "engines": figures.engines,
+    "tls": tls.tls,
     "downtime": figures.downtime,
     "switchover": switchover.run,
     "throughput": figures.throughput,

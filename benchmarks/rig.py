@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import mmap
 import os
@@ -10,10 +11,12 @@ import socket
 import time
 
 from migrated.errors import MigratedError, TimeoutExceededError
+from migrated.memory.channel import Channel
 from migrated.memory.engine import URGENT, EventKind, SourceEngine, TargetEngine, ledger_bytes
 from migrated.memory.native import call, ffi, lib
 from migrated.memory.regions import Mapping, Region, SourceMemory, TargetMemory
 from migrated.memory.tracker import Tracker
+from tests.rig.authority import Authority
 
 BLOCK_BYTES = 4096
 NOISE_BYTES = 4 << 20
@@ -21,9 +24,20 @@ LIMIT_SECONDS = 60
 
 
 class Rig:
-    """``guest`` is the source's memory, which may be written; ``copy`` is the target's file.  Lives as long as ``stack``."""
+    """``guest`` is the source's memory, which may be written; ``copy`` is the target's file.  Lives as long as ``stack``.
 
-    def __init__(self, stack: contextlib.ExitStack, *, size_bytes: int, page_bytes: int, streams: int) -> None:
+    ``authority``: of the certificates for TLS; None for plain connections.
+    """
+
+    def __init__(
+        self,
+        stack: contextlib.ExitStack,
+        *,
+        size_bytes: int,
+        page_bytes: int,
+        streams: int,
+        authority: Authority | None = None,
+    ) -> None:
         self.size_bytes = size_bytes
         self._secret = os.urandom(lib.MGD_SECRET_BYTES)
         self._memory = _memfd(stack, size_bytes, page_bytes)
@@ -47,7 +61,7 @@ class Rig:
         self.target = TargetEngine(target_memory, streams, ledger, self._secret)
         stack.callback(self.target.destroy)
         for stream in (*range(streams), URGENT):
-            ours, theirs = _connected()
+            ours, theirs = _connected() if authority is None else _secured(authority)
             self.source.add_stream(stream, ours)
             self.target.add_stream(stream, theirs)
 
@@ -109,6 +123,18 @@ def _tracking_uffd(stack: contextlib.ExitStack) -> int:
     stack.callback(os.close, out[0])
     call(lib.mgd_uffd_api, out[0], 0, 1)
     return int(out[0])
+
+
+def _secured(authority: Authority) -> tuple[Channel, Channel]:
+    ours, theirs = _connected()
+    client = Channel.tls(ours, authority.side("host-a", server=False), "127.0.0.1")
+    server = Channel.tls(theirs, authority.side("host-b", server=True))
+
+    async def handshakes() -> None:
+        await asyncio.gather(client.handshake(), server.handshake())
+
+    asyncio.run(handshakes())
+    return client, server
 
 
 def _connected() -> tuple[int, int]:

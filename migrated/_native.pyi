@@ -20,6 +20,7 @@ class _Lib:
     MGD_ERR_CLOSED: Final[int]
     MGD_ERR_POOL: Final[int]
     MGD_ERR_GUEST_GONE: Final[int]
+    MGD_ERR_TLS: Final[int]
 
     MGD_EVENT_ROUND_DONE: Final[int]
     MGD_EVENT_BARRIER: Final[int]
@@ -30,6 +31,8 @@ class _Lib:
     MGD_EVENT_POPULATED: Final[int]
 
     MGD_STREAM_URGENT: Final[int]
+    MGD_WANTS_READ: Final[int]
+    MGD_WANTS_WRITE: Final[int]
     MGD_REGISTER_MISSING: Final[int]
     MGD_REGISTER_WP: Final[int]
     MGD_REGISTER_MINOR: Final[int]

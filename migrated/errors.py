@@ -16,6 +16,7 @@
         │   └── RemoteProtocolError   the peer broke the protocol: ends the session, never the daemon
         ├── PeerError                 the peer ended the session; carries the peer's code and message
     ├── ConnectionLostError       a connection to the peer ended
+    ├── TlsError                  a certificate or key is unusable, or one side refuses the other's
         └── AbortedError              the migration was aborted on request
 
 ``code`` is a stable word without dots (``no-huge-pages``); ``message`` says what went wrong and where; ``hint`` says
@@ -143,6 +144,12 @@ class ConnectionLostError(MigratedError):
     """A connection to the peer was closed, reset or timed out."""
 
     default_code = "connection-lost"
+
+
+class TlsError(MigratedError):
+    """A certificate or key is unusable, one side refuses the other's, or the peer does not speak TLS 1.3."""
+
+    default_code = "tls"
 
 
 class AbortedError(MigratedError):

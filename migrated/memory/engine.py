@@ -8,12 +8,14 @@ interpreter lock while it is in C.)
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import enum
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from migrated.errors import MigratedError
+from migrated.memory.channel import Channel
 from migrated.memory.native import call, error_from, ffi, hash_key, lib
 from migrated.memory.regions import Mapping, SourceMemory, TargetMemory
 from migrated.memory.tracker import Tracker
@@ -95,9 +97,15 @@ class _Engine:
             error = error_from(raw.error) if raw.error.kind != lib.MGD_ERR_NONE else None
             yield Event(EventKind(raw.kind), raw.stream, raw.value, error)
 
-    def add_stream(self, stream: int, fd: int) -> None:
-        """Hand over a connected socket, which the engine then owns, and start its thread."""
-        self._call("add_stream", stream, fd)
+    def add_stream(self, stream: int, connection: int | Channel) -> None:
+        """Hand over a page connection, or a connected socket for a plain one, and start its thread.
+
+        The engine owns it from then on, even if this fails.  A TLS handshake must be complete.
+        """
+        channel = Channel.plain(connection) if isinstance(connection, int) else connection
+        with contextlib.closing(channel):
+            engine = self.handle  # raises before the channel is taken
+            call(self._function("add_stream"), engine, stream, channel.take())
 
     def drop_streams(self) -> None:
         """Shut down and join all stream threads; new streams may be added.  Blocks."""

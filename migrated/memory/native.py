@@ -20,6 +20,7 @@ from migrated.errors import (
     NativeError,
     PoolError,
     RemoteProtocolError,
+    TlsError,
 )
 
 __all__ = [
@@ -70,6 +71,8 @@ def error_from(raw: Any) -> MigratedError:
         )
     if kind == lib.MGD_ERR_CLOSED or (kind == lib.MGD_ERR_OS and os_errno in _CONNECTION_ERRNOS):
         return ConnectionLostError(message)
+    if kind == lib.MGD_ERR_TLS:
+        return TlsError(message)
     if kind == lib.MGD_ERR_POOL:
         return PoolError(message, hint="raise the number of huge pages, or free some: `migrated check` shows the pools")
     if kind == lib.MGD_ERR_UNSUPPORTED:

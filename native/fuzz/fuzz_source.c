@@ -82,6 +82,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	struct pollfd poll_fd = {.events = POLLIN};
 	struct mgd_event event = {0};
 	struct mgd_source_stats stats;
+	struct mgd_channel *channel;
 	struct mgd_source *source;
 	struct mgd_error err;
 	pthread_t thread;
@@ -92,7 +93,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	assert(!mgd_source_create(regions, REGIONS, 1, secret, &source, &err));
 	assert(!mgd_source_freeze_whole(source, &err));
 	assert(!socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair));
-	assert(!mgd_source_add_stream(source, MGD_STREAM_URGENT, pair[1], &err));
+	assert(!mgd_channel_create(pair[1], &channel, &err));
+	assert(!mgd_source_add_stream(source, MGD_STREAM_URGENT, channel, &err));
 	assert(!mgd_source_serve(source, 0, &err));
 	assert(!pthread_create(&thread, NULL, drain, &pair[0]));
 	send_demands(pair[0], data, size);

@@ -92,11 +92,13 @@ static void wait_lost(struct mgd_target *target)
 
 static int connect_to(struct mgd_target *target)
 {
+	struct mgd_channel *channel;
 	struct mgd_error err;
 	int pair[2];
 
 	assert(!socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair));
-	assert(!mgd_target_add_stream(target, 0, pair[1], &err));
+	assert(!mgd_channel_create(pair[1], &channel, &err));
+	assert(!mgd_target_add_stream(target, 0, channel, &err));
 	return pair[0];
 }
 

@@ -22,6 +22,7 @@
 #define MGD_ERR_CLOSED 5 /* the peer closed the connection */
 #define MGD_ERR_POOL 6 /* no (huge) page was available */
 #define MGD_ERR_GUEST_GONE 7 /* the guest process has exited (ESRCH) */
+#define MGD_ERR_TLS 8 /* TLS: a file is unusable, a side refuses the other's certificate, or the peer violates TLS */
 
 struct mgd_error {
 	int kind; /* MGD_ERR_* */
@@ -127,6 +128,51 @@ int mgd_tracker_scan(struct mgd_tracker *tracker, uint64_t **bitmaps, uint64_t *
 int mgd_tracker_present(struct mgd_tracker *tracker, uint64_t **bitmaps, uint64_t *out_bytes, struct mgd_error *err);
 void mgd_tracker_destroy(struct mgd_tracker *tracker);
 
+/* ---------------------------------------------------------------- page connections */
+
+/* The certificate, key and CA of one side.  Connections keep what they need of it, so a reload creates a new one and
+ * destroys the old one, whatever connections still use. */
+struct mgd_tls;
+/* Read PEM files: CA certificates, the certificate (followed by its intermediate CAs, if any) and its key.  server: for
+ * accepted connections.  Errors name the file (TLS). */
+int mgd_tls_create(int server, const char *ca_file, const char *certificate_file, const char *key_file,
+		   struct mgd_tls **out, struct mgd_error *err);
+void mgd_tls_destroy(struct mgd_tls *tls);
+/* The certificate's validity, in seconds since 1970. */
+void mgd_tls_validity(const struct mgd_tls *tls, int64_t *out_not_before, int64_t *out_not_after);
+
+/* A page connection, plain or TLS 1.3.  Until an engine takes it, an event loop drives it with _handshake, _try_send
+ * and _try_recv, none of which block. */
+struct mgd_channel;
+
+/* Bits of *out_wants: call again once the descriptor is readable, or writable.  0: nothing is left to do. */
+#define MGD_WANTS_READ 1
+#define MGD_WANTS_WRITE 2
+
+/* Take the connected descriptor and make a plain connection of it. */
+int mgd_channel_create(int fd, struct mgd_channel **out, struct mgd_error *err);
+/* Take the connected descriptor; mgd_channel_handshake must follow.  server_name: host name or IP address that the
+ * peer's certificate must be for, NULL on the server's side. */
+int mgd_channel_create_tls(int fd, const struct mgd_tls *tls, const char *server_name, struct mgd_channel **out,
+			   struct mgd_error *err);
+void mgd_channel_destroy(struct mgd_channel *channel);
+int mgd_channel_fd(const struct mgd_channel *channel); /* owned by the channel; only for polling */
+/* Continue the TLS handshake; *out_wants is 0 once it is complete (at once on a plain connection).  The client's side
+ * completes before the server has looked at its certificate: the server's refusal is the error of a later call.
+ * Errors: TLS, and as for a plain connection CLOSED and OS. */
+int mgd_channel_handshake(struct mgd_channel *channel, int *out_wants, struct mgd_error *err);
+/* After the handshake: the names in the peer's certificate, one a line: every DNS name and IP address, or if there is
+ * none the common name.  Empty on a plain connection.  Fails (ARGUMENT) if they do not fit. */
+int mgd_channel_peer_names(const struct mgd_channel *channel, char *out, size_t bytes, struct mgd_error *err);
+/* Send without blocking: *out_bytes of buf were taken.  *out_wants: WRITE while something waits for the socket, which
+ * may be bytes already taken: then call again once it is writable, with what is left or with 0 bytes. */
+int mgd_channel_try_send(struct mgd_channel *channel, const void *buf, size_t bytes, size_t *out_bytes, int *out_wants,
+			 struct mgd_error *err);
+/* Receive without blocking, at most `bytes`: *out_bytes have arrived.  0: try again as *out_wants says.  Bytes beyond
+ * them stay in the channel, for the next call and for the engine.  CLOSED at the end of the stream. */
+int mgd_channel_try_recv(struct mgd_channel *channel, void *buf, size_t bytes, size_t *out_bytes, int *out_wants,
+			 struct mgd_error *err);
+
 /* ---------------------------------------------------------------- source engine */
 
 /* The region is private memory of the guest process: memory_fd is its /proc/PID/mem, and file_offset is the address
@@ -176,9 +222,10 @@ void mgd_source_set_bandwidth(struct mgd_source *source, uint64_t bytes_per_seco
 /* level 0: no compression.  Otherwise each stream uses zstd, and stops while it does not pay. */
 int mgd_source_set_compression(struct mgd_source *source, int level, struct mgd_error *err);
 
-/* Take the connected descriptor (blocking or not) and start the stream's thread.  stream: 0 … stream_count-1, or
- * MGD_STREAM_URGENT. */
-int mgd_source_add_stream(struct mgd_source *source, uint32_t stream, int fd, struct mgd_error *err);
+/* Take the channel, even if this fails, and start the stream's thread.  Its handshake must be complete.  stream:
+ * 0 … stream_count-1, or MGD_STREAM_URGENT. */
+int mgd_source_add_stream(struct mgd_source *source, uint32_t stream, struct mgd_channel *channel,
+			  struct mgd_error *err);
 /* Shut down and join every stream, so that new ones can be added (reconnect, abort). */
 void mgd_source_drop_streams(struct mgd_source *source);
 
@@ -277,8 +324,10 @@ int mgd_target_event_fd(const struct mgd_target *target);
 int mgd_target_next_event(struct mgd_target *target, struct mgd_event *out);
 void mgd_target_stats(const struct mgd_target *target, struct mgd_target_stats *out);
 
-/* Take the descriptor and start the receiving thread.  During pre-copy it writes frames straight into the alias. */
-int mgd_target_add_stream(struct mgd_target *target, uint32_t stream, int fd, struct mgd_error *err);
+/* Take the channel, even if this fails, and start the receiving thread.  Its handshake must be complete.  During
+ * pre-copy the thread writes frames straight into the alias. */
+int mgd_target_add_stream(struct mgd_target *target, uint32_t stream, struct mgd_channel *channel,
+			  struct mgd_error *err);
 /* Shut down and join every receiver.  Half-received pages become stale again, and the next urgent connection repeats
  * the open demands. */
 void mgd_target_drop_streams(struct mgd_target *target);

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * A page connection reads and writes everything it is asked to, however little the socket takes at a time.  It sets
- * socket options for pages, some of which a guest thread waits for.
+ * socket options for pages, some of which a guest thread waits for.  With TLS, tls_stream.c moves the bytes.
  */
 #include "channel.h"
 
@@ -16,6 +16,7 @@
 #include <unistd.h>
 
 #include "error.h"
+#include "tls.h"
 
 /* How much a bulk sender may have written that the network has not taken yet.  Small, so that late decisions (a
  * demand, a limit) take effect soon; large enough to keep a 10 Gbit/s link busy while the sender hashes its next 2
@@ -37,6 +38,7 @@
 
 struct mgd_channel {
 	int fd;
+	struct tls_stream *tls; /* NULL: plain */
 };
 
 static void set_option(int fd, int level, int option, int value)
@@ -52,6 +54,18 @@ static bool is_tcp(int fd)
 	int protocol;
 
 	return !getsockopt(fd, SOL_SOCKET, SO_PROTOCOL, &protocol, &length) && protocol == IPPROTO_TCP;
+}
+
+static void set_options(int fd)
+{
+	set_option(fd, IPPROTO_TCP, TCP_NODELAY, 1);
+	set_option(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, NOTSENT_LOWAT_BYTES);
+	set_option(fd, IPPROTO_TCP, TCP_RTO_MIN_US, RTO_MIN_US);
+	set_option(fd, SOL_SOCKET, SO_KEEPALIVE, 1);
+	set_option(fd, IPPROTO_TCP, TCP_KEEPIDLE, KEEPALIVE_IDLE_SECONDS);
+	set_option(fd, IPPROTO_TCP, TCP_KEEPINTVL, KEEPALIVE_INTERVAL_SECONDS);
+	set_option(fd, IPPROTO_TCP, TCP_KEEPCNT, KEEPALIVE_PROBES);
+	set_option(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, USER_TIMEOUT_MS);
 }
 
 int mgd_channel_create(int fd, struct mgd_channel **out, struct mgd_error *err)
@@ -72,15 +86,22 @@ int mgd_channel_create(int fd, struct mgd_channel **out, struct mgd_error *err)
 		return mgd_fail_errno(err, ENOMEM, "page connection");
 	}
 	channel->fd = fd;
-	if (is_tcp(fd)) {
-		set_option(fd, IPPROTO_TCP, TCP_NODELAY, 1);
-		set_option(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, NOTSENT_LOWAT_BYTES);
-		set_option(fd, IPPROTO_TCP, TCP_RTO_MIN_US, RTO_MIN_US);
-		set_option(fd, SOL_SOCKET, SO_KEEPALIVE, 1);
-		set_option(fd, IPPROTO_TCP, TCP_KEEPIDLE, KEEPALIVE_IDLE_SECONDS);
-		set_option(fd, IPPROTO_TCP, TCP_KEEPINTVL, KEEPALIVE_INTERVAL_SECONDS);
-		set_option(fd, IPPROTO_TCP, TCP_KEEPCNT, KEEPALIVE_PROBES);
-		set_option(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, USER_TIMEOUT_MS);
+	if (is_tcp(fd))
+		set_options(fd);
+	*out = channel;
+	return 0;
+}
+
+int mgd_channel_create_tls(int fd, const struct mgd_tls *tls, const char *server_name, struct mgd_channel **out,
+			   struct mgd_error *err)
+{
+	struct mgd_channel *channel;
+
+	if (mgd_channel_create(fd, &channel, err))
+		return -1;
+	if (tls_stream_create(fd, tls, server_name, &channel->tls, err)) {
+		mgd_channel_destroy(channel);
+		return -1;
 	}
 	*out = channel;
 	return 0;
@@ -90,12 +111,12 @@ void mgd_channel_destroy(struct mgd_channel *channel)
 {
 	if (!channel)
 		return;
+	tls_stream_destroy(channel->tls);
 	close(channel->fd);
 	free(channel);
 }
 
-/* call: "send" or "receive". */
-static int fail(const char *call, int code, struct mgd_error *err)
+int mgd_channel_fail(const char *call, int code, struct mgd_error *err)
 {
 	bool closed = code == EPIPE || code == ECONNRESET;
 
@@ -103,6 +124,12 @@ static int fail(const char *call, int code, struct mgd_error *err)
 	if (err && closed)
 		err->kind = MGD_ERR_CLOSED;
 	return -1;
+}
+
+int mgd_channel_fail_ended(bool in_frame, struct mgd_error *err)
+{
+	return mgd_fail(err, MGD_ERR_CLOSED, "page connection: receive: closed by the peer %s",
+			in_frame ? "in the middle of a frame" : "at a frame boundary");
 }
 
 int mgd_iov_add(struct iovec *iov, int count, void *at, size_t bytes)
@@ -115,8 +142,7 @@ int mgd_iov_add(struct iovec *iov, int count, void *at, size_t bytes)
 	return count + 1;
 }
 
-/* Skip `bytes` that were moved, and empty entries. */
-static void advance(struct iovec **iov, int *count, size_t bytes)
+void mgd_iov_advance(struct iovec **iov, int *count, size_t bytes)
 {
 	while (*count && bytes >= (*iov)->iov_len) {
 		bytes -= (*iov)->iov_len;
@@ -131,7 +157,9 @@ static void advance(struct iovec **iov, int *count, size_t bytes)
 
 int mgd_channel_send(struct mgd_channel *channel, struct iovec *iov, int count, struct mgd_error *err)
 {
-	advance(&iov, &count, 0);
+	if (channel->tls)
+		return tls_stream_send(channel->tls, iov, count, err);
+	mgd_iov_advance(&iov, &count, 0);
 	while (count) {
 		struct msghdr message = {.msg_iov = iov, .msg_iovlen = (size_t)(count < IOV_MAX ? count : IOV_MAX)};
 		ssize_t sent = sendmsg(channel->fd, &message, MSG_NOSIGNAL);
@@ -139,24 +167,72 @@ int mgd_channel_send(struct mgd_channel *channel, struct iovec *iov, int count, 
 		if (sent < 0 && errno == EINTR)
 			continue;
 		if (sent < 0)
-			return fail("send", errno, err);
-		advance(&iov, &count, (size_t)sent);
+			return mgd_channel_fail("send", errno, err);
+		mgd_iov_advance(&iov, &count, (size_t)sent);
 	}
 	return 0;
 }
 
-int mgd_channel_try_send(struct mgd_channel *channel, const void *buf, size_t bytes, size_t *out_bytes,
+int mgd_channel_handshake(struct mgd_channel *channel, int *out_wants, struct mgd_error *err)
+{
+	*out_wants = 0;
+	return channel->tls ? tls_stream_handshake(channel->tls, out_wants, err) : 0;
+}
+
+int mgd_channel_peer_names(const struct mgd_channel *channel, char *out, size_t bytes, struct mgd_error *err)
+{
+	if (channel->tls)
+		return tls_stream_peer_names(channel->tls, out, bytes, err);
+	if (bytes)
+		out[0] = 0;
+	return 0;
+}
+
+int mgd_channel_try_send(struct mgd_channel *channel, const void *buf, size_t bytes, size_t *out_bytes, int *out_wants,
 			 struct mgd_error *err)
 {
 	ssize_t sent;
 
+	if (channel->tls)
+		return tls_stream_try_send(channel->tls, buf, bytes, out_bytes, out_wants, err);
 	*out_bytes = 0;
+	*out_wants = 0;
+	while (*out_bytes < bytes) {
+		sent = send(channel->fd, (const char *)buf + *out_bytes, bytes - *out_bytes,
+			    MSG_NOSIGNAL | MSG_DONTWAIT);
+		if (sent < 0 && errno == EINTR)
+			continue;
+		if (sent < 0 && errno == EAGAIN) {
+			*out_wants = MGD_WANTS_WRITE;
+			return 0;
+		}
+		if (sent < 0)
+			return mgd_channel_fail("send", errno, err);
+		*out_bytes += (size_t)sent;
+	}
+	return 0;
+}
+
+int mgd_channel_try_recv(struct mgd_channel *channel, void *buf, size_t bytes, size_t *out_bytes, int *out_wants,
+			 struct mgd_error *err)
+{
+	ssize_t got;
+
+	if (channel->tls)
+		return tls_stream_try_recv(channel->tls, buf, bytes, out_bytes, out_wants, err);
+	*out_bytes = 0;
+	*out_wants = 0;
 	do
-		sent = send(channel->fd, buf, bytes, MSG_NOSIGNAL | MSG_DONTWAIT);
-	while (sent < 0 && errno == EINTR);
-	if (sent < 0)
-		return errno == EAGAIN ? 0 : fail("send", errno, err);
-	*out_bytes = (size_t)sent;
+		got = recv(channel->fd, buf, bytes, MSG_DONTWAIT);
+	while (got < 0 && errno == EINTR);
+	if (got < 0 && errno == EAGAIN)
+		*out_wants = MGD_WANTS_READ;
+	else if (got < 0)
+		return mgd_channel_fail("receive", errno, err);
+	else if (!got && bytes)
+		return mgd_fail(err, MGD_ERR_CLOSED, "page connection: receive: closed by the peer");
+	else
+		*out_bytes = (size_t)got;
 	return 0;
 }
 
@@ -164,7 +240,9 @@ int mgd_channel_recv(struct mgd_channel *channel, struct iovec *iov, int count, 
 {
 	bool any = false;
 
-	advance(&iov, &count, 0);
+	if (channel->tls)
+		return tls_stream_recv(channel->tls, iov, count, err);
+	mgd_iov_advance(&iov, &count, 0);
 	while (count) {
 		struct msghdr message = {.msg_iov = iov, .msg_iovlen = (size_t)(count < IOV_MAX ? count : IOV_MAX)};
 		ssize_t got = recvmsg(channel->fd, &message, 0);
@@ -172,12 +250,11 @@ int mgd_channel_recv(struct mgd_channel *channel, struct iovec *iov, int count, 
 		if (got < 0 && errno == EINTR)
 			continue;
 		if (got < 0)
-			return fail("receive", errno, err);
+			return mgd_channel_fail("receive", errno, err);
 		if (got == 0)
-			return mgd_fail(err, MGD_ERR_CLOSED, "page connection: receive: closed by the peer %s",
-					any ? "in the middle of a frame" : "at a frame boundary");
+			return mgd_channel_fail_ended(any, err);
 		any = true;
-		advance(&iov, &count, (size_t)got);
+		mgd_iov_advance(&iov, &count, (size_t)got);
 	}
 	return 0;
 }
@@ -190,4 +267,9 @@ void mgd_channel_shutdown(struct mgd_channel *channel)
 int mgd_channel_fd(const struct mgd_channel *channel)
 {
 	return channel->fd;
+}
+
+void mgd_channel_set_rekey(struct mgd_channel *channel, uint64_t records)
+{
+	tls_stream_set_rekey(channel->tls, records);
 }

@@ -237,21 +237,21 @@ static void stream_release(struct source_stream *stream)
 	source_batch_destroy(stream);
 }
 
-int mgd_source_add_stream(struct mgd_source *source, uint32_t number, int fd, struct mgd_error *err)
+int mgd_source_add_stream(struct mgd_source *source, uint32_t number, struct mgd_channel *channel,
+			  struct mgd_error *err)
 {
 	bool urgent = number == MGD_STREAM_URGENT, known = urgent || number < source->stream_count;
 	struct source_stream *stream = &source->streams[urgent ? SOURCE_URGENT_SLOT : known ? number : 0];
 
 	if (!known || stream->started) {
-		close(fd);
+		mgd_channel_destroy(channel);
 		return mgd_misuse(err, "source: stream %u: %s", number, known ? "already connected" : "no such stream");
 	}
 	stream->ended = stream->memory_failed = false;
 	/* Orders given before this stream existed are not for it. */
 	stream->round_seen = source->round_generation;
 	stream->barrier_seen = source->barrier_generation;
-	if (mgd_channel_create(fd, &stream->channel, err))
-		return -1;
+	stream->channel = channel;
 	if (source_batch_create(stream, err) || start_thread(stream, err)) {
 		stream_release(stream);
 		return -1;

@@ -205,9 +205,10 @@ int mgd_target_next_event(struct mgd_target *target, struct mgd_event *out)
 	return mgd_event_next(&target->events, out);
 }
 
-int mgd_target_add_stream(struct mgd_target *target, uint32_t stream, int fd, struct mgd_error *err)
+int mgd_target_add_stream(struct mgd_target *target, uint32_t stream, struct mgd_channel *channel,
+			  struct mgd_error *err)
 {
-	return target_receiver_start(target, stream, fd, err);
+	return target_receiver_start(target, stream, channel, err);
 }
 
 void mgd_target_drop_streams(struct mgd_target *target)

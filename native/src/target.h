@@ -138,7 +138,8 @@ void target_report_unmapped(struct mgd_target *target, struct target_region *reg
 void target_background_stop(struct mgd_target *target);
 
 /* target_receive.c */
-int target_receiver_start(struct mgd_target *target, uint32_t stream, int fd, struct mgd_error *err);
+int target_receiver_start(struct mgd_target *target, uint32_t stream, struct mgd_channel *channel,
+			  struct mgd_error *err);
 void target_receiver_drop_all(struct mgd_target *target);
 /* Return whether a receiver is inside a pre-copy frame. */
 bool target_receiver_any_writing(const struct mgd_target *target);

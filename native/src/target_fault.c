@@ -127,26 +127,27 @@ static void ask(struct mgd_target *target, const struct target_region *region, u
 	target->demand_bytes += bytes;
 }
 
-/* Send what the socket takes; return the descriptor to poll for POLLOUT, or -1 if nothing is queued. */
+/* Send what the socket takes; return the descriptor to poll for POLLOUT, or -1 if nothing waits for it. */
 static int flush_demands(struct mgd_target *target)
 {
 	size_t taken = 0;
+	int wants = 0;
 
 	MGD_HOLD(&target->urgent_lock);
-	while (target->urgent && target->demand_bytes) {
-		if (mgd_channel_try_send(target->urgent, target->demands, target->demand_bytes, &taken, NULL)) {
-			/* The receiving thread gets the same error and reports it; the pages stay in `waiting`. */
-			mgd_channel_shutdown(target->urgent);
-			target->urgent = NULL;
-			target->demand_bytes = 0;
-			break;
-		}
-		if (!taken)
-			return mgd_channel_fd(target->urgent);
-		memmove(target->demands, target->demands + taken, target->demand_bytes - taken);
-		target->demand_bytes -= taken;
+	if (!target->urgent)
+		return -1;
+	if (mgd_channel_try_send(target->urgent, target->demands, target->demand_bytes, &taken, &wants, NULL)) {
+		/* The receiving thread gets the same error and reports it; the pages stay in `waiting`. */
+		mgd_channel_shutdown(target->urgent);
+		target->urgent = NULL;
+		target->demand_bytes = 0;
+		return -1;
 	}
-	return -1;
+	if (taken) {
+		target->demand_bytes -= taken;
+		memmove(target->demands, target->demands + taken, target->demand_bytes);
+	}
+	return wants ? mgd_channel_fd(target->urgent) : -1;
 }
 
 /* ---- answering */

@@ -221,25 +221,25 @@ static void set_receiver(struct mgd_target *target, uint32_t slot, struct target
 	target->receivers[slot] = receiver;
 }
 
-int target_receiver_start(struct mgd_target *target, uint32_t stream, int fd, struct mgd_error *err)
+int target_receiver_start(struct mgd_target *target, uint32_t stream, struct mgd_channel *channel,
+			  struct mgd_error *err)
 {
 	bool urgent = stream == MGD_STREAM_URGENT, known = urgent || stream < target->stream_count;
 	uint32_t slot = urgent ? MGD_MAX_STREAMS : stream;
 	struct target_receiver *receiver;
 
 	if (!known || target->receivers[slot]) {
-		close(fd);
+		mgd_channel_destroy(channel);
 		return mgd_misuse(err, "add stream %u: %s", stream, known ? "already added" : "no such stream");
 	}
 	receiver = calloc(1, sizeof(*receiver));
 	if (!receiver) {
-		close(fd);
+		mgd_channel_destroy(channel);
 		return mgd_fail_errno(err, ENOMEM, "add stream %u", stream);
 	}
 	receiver->target = target;
 	receiver->stream = stream;
-	if (mgd_channel_create(fd, &receiver->channel, err))
-		goto failed;
+	receiver->channel = channel;
 	receiver->scratch = mgd_map_zeros(SCRATCH_BYTES, err);
 	if (!receiver->scratch)
 		goto failed;

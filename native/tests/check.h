@@ -21,6 +21,19 @@ static inline void fill_secret(uint8_t secret[MGD_SECRET_BYTES])
 	}
 }
 
+/* Make a plain page connection of a socket. */
+static inline struct mgd_channel *plain_channel(int fd)
+{
+	struct mgd_channel *channel;
+	struct mgd_error err;
+
+	if (mgd_channel_create(fd, &channel, &err)) {
+		fprintf(stderr, "%s\n", err.message);
+		abort();
+	}
+	return channel;
+}
+
 /* Exit code of a test that cannot run here; it prints why. */
 #define SKIPPED 77
 

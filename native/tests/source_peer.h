@@ -216,10 +216,10 @@ static inline void peer_connect_one(struct peer *peer, uint32_t number)
 	CHECK(!socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair));
 	stream->peer = peer;
 	stream->number = number;
-	CHECK_OK(mgd_channel_create(pair[1], &stream->channel, &err), err);
+	stream->channel = plain_channel(pair[1]);
 	CHECK(!pthread_create(&stream->thread, NULL, peer_main, stream));
 	stream->running = true;
-	CHECK_OK(mgd_source_add_stream(peer->source, number, pair[0], &err), err);
+	CHECK_OK(mgd_source_add_stream(peer->source, number, plain_channel(pair[0]), &err), err);
 }
 
 static inline void peer_connect(struct peer *peer)

@@ -244,7 +244,7 @@ static int rig_stream(struct mgd_target *target, uint32_t stream)
 	int ends[2];
 
 	CHECK_EQUAL(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends), 0);
-	CHECK_OK(mgd_target_add_stream(target, stream, ends[1], &err), err);
+	CHECK_OK(mgd_target_add_stream(target, stream, plain_channel(ends[1]), &err), err);
 	return ends[0];
 }
 

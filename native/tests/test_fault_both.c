@@ -2,6 +2,7 @@
 /* Tests of both engines against each other.  They pre-copy and switch over, and the guest reads while the drain
  * runs. */
 #include "target_guest.h"
+#include "tls_pair.h"
 
 #define SIZE_BYTES (16 * MIB)
 #define BLOCKS (SIZE_BYTES / MGD_BLOCK_BYTES)
@@ -29,11 +30,30 @@ static void fill_source(int memory, uint16_t *versions, int step, int version)
 	}
 }
 
-static void connect_source(struct mgd_source *source, uint32_t stream, int fd)
+static void connect_over(const struct hosts *hosts, struct mgd_source *source, struct mgd_target *target,
+			 uint32_t stream)
+{
+	struct mgd_channel *ends[2];
+	struct mgd_error err = {0};
+
+	hosts_connect(hosts, ends);
+	CHECK_OK(mgd_target_add_stream(target, stream, ends[0], &err), err);
+	CHECK_OK(mgd_source_add_stream(source, stream, ends[1], &err), err);
+}
+
+/* hosts: for TLS; NULL for plain connections. */
+static void connect_source(const struct hosts *hosts, struct mgd_source *source, struct host *host)
 {
 	struct mgd_error err = {0};
 
-	CHECK_OK(mgd_source_add_stream(source, stream, dup(fd), &err), err);
+	if (!hosts) {
+		CHECK_OK(mgd_source_add_stream(source, 0, plain_channel(dup(host->bulk)), &err), err);
+		CHECK_OK(mgd_source_add_stream(source, MGD_STREAM_URGENT, plain_channel(dup(host->urgent)), &err), err);
+		return;
+	}
+	mgd_target_drop_streams(host->target);
+	connect_over(hosts, source, host->target, 0);
+	connect_over(hosts, source, host->target, MGD_STREAM_URGENT);
 }
 
 static void hand_over_stale_map(struct mgd_source *source, struct host *host)
@@ -46,7 +66,7 @@ static void hand_over_stale_map(struct mgd_source *source, struct host *host)
 	CHECK_OK(mgd_target_stale_map(host->target, 0, 0, map, (pages + 7) / 8, &err), err);
 }
 
-static void a_guest_moves_with_its_changed_blocks_only(void)
+static void move_guest(const struct hosts *hosts)
 {
 	static uint16_t versions[BLOCKS];
 	struct mgd_source_region region = {.size_bytes = SIZE_BYTES, .page_bytes = MGD_BLOCK_BYTES};
@@ -63,8 +83,7 @@ static void a_guest_moves_with_its_changed_blocks_only(void)
 	fill_source(region.memory_fd, versions, 1, 1);
 	open_host_of(&host, SIZE_BYTES / page_bytes_under_test, 2);
 	CHECK_OK(mgd_source_create(&region, 1, 1, rig_secret, &source, &err), err);
-	connect_source(source, 0, host.bulk);
-	connect_source(source, MGD_STREAM_URGENT, host.urgent);
+	connect_source(hosts, source, &host);
 
 	CHECK_OK(mgd_source_mark_populated(source, NULL, &err), err);
 	CHECK_OK(mgd_source_round(source, 1, &err), err);
@@ -113,9 +132,24 @@ static void a_guest_moves_with_its_changed_blocks_only(void)
 	close_host(&host);
 }
 
+static void a_guest_moves_with_its_changed_blocks_only(void)
+{
+	move_guest(NULL);
+}
+
+static void a_guest_moves_over_tls(void)
+{
+	struct hosts hosts;
+
+	hosts_create(&hosts);
+	move_guest(&hosts);
+	hosts_destroy(&hosts);
+}
+
 static void run(void)
 {
 	RUN(a_guest_moves_with_its_changed_blocks_only);
+	RUN(a_guest_moves_over_tls);
 }
 
 int main(void)

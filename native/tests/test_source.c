@@ -307,7 +307,8 @@ static void test_wrong_calls_are_refused(void)
 	CHECK_FAILS(mgd_source_serve(peer->source, 1, &err), err, MGD_ERR_ARGUMENT);
 	CHECK_FAILS(mgd_source_stale_map(peer->source, 0, 0, map, 1, &err), err, MGD_ERR_ARGUMENT);
 	CHECK_FAILS(mgd_source_lacking_begin(peer->source, &err), err, MGD_ERR_ARGUMENT);
-	CHECK_FAILS(mgd_source_add_stream(peer->source, 1, dup(peer->memory_fd), &err), err, MGD_ERR_ARGUMENT);
+	CHECK_FAILS(mgd_source_add_stream(peer->source, 1, plain_channel(dup(peer->memory_fd)), &err), err,
+		    MGD_ERR_ARGUMENT);
 	CHECK_OK(mgd_source_freeze(peer->source, &stale, &err), err);
 	CHECK_EQUAL(stale, 0);
 	CHECK_FAILS(mgd_source_freeze(peer->source, &stale, &err), err, MGD_ERR_ARGUMENT);

@@ -57,7 +57,7 @@ static void create(struct rig *rig, uint32_t flags)
 	region.file_offset = (uint64_t)rig->memory;
 	CHECK_OK(mgd_source_create(&region, 1, 1, secret, &rig->source, &err), err);
 	CHECK(!socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair));
-	CHECK_OK(mgd_source_add_stream(rig->source, 0, pair[0], &err), err);
+	CHECK_OK(mgd_source_add_stream(rig->source, 0, plain_channel(pair[0]), &err), err);
 	rig->peer = pair[1];
 }
 

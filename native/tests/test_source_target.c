@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * Source engine, dirty tracker and target engine together: two regions of our own memory migrate while a thread writes
- * them, and the digests agree.  Runs over ordinary pages, over 2 MiB pages if the pool has them, and from private
- * memory to either.
+ * them, and the digests agree.  Runs over ordinary pages, over 2 MiB pages if the pool has them, from private memory
+ * to either, and over TLS.
  */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -19,7 +19,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include "check.h"
+#include "tls_pair.h"
 
 #define REGIONS 2
 #define STREAMS 3
@@ -30,6 +30,7 @@ static const uint64_t sizes[REGIONS] = {24 * MIB, 10 * MIB};
 
 struct move {
 	uint64_t page_bytes[REGIONS], host_page_bytes[REGIONS];
+	const struct hosts *hosts; /* NULL: plain connections */
 	bool is_private; /* the first region: private memory with transparent huge pages */
 	int from[REGIONS], to[REGIONS], ledger, uffd, pagemap;
 	uint8_t *memory[REGIONS];
@@ -119,11 +120,18 @@ static void connect_engines(struct move *move)
 
 	for (uint32_t i = 0; i <= STREAMS; i++) {
 		uint32_t stream = i == STREAMS ? MGD_STREAM_URGENT : i;
+		struct mgd_channel *ends[2];
 		int pair[2];
 
-		CHECK(!socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair));
-		CHECK_OK(mgd_target_add_stream(move->target, stream, pair[1], &err), err);
-		CHECK_OK(mgd_source_add_stream(move->source, stream, pair[0], &err), err);
+		if (move->hosts) {
+			hosts_connect(move->hosts, ends);
+		} else {
+			CHECK(!socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair));
+			ends[0] = plain_channel(pair[0]);
+			ends[1] = plain_channel(pair[1]);
+		}
+		CHECK_OK(mgd_target_add_stream(move->target, stream, ends[0], &err), err);
+		CHECK_OK(mgd_source_add_stream(move->source, stream, ends[1], &err), err);
 	}
 }
 
@@ -315,6 +323,17 @@ static void test_memory_moves_compressed(void)
 	move_memory(ordinary, 3);
 }
 
+static void test_memory_moves_over_tls(void)
+{
+	struct move move = ordinary;
+	struct hosts hosts;
+
+	hosts_create(&hosts);
+	move.hosts = &hosts;
+	move_memory(move, 0);
+	hosts_destroy(&hosts);
+}
+
 static void test_private_memory_moves(void)
 {
 	move_memory(private, 0);
@@ -382,6 +401,7 @@ int main(void)
 	}
 	RUN(test_memory_moves_over_ordinary_pages);
 	RUN(test_memory_moves_compressed);
+	RUN(test_memory_moves_over_tls);
 	RUN(test_private_memory_moves);
 	if (pool_has(2 * sizes[0])) {
 		RUN(test_memory_moves_over_huge_pages);

@@ -538,7 +538,7 @@ static void what_the_agent_asks_wrongly_is_refused(void)
 	CHECK_FAILS(mgd_target_release(bench.target, &err), err, MGD_ERR_ARGUMENT);
 	CHECK_FAILS(mgd_target_background(bench.target, &err), err, MGD_ERR_ARGUMENT);
 	CHECK_EQUAL(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends), 0);
-	CHECK_FAILS(mgd_target_add_stream(bench.target, 0, ends[0], &err), err, MGD_ERR_ARGUMENT);
+	CHECK_FAILS(mgd_target_add_stream(bench.target, 0, plain_channel(ends[0]), &err), err, MGD_ERR_ARGUMENT);
 	close(ends[1]);
 	CHECK_OK(mgd_target_switchover(bench.target, &err), err);
 	CHECK_FAILS(mgd_target_switchover(bench.target, &err), err, MGD_ERR_ARGUMENT);

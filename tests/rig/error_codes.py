@@ -26,6 +26,7 @@ CAUSES: Mapping[str, str] = {
     "journal": "A journal entry could not be written or read.",
     "kernel-lacks-feature": "This kernel cannot do what is needed; the message names it.",
     "native": "A system call of the C core failed; the message names it.",
+    "tls": "A certificate or key is unusable, one side refuses the other's, or the peer does not speak TLS 1.3.",
     "unexpected-message": "A message came that does not fit the state of the session.",
     "usage": "The command line is wrong, or the command does not fit.",
     "version-mismatch": "The two agents speak different versions of the protocol.",
@@ -75,6 +76,8 @@ ADVICE: Mapping[str, str] = {
     "shutting-down": "Start the target agent again, then the migration.",
     "socket-in-use": "End the process that listens there, or configure another path.",
     "timeout": "Look at the other agent's log; the limits are in [timeouts].",
+    "tls": "Correct what the message names: certificates of one CA for both hosts' names, their dates, the clocks. "
+    "If the peer refuses us, its log says why.",
     "tool-failed": "Look at the tool's words in the message.",
     "unexpected-message": "Run the same version on both hosts; if they do, report it with both agents' logs.",
     "unknown-session": "Give the address of the host where the guest is: `migrated resume ID --to HOST:PORT`.",

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks import stall, switchover
+from benchmarks import stall, switchover, tls
 from benchmarks.meter import Meter, cpu_times, memory_bytes
 from benchmarks.report import Section, svg
 from benchmarks.sample import Sample, medians, percentile
 from benchmarks.settings import MIB, Settings
+from migrated.errors import HostError
 
 FINISHED = 3
 
@@ -160,3 +161,9 @@ def test_a_process_that_has_ended_is_said_to_have() -> None:
             cpu_times(pid)
     finally:
         os.waitpid(pid, 0)
+
+
+def test_the_speed_of_openssl_is_read() -> None:
+    assert tls.parse("+H:16384\n+F:25:AES-128-GCM:4223877120.00\n") == 4223877120.0
+    with pytest.raises(HostError, match="openssl speed: ''"):
+        tls.parse("")

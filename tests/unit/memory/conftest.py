@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from tests.rig.authority import Authority
 from tests.unit.memory.child import Child
 
 
@@ -36,3 +37,9 @@ def closing() -> Iterator[Callable[[int], int]]:
     yield keep
     for fd in fds:
         os.close(fd)
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """The CA of two hosts."""
+    return Authority(tmp_path_factory.mktemp("authority"))

@@ -16,6 +16,7 @@ from migrated.agent.record import Record, State
 from migrated.errors import ConnectionLostError, MigratedError, RemoteProtocolError
 from migrated.memory import engine as engine_module
 from migrated.memory import probe
+from migrated.memory.channel import Channel
 from migrated.memory.engine import (
     URGENT,
     Event,
@@ -27,6 +28,7 @@ from migrated.memory.engine import (
 )
 from migrated.memory.native import lib
 from migrated.memory.regions import Region, SourceMemory, TargetMemory
+from tests.rig.authority import Authority
 
 PAGE = 4096
 SECRET = hashlib.shake_256(b"any key").digest(lib.MGD_SECRET_BYTES)
@@ -171,6 +173,30 @@ async def test_pages_go_over_and_both_sides_tell_the_loop(make: Callable[..., Bo
     assert sent.stale_pages_left == 0
     assert (got.faults_current, got.faults_stale, got.faults_missing) == (0, 0, 0)
     assert list(both.target.lacking_maps()) == []
+
+
+async def test_pages_go_over_tls_right_behind_the_preamble(make: Callable[..., Both], authority: Authority) -> None:
+    both = make(2048 * PAGE, streams=1)
+    both.fill(0, *range(0, 2048, 2))
+    told = Told()
+    both.target.watch(asyncio.get_running_loop(), told)
+    server, client = authority.side("host-b", server=True), authority.side("host-a", server=False)
+    ends = {}
+    for stream in (0, URGENT):
+        left, right = socket.socketpair()
+        theirs, ours = Channel.tls(left.detach(), server), Channel.tls(right.detach(), client, "host-b")
+        await asyncio.gather(theirs.handshake(), ours.handshake())
+        await ours.send(b"preamble")
+        both.source.add_stream(stream, ours)
+        ends[stream] = theirs
+    both.hand_over()
+    both.source.serve(drain=True)
+    for stream, theirs in ends.items():
+        assert await theirs.receive(8) == b"preamble"
+        both.target.add_stream(stream, theirs)
+    await told.wait(EventKind.ALL_CURRENT)
+    assert all(both.page(0, page) == (bytes(PAGE) if page % 2 else content(page)) for page in range(2048))
+    assert both.target.stats().wire_bytes == both.source.stats().wire_bytes
 
 
 async def test_a_barrier_is_told_once_it_has_passed_every_stream(make: Callable[..., Both]) -> None:

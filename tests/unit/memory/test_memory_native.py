@@ -33,6 +33,7 @@ def raw_error(kind: int, os_errno: int = 0) -> Any:
         (lib.MGD_ERR_ARGUMENT, 0, errors.NativeError, "native"),
         (lib.MGD_ERR_UNSUPPORTED, 0, errors.HostError, "kernel-lacks-feature"),
         (lib.MGD_ERR_CLOSED, 0, errors.ConnectionLostError, "connection-lost"),
+        (lib.MGD_ERR_TLS, 0, errors.TlsError, "tls"),
         (lib.MGD_ERR_POOL, 0, errors.PoolError, "no-pages"),
         (lib.MGD_ERR_GUEST_GONE, errno.ESRCH, errors.GuestError, "guest-gone"),
     ],
