@@ -28,6 +28,8 @@ SECTIONS: dict[str, type[Table]] = {
     "[migration]": MigrationOptions,
     "[timeouts]": Timeouts,
     "[limits]": config.LimitsSection,
+    "[evacuation] (source only)": config.EvacuationSection,
+    "[[evacuation.guests]]": config.GuestRank,
     "[libvirt] on a source": LibvirtSourceSection,
     "[libvirt] on a target": LibvirtTargetSection,
     'driver = "qemu" on a source': QemuSourceConfig,
