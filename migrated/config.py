@@ -5,6 +5,7 @@ Each table is a class, and each key a field of it (see `migrated.settings`).
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import socket
 import tomllib
@@ -25,7 +26,7 @@ from migrated.guests.libvirt.config import (
 )
 from migrated.guests.process.config import ProcessSourceConfig, ProcessTargetConfig
 from migrated.guests.qemu.config import QemuSourceConfig, QemuTargetConfig
-from migrated.options import MigrationOptions
+from migrated.options import EvacuationOptions, MigrationOptions
 from migrated.settings import GuestName, GuestTable, Seconds, Table, Text, Timeouts, read, refuse
 
 Role = Literal["source", "target"]
@@ -37,7 +38,7 @@ CONTROL_SOCKET_NAME: Final = "control.sock"
 DEFAULT_STATUS: Final = {"target": Address("127.0.0.1", 7441), "source": Address("127.0.0.1", 7442)}
 
 #: What SIGHUP changes in a running agent: what only later migrations use.
-RELOADABLE: Final = frozenset({"guests", "hooks", "libvirt", "migration"})
+RELOADABLE: Final = frozenset({"evacuation", "guests", "hooks", "libvirt", "migration"})
 
 # The control socket's path must fit sockaddr_un.sun_path: 108 bytes with the NUL.
 _STATE_DIRECTORY_MAX_BYTES: Final = 90
@@ -168,6 +169,30 @@ class TargetHooksSection(HooksSection):
     before: list[Literal["setup", "precopy", "postcopy"]] = Field(default=[], description=_BEFORE)
 
 
+class GuestRank(Table):
+    """One entry of ``[[evacuation.guests]]``."""
+
+    match: str = Field(description='pattern of guests\' names: `"*"`, `"web-*"`')
+    priority: Annotated[int, Field(ge=-1000, le=1000)] = Field(
+        default=0, description="order of evacuation, the highest first; of the first entry that matches"
+    )
+    labels: list[GuestName] = Field(
+        default=[], description="words for `--only label=…` and `--except label=…`; of all entries that match"
+    )
+
+
+class EvacuationSection(EvacuationOptions):
+    """``[evacuation]``, source only: the defaults of ``migrated evacuate``, and the ranks of guests."""
+
+    guests: list[GuestRank] = Field(default=[], description="priorities and labels, see below")
+
+    def rank(self, guest: str) -> tuple[int, list[str]]:
+        """Return a guest's priority and labels."""
+        ranks = [rank for rank in self.guests if fnmatch.fnmatchcase(guest, rank.match)]
+        labels = dict.fromkeys(label for rank in ranks for label in rank.labels)
+        return (ranks[0].priority if ranks else 0), list(labels)
+
+
 class AgentConfig(Table):
     """A configuration file."""
 
@@ -183,6 +208,7 @@ class AgentConfig(Table):
     limits: LimitsSection = LimitsSection()
     hooks: HooksSection = HooksSection()
     libvirt: LibvirtSection = LibvirtSection()
+    evacuation: EvacuationSection = EvacuationSection()
     guests: Mapping[GuestName, GuestTable] = {}
 
     _path: str = ""
@@ -253,6 +279,11 @@ class TargetConfig(AgentConfig):
     hooks: TargetHooksSection = TargetHooksSection()
     libvirt: LibvirtTargetSection = LibvirtTargetSection()
     guests: Mapping[GuestName, TargetGuest] = {}
+
+    @field_validator("evacuation")
+    @classmethod
+    def _evacuates_nothing(cls, _evacuation: EvacuationSection) -> NoReturn:
+        refuse("guests leave through a source", "remove the [evacuation] table, or run this file as a source")
 
 
 KINDS: Final[dict[Role, type[AgentConfig]]] = {"source": SourceConfig, "target": TargetConfig}

@@ -1,4 +1,4 @@
-"""Declare the options of a migration, once for all their uses.
+"""Declare the options of a migration and of an evacuation, once for all their uses.
 
 The configuration, the command line, requests and running migrations share the declarations.
 """
@@ -14,6 +14,7 @@ from migrated.settings import Rate, Table, Text
 
 Mode = Literal["hybrid", "precopy", "postcopy"]
 Compression = Literal["off", "zstd"]
+Order = Literal["smallest", "largest", "priority"]
 TargetAddress = Annotated[Address, Text(parse_address, "host:port", "HOST:PORT, IPv6 in brackets")]
 
 
@@ -77,3 +78,22 @@ class DomainOptions(PersistentOption, UndefineOption):
     def requested(self) -> dict[str, Any]:
         """Return the options that were set rather than left to the configurations."""
         return {name: getattr(self, name) for name in self.model_fields_set & DomainOptions.model_fields.keys()}
+
+
+class EvacuationOptions(Table):
+    """The options of an evacuation, beside those of its migrations."""
+
+    order: Order = Field(
+        default="smallest",
+        description="which guests go first; priority: those with the highest priority, the smallest of them first",
+    )
+    parallel: Annotated[int, Field(ge=1, le=1024)] = Field(default=2, description="outgoing migrations at once")
+    parallel_per_target: Annotated[int, Field(ge=1, le=1024)] = Field(
+        default=2, description="migrations to the same target at once"
+    )
+    attempts: Annotated[int, Field(ge=1, le=100)] = Field(
+        default=3, description="migrations of one guest, on whichever target, before it stays here"
+    )
+    patience: Annotated[int, Field(ge=0, le=86_400)] = Field(
+        default=60, description="how many seconds guests wait for a target that does not answer"
+    )

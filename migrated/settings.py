@@ -262,7 +262,7 @@ def allowed(field: FieldInfo) -> str:
     if (text := text_of(field)) is not None:
         return text.allowed
     if _tables_in(field.annotation):
-        return "a table"
+        return "a list of tables" if typing.get_origin(field.annotation) is list else "a table"
     if typing.get_origin(field.annotation) is dict:
         return "a table of strings"
     if typing.get_origin(field.annotation) is Literal:

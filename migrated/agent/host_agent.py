@@ -13,12 +13,13 @@ from typing import Any, Generic, TypeVar
 
 from migrated.agent import archive
 from migrated.agent.archive import Archive
+from migrated.agent.evacuation import Evacuation
 from migrated.agent.migration import Migration
 from migrated.agent.record import Record
-from migrated.agent.requests import GuestList, Health, SetRequest, StartRequest
+from migrated.agent.requests import EvacuateRequest, GuestList, Health, SetRequest, StartRequest
 from migrated.agent.table import MigrationTable
 from migrated.config import AgentConfig
-from migrated.errors import ConflictError
+from migrated.errors import ConflictError, NotFoundError
 from migrated.guests.registry import GuestRegistry
 from migrated.recovery.store import CombinedStore, store_for
 from migrated.waiting import cancel_and_wait
@@ -104,6 +105,22 @@ class HostAgent(abc.ABC, Generic[M]):
     @abc.abstractmethod
     async def set(self, migration_id: str, request: SetRequest) -> Record:
         """Change the limits of an active migration."""
+
+    async def evacuate(self, request: EvacuateRequest) -> Evacuation:
+        """Run the immediate checks, then migrate many guests in the background; a dry run only plans (source only)."""
+        del request
+        raise ConflictError(
+            f"this is a {self.role} agent: guests leave through the source agent of their host",
+            hint="`migrated --agent … evacuate` with the source agent's control socket",
+        )
+
+    def evacuations(self) -> list[Evacuation]:
+        """Return the evacuations that have not ended, and the last ones that have, oldest first."""
+        return []
+
+    async def abort_evacuation(self, evacuation_id: str) -> Evacuation:
+        """Start no further migration, and abort those that can still be aborted."""
+        raise NotFoundError(f"no evacuation {evacuation_id!r}", hint="only source agents have any")
 
     def events(self, migration_id: str) -> AsyncIterator[Record]:
         """Yield the record now and on each change (state at once, figures at most twice a second) until it ends."""

@@ -5,13 +5,14 @@ pydantic checks the requests before an agent sees them.
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import msgspec
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from migrated.address import Address
 from migrated.agent.record import ErrorInfo
-from migrated.options import DomainOptions, Limits, MigrationOptions, TargetAddress
+from migrated.options import DomainOptions, EvacuationOptions, Limits, MigrationOptions, TargetAddress
 from migrated.settings import Table, refuse
 
 
@@ -29,6 +30,28 @@ class StartRequest(_Request, MigrationOptions, DomainOptions):
 
     guest: str = Field(description="the guest's name in the source's configuration")
     to: TargetAddress = Field(description="where the target agent listens")
+
+
+class EvacuateRequest(_Request, MigrationOptions, EvacuationOptions):
+    """Body of ``POST /v1/evacuations``; omitted fields take the configured defaults.
+
+    ``max_bandwidth`` is for all migrations together.  A pattern names guests as in a shell, or a label: ``label=web``.
+    """
+
+    to: Annotated[list[TargetAddress], Field(min_length=1, max_length=256)] = Field(
+        description="where the target agents listen"
+    )
+    only: list[str] = Field(default=[], description="patterns of the guests to migrate; none: all")
+    exclude: list[str] = Field(default=[], description="patterns of the guests to leave here")
+    dry_run: bool = Field(default=False, description="`true`: make the plan, and touch nothing")
+
+    @field_validator("to")
+    @classmethod
+    def _each_once(cls, targets: list[Address]) -> list[Address]:
+        for target in targets:
+            if targets.count(target) > 1:
+                refuse(f"{target} is named twice", "name each target once")
+        return targets
 
 
 class SetRequest(_Request, Limits):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 import aiohttp
 import msgspec
 
+from migrated.agent.evacuation import Evacuation, EvacuationList
 from migrated.agent.record import Record
 from migrated.agent.requests import GuestList
 from migrated.cli.failure import RemoteError
@@ -118,6 +119,22 @@ class Client:
     async def start(self, body: dict[str, Any]) -> Record:
         """Start a migration."""
         return await self._call("POST", "/v1/migrations", Record, body)
+
+    async def evacuate(self, body: dict[str, Any]) -> Evacuation:
+        """Begin an evacuation; a dry run returns the plan."""
+        return await self._call("POST", "/v1/evacuations", Evacuation, body)
+
+    async def evacuations(self) -> list[Evacuation]:
+        """Return the evacuations that the agent remembers, oldest first."""
+        return (await self._call("GET", "/v1/evacuations", EvacuationList)).evacuations
+
+    async def evacuation(self, evacuation: str) -> Evacuation:
+        """Return one by its id."""
+        return await self._call("GET", f"/v1/evacuations/{evacuation}", Evacuation)
+
+    async def abort_evacuation(self, evacuation: str) -> Evacuation:
+        """Start nothing further, and abort what can be aborted."""
+        return await self._call("POST", f"/v1/evacuations/{evacuation}/abort", Evacuation, {})
 
     async def verb(self, migration: str, verb: str, body: dict[str, Any] | None = None) -> Record:
         """Run a verb: ``abort``, ``switchover``, ``resume``, ``set``, ``abandon``."""

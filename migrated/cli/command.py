@@ -14,6 +14,7 @@ from migrated.cli import failure
 from migrated.cli.configuration import config
 from migrated.cli.daemons import source, target
 from migrated.cli.demo import demo
+from migrated.cli.evacuate import evacuate
 from migrated.cli.guests import guests
 from migrated.cli.host import check, inspect
 from migrated.cli.migrations import VERBS
@@ -33,7 +34,7 @@ def root(context: click.Context, agent: str | None) -> None:
     context.obj = agent
 
 
-for command in (source, target, *VERBS, guests, check, config, inspect, demo):
+for command in (source, target, *VERBS, evacuate, guests, check, config, inspect, demo):
     root.add_command(command)
 
 

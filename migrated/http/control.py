@@ -13,9 +13,10 @@ from typing import Any, Final, TypeVar
 from aiohttp import web
 from pydantic import ValidationError
 
+from migrated.agent.evacuation import Evacuation
 from migrated.agent.host_agent import HostAgent
 from migrated.agent.record import Record
-from migrated.agent.requests import GuestList, SetRequest, StartRequest
+from migrated.agent.requests import EvacuateRequest, GuestList, SetRequest, StartRequest
 from migrated.http.access import Judge, only_for
 from migrated.http.errors import BadRequestError, errors_as_json, json_answer
 from migrated.http.openapi import Operation, add_document, add_route
@@ -90,6 +91,12 @@ def control_app(agent: HostAgent[Any], about: dict[str, Any], judge: Judge) -> w
     add_route(app, Operation("GET", "/v1/guests", "Guests, and why some cannot be migrated", GuestList), _get_guests)
     start = Operation("POST", "/v1/migrations", "Start a migration", Record, StartRequest, statuses=(202,))
     add_route(app, start, _post_migration)
+    summary = "Migrate many guests away; a dry run only plans"
+    evacuate = Operation("POST", "/v1/evacuations", summary, Evacuation, EvacuateRequest, statuses=(200, 202))
+    add_route(app, evacuate, _post_evacuation)
+    summary = "Start nothing further, and abort what can be aborted"
+    abort = Operation("POST", "/v1/evacuations/{id}/abort", summary, Evacuation, EmptyBody)
+    add_route(app, abort, _post_evacuation_abort)
     for verb, (summary, kind, ask) in _VERBS.items():
         operation = Operation("POST", f"/v1/migrations/{{id}}/{verb}", summary, Record, kind)
         add_route(app, operation, functools.partial(_post_verb, kind, ask))
@@ -108,6 +115,19 @@ async def _post_migration(request: web.Request) -> web.Response:
     answer = json_answer(record, status=202)
     answer.headers["Location"] = f"/v1/migrations/{record.id}"
     return answer
+
+
+async def _post_evacuation(request: web.Request) -> web.Response:
+    evacuation = await agent_of(request).evacuate(await _body(request, EvacuateRequest))
+    answer = json_answer(evacuation, status=200 if evacuation.ended else 202)
+    if not evacuation.ended:  # a dry run's plan is not kept
+        answer.headers["Location"] = f"/v1/evacuations/{evacuation.id}"
+    return answer
+
+
+async def _post_evacuation_abort(request: web.Request) -> web.Response:
+    await _body(request, EmptyBody)
+    return json_answer(await agent_of(request).abort_evacuation(request.match_info["id"]))
 
 
 async def _post_verb(

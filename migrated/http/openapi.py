@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 PATH: Final = "/v1/openapi.json"
 _SCHEMAS: Final = "#/components/schemas/"
 _PARAMETER: Final = re.compile(r"{(\w+)}")
-_ID: Final = "id of a migration, a unique prefix of one, or a guest's name (its newest migration)"
+_ID: Final = {
+    "migrations": "id of a migration, a unique prefix of one, or a guest's name (its newest migration)",
+    "evacuations": "id of an evacuation",
+}
 
 
 class ErrorFields(msgspec.Struct):
@@ -127,7 +130,13 @@ def _operation_id(one: Operation) -> str:
 
 def _parameters(one: Operation) -> list[dict[str, Any]]:
     in_path = [
-        {"name": name, "in": "path", "required": True, "description": _ID, "schema": {"type": "string"}}
+        {
+            "name": name,
+            "in": "path",
+            "required": True,
+            "description": _ID[one.path.split("/")[2]],
+            "schema": {"type": "string"},
+        }
         for name in _PARAMETER.findall(one.path)
     ]
     return [*in_path, *({"name": name, "in": "query", "schema": {"type": "boolean"}} for name in one.flags)]

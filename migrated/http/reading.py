@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Final, TypedDict
 import msgspec
 from aiohttp import web
 
+from migrated.agent.evacuation import Evacuation, EvacuationList
 from migrated.agent.host_agent import HostAgent
 from migrated.agent.record import Record
-from migrated.errors import MigratedError, error_fields
+from migrated.errors import MigratedError, NotFoundError, error_fields
 from migrated.http.errors import BadRequestError, json_answer
 from migrated.http.openapi import Operation, add_route
 
@@ -77,12 +78,14 @@ def summary(agent: HostAgent[Any], about: dict[str, Any], *, ended: bool = True)
 
 
 def add_reading_routes(app: web.Application) -> None:
-    """Add ``GET /v1/agent``, ``/v1/migrations``, ``/v1/migrations/ID`` and ``…/ID/events``."""
+    """Add ``GET /v1/agent``, ``/v1/migrations``, ``/v1/migrations/ID`` and ``…/ID/events``, ``/v1/evacuations``, ``…/ID``."""
     for operation, handler in (
         (Operation("GET", "/v1/agent", "Who the agent is, its health and its active migrations", Summary), _get_agent),
         (Operation("GET", "/v1/migrations", "All migrations", MigrationList, flags=("ended",)), _get_migrations),
         (Operation("GET", "/v1/migrations/{id}", "One migration", Record), _get_migration),
         (Operation("GET", "/v1/migrations/{id}/events", "Its record at each change", "text/event-stream"), _get_events),
+        (Operation("GET", "/v1/evacuations", "Evacuations, the oldest first", EvacuationList), _get_evacuations),
+        (Operation("GET", "/v1/evacuations/{id}", "One evacuation", Evacuation), _get_evacuation),
     ):
         add_route(app, operation, handler)
     app[STOPPING] = asyncio.Event()
@@ -105,6 +108,18 @@ async def _get_migrations(request: web.Request) -> web.Response:
 
 async def _get_migration(request: web.Request) -> web.Response:
     return json_answer(agent_of(request).record(request.match_info["id"]))
+
+
+async def _get_evacuations(request: web.Request) -> web.Response:
+    return json_answer(EvacuationList(agent_of(request).evacuations()))
+
+
+async def _get_evacuation(request: web.Request) -> web.Response:
+    wanted = request.match_info["id"]
+    for evacuation in agent_of(request).evacuations():
+        if evacuation.id == wanted:
+            return json_answer(evacuation)
+    raise NotFoundError(f"no evacuation {wanted!r}", hint="`migrated evacuate --status` shows the last one")
 
 
 async def _get_events(request: web.Request) -> web.StreamResponse:

@@ -21,7 +21,7 @@ from migrated.link.dialing import heartbeat
 from migrated.log import Sparing
 from migrated.memory.engine import URGENT
 from migrated.protocol.framing import FrameDecoder
-from migrated.protocol.messages import AnyMessage, Hello, Resume
+from migrated.protocol.messages import AnyMessage, Hello, Inquire, Resume
 from migrated.protocol.preamble import PREAMBLE_BYTES, Preamble, Purpose, VersionMismatchError, decode, refusal
 from migrated.settings import Timeouts
 from migrated.waiting import within
@@ -52,7 +52,7 @@ class Receiver(Protocol):
     def find(self, preamble: Preamble) -> KnownSession | None:
         """Return the session of a connection, None if there is none.  Raises RemoteProtocolError on a wrong token."""
 
-    async def begin(self, link: ControlLink, first: Hello | Resume) -> None:
+    async def begin(self, link: ControlLink, first: Hello | Resume | Inquire) -> None:
         """Take the first control link of a session, which is not started, and own it."""
 
 
@@ -177,7 +177,7 @@ class Listener:
         try:
             async with within(self._timeouts.handshake, "the first message"):
                 first, data = await _first_message(reader)
-            if not isinstance(first, Hello | Resume):
+            if not isinstance(first, Hello | Resume | Inquire):
                 raise RemoteProtocolError(f"a control connection began with {type(first).__name__}")
             if first.session != preamble.session or first.token != preamble.token:
                 raise RemoteProtocolError("session or token differ between the preamble and the first message")

@@ -70,6 +70,11 @@ def _meminfo_bytes(name: str, *, otherwise: int) -> int:
     return int(match[1]) << 10 if match else otherwise
 
 
+def available_bytes() -> int:
+    """Return how much memory new 4 KiB pages can take, as far as the kernel can tell."""
+    return _meminfo_bytes("MemAvailable", otherwise=1 << 62)
+
+
 def pools() -> list[Pool]:
     """Return the pool of every huge page size of the kernel, smallest first; empty if it has none."""
     found: list[Pool] = []
@@ -130,7 +135,7 @@ def allocate(size_bytes: int, page_bytes: int, name: str, *, reserved: bool = Tr
                 code="page-size-unsupported",
                 hint="it offers " + ", ".join(format_size(size) for size in page_sizes()),
             )
-    elif reserved and size_bytes > (available := _meminfo_bytes("MemAvailable", otherwise=1 << 62)):
+    elif reserved and size_bytes > (available := available_bytes()):
         raise PoolError(
             f"region {name} needs {format_size(size_bytes)} of memory, but only {format_size(available)} is available",
             code="no-memory",

@@ -21,7 +21,9 @@ from migrated.protocol.messages import (
     PROTOCOL_VERSION,
     Abort,
     AnyMessage,
+    Capacity,
     Hello,
+    Inquire,
     Lacking,
     Populated,
     Ready,
@@ -44,7 +46,7 @@ def _require(holds: bool, sentence: str) -> None:
 
 def check(message: AnyMessage) -> None:
     """Check what the field types cannot express.  Raises ValueError (WrongVersionError) with a sentence."""
-    if isinstance(message, Hello | Resume) and message.version != PROTOCOL_VERSION:
+    if isinstance(message, Hello | Resume | Inquire) and message.version != PROTOCOL_VERSION:
         raise WrongVersionError(f"the peer speaks protocol version {message.version}, we speak {PROTOCOL_VERSION}")
     _check_texts(message)
     if isinstance(message, Hello):
@@ -57,6 +59,15 @@ def check(message: AnyMessage) -> None:
     elif isinstance(message, Ready):
         for page_bytes in message.page_bytes:
             _check_page_bytes(page_bytes)
+    elif isinstance(message, Inquire):
+        for asked in message.guests:
+            _check_texts(asked)
+    elif isinstance(message, Capacity):
+        for verdict in message.guests:
+            if verdict.page_bytes:
+                _check_page_bytes(verdict.page_bytes)
+            if verdict.refusal is not None:
+                _check_texts(verdict.refusal)
 
 
 def _check_texts(message: msgspec.Struct) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final
 import msgspec
 from msgspec import Meta
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 SESSION_BYTES = 16
 TOKEN_BYTES = 32
@@ -26,6 +26,8 @@ MAX_NAME_CHARACTERS = 255
 MAX_CODE_CHARACTERS = 64
 MAX_TEXT_CHARACTERS = 4096
 MAX_CHUNK_BYTES = 1 << 20  # of guest state per message: the driver contract's limit for one read
+MAX_ASKED = 32  # guests in one Inquire: the first message of a connection must be small
+MAX_POOLS = 16  # huge page sizes of a host
 MAX_BITS_BYTES = 1 << 20  # of a bitmap per message: 8 Mi pages
 MAX_NUMBER = (1 << 63) - 1
 CODE = "[a-z0-9]+(-[a-z0-9]+)*"
@@ -39,6 +41,7 @@ Name = Annotated[str, Meta(min_length=1, max_length=MAX_NAME_CHARACTERS)]
 Text = Annotated[str, Meta(max_length=MAX_TEXT_CHARACTERS)]
 Region = Annotated[int, Meta(ge=0, lt=MAX_REGIONS)]
 FirstPage = Annotated[int, Meta(ge=0, le=MAX_NUMBER, multiple_of=8)]
+Code = Annotated[str, Meta(pattern=f"^{CODE}\\Z", max_length=MAX_CODE_CHARACTERS)]
 Bits = Annotated[bytes, Meta(min_length=1, max_length=MAX_BITS_BYTES)]  # least significant bit first
 
 
@@ -160,7 +163,7 @@ class Abort(Message, frozen=True, tag="abort"):
     From the target in answer to Resume(committed=True): it cannot continue, and why; nothing else changes.
     """
 
-    code: Annotated[str, Meta(pattern=f"^{CODE}\\Z", max_length=MAX_CODE_CHARACTERS)]
+    code: Code
     message: Text
     hint: Text = ""
 
@@ -209,6 +212,56 @@ class LackingEnd(Message, frozen=True, tag="lacking-end"):
     """T→S: the map of lacking pages is complete."""
 
 
+class AskedGuest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A guest that the source would like to migrate to this target."""
+
+    guest: Name
+    driver: Name
+
+
+class Inquire(Message, frozen=True, tag="inquire"):
+    """S→T: the first message of a connection that asks about the target's host.  Nothing changes there."""
+
+    version: int
+    session: Session  # of this connection only
+    token: Token
+    guests: Annotated[tuple[AskedGuest, ...], Meta(max_length=MAX_ASKED)]
+
+
+class PagePool(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The huge pages of one size that new guests can have, summed over the NUMA nodes."""
+
+    page_bytes: Annotated[int, Meta(ge=1, le=MAX_REGION_BYTES)]
+    pages: Number
+
+
+class Refusal(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Why the target would refuse a guest."""
+
+    code: Code
+    message: Text
+    hint: Text = ""
+
+
+class Verdict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Whether the target's configuration accepts a guest, and which memory it would give it."""
+
+    page_bytes: int = 0  # 0: the largest pages that are available
+    reserve: bool = True  # all of the memory is reserved at the start
+    refusal: Refusal | None = None
+
+
+class Capacity(Message, frozen=True, tag="capacity"):
+    """T→S: the answer to Inquire, and the last message."""
+
+    agent: Name  # "migrated 0.1.0", for people
+    memory_bytes: Number  # available without huge pages
+    pools: Annotated[tuple[PagePool, ...], Meta(max_length=MAX_POOLS)]
+    migrations: Number  # active ones
+    max_migrations: Number
+    guests: Annotated[tuple[Verdict, ...], Meta(max_length=MAX_ASKED)]  # in the order of Inquire.guests
+
+
 AnyMessage = (
     Hello
     | Ready
@@ -233,4 +286,6 @@ AnyMessage = (
     | Resumed
     | Lacking
     | LackingEnd
+    | Inquire
+    | Capacity
 )

@@ -48,6 +48,7 @@ class State(enum.StrEnum):
     """The state of a session; the same word on both sides means the same point of the conversation."""
 
     IDLE = "idle"  # nothing sent yet
+    ASKING = "asking"  # Inquire sent/received: about the target's host, without a guest
     HELLO = "hello"  # Hello sent/received
     PRECOPY = "precopy"  # Ready received/sent
     SWITCHOVER = "switchover"  # the guest is paused; the stale map is in transfer
@@ -59,7 +60,7 @@ class State(enum.StrEnum):
     CLOSED = "closed"  # final: Released sent/received, or the connection lost after Done
     ABORTING = "aborting"  # either side sent Abort; the target cleans up
     WITHDRAWING = "withdrawing"  # source: sent Abort to a target that may have sent Loaded
-    ABORTED = "aborted"  # final: nothing of the guest is left on the target
+    ABORTED = "aborted"  # final: nothing of the guest is left on the target, or none was there
     UNSETTLED = "unsettled"  # source: aborted before Commit; a target that may have sent Loaded may not know
     SETTLING = "settling"  # Resume(committed=False) sent/received; Abort follows
     WAITING = "waiting"  # target: the connection was lost after Loaded: only the source knows about Commit
@@ -122,7 +123,8 @@ _S = State
 
 #: The source's steps.
 _SOURCE: Final[dict[State, dict[str, State]]] = {
-    _S.IDLE: {"send hello": _S.HELLO},
+    _S.IDLE: {"send hello": _S.HELLO, "send inquire": _S.ASKING},
+    _S.ASKING: {"recv capacity": _S.ABORTED, "recv abort": _S.ABORTED},
     _S.HELLO: {"recv ready": _S.PRECOPY, "send abort": _S.ABORTING, "recv abort": _S.ABORTING},
     _S.PRECOPY: {
         **_stay(_S.PRECOPY, ("send populated", "send round", "recv barrier-ack")),
@@ -159,7 +161,8 @@ _SOURCE: Final[dict[State, dict[str, State]]] = {
 
 #: The target's steps.
 _TARGET: Final[dict[State, dict[str, State]]] = {
-    _S.IDLE: {"recv hello": _S.HELLO},
+    _S.IDLE: {"recv hello": _S.HELLO, "recv inquire": _S.ASKING},
+    _S.ASKING: {"send capacity": _S.ABORTED, "send abort": _S.ABORTED},
     _S.HELLO: {"send ready": _S.PRECOPY, "send abort": _S.ABORTING, "recv abort": _S.ABORTING},
     _S.PRECOPY: {
         **_stay(_S.PRECOPY, ("recv populated", "recv round", "send barrier-ack")),
@@ -249,14 +252,14 @@ ABSORBED: Final[dict[Role, dict[State, frozenset[str]]]] = {
 _LOST: Final[dict[Role, dict[State, State]]] = {
     Role.SOURCE: {
         # The target has not received the end of the stale map: it cannot have promised anything, and aborts by itself.
-        **dict.fromkeys((_S.IDLE, _S.HELLO, _S.PRECOPY, _S.SWITCHOVER, _S.ABORTING), _S.ABORTED),
+        **dict.fromkeys((_S.IDLE, _S.ASKING, _S.HELLO, _S.PRECOPY, _S.SWITCHOVER, _S.ABORTING), _S.ABORTED),
         # The target may have promised: it must hear from us, however long that takes.
         **dict.fromkeys((_S.MAPPED, _S.LOADED, _S.WITHDRAWING, _S.SETTLING), _S.UNSETTLED),
         **dict.fromkeys((_S.COMMITTED, _S.POSTCOPY, _S.RESUMING, _S.REFUSED, _S.RECOMMITTING), _S.PAUSED),
         _S.DONE: _S.CLOSED,
     },
     Role.TARGET: {
-        **dict.fromkeys((_S.IDLE, _S.HELLO, _S.PRECOPY, _S.SWITCHOVER, _S.MAPPED), _S.ABORTED),
+        **dict.fromkeys((_S.IDLE, _S.ASKING, _S.HELLO, _S.PRECOPY, _S.SWITCHOVER, _S.MAPPED), _S.ABORTED),
         **dict.fromkeys((_S.ABORTING, _S.SETTLING, _S.REFUSING), _S.ABORTED),
         _S.LOADED: _S.WAITING,
         **dict.fromkeys((_S.COMMITTED, _S.POSTCOPY), _S.PAUSED),

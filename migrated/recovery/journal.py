@@ -87,7 +87,7 @@ class SourceEntry(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit
         return Position(TAKEN_UP[Role.SOURCE][self.stage])
 
 
-E = TypeVar("E", TargetEntry, SourceEntry)
+E = TypeVar("E", bound=msgspec.Struct)
 
 
 class JournalError(HostError):

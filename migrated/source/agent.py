@@ -12,15 +12,17 @@ import os
 import structlog
 
 from migrated.address import parse_address
+from migrated.agent.evacuation import Evacuation
 from migrated.agent.host_agent import HostAgent
 from migrated.agent.record import Record, State, failed_record, id_of
-from migrated.agent.requests import GuestList, Health, SetRequest, StartRequest
+from migrated.agent.requests import EvacuateRequest, GuestList, Health, SetRequest, StartRequest
 from migrated.config import AgentConfig
 from migrated.errors import ConflictError, GuestError, MigratedError, NotFoundError
 from migrated.guests.access.pidfd import process_lives
 from migrated.memory.regions import Region, SourceMemory
 from migrated.recovery.journal import Journal, SourceEntry
 from migrated.recovery.state import LeftoverMigrations, RecoveryState
+from migrated.source.evacuations import Evacuations
 from migrated.source.migration import SourceMigration
 from migrated.source.options import Options
 from migrated.source.stage import Recovered
@@ -39,6 +41,7 @@ class SourceAgent(HostAgent[SourceMigration]):
         super().__init__(config, log)
         self._journal = Journal(config.state_dir / "journal", SourceEntry)
         self._survey = Survey(self._guests, active=lambda: self.records(ended=False), check=self._check_movable)
+        self._evacuations = Evacuations(self, self._migrations)
 
     async def start(self, request: StartRequest) -> Record:
         """Check everything that can be checked without touching the guest; then migrate in the background."""
@@ -83,6 +86,24 @@ class SourceAgent(HostAgent[SourceMigration]):
         if self._stopping:
             raise ConflictError("this agent is shutting down", hint="start it again first")
         return await self._survey.report()
+
+    async def evacuate(self, request: EvacuateRequest) -> Evacuation:
+        """See HostAgent."""
+        return await self._evacuations.begin(request)
+
+    def evacuations(self) -> list[Evacuation]:
+        """See HostAgent."""
+        return self._evacuations.records()
+
+    async def abort_evacuation(self, evacuation_id: str) -> Evacuation:
+        """See HostAgent."""
+        return await self._evacuations.abort(evacuation_id)
+
+    async def abort(self, migration_id: str) -> Record:
+        """See HostAgent.  An evacuation does not start the guest's migration again."""
+        record = await super().abort(migration_id)
+        self._evacuations.leave_out(record.id)
+        return record
 
     async def _check_movable(self, guest: str) -> None:
         """Raise what `start` would raise for this guest."""
@@ -297,6 +318,8 @@ class SourceAgent(HostAgent[SourceMigration]):
         async with self._guests:
             await self._take_back()
             self._started = True
+            await self._evacuations.take_up()
             await stop.wait()
+            await self._evacuations.close()
             await self._wind_up()
             await self._survey.close()

@@ -30,7 +30,7 @@ from migrated.link.control_link import ControlLink
 from migrated.link.listener import Listener
 from migrated.memory.regions import Region, TargetMemory
 from migrated.protocol.bounds import abort_of
-from migrated.protocol.messages import Aborted, Hello, Ready, Resume
+from migrated.protocol.messages import Aborted, Hello, Inquire, Ready, Resume
 from migrated.protocol.preamble import Preamble
 from migrated.protocol.session import Session
 from migrated.protocol.transitions import Role
@@ -38,6 +38,7 @@ from migrated.protocol.transitions import State as SessionState
 from migrated.recovery.journal import Journal, TargetEntry
 from migrated.recovery.state import LeftoverMigrations, RecoveryState
 from migrated.settings import MemoryTable
+from migrated.target.capacity import capacity
 from migrated.target.late import answer
 from migrated.target.memory import GuestMemory, users_of
 from migrated.target.migration import Recovered, TargetMigration
@@ -268,11 +269,14 @@ class TargetAgent(HostAgent[TargetMigration]):
                 return migration
         return None
 
-    async def begin(self, link: ControlLink, first: Hello | Resume) -> None:
+    async def begin(self, link: ControlLink, first: Hello | Resume | Inquire) -> None:
         """See `Receiver`."""
         if isinstance(first, Hello):
             link.start(Session(Role.TARGET))
             await self._take_in(link)
+        elif isinstance(first, Inquire):
+            link.start(Session(Role.TARGET))
+            await self._tell_capacity(link)
         elif first.session in self._waiting_for_next:
             log.warning("a source asks for a guest that waits for the next agent", peer=link.peer)
             await link.close()  # the source keeps asking
@@ -317,38 +321,61 @@ class TargetAgent(HostAgent[TargetMigration]):
             if not launched:  # also if the peer leaves before it hears that it is refused
                 await link.close()
 
-    def _admit(self, hello: Hello, link: ControlLink) -> TargetMigration:
-        table = self.config.guest_table(hello.guest)
+    async def _tell_capacity(self, link: ControlLink) -> None:
+        """Answer a source that asks what this host has room for.  Changes nothing here."""
+        limits = self.config.limits
+        try:
+            inquire = await link.expect(Inquire, limit_seconds=self.config.timeouts.handshake, what="Inquire")
+            try:
+                self._check_running()
+            except ConflictError as error:
+                await link.send(abort_of(error))
+                return
+            active = len(self._migrations.active)
+            await link.send(await capacity(inquire, self._admissible, active=active, limit=limits.max_migrations))
+        finally:
+            await link.close()
+
+    def _check_running(self) -> None:
         if self._stopping:
             raise ConflictError("the target agent is shutting down", code="shutting-down")
+
+    def _admissible(self, guest: str, driver: str) -> MemoryTable:
+        """Return the table of a guest that may come.  Raises NotFoundError, GuestRefusedError, ConflictError."""
+        table = self.config.guest_table(guest)
         if table is None:
             known = ", ".join(self.guests()) or "none"
             raise NotFoundError(
-                f"no guest {hello.guest!r} is configured on the target",
+                f"no guest {guest!r} is configured on the target",
                 code="unknown-guest",
-                hint=f"add [guests.{hello.guest}] to {self.config.path} there; it has: {known}",
+                hint=f"add [guests.{guest}] to {self.config.path} there; it has: {known}",
             )
-        if table.driver != hello.driver:
+        if table.driver != driver:
             raise GuestRefusedError(
-                f"{hello.guest} has driver {hello.driver!r} on the source and {table.driver!r} on the target",
+                f"{guest} has driver {driver!r} on the source and {table.driver!r} on the target",
                 code="drivers-differ",
                 hint="use the same driver in both configurations",
             )
-        if self._known(hello.session):
-            raise ConflictError(
-                "this session is already known here: a new migration needs a new session", code="known-session"
-            )
-        busy = self._migrations.of_guest(hello.guest)
+        busy = self._migrations.of_guest(guest)
         if busy is not None:
             raise ConflictError(
-                f"{hello.guest} is already being taken in ({busy.id})",
+                f"{guest} is already being taken in ({busy.id})",
                 state=busy.record.state.value,
                 code="guest-migrating",
                 hint="wait for it, or abort it on its source",
             )
+        assert isinstance(table, MemoryTable)
+        return table
+
+    def _admit(self, hello: Hello, link: ControlLink) -> TargetMigration:
+        self._check_running()
+        if self._known(hello.session):
+            raise ConflictError(
+                "this session is already known here: a new migration needs a new session", code="known-session"
+            )
+        table = self._admissible(hello.guest, hello.driver)
         if len(self._migrations.active) >= self.config.limits.max_migrations:
             raise ConflictError("the target takes no more migrations at once", code="too-many")
-        assert isinstance(table, MemoryTable)
         return TargetMigration(
             hello,
             guest=self._guests.target_guest(hello.guest),

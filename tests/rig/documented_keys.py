@@ -32,6 +32,8 @@ SECTIONS: dict[str, type[Table]] = {
     "[limits]": config.LimitsSection,
     "[hooks] on a source": config.SourceHooksSection,
     "[hooks] on a target": config.TargetHooksSection,
+    "[evacuation] (source only)": config.EvacuationSection,
+    "[[evacuation.guests]]": config.GuestRank,
     "[libvirt] on a source": LibvirtSourceSection,
     "[libvirt] on a target": LibvirtTargetSection,
     'driver = "qemu" on a source': QemuSourceConfig,

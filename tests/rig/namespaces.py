@@ -1,4 +1,4 @@
-"""Two network namespaces joined by a veth pair: two hosts as far as TCP can tell.
+"""Network namespaces joined by veth pairs: hosts as far as TCP can tell.
 
 Their names contain the pid of the test run.  Every exit path deletes them, and so does the supervisor if the run is killed.
 """
@@ -77,3 +77,28 @@ def namespaces() -> Iterator[Namespaces]:
             ip("-n", name, "link", "set", _DEVICE, "up")
             ip("-n", name, "link", "set", "lo", "up")
         yield Namespaces((first, second), addresses)
+
+
+@contextlib.contextmanager
+def star(rays: int) -> Iterator[list[dict[str, Any]]]:
+    """Create a namespace in the middle and ``rays`` others, each joined to it; yield the arguments of `Host` for each.
+
+    The one in the middle is the first.  It has an address on each link, and nobody needs to reach it.
+    """
+    number = next(_numbers)
+    names = [f"{_PREFIX}{os.getpid()}-{number}{letter}" for letter in "abcdefgh"[: rays + 1]]
+    hosts: list[dict[str, Any]] = [{"prefix": ("ip", "netns", "exec", name)} for name in names]
+    with contextlib.ExitStack() as undo:
+        for name in names:
+            undo.enter_context(supervisor.undoing("ip", "netns", "delete", name))
+            ip("netns", "add", name)
+            undo.callback(ip, "netns", "delete", name)
+            ip("-n", name, "link", "set", "lo", "up")
+        for ray, name in enumerate(names[1:], 1):
+            near, far = f"{_DEVICE}{ray}", _DEVICE
+            ip("link", "add", "name", near, "netns", names[0], "type", "veth", "peer", "name", far, "netns", name)
+            for side, device, address in ((names[0], near, f"10.74.{40 + ray}.1"), (name, far, f"10.74.{40 + ray}.2")):
+                ip("-n", side, "address", "add", f"{address}/30", "dev", device)
+                ip("-n", side, "link", "set", device, "up")
+            hosts[ray]["listen"] = f"10.74.{40 + ray}.2"
+        yield hosts

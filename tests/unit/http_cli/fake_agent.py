@@ -11,12 +11,36 @@ from pathlib import Path
 from typing import Any
 
 from migrated import config, daemon
+from migrated.agent.evacuation import Evacuation, EvacuationState, Move, MoveState, Target
 from migrated.agent.host_agent import HostAgent
 from migrated.agent.record import ErrorInfo, Faults, FaultSeconds, Record, State, StateChange
-from migrated.agent.requests import GuestList, GuestReport, Health, SetRequest, StartRequest
+from migrated.agent.requests import EvacuateRequest, GuestList, GuestReport, Health, SetRequest, StartRequest
 from migrated.errors import ConflictError, GuestRefusedError, NotFoundError
 
 GUEST = "vm1"
+
+
+def evacuation_of(name: str, request: EvacuateRequest) -> Evacuation:
+    """An evacuation with this id that has just begun."""
+    refused = ErrorInfo(code="job-running", message="guest other has a job at work: backup", hint="wait for it")
+    first, last = str(request.to[0]), str(request.to[-1])
+    return Evacuation(
+        id=name,
+        state=EvacuationState.PLANNED if request.dry_run else EvacuationState.RUNNING,
+        order=request.order,
+        parallel=request.parallel,
+        parallel_per_target=request.parallel_per_target,
+        max_attempts=request.attempts,
+        patience_seconds=request.patience,
+        targets=[
+            Target(address=str(to), memory_bytes=4 << 30, pools={1 << 21: 512}, max_migrations=8) for to in request.to
+        ],
+        guests=[
+            Move(guest=GUEST, driver="qemu", memory_bytes=1 << 30, target=last, page_size=1 << 21),
+            Move(guest="small", driver="process", memory_bytes=1 << 20, target=first, page_size=4096),
+            Move(guest="other", driver="libvirt", state=MoveState.INELIGIBLE, error=refused),
+        ],
+    )
 
 
 class FakeAgent(HostAgent[Any]):
@@ -30,6 +54,7 @@ class FakeAgent(HostAgent[Any]):
         self.started = asyncio.Event()
         self.failure: BaseException | None = None
         self._changed = asyncio.Condition()
+        self.evacuated: list[Evacuation] = []
 
     def guests(self) -> list[str]:
         return [GUEST, "other"]
@@ -143,6 +168,24 @@ class FakeAgent(HostAgent[Any]):
         record.max_bandwidth_bytes_per_second = request.max_bandwidth
         await self.tell()
         return record
+
+    async def evacuate(self, request: EvacuateRequest) -> Evacuation:
+        if self.role == "target":
+            return await super().evacuate(request)
+        evacuation = evacuation_of(f"{len(self.evacuated):016x}", request)
+        if not request.dry_run:
+            self.evacuated.append(evacuation)
+        return evacuation
+
+    def evacuations(self) -> list[Evacuation]:
+        return self.evacuated
+
+    async def abort_evacuation(self, evacuation_id: str) -> Evacuation:
+        for evacuation in self.evacuated:
+            if evacuation.id == evacuation_id:
+                evacuation.state = EvacuationState.ABORTING
+                return evacuation
+        return await super().abort_evacuation(evacuation_id)
 
     async def events(self, migration_id: str) -> AsyncIterator[Record]:
         record = self.record(migration_id)

@@ -16,11 +16,12 @@ from schemathesis import checks
 from schemathesis.core.result import Ok
 
 from migrated.agent.record import ErrorInfo, Record, State
+from migrated.agent.requests import EvacuateRequest
 from migrated.http.access import Client, Right
 from migrated.http.control import control_app
 from migrated.http.openapi import OPERATIONS
 from migrated.http.status import status_app
-from tests.unit.http_cli.fake_agent import GUEST, FakeAgent
+from tests.unit.http_cli.fake_agent import GUEST, FakeAgent, evacuation_of
 
 ABOUT = {"name": "host-a", "version": "1", "pid": 1}
 EXAMPLES = 20
@@ -54,6 +55,7 @@ def agent() -> FakeAgent:
     made = FakeAgent("source")
     for state in (State.FAILED, State.PRECOPY):
         made.all.append(Record(id=state.value, guest=GUEST, role="source", mode="hybrid", state=state))
+    made.evacuated.append(evacuation_of(GUEST, EvacuateRequest.model_validate({"to": ["b:7440"]})))
     made.all[0].error = ErrorInfo(code="guest-died", message="it has exited")
     return made
 

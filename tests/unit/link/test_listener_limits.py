@@ -14,7 +14,7 @@ from migrated.address import Address
 from migrated.errors import RemoteProtocolError
 from migrated.link.control_link import ControlLink
 from migrated.link.listener import Listener
-from migrated.protocol.messages import SESSION_BYTES, TOKEN_BYTES, Hello, Resume
+from migrated.protocol.messages import SESSION_BYTES, TOKEN_BYTES, Hello, Inquire, Resume
 from migrated.protocol.preamble import MAGIC, Preamble, Purpose, encode
 from migrated.settings import Timeouts
 
@@ -43,7 +43,7 @@ class Sessions:
     async def dialled(self, link: ControlLink) -> None:
         await link.close()
 
-    async def begin(self, link: ControlLink, first: Hello | Resume) -> None:
+    async def begin(self, link: ControlLink, first: Hello | Resume | Inquire) -> None:
         del first
         await link.close()
 

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from migrated.errors import LocalProtocolError, MigratedError, RemoteProtocolError
+from migrated.link.listener import FIRST_MESSAGE_MAX_BYTES
 from migrated.protocol import bounds
 from migrated.protocol import messages as limits
 from migrated.protocol.framing import LENGTH_BYTES, MAX_FRAME_BYTES, FrameDecoder, encode
@@ -21,15 +22,19 @@ from migrated.protocol.messages import (
     Abort,
     Aborted,
     AnyMessage,
+    AskedGuest,
     BarrierAck,
     Commit,
     Hello,
+    Inquire,
     Lacking,
     LackingEnd,
+    PagePool,
     Ping,
     Pong,
     Populated,
     Ready,
+    Refusal,
     RegionInfo,
     Resume,
     Resumed,
@@ -38,8 +43,9 @@ from migrated.protocol.messages import (
     StateChunk,
     StateEnd,
     Switchover,
+    Verdict,
 )
-from tests.unit.protocol.wired_sessions import HELLO, READY, SESSION, TOKEN
+from tests.unit.protocol.wired_sessions import CAPACITY, HELLO, INQUIRE, READY, SESSION, TOKEN
 
 numbers = st.integers(0, limits.MAX_NUMBER)
 names = st.text(min_size=1, max_size=255).filter(str.isprintable)
@@ -51,6 +57,13 @@ regions = st.builds(
     names,
     st.integers(1, 1000),
     page_sizes,
+)
+codes = st.from_regex(r"[a-z0-9]{1,20}(-[a-z]{1,9}){0,2}", fullmatch=True)
+verdicts = st.builds(
+    Verdict,
+    st.sampled_from((0, *limits.PAGE_SIZES)),
+    st.booleans(),
+    st.none() | st.builds(Refusal, codes, texts, texts),
 )
 messages: st.SearchStrategy[AnyMessage] = st.one_of(
     st.builds(
@@ -71,7 +84,18 @@ messages: st.SearchStrategy[AnyMessage] = st.one_of(
     st.builds(BarrierAck, numbers),
     st.builds(Switchover, numbers),
     st.binary(min_size=1, max_size=5000).map(StateChunk),
-    st.builds(Abort, st.from_regex(r"[a-z0-9]{1,20}(-[a-z]{1,9}){0,2}", fullmatch=True), texts, texts),
+    st.builds(Abort, codes, texts, texts),
+    st.lists(st.builds(AskedGuest, names, names), max_size=limits.MAX_ASKED).map(
+        lambda guests: msgspec.structs.replace(INQUIRE, guests=tuple(guests))
+    ),
+    st.builds(
+        lambda memory, pools, guests: msgspec.structs.replace(
+            CAPACITY, memory_bytes=memory, pools=tuple(pools), guests=tuple(guests)
+        ),
+        numbers,
+        st.lists(st.builds(PagePool, page_sizes, numbers), max_size=limits.MAX_POOLS),
+        st.lists(verdicts, max_size=limits.MAX_ASKED),
+    ),
     st.builds(Ping, numbers),
     st.builds(Pong, numbers),
     st.builds(lambda committed: Resume(PROTOCOL_VERSION, SESSION, TOKEN, committed), st.booleans()),
@@ -257,6 +281,20 @@ def test_a_wrong_hello_is_refused_by_the_name_of_the_field(changes: dict[str, An
         (Abort("x" * 65, "x"), r"length <= 64 - at `\$\.code`"),
         (Abort("x", "\x07"), "message must be printable"),
         (Abort("x", "y", "z" * 4097), r"length <= 4096 - at `\$\.hint`"),
+        (msgspec.structs.replace(INQUIRE, token=b""), r"length >= 32 - at `\$\.token`"),
+        (msgspec.structs.replace(INQUIRE, guests=33 * (AskedGuest("a", "b"),)), r"length <= 32 - at `\$\.guests`"),
+        (msgspec.structs.replace(INQUIRE, guests=(AskedGuest("a\n", "b"),)), "guest must be printable"),
+        (msgspec.structs.replace(INQUIRE, guests=(AskedGuest("a", ""),)), r"length >= 1 - at `\$\.guests"),
+        (msgspec.structs.replace(CAPACITY, memory_bytes=-1), r">= 0 - at `\$\.memory_bytes`"),
+        (msgspec.structs.replace(CAPACITY, pools=17 * (PagePool(4096, 0),)), r"length <= 16 - at `\$\.pools`"),
+        (msgspec.structs.replace(CAPACITY, pools=(PagePool(0, 1),)), r">= 1 - at `\$\.pools"),
+        (msgspec.structs.replace(CAPACITY, guests=(Verdict(4097),)), "page_bytes must be one of"),
+        (msgspec.structs.replace(CAPACITY, guests=33 * (Verdict(),)), r"length <= 32 - at `\$\.guests`"),
+        (
+            msgspec.structs.replace(CAPACITY, guests=(Verdict(refusal=Refusal("a", "\x1b")),)),
+            "message must be printable",
+        ),
+        (msgspec.structs.replace(CAPACITY, guests=(Verdict(refusal=Refusal("A", "b")),)), r"refusal\.code`"),
     ],
 )
 def test_fields_out_of_range_are_neither_sent_nor_taken(message: AnyMessage, named: str) -> None:
@@ -288,8 +326,8 @@ def test_malformed_bodies_are_named(body: bytes, named: str) -> None:
         decode_all(framed(body))
 
 
-@pytest.mark.parametrize("opening", [HELLO, Resume(PROTOCOL_VERSION, SESSION, TOKEN, committed=True)])
-def test_another_version_names_both(opening: Hello | Resume) -> None:
+@pytest.mark.parametrize("opening", [HELLO, Resume(PROTOCOL_VERSION, SESSION, TOKEN, committed=True), INQUIRE])
+def test_another_version_names_both(opening: Hello | Resume | Inquire) -> None:
     body = msgspec.msgpack.encode(msgspec.structs.replace(opening, version=9))
     with pytest.raises(
         RemoteProtocolError, match=f"peer speaks protocol version 9, we speak {PROTOCOL_VERSION}"
@@ -297,6 +335,12 @@ def test_another_version_names_both(opening: Hello | Resume) -> None:
         decode_all(framed(body))
     assert caught.value.code == "version-mismatch"
     assert caught.value.hint
+
+
+def test_the_longest_question_fits_a_first_message() -> None:
+    longest = "\U0001f600" * limits.MAX_NAME_CHARACTERS  # four bytes each
+    guests = limits.MAX_ASKED * (AskedGuest(longest, longest),)
+    assert len(encode(msgspec.structs.replace(INQUIRE, guests=guests))) <= FIRST_MESSAGE_MAX_BYTES
 
 
 @given(st.text(max_size=80), st.text(max_size=5000), st.text(max_size=5000))

@@ -9,17 +9,22 @@ from migrated.protocol.messages import (
     Abort,
     Aborted,
     AnyMessage,
+    AskedGuest,
     BarrierAck,
+    Capacity,
     Commit,
     Done,
     Hello,
+    Inquire,
     Lacking,
     LackingEnd,
     Loaded,
+    PagePool,
     Ping,
     Pong,
     Populated,
     Ready,
+    Refusal,
     RegionInfo,
     Released,
     Resume,
@@ -31,6 +36,7 @@ from migrated.protocol.messages import (
     StateChunk,
     StateEnd,
     Switchover,
+    Verdict,
 )
 from migrated.protocol.session import Session
 from migrated.protocol.transitions import Role, State
@@ -53,6 +59,16 @@ READY = Ready(page_bytes=(2 << 20, 2 << 20))
 ABORT = Abort(code="aborted", message="somebody asked for it")
 RESUME_COMMITTED = Resume(PROTOCOL_VERSION, SESSION, TOKEN, committed=True)
 RESUME_ABORTED = Resume(PROTOCOL_VERSION, SESSION, TOKEN, committed=False)
+
+INQUIRE = Inquire(PROTOCOL_VERSION, SESSION, TOKEN, (AskedGuest("vm1", "qemu"), AskedGuest("vm2", "libvirt")))
+CAPACITY = Capacity(
+    agent="migrated 0.1.0",
+    memory_bytes=8 << 30,
+    pools=(PagePool(2 << 20, 1024), PagePool(1 << 30, 0)),
+    migrations=1,
+    max_migrations=8,
+    guests=(Verdict(2 << 20), Verdict(refusal=Refusal("unknown-guest", "no guest 'vm2' is configured"))),
+)
 
 #: One of each word of the tables.
 VOCABULARY: tuple[AnyMessage, ...] = (
@@ -82,6 +98,8 @@ VOCABULARY: tuple[AnyMessage, ...] = (
     Resumed("done", 0),
     Lacking(0, 8, b"\x01"),
     LackingEnd(),
+    INQUIRE,
+    CAPACITY,
 )
 
 #: A whole migration without trouble: who says what.
