@@ -267,10 +267,9 @@ def allowed(field: FieldInfo) -> str:
         return "a table of strings"
     if typing.get_origin(field.annotation) is Literal:
         return _either([str(value) for value in typing.get_args(field.annotation)])
-    if typing.get_origin(field.annotation) is list and (
-        choices := typing.get_args(typing.get_args(field.annotation)[0])
-    ):
-        return f"a list of {_either([str(choice) for choice in choices])}"
+    items = typing.get_args(field.annotation) if typing.get_origin(field.annotation) is list else ()
+    if items and typing.get_origin(items[0]) is Literal:
+        return f"a list of {_either([str(choice) for choice in typing.get_args(items[0])])}"
     bounds = {name: getattr(piece, name) for piece in field.metadata for name in _BOUNDS if hasattr(piece, name)}
     kinds: dict[object, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
     words = [_BOUNDS[name].format(bound) for name, bound in bounds.items() if bound is not None]
