@@ -27,13 +27,15 @@ from migrated.guests.libvirt.config import (
 from migrated.guests.process.config import ProcessSourceConfig, ProcessTargetConfig
 from migrated.guests.qemu.config import QemuSourceConfig, QemuTargetConfig
 from migrated.options import EvacuationOptions, MigrationOptions
-from migrated.settings import GuestName, GuestTable, Seconds, Table, Text, Timeouts, read, refuse
+from migrated.settings import GuestName, GuestTable, Seconds, Table, Text, Timeouts, TlsFiles, read, refuse
 
 Role = Literal["source", "target"]
 
 CONFIG_DIRECTORY: Final = Path("/etc/migrated")
+TLS_DIRECTORY: Final = CONFIG_DIRECTORY / "tls"
 STATE_DIRECTORY: Final = Path("/run/migrated")
 CONTROL_SOCKET_NAME: Final = "control.sock"
+DEFAULT_PORT: Final = 7440
 # Two agents on one host must not collide by default.
 DEFAULT_STATUS: Final = {"target": Address("127.0.0.1", 7441), "source": Address("127.0.0.1", 7442)}
 
@@ -57,11 +59,18 @@ def _parse_listen_address(text: str) -> Address | None:
     return parse_address(text, listening=True) if text else None
 
 
+def _parse_file(text: str) -> Path:
+    if not text.startswith("/"):
+        raise ConfigError(f"{text!r} is not absolute", hint="give an absolute path")
+    return Path(text)
+
+
 StateDirectory = Annotated[Path, Text(_parse_state_directory, "path", "an absolute path of at most 90 bytes")]
 ListenAddress = Annotated[
     Address, Text(lambda text: parse_address(text, listening=True), "host:port", "HOST:PORT, IPv6 in brackets")
 ]
 StatusAddress = Annotated[Address, Text(_parse_listen_address, "host:port", 'HOST:PORT, or "" for no status site')]
+File = Annotated[Path, Text(_parse_file, "path", "an absolute path")]
 HostName = Annotated[str, Field(max_length=255), AfterValidator(lambda name: name or socket.gethostname())]
 SourceGuest = Annotated[QemuSourceConfig | LibvirtSourceConfig | ProcessSourceConfig, Field(discriminator="driver")]
 TargetGuest = Annotated[QemuTargetConfig | LibvirtTargetConfig | ProcessTargetConfig, Field(discriminator="driver")]
@@ -81,7 +90,7 @@ class AgentSection(Table):
 class ListenSection(Table):
     """``[listen]``, target only: where source agents connect."""
 
-    address: ListenAddress = Field(default=Address("0.0.0.0", 7440), description="where source agents connect")
+    address: ListenAddress | None = Field(default=None, description="where source agents connect")
 
 
 class ControlSection(Table):
@@ -99,20 +108,32 @@ class HttpSection(Table):
 
 
 class TlsSection(Table):
-    """``[tls]``.  TLS comes in a later version; until then the operator must state explicitly that there is none."""
+    """``[tls]``: how the agents know each other.  Without TLS, both settings at the end are needed to leave loopback."""
 
-    insecure: bool = Field(default=False, validate_default=True, description="`true`: no TLS. Required for now")
+    ca: File | None = Field(default=None, description="certificates of the authorities that sign the peers' (PEM)")
+    cert: File | None = Field(
+        default=None,
+        description="certificate of this agent, followed by intermediate authorities if there are any (PEM)",
+    )
+    key: File | None = Field(default=None, description="its private key, unencrypted (PEM)")
+    peers: list[str] = Field(
+        default=[],
+        description="a peer's certificate must have one of these names; shell patterns. `[]`: any peer that an authority has signed",
+    )
+    insecure: bool = Field(default=False, description="`true`: no TLS, on loopback only")
+    trusted_network: bool = Field(
+        default=False,
+        description="`true`, with `insecure`: on any network. Whoever reaches it can read and replace guests",
+    )
 
-    @field_validator("insecure")
-    @classmethod
-    def _must_be_said(cls, insecure: bool) -> bool:
-        if not insecure:
-            refuse(
-                "connections would need TLS, which this version does not have yet",
-                "set insecure = true in [tls], which sends guest memory unencrypted to whoever answers: "
-                "use it on loopback or on a network of your own (WireGuard, IPsec, a dedicated link)",
-            )
-        return insecure
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        given = self.model_fields_set & {"ca", "cert", "key", "peers"}
+        if self.insecure and given:
+            refuse(f"insecure = true makes {', '.join(sorted(given))} useless", "remove insecure, or the others")
+        if self.trusted_network and not self.insecure:
+            refuse("trusted_network = true is only for insecure = true", "remove it: with TLS no network is trusted")
+        return self
 
 
 class LimitsSection(Table):
@@ -202,7 +223,7 @@ class AgentConfig(Table):
     listen: ListenSection = ListenSection()
     control: ControlSection = ControlSection()
     http: HttpSection = HttpSection()
-    tls: TlsSection = Field(default=TlsSection.model_construct(), validate_default=True)
+    tls: TlsSection = TlsSection()
     migration: MigrationOptions = MigrationOptions()
     timeouts: Timeouts = Timeouts()
     limits: LimitsSection = LimitsSection()
@@ -247,8 +268,27 @@ class AgentConfig(Table):
 
     @property
     def listen_address(self) -> Address:
-        """The address where a target listens for sources."""
-        return self.listen.address
+        """The address where a target listens for sources: without TLS on loopback, unless the network is trusted."""
+        if self.listen.address is not None:
+            return self.listen.address
+        return Address("127.0.0.1" if self.loopback_only else "0.0.0.0", DEFAULT_PORT)
+
+    @property
+    def loopback_only(self) -> bool:
+        """Whether nothing protects the connections, so that they may not leave this host."""
+        return self.tls.insecure and not self.tls.trusted_network
+
+    @property
+    def tls_files(self) -> TlsFiles | None:
+        """The files of TLS: those that are configured, else systemd's credentials, else those in `TLS_DIRECTORY`."""
+        if self.tls.insecure:
+            return None
+        files = TlsFiles.conventional(self.role, TLS_DIRECTORY)
+        credentials = os.environ.get("CREDENTIALS_DIRECTORY")
+        if credentials:
+            ours = TlsFiles.conventional(self.role, Path(credentials))
+            files = TlsFiles(*(own if own.exists() else file for own, file in zip(ours, files, strict=True)))
+        return TlsFiles(self.tls.ca or files.ca, self.tls.cert or files.cert, self.tls.key or files.key)
 
     @property
     def status_address(self) -> Address | None:
@@ -284,6 +324,16 @@ class TargetConfig(AgentConfig):
     @classmethod
     def _evacuates_nothing(cls, _evacuation: EvacuationSection) -> NoReturn:
         refuse("guests leave through a source", "remove the [evacuation] table, or run this file as a source")
+
+    @model_validator(mode="after")
+    def _protected(self) -> Self:
+        if self.loopback_only and not self.listen_address.is_loopback:
+            refuse(
+                f"tls.insecure: it would listen on {self.listen_address} without TLS",
+                "let it listen on loopback, give it certificates (`migrated certificates --help`), or, on a network "
+                "that nobody else can reach, set trusted_network = true",
+            )
+        return self
 
 
 KINDS: Final[dict[Role, type[AgentConfig]]] = {"source": SourceConfig, "target": TargetConfig}

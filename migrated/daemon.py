@@ -149,14 +149,18 @@ async def serve(
             )
             _warn_of_openness(settings)
             work = asyncio.create_task(agent.run(stop), name="agent")
-            telling = asyncio.create_task(_tell_service_manager(agent, stop, work), name="service-manager")
-            reloading = asyncio.create_task(_reload_on(reload or asyncio.Event(), agent), name="reload")
+            beside = [
+                asyncio.create_task(_tell_service_manager(agent, stop, work), name="service-manager"),
+                asyncio.create_task(_reload_on(reload or asyncio.Event(), agent), name="reload"),
+            ]
+            if agent.credentials is not None:
+                beside.append(asyncio.create_task(agent.credentials.watch(), name="credentials"))
             try:
                 await _finish(settings, agent, stop, work)
             finally:
-                telling.cancel()
-                reloading.cancel()
-                await asyncio.wait({telling, reloading})
+                for task in beside:
+                    task.cancel()
+                await asyncio.wait(beside)
     logger.info("agent down", role=settings.role)
 
 
@@ -165,6 +169,8 @@ async def _reload_on(event: asyncio.Event, agent: HostAgent[Any]) -> None:
     while True:
         await event.wait()
         event.clear()
+        if agent.credentials is not None:
+            agent.credentials.current()
         path, role = agent.config.path, agent.config.role
         try:
             waiting = await agent.reload(await in_thread(config.load, path, role))
@@ -316,11 +322,11 @@ async def _listen_status(settings: AgentConfig, factory: ProtocolFactory, addres
 
 
 def _warn_of_openness(settings: AgentConfig) -> None:
-    if settings.role == "target" and settings.tls.insecure and not settings.listen_address.is_loopback:
+    if settings.role == "target" and settings.tls.trusted_network:
         logger.warning(
             "guest memory is accepted unencrypted and from anybody who can connect",
-            listen=settings.listen.address,
-            hint="use a network of your own, such as WireGuard or a dedicated link",
+            listen=str(settings.listen_address),
+            hint="give both agents certificates: `migrated certificates --help`",
         )
     if settings.status_address is not None and not settings.status_address.is_loopback:
         logger.warning(

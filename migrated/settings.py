@@ -13,7 +13,8 @@ import re
 import reprlib
 import typing
 from collections.abc import Callable
-from typing import Annotated, Any, Final, Literal, NoReturn, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, NamedTuple, NoReturn, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -107,6 +108,23 @@ OptionalSocketPath = Annotated[
 ]
 GuestName = Annotated[str, AfterValidator(_check_guest_name)]
 Command = Annotated[list[str], Field(min_length=1)]
+
+
+TLS_CA_FILE: Final = "ca-cert.pem"
+
+
+class TlsFiles(NamedTuple):
+    """Paths of PEM files: the authorities that sign peers' certificates, our own certificate, and its key."""
+
+    ca: Path
+    cert: Path
+    key: Path
+
+    @classmethod
+    def conventional(cls, role: str, directory: Path) -> TlsFiles:
+        """Return the files of a role in a directory, with the names that QEMU uses: the target is the TLS server."""
+        kind = "server" if role == "target" else "client"
+        return cls(directory / TLS_CA_FILE, directory / f"{kind}-cert.pem", directory / f"{kind}-key.pem")
 
 
 class Timeouts(Table):

@@ -21,6 +21,8 @@ from migrated.agent.table import MigrationTable
 from migrated.config import AgentConfig
 from migrated.errors import ConflictError, NotFoundError
 from migrated.guests.registry import GuestRegistry
+from migrated.link.credentials import Credentials
+from migrated.link.dialing import DialTerms
 from migrated.recovery.store import CombinedStore, store_for
 from migrated.waiting import cancel_and_wait
 
@@ -35,6 +37,7 @@ class HostAgent(abc.ABC, Generic[M]):
     """
 
     role = ""  # "source" | "target"
+    credentials: Credentials | None = None  # None: no TLS
 
     def __init__(self, config: AgentConfig, log: Any) -> None:
         self.config = config
@@ -48,6 +51,8 @@ class HostAgent(abc.ABC, Generic[M]):
         self._stopping = False
         self._guests = GuestRegistry(config)
         self._store = store_for(config.state_dir)
+        if (files := config.tls_files) is not None:
+            self.credentials = Credentials(files, role=self.role, peers=config.tls.peers, where=config.path)
 
     # ------------------------------------------------------------ verbs
 
@@ -156,6 +161,11 @@ class HostAgent(abc.ABC, Generic[M]):
         return waiting
 
     # ------------------------------------------------------------ common to both roles
+
+    @property
+    def dial_terms(self) -> DialTerms:
+        """How this agent dials."""
+        return DialTerms(self.config.timeouts, self.credentials, loopback_only=self.config.loopback_only)
 
     def _reasons(self) -> list[str]:
         """Return the reasons common to both roles why this agent is not ready."""

@@ -11,6 +11,7 @@ import click
 
 from migrated import __version__
 from migrated.cli import failure
+from migrated.cli.certificates import certificates
 from migrated.cli.configuration import config
 from migrated.cli.daemons import source, target
 from migrated.cli.demo import demo
@@ -34,7 +35,7 @@ def root(context: click.Context, agent: str | None) -> None:
     context.obj = agent
 
 
-for command in (source, target, *VERBS, evacuate, guests, check, config, inspect, demo):
+for command in (source, target, *VERBS, evacuate, guests, check, config, inspect, certificates, demo):
     root.add_command(command)
 
 

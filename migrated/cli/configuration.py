@@ -24,9 +24,10 @@ def check_files(role: Role | None, path: str | None) -> int:
     """Read a configuration file as the agent of ROLE would, and say what is wrong with it.
 
     Without ROLE: every default file that exists.  What the file names (sockets, programs, libvirt's domains) is not
-    looked at; `migrated guests` does that.
+    looked at, except for the files of [tls]; `migrated guests` does that.
     """
     from migrated import config
+    from migrated.link.credentials import Credentials  # loads the C core
 
     if role is None and path is not None:
         raise click.UsageError("--config needs the role of the agent that reads it: source or target")
@@ -36,6 +37,8 @@ def check_files(role: Role | None, path: str | None) -> int:
         raise click.UsageError(f"there is no {files}: give a role and --config")
     for one in roles:
         found = config.load(path, one)
+        if found.tls_files is not None:
+            Credentials(found.tls_files, role=one, peers=found.tls.peers, where=found.path)
         count = len(found.guests)
         print(f"{found.path}: correct, {count} {'guest' if count == 1 else 'guests'}")
     return failure.DONE

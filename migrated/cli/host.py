@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import platform
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +13,13 @@ import click
 
 from migrated.cli import failure, rendering
 from migrated.cli.migrations import json_flag, print_json
-from migrated.errors import GuestError
+from migrated.config import KINDS, default_path, load
+from migrated.errors import ConfigError, GuestError
 from migrated.guests.libvirt.config import DEFAULT_URI
 from migrated.units import format_size
 
 if TYPE_CHECKING:
+    from migrated.config import Role
     from migrated.guests.qemu.target_table import Answers
     from migrated.memory.defects import Finding
     from migrated.memory.inspection import MemoryFile
@@ -34,6 +37,7 @@ def check(*, role: str | None, hanging: bool, as_json: bool) -> int:
     from migrated.memory import defects, probe  # loads the C core
 
     needs = [need for need in probe.requirements() if role is None or need.role in ("both", role)]
+    needs += [need for name in KINDS if role in (None, name) for need in _certificate(name)]
     found = [finding for finding in defects.findings(hanging=hanging) if role is None or finding.role == role]
     ok = all(need.ok for need in needs if need.needed)
     if as_json:
@@ -49,6 +53,30 @@ def check(*, role: str | None, hanging: bool, as_json: bool) -> int:
         _print_needs(needs)
         _print_findings(found)
     return failure.DONE if ok else failure.FAILED
+
+
+def _certificate(role: Role) -> list[Requirement]:
+    """Whether the agent of a role, if this host has a configuration for it, can prove who it is."""
+    from migrated.link.credentials import Credentials
+    from migrated.memory.probe import Requirement
+
+    def need(found: str, fix: str = "", *, needed: bool = True) -> list[Requirement]:
+        return [Requirement(f"certificate of the {role} agent", role, needed, not fix, found, fix)]
+
+    if not default_path(role).exists():
+        return []
+    try:
+        settings = load(None, role)
+        if settings.tls_files is None:
+            return need("none: tls.insecure")
+        credentials = Credentials(settings.tls_files, role=role, peers=settings.tls.peers, where=settings.path)
+    except ConfigError as error:
+        return need("unusable", f"{error.message}; {error.hint}")
+    expires = time.strftime("%Y-%m-%d", time.gmtime(credentials.expires_at))
+    problems = "; ".join(credentials.problems())
+    return need(
+        f"{'valid until' if credentials.valid else 'not valid:'} {expires}", problems, needed=not credentials.valid
+    )
 
 
 def _print_needs(needs: list[Requirement]) -> None:

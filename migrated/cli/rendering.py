@@ -165,7 +165,7 @@ def agent_line(about: dict[str, Any]) -> str:
     state = "ready" if about.get("ready") else "not ready"
     if not about.get("healthy"):
         state = "unhealthy"
-    reasons = "; ".join(about.get("reasons", []))
+    reasons = "; ".join([*about.get("reasons", []), *(about.get("certificate") or {}).get("problems", [])])
     return f"{about.get('role')} {about.get('name')}, version {about.get('version')}: {state}" + (
         f" ({reasons})" if reasons else ""
     )

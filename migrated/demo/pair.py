@@ -194,7 +194,8 @@ class AgentPair:
     ) -> None:
         port = free_port() if listen_host == "127.0.0.1" else 7440
         self.address = f"{listen_host}:{port}"
-        common: dict[str, Any] = {"tls": {"insecure": True}, "http": {"status": ""}, **(extra or {})}
+        tls = {"insecure": True, "trusted_network": listen_host != "127.0.0.1"}
+        common: dict[str, Any] = {"tls": tls, "http": {"status": ""}, **(extra or {})}
         self.source = AgentProcess("source", directory, {**common, "guests": source_guests}, prefix=source_prefix)
         self.target = AgentProcess(
             "target",

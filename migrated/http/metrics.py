@@ -125,6 +125,14 @@ class RecordCollector(Collector):
         guests = float(len(self._agent.guests()))
         yield GaugeMetricFamily("migrated_agent_guests", "Guests in the configuration", value=guests)
 
+        if (credentials := self._agent.credentials) is not None:
+            credentials.current()  # the files may have changed
+            yield GaugeMetricFamily(
+                "migrated_tls_certificate_expiry_timestamp_seconds",
+                "When the agent's certificate expires",
+                value=credentials.expires_at,
+            )
+
     def _totals(self, records: list[Record]) -> _Totals:
         now = {record.id: record for record in records}
         for migration, record in self._seen.items():

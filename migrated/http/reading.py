@@ -22,6 +22,8 @@ from migrated.http.openapi import Operation, add_route
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator
 
+    from migrated.link.credentials import Credentials
+
 AGENT: Final = web.AppKey("agent", HostAgent[Any])
 ABOUT: Final = web.AppKey("about", dict)
 STOPPING: Final = web.AppKey("stopping", asyncio.Event)
@@ -38,6 +40,13 @@ MAX_WATCHERS_OF_ONE: Final = 48
 UNREAD_SECONDS: Final = 30.0
 
 
+class Certificate(TypedDict):
+    """The certificate that an agent shows its peers.  ``problems``: such as that it expires soon."""
+
+    expires_at: float
+    problems: list[str]
+
+
 class Summary(TypedDict):
     """Who an agent is, its health, and its migrations, oldest first."""
 
@@ -49,6 +58,7 @@ class Summary(TypedDict):
     healthy: bool
     ready: bool
     reasons: list[str]
+    certificate: Certificate | None
     migrations: list[Record]
 
 
@@ -73,8 +83,16 @@ def summary(agent: HostAgent[Any], about: dict[str, Any], *, ended: bool = True)
         "healthy": health.healthy,
         "ready": health.ready,
         "reasons": health.reasons,
+        "certificate": _certificate(agent.credentials),
         "migrations": agent.records(ended=ended),
     }
+
+
+def _certificate(credentials: Credentials | None) -> Certificate | None:
+    if credentials is None:
+        return None
+    credentials.current()  # the files may have changed
+    return {"expires_at": credentials.expires_at, "problems": credentials.problems()}
 
 
 def add_reading_routes(app: web.Application) -> None:

@@ -17,7 +17,14 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from migrated.address import Address
-from migrated.errors import ConnectionLostError, MigratedError, PeerError, RemoteProtocolError, as_migrated_error
+from migrated.errors import (
+    ConnectionLostError,
+    MigratedError,
+    PeerError,
+    RemoteProtocolError,
+    TlsError,
+    as_migrated_error,
+)
 from migrated.protocol.heartbeat import Heartbeat
 from migrated.protocol.messages import Abort, AnyMessage, Ping, Pong, StateChunk, StateEnd
 from migrated.protocol.session import Session
@@ -167,6 +174,14 @@ class ControlLink:
         if not self._lost.done():
             self._lost.set_result(error)
 
+    def _broke(self, error: Exception | None) -> MigratedError:
+        """Return why the transport has failed: with TLS, one side may have refused the other."""
+        refusal = self._writer.get_extra_info("refusal")
+        if isinstance(refusal, TlsError):
+            return TlsError(f"{self.peer}: {refusal.message}", code=refusal.code, hint=refusal.hint)
+        reason = "" if error is None else f": {error}"
+        return ConnectionLostError(f"the connection to {self.peer} broke{reason}")
+
     async def close(self) -> None:
         """Send what is queued and close the connection.  Idempotent."""
         for task in self._tasks:
@@ -192,8 +207,8 @@ class ControlLink:
         try:
             await self._writer.drain()
         except (OSError, ConnectionError) as error:
-            self._lose(ConnectionLostError(f"the connection to {self.peer} broke: {error}"))
-            raise ConnectionLostError(f"the connection to {self.peer} broke: {error}") from error
+            self._lose(self._broke(error))
+            raise self._broke(error) from error
 
     def post(self, message: AnyMessage) -> None:
         """Send one message without waiting for buffer space, when something more urgent waits.
@@ -207,7 +222,7 @@ class ControlLink:
         try:
             self._writer.write(frame)
         except Exception as error:  # noqa: BLE001 - any error of the transport means that the connection is lost
-            self._lose(ConnectionLostError(f"the connection to {self.peer} broke: {error}"))
+            self._lose(self._broke(error))
 
     # ------------------------------------------------------------ receiving
 
@@ -241,7 +256,7 @@ class ControlLink:
                 for message in self.session.receive(data):
                     await self._sort(message)
         except (OSError, ConnectionError) as error:
-            self._lose(ConnectionLostError(f"the connection to {self.peer} broke: {error}"))
+            self._lose(self._broke(error))
         except RemoteProtocolError as error:
             hint = error.hint or "is that the port of a target agent of the same version?"
             self._lose(RemoteProtocolError(f"{self.peer}: {error.message}", code=error.code, hint=hint))
@@ -288,7 +303,7 @@ class ControlLink:
             await asyncio.sleep(max(0.01, self._heartbeat.next_at() - loop.time()))
             now = loop.time()
             if self._writer.is_closing() and not self._broken.done():
-                self._lose(ConnectionLostError(f"the connection to {self.peer} broke"))
+                self._lose(self._broke(None))
                 return
             if self._feeding:
                 self._heard_at = now

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -77,10 +78,11 @@ class Channel:
         if handle is not None:
             lib.mgd_channel_destroy(handle)
 
-    async def handshake(self) -> None:
+    async def handshake(self, *, before_reading: Callable[[], None] | None = None) -> None:
         """Prove to each other who we are.  TlsError says who refuses whom, and why.
 
         The client's side returns before the server has looked at its certificate: a refusal shows in a later call.
+        ``before_reading`` is called whenever something has arrived; what it raises ends the handshake.
         """
         wants = ffi.new("int *")
         while True:
@@ -88,6 +90,8 @@ class Channel:
             if not wants[0]:
                 return
             await self._ready(wants[0])
+            if before_reading is not None:
+                before_reading()
 
     def peer_names(self) -> tuple[str, ...]:
         """Return every DNS name and IP address in the peer's certificate, or if there is none its common name."""
@@ -97,26 +101,45 @@ class Channel:
         assert isinstance(text, bytes)
         return tuple(text.decode().splitlines())
 
+    def try_send(self, data: bytes | bytearray) -> tuple[int, int]:
+        """Send without blocking; return how many bytes were taken, and MGD_WANTS_*: what to wait for before the next call."""
+        taken, wants = ffi.new("size_t *"), ffi.new("int *")
+        with ffi.from_buffer(data) as buffer:
+            call(lib.mgd_channel_try_send, self.handle, buffer, len(data), taken, wants)
+        return int(taken[0]), int(wants[0])
+
+    def try_receive(self, size_bytes: int) -> tuple[bytes, int]:
+        """Receive at most so many bytes without blocking; if there are none, MGD_WANTS_* says what to wait for.
+
+        What follows stays in the channel, which is not seen in its descriptor.  ConnectionLostError at the end.
+        """
+        buffer = ffi.new("char[]", size_bytes)
+        got, wants = ffi.new("size_t *"), ffi.new("int *")
+        call(lib.mgd_channel_try_recv, self.handle, buffer, size_bytes, got, wants)
+        return bytes(ffi.buffer(buffer, got[0])), int(wants[0])
+
     async def send(self, data: bytes) -> None:
         """Send all of it."""
-        taken, wants = ffi.new("size_t *"), ffi.new("int *")
         while True:
-            call(lib.mgd_channel_try_send, self.handle, data, len(data), taken, wants)
-            data = data[taken[0] :]
-            if not wants[0]:
+            taken, wants = self.try_send(data)
+            data = data[taken:]
+            if not wants:
                 return
-            await self._ready(wants[0])
+            await self._ready(wants)
 
     async def receive(self, size_bytes: int) -> bytes:
         """Receive exactly so many bytes; what follows stays for the engine.  ConnectionLostError if the stream ends."""
-        buffer = ffi.new("char[]", size_bytes)
-        got, wants, total = ffi.new("size_t *"), ffi.new("int *"), 0
-        while total < size_bytes:
-            call(lib.mgd_channel_try_recv, self.handle, buffer + total, size_bytes - total, got, wants)
-            total += got[0]
-            if not got[0]:
-                await self._ready(wants[0])
-        return bytes(ffi.buffer(buffer))
+        data = b""
+        while len(data) < size_bytes:
+            piece, wants = self.try_receive(size_bytes - len(data))
+            data += piece
+            if not piece:
+                await self._ready(wants)
+        return data
+
+    def fileno(self) -> int:
+        """Return the descriptor, which the channel owns: only for waiting."""
+        return int(lib.mgd_channel_fd(self.handle))
 
     async def _ready(self, wants: int) -> None:
         """Wait until the socket is readable or writable, as C wants it."""

@@ -72,7 +72,7 @@ def error_from(raw: Any) -> MigratedError:
     if kind == lib.MGD_ERR_CLOSED or (kind == lib.MGD_ERR_OS and os_errno in _CONNECTION_ERRNOS):
         return ConnectionLostError(message)
     if kind == lib.MGD_ERR_TLS:
-        return TlsError(message)
+        return TlsError(message, hint="`migrated check` on both hosts; if the peer refuses us, its log says why")
     if kind == lib.MGD_ERR_POOL:
         return PoolError(message, hint="raise the number of huge pages, or free some: `migrated check` shows the pools")
     if kind == lib.MGD_ERR_UNSUPPORTED:

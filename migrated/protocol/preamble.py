@@ -9,6 +9,9 @@
       24     32   token
       56      8   zero
 
+With TLS, the first 8 of these bytes come before the handshake, with the magic "MGRS" and unprotected: the preface.  The
+64 bytes follow inside TLS, and only they count; a preface that differs from them was changed on its way.
+
 Magic and version keep their place in every future version; the rest may change with the version.
 """
 
@@ -30,7 +33,9 @@ from migrated.protocol.messages import (
 )
 
 PREAMBLE_BYTES = 64
+PREFACE_BYTES = 8
 MAGIC: Final = b"MGRT"
+TLS_MAGIC: Final = b"MGRS"
 
 _LAYOUT: Final = struct.Struct(">4sHBB16s32s8s")
 _ZERO: Final = bytes(8)
@@ -78,20 +83,42 @@ def encode(preamble: Preamble) -> bytes:
     )
 
 
-def decode(data: bytes) -> Preamble:
+def preface(preamble: Preamble) -> bytes:
+    """Return the 8 bytes that come before the TLS handshake."""
+    return TLS_MAGIC + encode(preamble)[len(MAGIC) : PREFACE_BYTES]
+
+
+def goes_on_in_tls(first: bytes) -> bool:
+    """Whether a connection that begins with these 8 bytes uses TLS.  Raises RemoteProtocolError as `decode` does."""
+    if not first or first[: len(MAGIC)] not in (MAGIC[: len(first)], TLS_MAGIC[: len(first)]):
+        raise _not_migrated(first)
+    if len(first) != PREFACE_BYTES:
+        raise _ended(first)
+    return first.startswith(TLS_MAGIC)
+
+
+def _not_migrated(data: bytes) -> RemoteProtocolError:
+    shown = bytes(data[:_SHOWN_BYTES])
+    return RemoteProtocolError(
+        f"not a migrated connection: got {shown!r}",
+        code="not-migrated",
+        hint="something else connects to this port: check the address it was given",
+    )
+
+
+def _ended(data: bytes) -> RemoteProtocolError:
+    return RemoteProtocolError(f"the connection ended in its preamble: {len(data)} of {PREAMBLE_BYTES} bytes")
+
+
+def decode(data: bytes, *, preface: bytes = b"") -> Preamble:
     """Check and decode exactly 64 bytes.  Raises VersionMismatchError, or RemoteProtocolError that names the problem.
 
-    Fewer bytes (the peer closed early) also raise RemoteProtocolError.
+    Fewer bytes (the peer closed early) also raise RemoteProtocolError.  With TLS, ``preface`` is what came before it.
     """
     if data[: len(MAGIC)] != MAGIC[: len(data)] or not data:
-        shown = bytes(data[:_SHOWN_BYTES])
-        raise RemoteProtocolError(
-            f"not a migrated connection: got {shown!r}",
-            code="not-migrated",
-            hint="something else connects to this port: check the address it was given",
-        )
+        raise _not_migrated(data)
     if len(data) != PREAMBLE_BYTES:
-        raise RemoteProtocolError(f"the connection ended in its preamble: {len(data)} of {PREAMBLE_BYTES} bytes")
+        raise _ended(data)
     _, version, purpose, stream, session, token, padding = _LAYOUT.unpack(data)
     if version != PROTOCOL_VERSION:
         raise VersionMismatchError(
@@ -104,11 +131,17 @@ def decode(data: bytes) -> Preamble:
     problem = _problem(preamble) or ("" if padding == _ZERO else f"padding must be zero, not {padding!r}")
     if problem:
         raise RemoteProtocolError(f"preamble: {problem}", code="malformed")
+    if preface and preface[len(MAGIC) :] != data[len(MAGIC) : PREFACE_BYTES]:
+        raise RemoteProtocolError(
+            f"the preface {preface!r} differs from the preamble inside TLS: it was changed on its way",
+            code="preface-differs",
+            hint="something between the hosts changes connections",
+        )
     return preamble
 
 
 def refusal(error: RemoteProtocolError) -> bytes:
-    """Return the Abort frame to send before closing on a refused preamble (a wrong version, an unknown session).
+    """Return the Abort frame to send before closing on a refused preamble (a wrong version, TLS or its absence).
 
     Its format is the same in all versions, so that any peer can decode it.
     """

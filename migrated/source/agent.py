@@ -75,6 +75,7 @@ class SourceAgent(HostAgent[SourceMigration]):
             options=options,
             config=self.config,
             session_id=session_id,
+            terms=self.dial_terms,
             recovery_state=RecoveryState(self._journal, self._store, id_of(session_id)),
         )
         self._launch(migration)
@@ -220,6 +221,7 @@ class SourceAgent(HostAgent[SourceMigration]):
             options=options,
             config=self.config,
             session_id=hello.session,
+            terms=self.dial_terms,
             recovery_state=recovery_state,
             recovered=Recovered(entry, memory, error, superseded),
         )

@@ -25,9 +25,9 @@ from migrated.agent.requests import GuestList, SetRequest, StartRequest
 from migrated.agent.table import MigrationTable
 from migrated.config import AgentConfig
 from migrated.errors import AbortedError, ConflictError, MigratedError, NotFoundError
+from migrated.link.dialing import DialTerms
 from migrated.memory.memfd import BASE_PAGE_BYTES
 from migrated.protocol.messages import AskedGuest, Capacity
-from migrated.settings import Timeouts
 from migrated.source.inquiry import ask
 from migrated.source.migration import SourceMigration
 from migrated.source.placement import Load, Place, Room, plan
@@ -57,6 +57,10 @@ class Mover(Protocol):
 
     config: AgentConfig
 
+    @property
+    def dial_terms(self) -> DialTerms:
+        """See HostAgent."""
+
     async def survey(self) -> GuestList:
         """See HostAgent."""
 
@@ -68,11 +72,11 @@ class Mover(Protocol):
 
 
 async def ask_all(
-    targets: Sequence[Target], guests: Sequence[AskedGuest], timeouts: Timeouts
+    targets: Sequence[Target], guests: Sequence[AskedGuest], terms: DialTerms
 ) -> dict[str, Capacity | MigratedError]:
     """Ask targets at the same time, and note in each what it has answered."""
     answers = await asyncio.gather(
-        *(ask(parse_address(target.address), guests, timeouts) for target in targets), return_exceptions=True
+        *(ask(parse_address(target.address), guests, terms) for target in targets), return_exceptions=True
     )
     found: dict[str, Capacity | MigratedError] = {}
     for target, answer in zip(targets, answers, strict=True):
@@ -331,7 +335,7 @@ class EvacuationFlow:
         loop = asyncio.get_running_loop()
         asked = [t for t in self.record.targets if loop.time() >= self._silent_until.get(t.address, 0.0)]
         answers = await ask_all(
-            asked, [AskedGuest(move.guest, move.driver) for move in waiting], self._mover.config.timeouts
+            asked, [AskedGuest(move.guest, move.driver) for move in waiting], self._mover.dial_terms
         )
         rooms = {}
         for address, answer in answers.items():

@@ -197,7 +197,7 @@ class Evacuations:
         """Ask the targets, and note in each guest where it would go."""
         names = [move.guest for move in able]
         asked = [AskedGuest(move.guest, move.driver) for move in able]
-        answers = await ask_all(record.targets, asked, self._mover.config.timeouts)
+        answers = await ask_all(record.targets, asked, self._mover.dial_terms)
         rooms = []
         for address, answer in answers.items():
             if not isinstance(answer, Capacity):

@@ -9,7 +9,7 @@ import msgspec
 
 from migrated.address import Address
 from migrated.errors import ConnectionLostError, RemoteProtocolError
-from migrated.link.dialing import Dialer
+from migrated.link.dialing import Dialer, DialTerms
 from migrated.protocol.messages import (
     MAX_ASKED,
     PROTOCOL_VERSION,
@@ -21,29 +21,30 @@ from migrated.protocol.messages import (
 )
 from migrated.protocol.session import Session
 from migrated.protocol.transitions import Role
-from migrated.settings import Timeouts
 
 
-async def ask(target: Address, guests: Sequence[AskedGuest], timeouts: Timeouts) -> Capacity:
+async def ask(target: Address, guests: Sequence[AskedGuest], terms: DialTerms) -> Capacity:
     """Ask one target; ``Capacity.guests`` answers for each guest, in this order.
 
     Raises ConnectionLostError, TimeoutExceededError, RemoteProtocolError, PeerError.
     """
-    answer = await _ask(target, guests[:MAX_ASKED], timeouts)
+    answer = await _ask(target, guests[:MAX_ASKED], terms)
     for start in range(MAX_ASKED, len(guests), MAX_ASKED):
-        more = await _ask(target, guests[start : start + MAX_ASKED], timeouts)
+        more = await _ask(target, guests[start : start + MAX_ASKED], terms)
         answer = msgspec.structs.replace(more, guests=answer.guests + more.guests)
     return answer
 
 
-async def _ask(target: Address, guests: Sequence[AskedGuest], timeouts: Timeouts) -> Capacity:
+async def _ask(target: Address, guests: Sequence[AskedGuest], terms: DialTerms) -> Capacity:
     session, token = os.urandom(SESSION_BYTES), os.urandom(TOKEN_BYTES)
-    dialer = Dialer(target, session_id=session, token=token, timeouts=timeouts)
+    dialer = Dialer(target, session_id=session, token=token, terms=terms)
     link = await dialer.control()
     link.start(Session(Role.SOURCE))
     try:
         await link.send(Inquire(PROTOCOL_VERSION, session, token, tuple(guests)))
-        capacity = await link.expect(Capacity, limit_seconds=timeouts.handshake, what="the target to say what it has")
+        capacity = await link.expect(
+            Capacity, limit_seconds=terms.timeouts.handshake, what="the target to say what it has"
+        )
     except ConnectionLostError as error:
         raise await link.reason_for(error) from None
     finally:

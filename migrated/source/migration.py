@@ -33,7 +33,8 @@ from migrated.errors import (
 )
 from migrated.guests.access.pidfd import process_lives, process_started
 from migrated.link.dialing import Dialer
-from migrated.memory.engine import URGENT, Event, EventKind, SourceEngine
+from migrated.memory.channel import Channel
+from migrated.memory.engine import Event, EventKind, SourceEngine
 from migrated.memory.native import lib
 from migrated.memory.tracker import Tracker
 from migrated.protocol.bounds import abort_of
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
     from migrated.config import AgentConfig
     from migrated.guests.driver import SourceGuest
     from migrated.link.control_link import ControlLink
+    from migrated.link.dialing import DialTerms
     from migrated.memory.regions import SourceMemory
     from migrated.recovery.state import RecoveryState
     from migrated.source.options import Options
@@ -98,6 +100,7 @@ class SourceMigration(Migration):
         session_id: bytes,
         recovery_state: RecoveryState[SourceEntry],
         recovered: Recovered | None = None,
+        terms: DialTerms,
     ) -> None:
         self.session = recovered.session() if recovered is not None else Session(Role.SOURCE)
         super().__init__(
@@ -121,7 +124,7 @@ class SourceMigration(Migration):
         self._recovered = recovered
         self._token = recovered.entry.hello.token if recovered is not None else os.urandom(32)
         self._secret = recovered.entry.hello.block_secret if recovered is not None else os.urandom(lib.MGD_SECRET_BYTES)
-        self._dialer = Dialer(options.target, session_id=session_id, token=self._token, timeouts=config.timeouts)
+        self._dialer = Dialer(options.target, session_id=session_id, token=self._token, terms=terms)
         entry = recovered.entry if recovered is not None else None
         self._stage = RestartStage(recovery_state, guest, self._dialer, options, log=self.log, entry=entry)
         self._tracker: Tracker | None = None  # set while the guest is tracked
@@ -301,14 +304,12 @@ class SourceMigration(Migration):
 
     async def _open_streams(self, engine: SourceEngine) -> None:
         """Dial the page connections and pass them to the engine."""
-        bulk, urgent = await self._dialer.pages(self.options.streams)
-        waiting = [(URGENT, urgent), *reversed(list(enumerate(bulk)))]
-        try:
-            while waiting:
-                engine.add_stream(*waiting.pop())  # takes the descriptor, even if it fails
-        finally:
-            for _, fd in waiting:
-                os.close(fd)
+        with contextlib.ExitStack() as undo:
+            dialled = await self._dialer.pages(self.options.streams)
+            for _, connection in dialled:
+                undo.callback(connection.close)  # unless the engine has it by then
+            for stream, connection in dialled:
+                engine.add_stream(stream, connection if isinstance(connection, Channel) else connection.detach())
 
     # ------------------------------------------------------------ after COMMIT
 

@@ -65,6 +65,7 @@ class TargetAgent(HostAgent[TargetMigration]):
             timeouts=config.timeouts,
             max_connections=config.limits.max_connections,
             setting=f"{config.path}: listen.address",
+            credentials=self.credentials,
         )
 
     # ------------------------------------------------------------ verbs

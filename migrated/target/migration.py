@@ -35,6 +35,7 @@ from migrated.errors import (
 )
 from migrated.guests.access.pidfd import process_started
 from migrated.guests.driver import FaultSource, TargetGuest
+from migrated.memory.channel import Channel
 from migrated.memory.engine import URGENT, Event, EventKind, TargetEngine
 from migrated.memory.regions import Region
 from migrated.protocol.bounds import abort_of
@@ -334,8 +335,8 @@ class TargetMigration(Migration):
         if former is not None:
             await former.close()
 
-    async def add_stream(self, stream: int, fd: int) -> None:
-        """Take a page connection that showed our token, and own its descriptor."""
+    async def add_stream(self, stream: int, connection: int | Channel) -> None:
+        """Take a page connection that showed our token, and own its descriptor or channel."""
         try:
             if self.record.ended:
                 raise RemoteProtocolError("a page connection for a session that has ended")
@@ -347,9 +348,12 @@ class TargetMigration(Migration):
             if engine is None or not engine.alive or not self.session.connected:
                 raise ConnectionLostError("a page connection came without a control connection")
         except BaseException:
-            os.close(fd)
+            if isinstance(connection, Channel):
+                connection.close()
+            else:
+                os.close(connection)
             raise
-        engine.add_stream(stream, fd)
+        engine.add_stream(stream, connection)
 
     async def _resume(self, link: ControlLink) -> bool:
         """Send our standing and the lacking pages; return whether we are committed.  The source may abort instead."""

@@ -125,7 +125,15 @@ class Guest:
 class Place:
     """The agents, their guests' tables, and everything's directory."""
 
-    def __init__(self, directory: Path, program: Path, *, memory_bytes: int, timeouts: dict[str, float]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        program: Path,
+        *,
+        memory_bytes: int,
+        timeouts: dict[str, float],
+        tls: dict[str, dict[str, Any]] | None = None,
+    ) -> None:
         self.directory = directory
         self.memory_bytes = memory_bytes
         self._program = program
@@ -146,6 +154,8 @@ class Place:
         for agent in (self.source, self.target):
             self.status_ports[agent.role] = free_port()
             agent.table["http"] = {"status": f"127.0.0.1:{self.status_ports[agent.role]}"}
+            if tls is not None:
+                agent.table["tls"] = tls[agent.role]
 
     @property
     def source(self) -> AgentProcess:
@@ -263,10 +273,15 @@ async def place(
     memory_bytes: int = 16 * MIB,
     timeouts: dict[str, float] | None = None,
     prepare: Callable[[Place], None] = lambda _: None,
+    tls: dict[str, dict[str, Any]] | None = None,
 ) -> AsyncIterator[Place]:
-    """Both agents up, after ``prepare``; in the end they must have had nothing to complain of."""
+    """Both agents up, after ``prepare``; in the end they must have had nothing to complain of.
+
+    ``tls``: a table [tls] for each role.
+    """
     with supervisor.directory("mgi-", short_directory()) as directory:
-        here = Place(directory, program, memory_bytes=memory_bytes, timeouts={**TIMEOUTS, **(timeouts or {})})
+        limits = {**TIMEOUTS, **(timeouts or {})}
+        here = Place(directory, program, memory_bytes=memory_bytes, timeouts=limits, tls=tls)
         prepare(here)
         try:
             async with here.pair:

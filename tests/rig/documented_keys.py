@@ -47,9 +47,16 @@ SECTIONS: dict[str, type[Table]] = {
 
 INSECURE = {"tls": {"insecure": True}}
 SOURCE, TARGET = config.decode(INSECURE, "source"), config.decode(INSECURE, "target")
+SECURE_SOURCE, SECURE = config.decode({}, "source"), config.decode({}, "target")
+assert SECURE_SOURCE.tls_files is not None
+assert SECURE.tls_files is not None
 #: Defaults that depend on the role.
 BY_ROLE = {
     "state_dir": f"`{SOURCE.state_dir}`, `{TARGET.state_dir}`",
+    "address": f"`{SECURE.listen_address}`; with `tls.insecure` alone `{TARGET.listen_address}`",
+    "ca": f"`{SECURE.tls_files.ca}`",
+    "cert": f"source `{SECURE_SOURCE.tls_files.cert}`, target `{SECURE.tls_files.cert}`",
+    "key": f"source `{SECURE_SOURCE.tls_files.key}`, target `{SECURE.tls_files.key}`",
     "status": f"source `{SOURCE.status_address}`, target `{TARGET.status_address}`",
 }
 

@@ -38,7 +38,8 @@ class Host:
         self.address = f"{listen}:{free_port() if listen == '127.0.0.1' else 7440}"
         self.source_guests: dict[str, dict[str, Any]] = {}
         self.target_guests: dict[str, dict[str, Any]] = {}
-        common: dict[str, Any] = {"tls": {"insecure": True}, "http": {"status": ""}, **(config or {})}
+        tls = {"insecure": True, "trusted_network": True}  # some hosts are namespaces with a network of their own
+        common: dict[str, Any] = {"tls": tls, "http": {"status": ""}, **(config or {})}
         self._source = AgentProcess(
             "source", self.directory, {**common, **(source or {}), "guests": self.source_guests}, prefix=prefix
         )

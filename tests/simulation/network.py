@@ -139,13 +139,17 @@ class Endpoint:
         if self.on_error is not None:
             self.on_error(self.error)
 
+    def end_sending(self) -> None:
+        """Let the peer read what was sent, and then the end."""
+        if self.error is None and not self.ended:
+            self.ended = True
+            self._travel(END)
+
     def close(self) -> None:
         """Close this side.  The peer reads what was sent, and then the end."""
         if self.closed:
             return
-        if self.error is None and not self.ended:
-            self.ended = True
-            self._travel(END)
+        self.end_sending()
         self.closed = True
         self._wake()
 
@@ -320,6 +324,9 @@ class SimSocket:
     def detach(self) -> int:
         fd, self.fd = self.fd, -1
         return fd
+
+    def shutdown(self, _: int) -> None:
+        self.endpoint.end_sending()
 
     def close(self) -> None:
         fd, self.fd = self.fd, -1

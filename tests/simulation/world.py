@@ -223,7 +223,7 @@ class World:
         guest = {"driver": "process", **({"socket": "/guest.sock"} if source else {"command": ["guest"]})}
         table = {
             "agent": {"name": host.name},
-            "tls": {"insecure": True},
+            "tls": {"insecure": True, "trusted_network": True},
             "migration": {"mode": self.mode, "max_rounds": 3},
             "timeouts": self.timeouts,
             "limits": {"max_records": self.max_records},

@@ -152,7 +152,7 @@ WRONG: dict[str, tuple[str, dict[str, Any] | None, str]] = {
     ),
     "address": (
         "target",
-        {"listen": {"address": "192.0.2.1:7440"}},
+        {"listen": {"address": "192.0.2.1:7440"}, "tls": {"insecure": True, "trusted_network": True}},
         "target.toml: listen.address: cannot listen on 192.0.2.1:7440",
     ),
 }

@@ -9,6 +9,7 @@ import pytest
 from migrated import config
 from migrated.errors import ConfigError
 from migrated.guests.qemu.config import QemuTargetConfig
+from migrated.settings import TlsFiles
 
 ROOT = Path(__file__).parents[3]
 INSECURE: dict[str, Any] = {"tls": {"insecure": True}}
@@ -18,7 +19,7 @@ ROLES: tuple[config.Role, ...] = ("source", "target")
 def test_defaults_of_both_roles() -> None:
     source, target = (config.decode(INSECURE, role) for role in ROLES)
     assert (str(source.state_dir), str(target.state_dir)) == ("/run/migrated/source", "/run/migrated/target")
-    assert str(target.listen_address) == "0.0.0.0:7440"
+    assert str(target.listen_address) == "127.0.0.1:7440"
     assert (str(source.status_address), str(target.status_address)) == ("127.0.0.1:7442", "127.0.0.1:7441")
     assert source.timeouts.reconnect == 0  # a guest in post-copy is never given up by itself
     assert source.migration.max_bandwidth == 0
@@ -85,8 +86,11 @@ command = ["qemu"]
         ({"guests": {"vm1": 3}}, "guests.vm1: 3 is not allowed", "a table"),
         ({"guests": {"vm1": {}}}, "guests.vm1.driver: the driver is missing", "qemu"),
         ({"guests": {"../x": {"driver": "qemu"}}}, "guests.../x: ", "letters, digits"),
-        ({"tls": {}}, "tls.insecure: connections would need TLS", "insecure = true"),
-        ({"tls": {"insecure": True, "ca": "/x"}}, "tls.ca: no such key", "allowed here: insecure"),
+        ({"tls": {"insecure": True, "ca": "/x"}}, "tls: insecure = true makes ca useless", "remove insecure"),
+        ({"tls": {"trusted_network": True}}, "tls: trusted_network = true is only for insecure", "remove it"),
+        ({"tls": {"key": "x.pem"}}, "tls.key: 'x.pem' is not absolute", "absolute path"),
+        ({"listen": {"address": "0.0.0.0:1"}}, "tls.insecure: it would listen on 0.0.0.0:1", "trusted_network = true"),
+        ({"listen": {"address": "host-b:1"}}, "tls.insecure: it would listen on host-b:1", "loopback"),
         ({"tls": {"insecure": "yes"}}, "tls.insecure: 'yes' is not allowed", "true or false"),
         ({"limits": {"max_migrations": 0}}, "limits.max_migrations: 0 is not allowed", "from 1 to 1,024"),
     ],
@@ -98,6 +102,29 @@ def test_what_is_wrong_is_named_with_file_key_and_what_is_allowed(
         config.decode({**INSECURE, **table}, "target", path="/etc/migrated/target.toml")
     assert caught.value.message.startswith(f"/etc/migrated/target.toml: {key}")
     assert any(part in caught.value.hint for part in allowed.split("|"))
+
+
+def test_without_tls_a_target_listens_on_loopback_unless_the_network_is_trusted() -> None:
+    trusted = {"tls": {"insecure": True, "trusted_network": True}}
+    assert str(config.decode(trusted, "target").listen_address) == "0.0.0.0:7440"
+    assert str(config.decode({}, "target").listen_address) == "0.0.0.0:7440"
+    for address in ("localhost:1", "[::1]:1", "127.1.2.3:1"):
+        assert config.decode({**INSECURE, "listen": {"address": address}}, "target").listen_address.is_loopback
+
+
+def test_where_the_files_of_tls_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As configured, else a credential of the service manager's, else in /etc/migrated/tls."""
+    assert config.decode(INSECURE, "target").tls_files is None
+    monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
+    source = config.decode({}, "source").tls_files
+    assert source == TlsFiles(
+        *(Path("/etc/migrated/tls") / name for name in ("ca-cert.pem", "client-cert.pem", "client-key.pem"))
+    )
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    (tmp_path / "server-key.pem").touch()
+    (tmp_path / "server-cert.pem").touch()
+    target = config.decode({"tls": {"cert": "/my/cert.pem"}}, "target").tls_files
+    assert target == TlsFiles(Path("/etc/migrated/tls/ca-cert.pem"), Path("/my/cert.pem"), tmp_path / "server-key.pem")
 
 
 def test_a_source_does_not_listen() -> None:
@@ -126,8 +153,10 @@ def test_the_annotated_file_says_the_defaults(role: config.Role) -> None:
     default = config.decode(INSECURE, role)
     assert (shown.state_dir, shown.status_address) == (default.state_dir, default.status_address)
     assert shown.agent.name == default.agent.name
-    for section in ("listen", "migration", "timeouts", "limits"):
+    for section in ("migration", "timeouts", "limits"):
         assert getattr(shown, section) == getattr(default, section), section
+    assert shown.listen_address == config.decode({}, role).listen_address
+    assert shown.tls == config.TlsSection()
     for section in {"timeouts", "limits"} | ({"migration"} if role == "source" else set()):
         assert set(table[section]) == type(getattr(default, section)).model_fields.keys(), section
 

@@ -49,3 +49,11 @@ def test_nothing_to_check_is_a_usage_error(
     assert run(["config", "check", *arguments]) == 2
     assert told in capsys.readouterr().err
     assert not list(directory.iterdir())
+
+
+def test_the_files_of_tls_are_read(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (directory / "target.toml").write_text(f'[tls]\nca = "{directory}/none.pem"\n')
+    assert run(["config", "check", "target"]) == 2
+    said = capsys.readouterr().err
+    assert f"target.toml: tls.ca: {directory}/none.pem: No such file" in said
+    assert "migrated certificates" in said

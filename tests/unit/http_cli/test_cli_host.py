@@ -6,13 +6,16 @@ import mmap
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
+from migrated import config
 from migrated.cli.host import check, inspect
 from migrated.memory import defects, probe
+from tests.rig.pki import Pki
 
 MEMORY = """
 import ctypes, mmap, os, sys
@@ -172,3 +175,31 @@ def test_check_names_the_filter_it_is_under_and_what_makes_systemd_set_one() -> 
     (found,) = [one for one in json.loads(done.stdout)["requirements"] if "seccomp" in one["name"]]
     assert (found["ok"], found["found"]) == (False, "this process is under one")
     assert "LockPersonality" in found["fix"]
+
+
+@pytest.mark.parametrize(
+    ("valid", "code", "mark"),
+    [((-1, 365), 0, "valid until"), ((-1, 10), 0, "expires on"), ((-20, -10), 1, "expired on"), (None, 1, "tls.ca")],
+    ids=["valid", "expires-soon", "expired", "missing"],
+)
+def test_check_looks_at_the_certificate_of_each_configured_agent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, valid: tuple[int, int] | None, code: int, mark: str
+) -> None:
+    monkeypatch.setattr(probe, "requirements", lambda: [need(ok=True)])
+    monkeypatch.setattr(config, "CONFIG_DIRECTORY", tmp_path)
+    pki = Pki(tmp_path)
+    files = pki.write("target", valid=valid or (-1, 365))
+    if valid is None:
+        files.ca.unlink()
+    tls = "\n".join(f'{key} = "{path}"' for key, path in files._asdict().items())
+    (tmp_path / "target.toml").write_text(f"[tls]\n{tls}\n")
+    (tmp_path / "source.toml").write_text("[tls]\ninsecure = true\n")
+    shown = CliRunner().invoke(check, ["--json"], standalone_mode=False)
+    assert shown.return_value == code
+    rows = {row["name"]: row for row in json.loads(shown.output)["requirements"]}
+    assert rows["certificate of the source agent"]["found"] == "none: tls.insecure"
+    row = rows["certificate of the target agent"]
+    assert mark in row["found"] + row["fix"]
+    assert row["ok"] is (mark == "valid until")
+    plain = CliRunner().invoke(check, [], standalone_mode=False)
+    assert plain.return_value == code

@@ -14,6 +14,7 @@ from migrated.address import Address
 from migrated.errors import RemoteProtocolError
 from migrated.link.control_link import ControlLink
 from migrated.link.listener import Listener
+from migrated.memory.channel import Channel
 from migrated.protocol.messages import SESSION_BYTES, TOKEN_BYTES, Hello, Inquire, Resume
 from migrated.protocol.preamble import MAGIC, Preamble, Purpose, encode
 from migrated.settings import Timeouts
@@ -35,10 +36,11 @@ class Sessions:
             raise RemoteProtocolError("the token is not this session's")
         return self if preamble.session == SESSION else None
 
-    async def add_stream(self, stream: int, fd: int) -> None:
+    async def add_stream(self, stream: int, connection: int | Channel) -> None:
+        assert isinstance(connection, int)
         self.streams.put_nowait(stream)
         await self.release.wait()
-        os.close(fd)
+        os.close(connection)
 
     async def dialled(self, link: ControlLink) -> None:
         await link.close()
@@ -51,7 +53,12 @@ class Sessions:
 @contextlib.asynccontextmanager
 async def listening(sessions: Sessions, **timeouts: float) -> AsyncIterator[Listener]:
     listener = Listener(
-        Address("127.0.0.1", 0), sessions, timeouts=Timeouts(**timeouts), max_connections=LIMIT, setting="listen"
+        Address("127.0.0.1", 0),
+        sessions,
+        timeouts=Timeouts(**timeouts),
+        max_connections=LIMIT,
+        setting="listen",
+        credentials=None,
     )
     await listener.open()
     serving = asyncio.create_task(listener.serve())

@@ -17,6 +17,7 @@ from migrated.agent.record import ErrorInfo, Record, State
 from migrated.agent.requests import EvacuateRequest, GuestList, GuestReport, SetRequest, StartRequest
 from migrated.agent.table import MigrationTable
 from migrated.errors import ConflictError, ConnectionLostError, GuestError, MigratedError, NotFoundError
+from migrated.link.dialing import DialTerms
 from migrated.protocol.messages import AskedGuest, Capacity, Refusal, Verdict
 from migrated.source import evacuation, evacuations
 from migrated.source.evacuations import Evacuations
@@ -91,6 +92,7 @@ class FakeAgent:
     def __init__(self, directory: Path, sizes_mib: dict[str, int], **tables: Any) -> None:
         table = {"agent": {"state_dir": str(directory)}, "tls": {"insecure": True}, **tables}
         self.config = config.decode(table, "source")
+        self.dial_terms = DialTerms(self.config.timeouts)
         self.hosts = {B: Host(), C: Host()}
         self.reports = [
             GuestReport(name=name, driver="process", memory_bytes=size * MIB, migratable=True)

@@ -14,6 +14,7 @@ import pytest
 from migrated import config
 from migrated.address import Address
 from migrated.errors import ConnectionLostError, MigratedError, PeerError
+from migrated.link.dialing import DialTerms
 from migrated.memory import memfd
 from migrated.protocol import messages, preamble
 from migrated.protocol.messages import MAX_ASKED, AskedGuest, PagePool
@@ -21,7 +22,7 @@ from migrated.settings import Timeouts
 from migrated.source.inquiry import ask
 from migrated.target.agent import TargetAgent
 
-TIMEOUTS = Timeouts(connect=10.0, handshake=10.0)
+TERMS = DialTerms(Timeouts(connect=10.0, handshake=10.0))
 PATIENCE_SECONDS = 30.0
 MIB = 1 << 20
 
@@ -69,7 +70,7 @@ async def test_a_target_says_what_it_has_and_whom_it_would_accept(
     async with target(tmp_path, limits={"max_migrations": 5}) as (agent, address):
         before = files(tmp_path)
         asked = [*process_guests("small", "large", "stranger"), AskedGuest("small", "qemu")]
-        answer = await ask(address, asked, TIMEOUTS)
+        answer = await ask(address, asked, TERMS)
         assert agent.records() == []
         assert files(tmp_path) == before
     assert answer.memory_bytes == 512 * MIB
@@ -88,16 +89,16 @@ async def test_a_target_says_what_it_has_and_whom_it_would_accept(
 async def test_more_guests_than_one_question_may_name(tmp_path: Path) -> None:
     async with target(tmp_path) as (_, address):
         names = [f"g{number}" for number in range(2 * MAX_ASKED)]
-        answer = await ask(address, process_guests(*names, "small"), TIMEOUTS)
+        answer = await ask(address, process_guests(*names, "small"), TERMS)
         refused = [verdict.refusal.message for verdict in answer.guests if verdict.refusal is not None]
         assert refused == [f"no guest {name!r} is configured on the target" for name in names]
         assert answer.guests[-1].refusal is None
-        assert (await ask(address, [], TIMEOUTS)).guests == ()
+        assert (await ask(address, [], TERMS)).guests == ()
 
 
 async def test_nobody_there_is_said_with_the_address() -> None:
     with pytest.raises(ConnectionLostError, match=r"127\.0\.0\.1:1 cannot be reached") as caught:
-        await ask(Address("127.0.0.1", 1), [], TIMEOUTS)
+        await ask(Address("127.0.0.1", 1), [], TERMS)
     assert caught.value.code == "target-unreachable"
 
 
@@ -111,7 +112,7 @@ async def test_another_version_is_said(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("migrated.link.dialing.encode", older)
     async with target(tmp_path) as (_, address):
         with pytest.raises(PeerError, match="we speak") as caught:
-            await ask(address, process_guests("small"), TIMEOUTS)
+            await ask(address, process_guests("small"), TERMS)
     assert caught.value.code == "version-mismatch"
 
 
@@ -119,7 +120,7 @@ async def test_a_target_that_stops_says_so(tmp_path: Path, monkeypatch: pytest.M
     async with target(tmp_path) as (agent, address):
         monkeypatch.setattr(agent, "_stopping", True)
         with pytest.raises(PeerError) as caught:
-            await ask(address, process_guests("small"), TIMEOUTS)
+            await ask(address, process_guests("small"), TERMS)
     assert caught.value.code == "shutting-down"
 
 
@@ -134,7 +135,7 @@ async def test_strangers_end_only_their_own_question(tmp_path: Path) -> None:
                 async with asyncio.timeout(PATIENCE_SECONDS):
                     assert await reader.read() == b""
             writer.close()
-        assert (await ask(address, process_guests("small"), TIMEOUTS)).guests[0].refusal is None
+        assert (await ask(address, process_guests("small"), TERMS)).guests[0].refusal is None
 
 
 async def test_an_answer_for_other_guests_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,4 +145,4 @@ async def test_an_answer_for_other_guests_is_refused(tmp_path: Path, monkeypatch
     monkeypatch.setattr("migrated.target.agent.capacity", for_nobody)
     async with target(tmp_path) as (_, address):
         with pytest.raises(MigratedError, match="answered for 0 guests, 1 were asked about"):
-            await ask(address, process_guests("small"), TIMEOUTS)
+            await ask(address, process_guests("small"), TERMS)

@@ -13,7 +13,7 @@ import structlog
 from migrated.address import Address
 from migrated.errors import HostError
 from migrated.guests.driver import Memento, SourceGuest
-from migrated.link.dialing import Dialer
+from migrated.link.dialing import Dialer, DialTerms
 from migrated.recovery.journal import Journal, JournalError, SourceEntry
 from migrated.recovery.state import RecoveryState
 from migrated.recovery.store import HolderStore
@@ -44,7 +44,7 @@ def stage(journal: Journal[SourceEntry], tmp_path: Path) -> RestartStage:
 
 def stage_of(journal: Journal[SourceEntry], tmp_path: Path, entry: SourceEntry | None = None) -> RestartStage:
     address = Address("host-c", 7440)
-    dialer = Dialer(address, session_id=HELLO.session, token=HELLO.token, timeouts=Timeouts())
+    dialer = Dialer(address, session_id=HELLO.session, token=HELLO.token, terms=DialTerms(Timeouts()))
     return RestartStage(
         RecoveryState(journal, HolderStore(tmp_path), ID),
         cast("SourceGuest", QuietGuest()),
