@@ -28,11 +28,11 @@ FIRST_REQUEST_SECONDS: Final = 10.0
 #: … and an old one for its next, or for reading the answer to the last.  Prometheus asks once in 15 to 60 s.
 NEXT_REQUEST_SECONDS: Final = 90.0
 
-#: aiohttp's own log without what clients do wrong: each malformed request would leave a traceback.
+#: aiohttp's own log, without what clients get wrong: each malformed or broken-off request would leave a traceback, and so
+#: would each that aiohttp cannot quote in its answer (bytes that are no text, in Expect).
 http_log: Final = logging.getLogger("migrated.http.server")
-http_log.addFilter(
-    lambda record: not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError)),
-)
+_OF_CLIENTS: Final = (HttpProcessingError, ConnectionError, UnicodeEncodeError)
+http_log.addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], _OF_CLIENTS)))
 
 
 class Guard:
