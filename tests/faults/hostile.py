@@ -11,12 +11,13 @@ import contextlib
 import dataclasses
 import os
 import random
+import ssl
 from collections.abc import AsyncIterator, Callable
 
 import msgspec
 
 from migrated.protocol.framing import LENGTH_BYTES
-from migrated.protocol.preamble import MAGIC, PREAMBLE_BYTES, Preamble, Purpose, encode
+from migrated.protocol.preamble import MAGIC, PREAMBLE_BYTES, PREFACE_BYTES, TLS_MAGIC, Preamble, Purpose, encode
 
 SESSION_BYTES, TOKEN_BYTES = 16, 32
 NUMBERS = (0, 1, -1, 255, 4096, (1 << 31) - 1, 1 << 32, (1 << 63) - 1, -(1 << 63), (1 << 64) - 1)
@@ -132,7 +133,7 @@ class Peer:
                             await asyncio.wait_for(reader.read(1 << 16), 0.5)
                         for which in self._recording.pages:
                             await self._pages(stack, which)
-                if self._draw.random() < 0.5:
+                if self._draw.random() < 0.5 and writer.can_write_eof():  # not with Python's TLS
                     writer.write_eof()
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(reader.read(1 << 16), 0.2)
@@ -144,7 +145,7 @@ class Peer:
             await asyncio.wait_for(writer.drain(), 0.5)
 
     @contextlib.asynccontextmanager
-    async def _dial(
+    async def _dial(  # in the clear; see TlsPeer
         self, purpose: Purpose, stream: int
     ) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
         reader, writer = await asyncio.open_connection(*self._address)
@@ -154,6 +155,73 @@ class Peer:
                 preamble = draw_preamble(self._draw)
             writer.write(preamble)
             yield reader, writer
+        finally:
+            writer.transport.abort()
+
+
+class TlsPeer(Peer):
+    """One that has a certificate which the target accepts, and says the same inside TLS; or spoils TLS itself."""
+
+    def __init__(
+        self, address: tuple[str, int], recording: Recording, draw: random.Random, context: ssl.SSLContext
+    ) -> None:
+        super().__init__(address, recording, draw)
+        self._context = context
+
+    async def run(self) -> None:
+        """One session."""
+        if self._draw.random() < 0.7:
+            await super().run()
+            return
+        with contextlib.suppress(OSError, TimeoutError):
+            async with asyncio.timeout(3):
+                await self._spoil_tls()
+
+    @contextlib.asynccontextmanager
+    async def _dial(
+        self, purpose: Purpose, stream: int
+    ) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+        reader, writer = await asyncio.open_connection(*self._address)
+        try:
+            preamble = encode(Preamble(purpose, self._recording.session, self._recording.token, stream))
+            writer.write(TLS_MAGIC + preamble[len(TLS_MAGIC) : PREFACE_BYTES])
+            await writer.start_tls(self._context, server_hostname=self._address[0])
+            writer.write(draw_preamble(self._draw) if self._draw.random() < 0.02 else preamble)
+            yield reader, writer
+        finally:
+            writer.transport.abort()
+
+    async def _spoil_tls(self) -> None:
+        """Change what TLS sends, in the handshake or after it."""
+        draw, recording = self._draw, self._recording
+        purpose = draw.choice([*Purpose])
+        preamble = encode(Preamble(purpose, recording.session, recording.token))
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls = self._context.wrap_bio(incoming, outgoing, server_hostname=self._address[0])
+        reader, writer = await asyncio.open_connection(*self._address)
+        try:
+            writer.write(TLS_MAGIC + preamble[len(TLS_MAGIC) : PREFACE_BYTES])
+            for _ in range(4):
+                with contextlib.suppress(ssl.SSLError):
+                    tls.do_handshake()
+                    tls.write(preamble + b"".join(recording.control)[: 1 << 16])
+                data = outgoing.read()
+                match draw.randrange(6):
+                    case 0:
+                        data = _flip(data, draw)
+                    case 1:
+                        data = data[: draw.randrange(len(data) + 1)]
+                    case 2:
+                        data += draw.randbytes(draw.randrange(200))
+                    case 3:
+                        data *= 2
+                    case _:
+                        pass
+                writer.write(data)
+                got = await asyncio.wait_for(reader.read(1 << 16), 0.2)
+                if not got:
+                    break
+                incoming.write(got)
         finally:
             writer.transport.abort()
 

@@ -157,6 +157,7 @@ class Rig:
         source_journal_dir: Path | None = None,
         target_journal_dir: Path | None = None,
         target_status: bool = False,
+        tls: dict[str, dict[str, Any]] | None = None,
     ) -> None:
         self.directory = directory
         self.program = program
@@ -191,6 +192,8 @@ class Rig:
             if journal is not None:
                 agent.state_dir.mkdir()
                 (agent.state_dir / "journal").symlink_to(journal)
+            if tls is not None:  # which the proxy does not understand: migrate to the target's own address
+                agent.table["tls"] = tls[agent.role]
         self.baseline: dict[str, collections.Counter[str]] = {}
         self._guests: list[asyncio.subprocess.Process] = []
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import ssl
 import time
+from pathlib import Path
 
 import pytest
 
 from migrated.protocol.framing import LENGTH_BYTES
 from migrated.protocol.preamble import Preamble, Purpose, encode
 from tests.faults.conftest import Rigs
-from tests.faults.hostile import Peer, Recording, draw_preamble, renamed, spoil
+from tests.faults.hostile import Peer, Recording, TlsPeer, draw_preamble, renamed, spoil
 from tests.faults.proxy import UP
-from tests.faults.rig import Rig, is_alive
+from tests.faults.rig import Rig, is_alive, rig
+from tests.rig.pki import Pki
 
 pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 
@@ -70,6 +73,41 @@ async def test_spoilt_sessions_do_no_harm_to_a_target(rigs: Rigs) -> None:
     except BaseException:
         await rigs.drop(rig)
         raise
+
+
+async def test_spoilt_sessions_inside_tls_do_no_harm_to_a_target(
+    rigs: Rigs, guest_program: Path, tmp_path: Path
+) -> None:
+    plain = await rigs.get(size_mib=4)
+    try:
+        recordings = [await record(plain, mode) for mode in ("hybrid", "postcopy")]
+    except BaseException:
+        await rigs.drop(plain)
+        raise
+    pki = Pki(tmp_path)
+    files = pki.write("source", place="hostile")
+    context = ssl.create_default_context(cafile=str(files.ca))
+    context.load_cert_chain(files.cert, files.key)
+    async with rig(guest_program, prove=False, size_mib=4, tls=pki.tables()) as made:
+        direct = "{}:{}".format(*made.proxy.target)
+        options = {"mode": "hybrid", "to": direct, "downtime_limit_ms": 300.0}
+        assert (await made.migrate(**options))["state"] == "completed", made.logs()
+        await made.settle_baseline()
+        made.guest = await made.sound()
+        pid = made.target.pid
+        until = time.monotonic() + SECONDS / 2
+        number = 0
+        while time.monotonic() < until:
+            draw = random.Random(f"{SEED}/tls/{number}")
+            await TlsPeer(made.proxy.target, spoil(draw.choice(recordings), draw), draw, context).run()
+            assert is_alive(pid), f"the target died of session {number} of seed {SEED}\n{made.logs()}"
+            number += 1
+            await made.end_strays()
+        await made.over()
+        known = (await made.target.request("GET", "/v1/migrations"))["migrations"]
+        assert len(known) > 1  # theirs too: their certificate is good
+        assert (await made.migrate(**options))["state"] == "completed", made.logs()
+        assert await made.sound() != made.guest
 
 
 async def test_strangers_beside_a_migration_do_it_no_harm(rigs: Rigs) -> None:
