@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from tests.evacuation.site import MIB, site
 from tests.rig.namespaces import star
 
-pytestmark = pytest.mark.timeout(300)  # on a busy machine; usually seconds
+pytestmark = pytest.mark.timeout(600)  # on a busy machine; usually seconds
 
 SIX = {f"g{number}": 2 for number in range(6)}
 
@@ -61,3 +62,75 @@ async def test_twenty_guests_leave_for_two_hosts_and_one_target_agent_is_killed_
             sizes_in_order = [move["memory_bytes"] for move in evacuation["guests"]]
             assert sizes_in_order == sorted(sizes[move["guest"]] * MIB for move in evacuation["guests"])
             await here.verify(evacuation)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--max-bandwidth", "3MB"), ("--mode", "postcopy", "--drain-bandwidth", "1MB")],
+    ids=["before-commit", "after-commit"],
+)
+async def test_after_a_crash_of_the_source_agent_the_next_one_goes_on(program: Path, options: tuple[str, ...]) -> None:
+    phase = "postcopy" if "postcopy" in options else "precopy"
+    async with site(program, SIX) as here:
+        command = await here.command_line("--to", here.to, "--parallel", "3", *options)
+        killed = await here.until(lambda now: phase in phases(now) and "waiting" in states(now))
+        committed = [move["guest"] for move in killed["guests"] if move["phase"] in ("postcopy", "completed")]
+        source = await here.hosts[0].source()
+        await source.kill()
+        over = await here.over(command)
+        assert over.code == 1, over
+        assert "the agent stopped during evacuation" in over.err
+        await here.hosts[0].source()
+        over = await here.evacuate("--resume", "--json")
+        evacuation = over.json
+        assert over.code == 0, f"{over}\n{here.explain(evacuation)}"
+        assert states(evacuation) == ["completed"] * 6
+        for name in SIX:
+            ends = [record["state"] for record in await here.migrations(name)]
+            assert ends.count("completed") == 1
+            assert ends[-1] == "completed"
+            assert ends == ["completed"] or name not in committed
+        await here.verify(evacuation)
+
+
+async def test_an_operator_plans_interrupts_aborts_and_begins_again(program: Path) -> None:
+    busy = {"target": {"limits": {"max_migrations": 1}}}
+    sizes = {**dict.fromkeys(SIX, 24), "g0": 1}
+    async with site(program, sizes, hosts=({}, {}, busy)) as here:
+        unreachable = await here.evacuate("--to", f"{here.to},127.0.0.1:1")
+        assert unreachable.code == 1
+        assert "127.0.0.1:1 cannot be reached" in unreachable.err
+        plan = await here.evacuate("--to", here.to, "--only", "g[0-4]", "--except", "g0", "--dry-run", "--json")
+        assert plan.code == 0
+        assert [(move["guest"], move["state"]) for move in plan.json["guests"]] == [
+            (f"g{number}", "waiting") for number in range(1, 5)
+        ]
+        assert {move["target"] for move in plan.json["guests"]} <= {host.address for host in here.hosts[1:]}
+        assert sorted(plan.json["targets"][1]) == sorted(plan.json["targets"][0])
+        assert len(here.processes()) == 6  # nothing was touched
+        assert (await here.now())["guests"] == []
+
+        # The small guest goes at once, the others would take minutes.
+        command = await here.command_line("--to", here.to, "--max-bandwidth", "600KB")
+        begun = await here.until(lambda now: "completed" in states(now) and "waiting" in states(now))
+        command.send_signal(signal.SIGINT)
+        over = await here.over(command)
+        assert over.code == 130
+        assert "the evacuation continues: migrated evacuate --resume" in over.err
+        again = await here.evacuate("--to", here.to, "--json")
+        assert (again.code, again.json["error"]["code"]) == (2, "evacuation-active")
+        assert (await here.evacuate("--abort")).code == 0
+        over = await here.evacuate("--resume", "--json")
+        assert over.code == 3, over
+        aborted = over.json
+        assert (aborted["id"], aborted["state"]) == (begun["id"], "aborted")
+        assert set(states(aborted)) == {"completed", "aborted"}
+        await here.verify(aborted)
+
+        over = await here.evacuate("--to", here.to, "--parallel", "4", "--parallel-per-target", "4", "--json")
+        assert over.code == 0, f"{over}\n{here.explain(over.json)}"
+        left = [move["guest"] for move in aborted["guests"] if move["state"] == "aborted"]
+        done = [move["guest"] for move in over.json["guests"] if move["state"] == "completed"]
+        assert sorted(done) == sorted(left)
+        await here.verify({"guests": [move for move in over.json["guests"] if move["state"] == "completed"]})
+        assert here.complaints() == []
