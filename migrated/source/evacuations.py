@@ -16,10 +16,10 @@ import structlog
 
 from migrated.agent.evacuation import Evacuation, EvacuationState, Move, MoveState, Target
 from migrated.agent.record import ErrorInfo
-from migrated.agent.requests import EvacuateRequest, GuestReport
+from migrated.agent.requests import EvacuateRequest, GuestReport, StartRequest
 from migrated.agent.table import MigrationTable
 from migrated.errors import ConflictError, MigratedError, NotFoundError
-from migrated.options import EvacuationOptions, MigrationOptions
+from migrated.options import EvacuationOptions
 from migrated.protocol.messages import AskedGuest, Capacity
 from migrated.recovery.journal import Journal
 from migrated.source.evacuation import EvacuationFlow, Mover, ask_all
@@ -184,7 +184,7 @@ class Evacuations:
             patience_seconds=chosen["patience"],
             max_bandwidth_bytes_per_second=request.max_bandwidth if "max_bandwidth" in given else 0,
             options=request.model_dump(
-                mode="json", include=(given & MigrationOptions.model_fields.keys()) - {"max_bandwidth"}
+                mode="json", include=(given & StartRequest.model_fields.keys()) - {"to", "max_bandwidth"}
             ),
             targets=[Target(address=str(target)) for target in request.to],
             guests=moves,

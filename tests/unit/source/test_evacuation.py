@@ -97,6 +97,7 @@ class FakeAgent:
             for name, size in sizes_mib.items()
         ]
         self.all: list[FakeMigration] = []
+        self.requests: dict[str, StartRequest] = {}
         self.refusals: list[MigratedError] = []  # what the next starts raise
         self.sets: list[tuple[str, int]] = []
         self.began = asyncio.Event()
@@ -114,6 +115,7 @@ class FakeAgent:
         if self.refusals:
             raise self.refusals.pop(0)
         assert self.of_guest(request.guest) is None
+        self.requests[request.guest] = request
         return self.begin(request.guest, str(request.to), request.max_bandwidth).record
 
     def begin(self, guest: str, peer: str, limit: int = 0) -> FakeMigration:
@@ -225,6 +227,23 @@ async def test_the_migrations_share_the_bandwidth(agent: FakeAgent) -> None:
     await agent.until(lambda: [one.max_bandwidth for one in agent.active[1:]] == [6_000_000] * 2)
     agent.active[0].go(State.POSTCOPY)
     await agent.until(lambda: [one.max_bandwidth for one in agent.active] == [4_000_000] * 3)
+
+
+async def test_options_reach_the_migrations_and_those_for_libvirt_only_its_guests(agent: FakeAgent) -> None:
+    agent.reports[1].driver = "libvirt"
+    options = {"mode": "postcopy", "drain_bandwidth": "1MB", "undefine_source": True}
+    record = await agent.evacuate(only=["g0", "g1"], **options)
+    record.requested_by = "alice"
+    await agent.until(lambda: len(agent.all) == 2)
+    for request in agent.requests.values():
+        assert request.model_fields_set >= {"mode", "drain_bandwidth"}
+        assert (request.mode, request.drain_bandwidth) == ("postcopy", 1_000_000)
+        assert not {"max_bandwidth", "streams", "persistent"} & request.model_fields_set
+    assert {name: "undefine_source" in request.model_fields_set for name, request in agent.requests.items()} == {
+        "g0": False,
+        "g1": True,
+    }
+    assert {one.record.requested_by for one in agent.all} == {"alice"}
 
 
 async def test_a_failed_guest_tries_the_other_target_and_stays_after_the_last_attempt(agent: FakeAgent) -> None:
