@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from migrated.demo.qemu_guest import QEMU
 from tests.evacuation.site import MIB, site
 from tests.rig.namespaces import star
 
@@ -133,4 +135,21 @@ async def test_an_operator_plans_interrupts_aborts_and_begins_again(program: Pat
         done = [move["guest"] for move in over.json["guests"] if move["state"] == "completed"]
         assert sorted(done) == sorted(left)
         await here.verify({"guests": [move for move in over.json["guests"] if move["state"] == "completed"]})
+        assert here.complaints() == []
+
+
+@pytest.mark.root
+@pytest.mark.guest
+@pytest.mark.skipif(shutil.which(QEMU) is None, reason=f"{QEMU} is not installed")
+async def test_guests_of_different_drivers_leave_in_one_run(program: Path) -> None:
+    async with site(program, {"p0": 1, "p1": 2}, qemus_mib={"q0": 32, "q1": 48}) as here:
+        over = await here.evacuate("--to", here.to, "--order", "largest", "--parallel", "4", "--json")
+        assert over.code == 0, f"{over}\n{here.explain(await here.now())}"
+        assert [(move["guest"], move["driver"]) for move in over.json["guests"]] == [
+            ("q1", "qemu"),
+            ("q0", "qemu"),
+            ("p1", "process"),
+            ("p0", "process"),
+        ]
+        await here.verify(over.json)
         assert here.complaints() == []
