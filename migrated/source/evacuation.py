@@ -284,7 +284,8 @@ class EvacuationFlow:
         elif error.code in _FINAL or failures >= self.record.max_attempts:
             self._end(move, MoveState.FAILED, error)
         else:
-            log.warning("guest waits for another attempt", guest=move.guest, target=move.target, error=error.message)
+            report = log.warning if counted else log.info
+            report("guest waits for another attempt", guest=move.guest, target=move.target, error=error.message)
             move.state, move.error = MoveState.WAITING, error
             self._retry_at[move.guest] = loop.time() + RETRY_SECONDS * 2 ** max(0, failures - 1)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, cast
@@ -394,6 +395,29 @@ async def test_an_aborted_evacuation_waits_for_those_after_commit(agent: FakeAge
         await agent.evacuations.abort(record.id)
 
 
+async def test_what_is_saved_at_the_same_time_stays_whole(agent: FakeAgent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The flow saves while a verb saves: both write the same file."""
+    record = await agent.evacuate()
+    await agent.until(lambda: len(agent.all) == 2)
+    journal, writing = agent.evacuations._journal, 0
+    write = journal.write
+
+    def slow(name: str, entry: Evacuation) -> None:
+        nonlocal writing
+        writing += 1
+        assert writing == 1
+        time.sleep(0.02)
+        write(name, entry)
+        writing -= 1
+
+    monkeypatch.setattr(journal, "write", slow)
+    await asyncio.gather(*(agent.evacuations._save(record) for _ in range(4)), agent.evacuations.abort(record.id))
+    await agent.until(lambda: record.ended)
+    await agent.evacuations.close()
+    await agent.next_agent().take_up()
+    assert [found.id for found in agent.evacuations.records()] == [record.id]
+
+
 async def test_a_migration_that_somebody_else_has_started_is_taken_over(agent: FakeAgent) -> None:
     record = await agent.evacuate(only=["g0", "g1"], parallel=1)
     await agent.until(lambda: len(agent.all) == 1)
@@ -505,6 +529,7 @@ async def test_a_bug_ends_the_evacuation_and_nothing_else(agent: FakeAgent, monk
     await agent.until(lambda: record.ended)
     assert record.state is EvacuationState.FAILED
     assert [problem.code for problem in record.problems] == ["internal"]
+    assert record.ended_at is not None
     assert not agent.all[1].record.ended
 
 
