@@ -15,7 +15,7 @@ from migrated.demo.pair import AgentProcess, short_directory
 from migrated.demo.qemu_guest import QemuGuest, RunningQemu
 from migrated.demo.run import cache_directory
 from migrated.waiting import within
-from tests.integration.place import TIMEOUTS, Cli, Guest, Place
+from tests.integration.place import Cli, Guest, Place
 from tests.rig import supervisor, traces
 from tests.rig.host import Host
 
@@ -249,7 +249,7 @@ async def site(
 ) -> AsyncIterator[Site]:
     """Agents and guests, all up.  ``hosts``: arguments of `Host`; ``config``: sections for all agents."""
     with supervisor.directory("mge-", short_directory()) as directory:
-        common = {"timeouts": {**TIMEOUTS, "heartbeat_interval": 0.5, "heartbeat_limit": 4.0}, **config}
+        common = {"timeouts": {"shutdown": 5.0, "reconnect_interval": 0.1}, **config}
         made = [
             Host(directory, name, **{**arguments, "config": {**common, **arguments.get("config", {})}})
             for name, arguments in zip("abcdefgh", hosts, strict=False)

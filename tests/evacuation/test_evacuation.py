@@ -28,31 +28,24 @@ def phases(evacuation: dict[str, Any]) -> list[str]:
 
 @pytest.mark.root
 async def test_twenty_guests_leave_for_two_hosts_and_one_target_agent_is_killed_meanwhile(program: Path) -> None:
-    sizes = {f"g{number:02}": 1 + number % 4 for number in range(20)}
+    sizes = {"large": 24, **{f"g{number:02}": 1 + number % 2 for number in range(19)}}
     with star(2) as hosts:
         async with site(program, sizes, hosts=hosts) as here:
-            command = await here.command_line(
-                *("--to", here.to, "--parallel", "4", "--max-bandwidth", "16MB", "--patience", "600", "--json")
-            )
-            killed = here.hosts[1]
-            # Guests have arrived there and others are on their way.
-            await here.until(
-                lambda now: (
-                    any(move["state"] == "completed" and move["target"] == killed.address for move in now["guests"])
-                    and any(
-                        move["state"] == "migrating" and move["target"] == killed.address and move["phase"] == "precopy"
-                        for move in now["guests"]
-                    )
-                )
-            )
+            limits = ("--parallel", "4", "--max-bandwidth", "8MB", "--patience", "600")
+            command = await here.command_line("--to", here.to, "--order", "largest", *limits, "--json")
+
+            def under_way(now: dict[str, Any]) -> bool:
+                """Whether the large guest is on its way, and another has arrived where it goes."""
+                large = next((move for move in now["guests"] if move["guest"] == "large"), None)
+                if large is None or large["phase"] != "precopy" or "waiting" not in states(now):
+                    return False
+                there = [move for move in now["guests"] if move["target"] == large["target"]]
+                return any(move["state"] == "completed" for move in there)
+
+            address = (await here.until(under_way))["guests"][0]["target"]
+            killed = next(host for host in here.hosts if host.address == address)
             await (await killed.target()).kill()
-            # Who was on the way there before COMMIT goes to the other host.
-            await here.until(
-                lambda now: any(
-                    move["state"] == "completed" and move["attempts"] and move["target"] != killed.address
-                    for move in now["guests"]
-                )
-            )
+            await here.until(lambda now: now["guests"][0]["attempts"] != [])
             await killed.target()
             over = await here.over(command)
             evacuation = await here.now()
@@ -60,9 +53,13 @@ async def test_twenty_guests_leave_for_two_hosts_and_one_target_agent_is_killed_
             assert over.json == evacuation
             assert evacuation["state"] == "completed"
             assert states(evacuation) == ["completed"] * 20
-            assert {move["target"] for move in evacuation["guests"]} == {host.address for host in here.hosts[1:]}
+            large, *others = evacuation["guests"]
+            assert large["guest"] == "large"
+            assert [attempt["target"] for attempt in large["attempts"] if attempt["counted"]] == [address]
+            assert large["target"] != address
+            assert {move["target"] for move in others} == {host.address for host in here.hosts[1:]}
             sizes_in_order = [move["memory_bytes"] for move in evacuation["guests"]]
-            assert sizes_in_order == sorted(sizes[move["guest"]] * MIB for move in evacuation["guests"])
+            assert sizes_in_order == sorted((size * MIB for size in sizes.values()), reverse=True)
             await here.verify(evacuation)
 
 
