@@ -99,6 +99,7 @@ class Evacuation(msgspec.Struct, kw_only=True):
     targets: list[Target]
     guests: list[Move]
     problems: list[ErrorInfo] = []  # why guests may be missing
+    requested_by: str = ""  # who gave the command to start it
     started_at: float = msgspec.field(default_factory=time.time)
     ended_at: float | None = None
 

@@ -32,10 +32,10 @@ class StartRequest(_Request, MigrationOptions, DomainOptions):
     to: TargetAddress = Field(description="where the target agent listens")
 
 
-class EvacuateRequest(_Request, MigrationOptions, EvacuationOptions):
+class EvacuateRequest(_Request, MigrationOptions, DomainOptions, EvacuationOptions):
     """Body of ``POST /v1/evacuations``; omitted fields take the configured defaults.
 
-    ``max_bandwidth`` is for all migrations together.  A pattern names guests as in a shell, or a label: ``label=web``.
+    ``max_bandwidth`` is for all migrations together; libvirt's options are for its guests only.  A pattern names guests as in a shell, or a label: ``label=web``.
     """
 
     to: Annotated[list[TargetAddress], Field(min_length=1, max_length=256)] = Field(

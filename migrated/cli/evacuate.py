@@ -16,7 +16,7 @@ from migrated.agent.requests import StartRequest
 from migrated.cli import failure, rendering
 from migrated.cli.migrations import agent_verb, json_flag, options, print_json
 from migrated.errors import ConfigError, ConnectionLostError, HostError, MigratedError, NotFoundError
-from migrated.options import EvacuationOptions, MigrationOptions
+from migrated.options import DomainOptions, EvacuationOptions, MigrationOptions
 from migrated.units import format_duration, format_size
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ class _Targets(click.ParamType[list[str]]):
 @click.option("--except", "exclude", multiple=True, metavar="PATTERN", help="Leave these guests here.")
 @options(EvacuationOptions)
 @options(MigrationOptions)
+@options(DomainOptions)
 @click.option("--dry-run", is_flag=True, help="Print the plan, and touch nothing.")
 @click.option("--no-wait", is_flag=True, help="Print the id of the evacuation, and do not watch it.")
 @click.option("--status", "action", flag_value="status", help="Show the last evacuation.")

@@ -119,6 +119,7 @@ async def _post_migration(request: web.Request) -> web.Response:
 
 async def _post_evacuation(request: web.Request) -> web.Response:
     evacuation = await agent_of(request).evacuate(await _body(request, EvacuateRequest))
+    evacuation.requested_by = request.app[JUDGE].client(request).name
     answer = json_answer(evacuation, status=200 if evacuation.ended else 202)
     if not evacuation.ended:  # a dry run's plan is not kept
         answer.headers["Location"] = f"/v1/evacuations/{evacuation.id}"

@@ -319,8 +319,8 @@ class SourceAgent(HostAgent[SourceMigration]):
         """Serve until ``stop``; then abort what can be aborted, and stay until no post-copy needs this process."""
         async with self._guests:
             await self._take_back()
-            self._started = True
             await self._evacuations.take_up()
+            self._started = True
             await stop.wait()
             await self._evacuations.close()
             await self._wind_up()

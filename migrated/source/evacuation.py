@@ -14,7 +14,7 @@ import asyncio
 import collections
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import structlog
 
@@ -27,6 +27,7 @@ from migrated.config import AgentConfig
 from migrated.errors import AbortedError, ConflictError, MigratedError, NotFoundError
 from migrated.link.dialing import DialTerms
 from migrated.memory.memfd import BASE_PAGE_BYTES
+from migrated.options import DomainOptions
 from migrated.protocol.messages import AskedGuest, Capacity
 from migrated.source.inquiry import ask
 from migrated.source.migration import SourceMigration
@@ -287,7 +288,8 @@ class EvacuationFlow:
         elif error.code in _FINAL or failures >= self.record.max_attempts:
             self._end(move, MoveState.FAILED, error)
         else:
-            log.warning("guest waits for another attempt", guest=move.guest, target=move.target, error=error.message)
+            report = log.warning if counted else log.info
+            report("guest waits for another attempt", guest=move.guest, target=move.target, error=error.message)
             move.state, move.error = MoveState.WAITING, error
             self._retry_at[move.guest] = loop.time() + RETRY_SECONDS * 2 ** max(0, failures - 1)
 
@@ -381,7 +383,7 @@ class EvacuationFlow:
         move.started_at, move.ended_at = time.time(), None
         await self._save(self.record)  # first: the next agent then looks for the migration
         share = await self._share_bandwidth()
-        request = {**self.record.options, "guest": move.guest, "to": place.target}
+        request = {**self._options_of(move), "guest": move.guest, "to": place.target}
         if share:
             request["max_bandwidth"] = f"{share}B"
         try:
@@ -390,10 +392,15 @@ class EvacuationFlow:
             move.ended_at = time.time()
             self._again(move, ErrorInfo.of(error))
             return
+        record.requested_by = self.record.requested_by
         move.migration, move.phase = record.id, record.state.value
         await self._save(self.record)
         if self.record.state is not EvacuationState.RUNNING:
             self._abort_migration(record.id)
+
+    def _options_of(self, move: Move) -> dict[str, Any]:
+        foreign = () if move.driver == "libvirt" else DomainOptions.model_fields
+        return {name: value for name, value in self.record.options.items() if name not in foreign}
 
     # ------------------------------------------------------------ bandwidth
 

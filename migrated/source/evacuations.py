@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import fnmatch
 import os
+import time
 from collections.abc import Sequence
 from typing import Final
 
@@ -16,10 +17,10 @@ import structlog
 
 from migrated.agent.evacuation import Evacuation, EvacuationState, Move, MoveState, Target
 from migrated.agent.record import ErrorInfo
-from migrated.agent.requests import EvacuateRequest, GuestReport
+from migrated.agent.requests import EvacuateRequest, GuestReport, StartRequest
 from migrated.agent.table import MigrationTable
 from migrated.errors import ConflictError, MigratedError, NotFoundError
-from migrated.options import EvacuationOptions, MigrationOptions
+from migrated.options import EvacuationOptions
 from migrated.protocol.messages import AskedGuest, Capacity
 from migrated.recovery.journal import Journal
 from migrated.source.evacuation import EvacuationFlow, Mover, ask_all
@@ -46,6 +47,7 @@ class Evacuations:
         self._flows: dict[str, EvacuationFlow] = {}  # of those that have not ended
         self._tasks: set[asyncio.Task[None]] = set()
         self._beginning = asyncio.Lock()
+        self._saving = asyncio.Lock()
 
     def records(self) -> list[Evacuation]:
         """Return all evacuations, oldest first."""
@@ -136,14 +138,15 @@ class Evacuations:
             await flow.run()
         except Exception as error:
             log.exception("unexpected error in an evacuation: this is a bug", evacuation=flow.record.id)
-            flow.record.state = EvacuationState.FAILED
+            flow.record.state, flow.record.ended_at = EvacuationState.FAILED, time.time()
             flow.record.problems = [*flow.record.problems, ErrorInfo.of(error)]
             await self._save(flow.record)
         self._flows.pop(flow.record.id, None)
 
     async def _save(self, record: Evacuation) -> None:
         try:
-            await in_thread(self._journal.write, record.id, record)
+            async with self._saving:  # by the flow and by a verb at the same time
+                await in_thread(self._journal.write, record.id, record)
         except MigratedError as error:  # then the next agent knows less, and `start` still refuses to do anything twice
             log.warning("cannot save an evacuation", evacuation=record.id, error=str(error))
 
@@ -184,7 +187,7 @@ class Evacuations:
             patience_seconds=chosen["patience"],
             max_bandwidth_bytes_per_second=request.max_bandwidth if "max_bandwidth" in given else 0,
             options=request.model_dump(
-                mode="json", include=(given & MigrationOptions.model_fields.keys()) - {"max_bandwidth"}
+                mode="json", include=(given & StartRequest.model_fields.keys()) - {"to", "max_bandwidth"}
             ),
             targets=[Target(address=str(target)) for target in request.to],
             guests=moves,

@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any, cast
 
 from migrated.demo.pair import AgentProcess, short_directory
+from migrated.demo.qemu_guest import QemuGuest, RunningQemu
+from migrated.demo.run import cache_directory
 from migrated.waiting import within
-from tests.integration.place import PATIENCE_SECONDS, TIMEOUTS, Cli, Guest, Place
-from tests.rig import supervisor
+from tests.integration.place import Cli, Guest, Place
+from tests.rig import supervisor, traces
 from tests.rig.host import Host
 
 MIB = 1 << 20
-#: A migration of one guest takes about a second at this rate.
-WALK = "4MB"
+#: Nothing waits this long unless something is broken, or the machine very busy.
+PATIENCE_SECONDS = 150.0
 
 
 class Home:
@@ -37,7 +39,13 @@ class Site:
     """``hosts[0]`` is to be evacuated to the others.  Guests have 4 KiB pages."""
 
     def __init__(
-        self, directory: Path, program: Path, hosts: Sequence[Host], sizes_mib: dict[str, int], rate: int
+        self,
+        directory: Path,
+        program: Path,
+        hosts: Sequence[Host],
+        sizes_mib: dict[str, int],
+        rate: int,
+        qemus_mib: dict[str, int],
     ) -> None:
         self.directory = directory
         self.hosts = hosts
@@ -47,6 +55,24 @@ class Site:
         self._program = program
         self._rate = rate
         self._where: dict[str, Host] = {}  # of guests that have arrived
+        self.qemus = [
+            RunningQemu(
+                QemuGuest(
+                    directory=directory,
+                    cache=cache_directory(),
+                    name=name,
+                    kind="boot",
+                    memory_bytes=size * MIB,
+                    page_bytes=4096,
+                    load={"rate": 2000, "pattern": "hot", "sweep_seconds": 0},
+                )
+            )
+            for name, size in qemus_mib.items()
+        ]
+        for qemu in self.qemus:
+            hosts[0].source_guests[qemu.guest.name] = qemu.guest.source_table()
+            for index, host in enumerate(hosts[1:], 1):
+                host.target_guests[qemu.guest.name] = qemu.guest.target_table(index)
         for name in sizes_mib:
             hosts[0].source_guests[name] = {"driver": "process", "socket": str(self.socket(name)), "page_size": "4K"}
             for host in hosts[1:]:
@@ -78,6 +104,7 @@ class Site:
 
     async def start(self) -> AgentProcess:
         """Start the agents and the guests; return the source agent."""
+        await asyncio.gather(*(qemu.start() for qemu in self.qemus))
         source, *_ = await asyncio.gather(self.hosts[0].source(), *(host.target() for host in self.hosts[1:]))
         for name in self.sizes_mib:
             self.guests[name] = Guest(cast("Place", Home(self, name)), name)
@@ -100,6 +127,9 @@ class Site:
             await host.stop()
         for guest in self.guests.values():
             await guest.stop()
+        for qemu in self.qemus:
+            await qemu.stop()
+        traces.end_processes(self.directory)
         for pid in self.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, 9)
@@ -160,7 +190,22 @@ class Site:
 
     async def verify(self, evacuation: dict[str, Any]) -> None:
         """Every guest runs in one place, where the evacuation says, with all that it has written."""
-        await asyncio.gather(*(self._verify(move) for move in evacuation["guests"]))
+        qemus = {qemu.guest.name: qemu for qemu in self.qemus}
+        for move in evacuation["guests"]:
+            if move["guest"] in qemus:
+                assert move["state"] == "completed"
+                await self._verify_qemu(qemus[move["guest"]], move["target"])
+        await asyncio.gather(*(self._verify(move) for move in evacuation["guests"] if move["guest"] in self.guests))
+
+    async def _verify_qemu(self, qemu: RunningQemu, target: str) -> None:
+        (index,) = [number for number, host in enumerate(self.hosts) if host.address == target]
+        await qemu.console.attach(qemu.guest.target_serial(index), PATIENCE_SECONDS)
+        before = await qemu.console.stats(PATIENCE_SECONDS)
+        swept = await qemu.console.sweep(PATIENCE_SECONDS)
+        after = await qemu.console.stats(PATIENCE_SECONDS)
+        assert (swept.wrong, swept.errors, after.errors, qemu.console.corrupt) == (0, 0, 0, [])
+        assert swept.blocks * 4096 > qemu.guest.memory_bytes // 4
+        assert after.operations > before.operations
 
     async def _verify(self, move: dict[str, Any]) -> None:
         guest = self.guests[move["guest"]]
@@ -199,16 +244,17 @@ async def site(
     *,
     hosts: Sequence[dict[str, Any]] = ({}, {}, {}),
     rate: int = 500,
+    qemus_mib: dict[str, int] | None = None,
     **config: Any,
 ) -> AsyncIterator[Site]:
     """Agents and guests, all up.  ``hosts``: arguments of `Host`; ``config``: sections for all agents."""
     with supervisor.directory("mge-", short_directory()) as directory:
-        common = {"timeouts": {**TIMEOUTS, "heartbeat_interval": 0.5, "heartbeat_limit": 4.0}, **config}
+        common = {"timeouts": {"shutdown": 5.0, "reconnect_interval": 0.1}, **config}
         made = [
             Host(directory, name, **{**arguments, "config": {**common, **arguments.get("config", {})}})
             for name, arguments in zip("abcdefgh", hosts, strict=False)
         ]
-        here = Site(directory, program, made, sizes_mib, rate)
+        here = Site(directory, program, made, sizes_mib, rate, qemus_mib or {})
         try:
             await here.start()
             yield here

@@ -373,7 +373,7 @@ class SimGuestRegistry:
 
     async def __aexit__(self, *_: object) -> None: ...
 
-    def source_guest(self, name: str) -> SourceDriver:
+    def source_guest(self, name: str, requested: Any = None) -> SourceDriver:
         return SourceDriver(self._host.world, self._host, name)
 
     def target_guest(self, name: str) -> TargetDriver:

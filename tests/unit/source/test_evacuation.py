@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, cast
@@ -99,6 +100,7 @@ class FakeAgent:
             for name, size in sizes_mib.items()
         ]
         self.all: list[FakeMigration] = []
+        self.requests: dict[str, StartRequest] = {}
         self.refusals: list[MigratedError] = []  # what the next starts raise
         self.sets: list[tuple[str, int]] = []
         self.began = asyncio.Event()
@@ -116,6 +118,7 @@ class FakeAgent:
         if self.refusals:
             raise self.refusals.pop(0)
         assert self.of_guest(request.guest) is None
+        self.requests[request.guest] = request
         return self.begin(request.guest, str(request.to), request.max_bandwidth).record
 
     def begin(self, guest: str, peer: str, limit: int = 0) -> FakeMigration:
@@ -227,6 +230,23 @@ async def test_the_migrations_share_the_bandwidth(agent: FakeAgent) -> None:
     await agent.until(lambda: [one.max_bandwidth for one in agent.active[1:]] == [6_000_000] * 2)
     agent.active[0].go(State.POSTCOPY)
     await agent.until(lambda: [one.max_bandwidth for one in agent.active] == [4_000_000] * 3)
+
+
+async def test_options_reach_the_migrations_and_those_for_libvirt_only_its_guests(agent: FakeAgent) -> None:
+    agent.reports[1].driver = "libvirt"
+    options = {"mode": "postcopy", "drain_bandwidth": "1MB", "undefine_source": True}
+    record = await agent.evacuate(only=["g0", "g1"], **options)
+    record.requested_by = "alice"
+    await agent.until(lambda: len(agent.all) == 2)
+    for request in agent.requests.values():
+        assert request.model_fields_set >= {"mode", "drain_bandwidth"}
+        assert (request.mode, request.drain_bandwidth) == ("postcopy", 1_000_000)
+        assert not {"max_bandwidth", "streams", "persistent"} & request.model_fields_set
+    assert {name: "undefine_source" in request.model_fields_set for name, request in agent.requests.items()} == {
+        "g0": False,
+        "g1": True,
+    }
+    assert {one.record.requested_by for one in agent.all} == {"alice"}
 
 
 async def test_a_failed_guest_tries_the_other_target_and_stays_after_the_last_attempt(agent: FakeAgent) -> None:
@@ -377,6 +397,29 @@ async def test_an_aborted_evacuation_waits_for_those_after_commit(agent: FakeAge
         await agent.evacuations.abort(record.id)
 
 
+async def test_what_is_saved_at_the_same_time_stays_whole(agent: FakeAgent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The flow saves while a verb saves: both write the same file."""
+    record = await agent.evacuate()
+    await agent.until(lambda: len(agent.all) == 2)
+    journal, writing = agent.evacuations._journal, 0
+    write = journal.write
+
+    def slow(name: str, entry: Evacuation) -> None:
+        nonlocal writing
+        writing += 1
+        assert writing == 1
+        time.sleep(0.02)
+        write(name, entry)
+        writing -= 1
+
+    monkeypatch.setattr(journal, "write", slow)
+    await asyncio.gather(*(agent.evacuations._save(record) for _ in range(4)), agent.evacuations.abort(record.id))
+    await agent.until(lambda: record.ended)
+    await agent.evacuations.close()
+    await agent.next_agent().take_up()
+    assert [found.id for found in agent.evacuations.records()] == [record.id]
+
+
 async def test_a_migration_that_somebody_else_has_started_is_taken_over(agent: FakeAgent) -> None:
     record = await agent.evacuate(only=["g0", "g1"], parallel=1)
     await agent.until(lambda: len(agent.all) == 1)
@@ -488,6 +531,7 @@ async def test_a_bug_ends_the_evacuation_and_nothing_else(agent: FakeAgent, monk
     await agent.until(lambda: record.ended)
     assert record.state is EvacuationState.FAILED
     assert [problem.code for problem in record.problems] == ["internal"]
+    assert record.ended_at is not None
     assert not agent.all[1].record.ended
 
 
