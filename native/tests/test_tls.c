@@ -109,6 +109,14 @@ static void stream_both_ways(struct mgd_channel *channels[2])
 	}
 }
 
+/* Whatever the machine's defaults are, this much data fills the socket. */
+static void keep_buffer_small(const struct mgd_channel *channel)
+{
+	int bytes = 64 << 10;
+
+	CHECK(!setsockopt(mgd_channel_fd(channel), SOL_SOCKET, SO_SNDBUF, &bytes, sizeof(bytes)));
+}
+
 static void close_both(struct mgd_channel *channels[2])
 {
 	mgd_channel_destroy(channels[0]);
@@ -314,6 +322,7 @@ static void a_shutdown_wakes_sender_and_receiver(void)
 	pthread_t threads[2];
 
 	hosts_connect(&hosts, channels);
+	keep_buffer_small(channels[0]);
 	for (int i = 0; i < 2; i++) {
 		halves[i].channel = channels[0];
 		CHECK(!pthread_create(&threads[i], NULL, i ? receive_all : send_all, &halves[i]));
@@ -491,6 +500,7 @@ static void what_the_socket_does_not_take_waits(void)
 
 	fill(data, sizeof(data), 0, 3);
 	hosts_connect(&hosts, channels);
+	keep_buffer_small(channels[1]);
 	CHECK_OK(mgd_channel_try_recv(channels[0], received, 1, &moved, &wants, &err), err);
 	CHECK_EQUAL(moved, 0);
 	CHECK_EQUAL(wants, MGD_WANTS_READ);
@@ -529,6 +539,7 @@ static void a_peer_that_only_asks_for_new_keys_is_not_answered_without_end(void)
 	char byte;
 	int wants;
 
+	keep_buffer_small(channel);
 	do {
 		CHECK(SSL_key_update(asker.ssl, SSL_KEY_UPDATE_REQUESTED));
 		CHECK(SSL_write(asker.ssl, "a", 1) == 1); /* sends the request first */
