@@ -147,7 +147,7 @@ static int flush_demands(struct mgd_target *target)
 		target->demand_bytes -= taken;
 		memmove(target->demands, target->demands + taken, target->demand_bytes);
 	}
-	return wants ? mgd_channel_fd(target->urgent) : -1;
+	return wants & MGD_WANTS_WRITE ? mgd_channel_fd(target->urgent) : -1;
 }
 
 /* ---- answering */

@@ -3,9 +3,11 @@
  * peer do meanwhile; and every end is seen as one. */
 #include <fcntl.h>
 #include <netinet/in.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <time.h>
 
+#include "guard.h"
 #include "tls_pair.h"
 
 #define STREAM_BYTES (4u << 20)
@@ -26,6 +28,7 @@ struct half {
 	uint8_t salt;
 	struct mgd_error err;
 	_Atomic pid_t thread;
+	void *memory;
 };
 
 /* Split a piece of memory into entries of very different sizes. */
@@ -104,6 +107,14 @@ static void stream_both_ways(struct mgd_channel *channels[2])
 		pthread_join(threads[i], NULL);
 		CHECK_OK(halves[i].err.kind, halves[i].err);
 	}
+}
+
+/* Whatever the machine's defaults are, this much data fills the socket. */
+static void keep_buffer_small(const struct mgd_channel *channel)
+{
+	int bytes = 64 << 10;
+
+	CHECK(!setsockopt(mgd_channel_fd(channel), SOL_SOCKET, SO_SNDBUF, &bytes, sizeof(bytes)));
 }
 
 static void close_both(struct mgd_channel *channels[2])
@@ -311,6 +322,7 @@ static void a_shutdown_wakes_sender_and_receiver(void)
 	pthread_t threads[2];
 
 	hosts_connect(&hosts, channels);
+	keep_buffer_small(channels[0]);
 	for (int i = 0; i < 2; i++) {
 		halves[i].channel = channels[0];
 		CHECK(!pthread_create(&threads[i], NULL, i ? receive_all : send_all, &halves[i]));
@@ -418,6 +430,64 @@ static void a_farewell_is_an_end(void)
 	asker_close(&asker, channel);
 }
 
+/* Our answers to its requests cannot be sent any more; what came with them has arrived all the same.  (OpenSSL answers
+ * the first request when the second arrives.) */
+static void what_arrives_with_requests_for_new_keys_is_received(void)
+{
+	struct asker asker;
+	struct mgd_channel *channel = asker_accept(&asker);
+	struct mgd_error err;
+	char bytes[3] = "";
+	struct iovec iov = {bytes, 2}, more = {bytes, 1};
+
+	for (int i = 0; i < 2; i++) {
+		CHECK(SSL_key_update(asker.ssl, SSL_KEY_UPDATE_REQUESTED));
+		CHECK(SSL_write(asker.ssl, &"ab"[i], 1) == 1);
+	}
+	CHECK_EQUAL(shutdown(asker.fd, SHUT_RDWR), 0);
+	CHECK_OK(mgd_channel_recv(channel, &iov, 1, &err), err);
+	CHECK(!strcmp(bytes, "ab"));
+	CHECK_FAILS(mgd_channel_recv(channel, &more, 1, &err), err, MGD_ERR_CLOSED);
+	asker_close(&asker, channel);
+}
+
+/* ---- memory that is gone */
+
+static void receive_into(void *argument)
+{
+	struct half *half = argument;
+	struct iovec iov = {half->memory, 1};
+
+	(void)mgd_channel_recv(half->channel, &iov, 1, &half->err);
+}
+
+/* As when a guest's page is discarded while it is received, and the pool is empty. */
+static void a_receiver_can_be_abandoned_in_memory_that_is_gone(void)
+{
+	struct half half = {0};
+	struct mgd_channel *channels[2];
+	struct iovec sent = {"a", 1}, answer = {"b", 1};
+	int file = memfd_create("nothing", MFD_CLOEXEC);
+	char byte = 0;
+	struct iovec iov = {&byte, 1};
+	struct mgd_error err;
+
+	CHECK_OK(mgd_guard_install(&err), err);
+	half.memory = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+	CHECK(half.memory != MAP_FAILED);
+	hosts_connect(&hosts, channels);
+	half.channel = channels[0];
+	CHECK_OK(mgd_channel_send(channels[1], &sent, 1, &err), err);
+	CHECK(!mgd_guarded(receive_into, &half));
+	/* Nobody waits for what the receiver held. */
+	CHECK_OK(mgd_channel_send(channels[0], &answer, 1, &err), err);
+	CHECK_OK(mgd_channel_recv(channels[1], &iov, 1, &err), err);
+	CHECK_EQUAL(byte, 'b');
+	close_both(channels);
+	munmap(half.memory, 4096);
+	close(file);
+}
+
 /* ---- without blocking */
 
 static void what_the_socket_does_not_take_waits(void)
@@ -430,6 +500,7 @@ static void what_the_socket_does_not_take_waits(void)
 
 	fill(data, sizeof(data), 0, 3);
 	hosts_connect(&hosts, channels);
+	keep_buffer_small(channels[1]);
 	CHECK_OK(mgd_channel_try_recv(channels[0], received, 1, &moved, &wants, &err), err);
 	CHECK_EQUAL(moved, 0);
 	CHECK_EQUAL(wants, MGD_WANTS_READ);
@@ -468,6 +539,7 @@ static void a_peer_that_only_asks_for_new_keys_is_not_answered_without_end(void)
 	char byte;
 	int wants;
 
+	keep_buffer_small(channel);
 	do {
 		CHECK(SSL_key_update(asker.ssl, SSL_KEY_UPDATE_REQUESTED));
 		CHECK(SSL_write(asker.ssl, "a", 1) == 1); /* sends the request first */
@@ -528,6 +600,8 @@ int main(void)
 	RUN(a_truncated_record_is_an_end);
 	RUN(a_damaged_record_is_no_data);
 	RUN(a_farewell_is_an_end);
+	RUN(what_arrives_with_requests_for_new_keys_is_received);
+	RUN(a_receiver_can_be_abandoned_in_memory_that_is_gone);
 	RUN(what_the_socket_does_not_take_waits);
 	RUN(a_peer_that_only_asks_for_new_keys_is_not_answered_without_end);
 	RUN(a_plain_connection_has_the_same_calls);
