@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import platform
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from package import deb
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,3 +33,20 @@ def wheel() -> Path:
     make("wheel")
     (path,) = (ROOT / "build" / "dist").glob("*.whl")
     return path
+
+
+@functools.cache
+def debian_packages() -> tuple[Path, Path]:
+    """Two revisions of the Debian package for the release under test; a skip says why there are none."""
+    suite = suite_under_test()
+    if suite not in deb.SUITES or shutil.which("dpkg-deb") is None:
+        pytest.skip(f"no Debian package for this release: {suite or 'not Debian'}")
+    make("deb", f"SUITE={suite}", "ARGS=--revision 1 2")
+    release = deb.SUITES[suite][1]
+    former, latter = (next((ROOT / "build" / "dist").glob(f"*-{revision}+deb{release}_*.deb")) for revision in "12")
+    return former, latter
+
+
+def suite_under_test() -> str:
+    """This machine's release, or another one."""
+    return os.environ.get("MIGRATED_TEST_SUITE") or platform.freedesktop_os_release().get("VERSION_CODENAME", "")
