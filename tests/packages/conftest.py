@@ -27,12 +27,23 @@ def make(*arguments: str, directory: Path = ROOT) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.fixture(scope="session")
-def wheel() -> Path:
-    """The wheel for everybody; the sdist that it was built from is beside it."""
+@functools.cache
+def build_wheel() -> Path:
+    """Build the wheel for everybody; the sdist that it was built from is beside it."""
     make("wheel")
     (path,) = (ROOT / "build" / "dist").glob("*.whl")
     return path
+
+
+@pytest.fixture(scope="session")
+def wheel() -> Path:
+    return build_wheel()
+
+
+def make_with_wheel(*arguments: str) -> None:
+    """Run ``make`` for a target that takes the wheel, without building it once more."""
+    build_wheel()
+    make("--assume-old=build/wheel", *arguments)
 
 
 @functools.cache
@@ -41,9 +52,9 @@ def debian_packages() -> tuple[Path, Path]:
     suite = suite_under_test()
     if suite not in deb.SUITES or shutil.which("dpkg-deb") is None:
         pytest.skip(f"no Debian package for this release: {suite or 'not Debian'}")
-    make("deb", f"SUITE={suite}", "ARGS=--revision 1 2")
-    release = deb.SUITES[suite][1]
-    former, latter = (next((ROOT / "build" / "dist").glob(f"*-{revision}+deb{release}_*.deb")) for revision in "12")
+    make_with_wheel("deb", f"SUITE={suite}", "ARGS=--revision 1 2")
+    directory, version, release = ROOT / "build" / "dist", deb.project_version(), deb.SUITES[suite][1]
+    (former,), (latter,) = (directory.glob(f"migrated_{version}-{revision}+deb{release}_*.deb") for revision in "12")
     return former, latter
 
 

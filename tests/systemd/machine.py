@@ -100,19 +100,19 @@ class Machine:
         """Run dpkg there; its output."""
         return self.run("dpkg", "--force-unsafe-io", *arguments, check=check, seconds=PACKAGE_SECONDS)
 
-    def install_package(self, package: Path) -> None:
-        """Install a Debian package in place of the units."""
+    def install_packages(self, *packages: Path) -> None:
+        """Install our Debian package in place of the units, with those that it depends on and the tree lacks."""
         # As above: this file takes precedence over the package's.
         ours = [line for line in (UNITS / "migrated.tmpfiles.conf").read_text().splitlines() if " /dev/" not in line]
         self.path("/etc/tmpfiles.d/migrated.conf").write_text("\n".join([*ours, ""]))
-        self.dpkg("--install", str(package))
+        self.dpkg("--install", *map(str, packages))
 
 
 @contextlib.contextmanager
-def booted(name: str, suite: str, shared: Path, package: Path | None = None) -> Iterator[Machine]:
+def booted(name: str, suite: str, shared: Path, *packages: Path) -> Iterator[Machine]:
     """Boot the tree of a Debian release; ``shared`` is seen there under the same path.
 
-    Its agents are those of this checkout, or those of a Debian package.
+    Its agents are those of this checkout, or those of our Debian package, if it is given.
 
     Raises MachineUnavailableError, TreeUnavailableError.
     """
@@ -125,7 +125,7 @@ def booted(name: str, suite: str, shared: Path, package: Path | None = None) -> 
         *("systemd-nspawn", "--quiet", f"--directory={tree}", "--volatile=overlay", f"--machine={machine_name}"),
         *("--register=no", "--keep-unit", "--capability=all", "--resolv-conf=off", "--timezone=off"),
         *(f"--bind={path}" for path in sorted(seen)),
-        *([f"--bind-ro={_program(tree, shared)}:/usr/local/bin/migrated"] if package is None else []),
+        *([f"--bind-ro={_program(tree, shared)}:/usr/local/bin/migrated"] if not packages else []),
         f"--setenv={supervisor.WORD}={os.environ[supervisor.WORD]}",  # so that the supervisor finds process 1
         "--boot",
     ]
@@ -145,10 +145,10 @@ def booted(name: str, suite: str, shared: Path, package: Path | None = None) -> 
             )
         undo.callback(_end, nspawn)
         machine = _wait_booted(name, nspawn, shared, log)
-        if package is None:
-            machine.install()
+        if packages:
+            machine.install_packages(*packages)
         else:
-            machine.install_package(package)
+            machine.install()
         yield machine
 
 
