@@ -4,6 +4,7 @@
 #   make test                 linters, C tests (with and without sanitizers), fuzzers, Python tests
 #   make check                linters and type checks only
 #   make test-interop         guest tests on the QEMU of Debian 12, 13 and sid, installed into trees
+#   make test-packages        install, upgrade and remove the packages on Debian 12 and 13; the Dockerfile's steps in a chroot
 #   make venv                 build and install into .venv
 #   make install              install the agents below PREFIX (/usr/local), configuration and units included; DESTDIR is for packagers
 #   make deb | wheel          build packages into build/dist: Debian's (SUITE=bookworm|trixie), or a wheel and an sdist
@@ -39,7 +40,7 @@ CORE := $(wildcard native/src/*.[ch] native/include/mgd_api.h native/include/mig
 C_FORMATTED := $(wildcard native/src/*.[ch] native/include/*.h native/tests/*.[ch] native/fuzz/*.[ch] \
 	native/fuzz/*/*.[ch] native/examples/*.[ch])
 
-.PHONY: deps venv demo check test test-native test-asan test-tsan fuzz test-python test-interop bench docs soak simulate clean always \
+.PHONY: deps venv demo check test test-native test-asan test-tsan fuzz test-python test-interop test-packages bench docs soak simulate clean always \
 	wheel deb install sbom lock
 
 # ---------------------------------------------------------------- distribution packages
@@ -54,7 +55,7 @@ PACKAGES := \
 GUEST_PACKAGES := iproute2:ip qemu-system-x86:qemu-system-x86_64
 # Only for `make test` and `make bench`.
 TEST_PACKAGES := clang:clang libclang-rt-dev:/usr/share/doc/libclang-rt-dev clang-format:clang-format iperf3:iperf3 \
-	systemd:systemd-analyze openssl:openssl systemd-container:systemd-nspawn mmdebstrap:mmdebstrap \
+	dpkg-dev:dpkg-shlibdeps systemd:systemd-analyze openssl:openssl systemd-container:systemd-nspawn mmdebstrap:mmdebstrap \
 	libvirt-daemon-system:libvirtd libvirt-daemon-driver-qemu:/usr/share/doc/libvirt-daemon-driver-qemu \
 	libvirt-clients:virsh python3-libvirt:/usr/lib/python3/dist-packages/libvirt.py
 
@@ -154,7 +155,7 @@ fuzz: | $(STAMPS)/test-deps
 			-artifact_prefix=build/fuzz/ build/fuzz/corpus/$${fuzzer##*/} native/fuzz/corpus/$${fuzzer##*/}; \
 	done
 
-test-python: $(STAMPS)/installed $(STAMPS)/test-deps
+test-python: $(STAMPS)/installed $(STAMPS)/test-deps $(STAMPS)/builder
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # QEMU versions other than this machine's: Debian releases as trees in the cache (tests/rig/trees.py).
@@ -195,6 +196,7 @@ build/wheel: always $(STAMPS)/builder
 # The distribution's zstd and OpenSSL are used, and updated, as they are: the wheel has no copies of them.
 wheel: build/wheel
 	@mkdir -p $(DIST)
+	@rm -f $(DIST)/*.whl $(DIST)/*.tar.gz
 	PATH=$(BUILDER)/bin:$$PATH $(BUILDER)/bin/auditwheel repair --exclude libzstd.so.1 --exclude libssl.so.3 \
 		--exclude libcrypto.so.3 --wheel-dir $(DIST) build/wheel/*.whl
 	cp build/wheel/*.tar.gz $(DIST)
@@ -214,6 +216,17 @@ lock: $(STAMPS)/builder
 	@[[ -x build/uv/bin/uv ]] || { python3 -m venv build/uv && build/uv/bin/pip install --quiet --disable-pip-version-check uv; }
 	$(BUILDER)/bin/python -m package.lock build/uv/bin/uv
 	$(BUILDER)/bin/python -m package.sbom --licences >docs/licences.md
+
+# The Debian package on both releases, with more checkers than `make test` needs; and the Dockerfile.
+PACKAGE_TEST_PACKAGES := lintian:lintian mandoc:mandoc man-db:man zsh:zsh fish:fish
+
+test-packages: $(STAMPS)/installed $(STAMPS)/test-deps
+	@.ci/deps $(PACKAGE_TEST_PACKAGES)
+	@for suite in bookworm trixie; do \
+		echo "Debian package for $$suite"; \
+		MIGRATED_TEST_SUITE=$$suite $(BIN)/python -m pytest $(PYTEST_ARGS) tests/systemd/test_package.py tests/packages/test_deb.py; \
+	done
+	MIGRATED_TEST_IMAGE=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/packages --ignore=tests/packages/test_deb.py
 
 clean:
 	rm -rf build $(VENV)

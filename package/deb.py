@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from package import agents, sbom
-from package.install import CONFIGURATION, NOT_UNITS, Installation
+from package.install import CONFIGURATION, Installation
 
 ROOT: Final = Path(__file__).parents[1]
 TEMPLATES: Final = ROOT / "package" / "debian"
@@ -60,8 +60,11 @@ def stage(suite: str, wheel: Path, tree: Path) -> None:
     made.add_units()
     made.add_configuration()
     made.add_documents()
-    for page in made.at(PREFIX / "share" / "man").rglob("*.[1-8]"):
+    share = made.at(PREFIX / "share")
+    for page in (share / "man").rglob("*.[1-8]"):
         _compress(page)
+    # Debian's zsh looks for those of packages here.
+    (share / "zsh" / "site-functions").rename(share / "zsh" / "vendor-completions")
 
 
 def pack(suite: str, tree: Path, output: Path, revision: str) -> Path:
@@ -89,7 +92,8 @@ def pack(suite: str, tree: Path, output: Path, revision: str) -> Path:
         "PYTHON": python,
         "NEXT_PYTHON": f"{major}.{int(minor) + 1}",
         "SHARED_LIBRARIES": _shared_libraries([path for path in files if ".so" in path.suffixes]),
-        "UNITS": " ".join(units()),
+        "SERVICES": " ".join(units(".service")),
+        "UNITS": " ".join(units(".service", ".socket")),
         "JOURNAL_VERSION": _journal_version(),
     }
     for name in ("control", *SCRIPTS):
@@ -109,10 +113,12 @@ def pack(suite: str, tree: Path, output: Path, revision: str) -> Path:
     return package
 
 
-def units() -> list[str]:
-    """Return the units that the package has; templates are not started under their own name."""
-    names = [path.name for path in sorted((ROOT / "systemd").iterdir())]
-    return [name for name in names if "@" not in name and not any(map(name.endswith, NOT_UNITS))]
+def units(*kinds: str) -> list[str]:
+    """Return the units of these kinds; templates are not started under their own name.
+
+    A slice is none of those that a script may name: guests run in it.
+    """
+    return [path.name for path in sorted((ROOT / "systemd").iterdir()) if path.suffix in kinds and "@" not in path.name]
 
 
 def _journal_version() -> str:

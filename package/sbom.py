@@ -5,6 +5,7 @@ With ``--licences`` it prints docs/licences.md instead.
 
 from __future__ import annotations
 
+import base64
 import datetime as dt
 import json
 import os
@@ -36,12 +37,16 @@ COMBINED: Final = {
 }
 _NAME: Final = re.compile(r"[A-Za-z0-9._-]+")
 
+#: Name, version and licence, then the integrity that the registry of npm states.
+_VENDORED: Final = re.compile(r"(\S+) (\S+), (\S+) licence.*?\bsha512-([A-Za-z0-9+/=]+)", re.DOTALL)
+
 PAGE: Final = """\
 # Licences
 
-What the agents need at run time, as `package/agents.lock` names it. The Debian package and `make install` put it into
-an environment of their own; `migrated` itself is under the MIT licence. The libraries of the distribution that are
-used (glibc, zstd, OpenSSL) are not part of any package of ours.
+What the agents need at run time: the Python packages that `package/agents.lock` names, which the Debian package and
+`make install` put into an environment of the agents' own, and what is in a directory `vendor` of the sources. `migrated`
+itself is under the MIT licence. The libraries of the distribution that are used (glibc, zstd, OpenSSL) are not part of
+any package of ours.
 
 This page is made from the packages' own metadata: `make lock`.
 
@@ -86,6 +91,29 @@ def _component(package: Distribution, digest: str) -> dict[str, Any]:
     }
 
 
+def vendored() -> list[dict[str, Any]]:
+    """Return the components that are in our own sources, as the VENDORED.md beside each says."""
+    found = []
+    for page in sorted((ROOT / "migrated").glob("**/vendor/*/VENDORED.md")):
+        described = _VENDORED.match(page.read_text())
+        if described is None:
+            raise ValueError(f"{page}: the first lines must be as those of uPlot: {_VENDORED.pattern}")
+        name, version, licence, integrity = described.groups()
+        reference = f"pkg:npm/{name.lower()}@{version}"
+        found.append(
+            {
+                "type": "library",
+                "bom-ref": reference,
+                "name": name,
+                "version": version,
+                "purl": reference,
+                "hashes": [{"alg": "SHA-512", "content": base64.b64decode(integrity).hex()}],
+                "licenses": [{"expression": licence}],
+            }
+        )
+    return found
+
+
 def _needs(requirements: list[str], known: dict[str, str]) -> list[str]:
     names = [agents.canonical(_NAME.match(one)[0]) for one in requirements if "extra ==" not in one]  # type: ignore[index]
     return sorted({known[name] for name in names if name in known})
@@ -98,8 +126,11 @@ def document(version: str) -> dict[str, Any]:
     components = [_component(package, hashes[agents.canonical(package.name)]) for package in packages]
     known = {agents.canonical(one["name"]): one["bom-ref"] for one in components}
     ours = _reference(project["name"], project["version"])
-    needs = {ours: _needs(project["dependencies"], known)}
+    carried = vendored()
+    needs = {ours: _needs(project["dependencies"], known) + [one["bom-ref"] for one in carried]}
     needs |= {known[agents.canonical(one.name)]: _needs(one.requires or [], known) for one in packages}
+    needs |= {one["bom-ref"]: [] for one in carried}
+    components += carried
     time = dt.datetime.fromtimestamp(int(os.environ.get("SOURCE_DATE_EPOCH", "0")), dt.UTC)
     return {
         "$schema": f"http://cyclonedx.org/schema/bom-{SPECIFICATION}.schema.json",
@@ -126,8 +157,9 @@ def document(version: str) -> dict[str, Any]:
 
 def licences(version: str) -> str:
     """Return docs/licences.md."""
-    rows = [f"| {one.name} | {one.version} | {expression(one)} |\n" for one in agents.distributions(version)]
-    return PAGE + "".join(rows)
+    rows = [(one.name, one.version, expression(one)) for one in agents.distributions(version)]
+    rows += [(one["name"], one["version"], one["licenses"][0]["expression"]) for one in vendored()]
+    return PAGE + "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from package import agents, manuals
 from package.install import Installation
-from tests.packages.conftest import ROOT, make
+from tests.packages.conftest import ROOT, make_with_wheel
 
 pytestmark = pytest.mark.timeout(300)  # the first one fetches the packages
 PREFIX = Path("/opt/elsewhere")
@@ -21,7 +21,7 @@ PREFIX = Path("/opt/elsewhere")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Installed below this directory."""
     destdir = tmp_path_factory.mktemp("destdir")
-    make("install", f"DESTDIR={destdir}", f"PREFIX={PREFIX}")
+    make_with_wheel("install", f"DESTDIR={destdir}", f"PREFIX={PREFIX}")
     return destdir
 
 

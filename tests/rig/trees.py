@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from migrated.demo.run import cache_directory
 from migrated.errors import HostError
@@ -45,21 +46,44 @@ exec {PROGRAM} "$@"' "${{0%/*}}" "$@"
 _RECIPE = "etc/migrated-tree"  # what the tree was built from; a tree with another recipe is rebuilt
 
 
+class Recipe(NamedTuple):
+    """What a tree is built from."""
+
+    variant: str
+    packages: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """Return what is kept in the tree: a tree with another recipe is rebuilt."""
+        return "\n".join([*(self.packages or (self.variant,)), *LEFT_OUT, WRAPPER])
+
+
+SYSTEM = Recipe("essential", PACKAGES)
+IMAGE = Recipe("minbase", ())
+
+
 class TreeUnavailableError(HostError):
     """The tree does not exist and cannot be built here; the message says why."""
 
 
 def tree(suite: str) -> Path:
     """Return the tree of this Debian release; build it if necessary.  Raises TreeUnavailableError."""
-    path = _trees() / suite
-    if _is_current(path):
+    return _tree(suite, _trees() / suite, SYSTEM)
+
+
+def image(suite: str) -> Path:
+    """Return a tree like the base image of this Debian release: with apt, and little else.  Raises TreeUnavailableError."""
+    return _tree(suite, _trees() / f"{suite}-image", IMAGE)
+
+
+def _tree(suite: str, path: Path, recipe: Recipe) -> Path:
+    if _is_current(path, recipe):
         return path
     _check_tools()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with (path.parent / f".{suite}.lock").open("w") as lock:
+    with (path.parent / f".{path.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not _is_current(path):
-            _make(suite, path)
+        if not _is_current(path, recipe):
+            _make(suite, path, recipe)
     return path
 
 
@@ -79,13 +103,9 @@ def _trees() -> Path:
     return cache_directory() / "trees"
 
 
-def _recipe() -> str:
-    return "\n".join([*PACKAGES, *LEFT_OUT, WRAPPER])
-
-
-def _is_current(path: Path) -> bool:
+def _is_current(path: Path, recipe: Recipe) -> bool:
     with contextlib.suppress(FileNotFoundError):
-        return (path / _RECIPE).read_text() == _recipe()
+        return (path / _RECIPE).read_text() == str(recipe)
     return False
 
 
@@ -97,7 +117,7 @@ def _check_tools() -> None:
             raise TreeUnavailableError(f"cannot build a Debian tree: {program} is not installed")
 
 
-def _make(suite: str, path: Path) -> None:
+def _make(suite: str, path: Path, recipe: Recipe) -> None:
     """Build the tree in a scratch directory, and move it into place when it is complete."""
     with supervisor.directory(f".{suite}-", str(path.parent)) as scratch:
         configuration = scratch / "apt.conf"
@@ -105,14 +125,15 @@ def _make(suite: str, path: Path) -> None:
         made = scratch / "tree"
         _run(
             # In a mount namespace, whatever mmdebstrap mounts disappears with its last process, however that exits.
-            *("unshare", "--mount", "mmdebstrap", "--mode=root", "--variant=essential"),
-            *(f"--include={','.join(PACKAGES)}", f"--aptopt={configuration}", "--dpkgopt=force-unsafe-io"),
+            *("unshare", "--mount", "mmdebstrap", "--mode=root", f"--variant={recipe.variant}"),
+            *(f"--include={package}" for package in recipe.packages),
+            *(f"--aptopt={configuration}", "--dpkgopt=force-unsafe-io"),
             *(f"--dpkgopt=path-exclude={pattern}" for pattern in LEFT_OUT),
             *(suite, str(made), _mirror()),
         )
         (made / PROGRAM).write_text(WRAPPER)
         (made / PROGRAM).chmod(0o755)
-        (made / _RECIPE).write_text(_recipe())
+        (made / _RECIPE).write_text(str(recipe))
         if path.exists():  # another recipe, or partly removed; it is deleted with the scratch directory
             path.rename(scratch / "former")
         made.rename(path)

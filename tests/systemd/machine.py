@@ -27,6 +27,7 @@ UNITS = ROOT / "systemd"
 DEVICES = ("/dev/kvm", "/dev/userfaultfd")
 BOOT_SECONDS = 60.0
 COMMAND_SECONDS = 60.0
+PACKAGE_SECONDS = 300.0
 #: Of a kernel or a container around us that does not let nspawn do its work; any other end of it is a failure of the test.
 REFUSALS = ("Operation not permitted", "Permission denied", "Read-only file system")
 _NSPAWN_RUN = Path("/run/systemd/nspawn")
@@ -50,11 +51,9 @@ class Machine:
         """Where a path of the machine is found from outside."""
         return Path(f"/proc/{self.leader}/root") / str(path).lstrip("/")
 
-    def run(self, *command: str, check: bool = True) -> str:
+    def run(self, *command: str, check: bool = True, seconds: float = COMMAND_SECONDS) -> str:
         """Run a command there; its output."""
-        done = subprocess.run(
-            [*self.prefix, *command], check=False, capture_output=True, text=True, timeout=COMMAND_SECONDS
-        )
+        done = subprocess.run([*self.prefix, *command], check=False, capture_output=True, text=True, timeout=seconds)
         if check and done.returncode:
             raise AssertionError(f"{' '.join(command)}: status {done.returncode}: {done.stdout}{done.stderr}")
         return done.stdout
@@ -97,10 +96,23 @@ class Machine:
         self.run("systemd-tmpfiles", "--create", "--exclude-prefix=/dev")
         self.run("systemctl", "daemon-reload")
 
+    def dpkg(self, *arguments: str, check: bool = True) -> str:
+        """Run dpkg there; its output."""
+        return self.run("dpkg", "--force-unsafe-io", *arguments, check=check, seconds=PACKAGE_SECONDS)
+
+    def install_packages(self, *packages: Path) -> None:
+        """Install our Debian package in place of the units, with those that it depends on and the tree lacks."""
+        # As above: this file takes precedence over the package's.
+        ours = [line for line in (UNITS / "migrated.tmpfiles.conf").read_text().splitlines() if " /dev/" not in line]
+        self.path("/etc/tmpfiles.d/migrated.conf").write_text("\n".join([*ours, ""]))
+        self.dpkg("--install", *map(str, packages))
+
 
 @contextlib.contextmanager
-def booted(name: str, suite: str, shared: Path) -> Iterator[Machine]:
-    """Boot the tree of a Debian release, the units installed; ``shared`` is seen there under the same path.
+def booted(name: str, suite: str, shared: Path, *packages: Path) -> Iterator[Machine]:
+    """Boot the tree of a Debian release; ``shared`` is seen there under the same path.
+
+    Its agents are those of this checkout, or those of our Debian package, if it is given.
 
     Raises MachineUnavailableError, TreeUnavailableError.
     """
@@ -113,7 +125,7 @@ def booted(name: str, suite: str, shared: Path) -> Iterator[Machine]:
         *("systemd-nspawn", "--quiet", f"--directory={tree}", "--volatile=overlay", f"--machine={machine_name}"),
         *("--register=no", "--keep-unit", "--capability=all", "--resolv-conf=off", "--timezone=off"),
         *(f"--bind={path}" for path in sorted(seen)),
-        f"--bind-ro={_program(tree, shared)}:/usr/local/bin/migrated",
+        *([f"--bind-ro={_program(tree, shared)}:/usr/local/bin/migrated"] if not packages else []),
         f"--setenv={supervisor.WORD}={os.environ[supervisor.WORD]}",  # so that the supervisor finds process 1
         "--boot",
     ]
@@ -133,7 +145,10 @@ def booted(name: str, suite: str, shared: Path) -> Iterator[Machine]:
             )
         undo.callback(_end, nspawn)
         machine = _wait_booted(name, nspawn, shared, log)
-        machine.install()
+        if packages:
+            machine.install_packages(*packages)
+        else:
+            machine.install()
         yield machine
 
 
