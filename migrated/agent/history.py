@@ -16,7 +16,7 @@ import structlog
 
 from migrated import log as logging
 from migrated.agent.series import Series
-from migrated.memory.engine import PageMap
+from migrated.memory.page_map import PageMap
 
 if TYPE_CHECKING:
     from migrated.agent.record import Record

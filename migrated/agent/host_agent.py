@@ -22,7 +22,7 @@ from migrated.agent.table import MigrationTable
 from migrated.config import AgentConfig
 from migrated.errors import ConflictError, NotFoundError
 from migrated.guests.registry import GuestRegistry
-from migrated.memory.engine import PageMap
+from migrated.memory.page_map import PageMap
 from migrated.recovery.store import CombinedStore, store_for
 from migrated.waiting import cancel_and_wait
 

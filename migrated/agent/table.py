@@ -16,7 +16,7 @@ from migrated.agent.history import Histories, Kept
 from migrated.agent.migration import Migration
 from migrated.agent.record import Record
 from migrated.errors import ConflictError, NotFoundError
-from migrated.memory.engine import PageMap
+from migrated.memory.page_map import PageMap
 
 M = TypeVar("M", bound=Migration)
 

@@ -28,7 +28,7 @@ from migrated.http.reading import (
     summary,
 )
 from migrated.log import Line
-from migrated.memory.engine import PageMap
+from migrated.memory.page_map import PageMap
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator

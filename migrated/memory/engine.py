@@ -19,6 +19,7 @@ from typing import Any
 from migrated.errors import MigratedError
 from migrated.memory.channel import Channel
 from migrated.memory.native import call, error_from, ffi, hash_key, lib
+from migrated.memory.page_map import MAP_STATES, PageMap
 from migrated.memory.regions import Mapping, SourceMemory, TargetMemory
 from migrated.memory.tracker import Tracker
 from migrated.waiting import in_thread
@@ -49,24 +50,6 @@ class Event:
     stream: int
     value: int
     error: MigratedError | None
-
-
-#: States of memory in a page map, in the order of MGD_MAP_*.
-MAP_STATES = ("absent", "received", "stale", "requested", "current", "mapped", "poisoned", "sent", "dirty")
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class PageMap:
-    """The states of all memory in cells of equal size; see ``struct mgd_page_map``.
-
-    ``cells`` has a byte for each cell, by state: the share of the cell, 0 to 255.  States that do not occur are left
-    out, there and in ``bytes_by_state``.  ``at`` is Unix time.
-    """
-
-    at: float
-    cell_bytes: int
-    bytes_by_state: dict[str, int]
-    cells: dict[str, bytes]
 
 
 class _Engine:

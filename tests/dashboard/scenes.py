@@ -9,7 +9,7 @@ import time
 from migrated.agent.history import MAP_CELLS, Kept
 from migrated.agent.record import ErrorInfo, Faults, FaultSeconds, Record, State, StateChange
 from migrated.agent.series import Series
-from migrated.memory.engine import PageMap
+from migrated.memory.page_map import PageMap
 from tests.unit.http_cli.fake_agent import FakeAgent
 
 TIB = 1 << 40

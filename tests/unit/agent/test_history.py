@@ -18,7 +18,7 @@ from migrated.agent import history, series
 from migrated.agent.history import Histories, History, Kept
 from migrated.agent.record import Record
 from migrated.agent.series import Series
-from migrated.memory.engine import PageMap
+from migrated.memory.page_map import PageMap
 
 
 @pytest.fixture

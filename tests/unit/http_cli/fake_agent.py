@@ -17,7 +17,7 @@ from migrated.agent.host_agent import HostAgent
 from migrated.agent.record import ErrorInfo, Faults, FaultSeconds, Record, State, StateChange
 from migrated.agent.requests import EvacuateRequest, GuestList, GuestReport, Health, SetRequest, StartRequest
 from migrated.errors import ConflictError, GuestRefusedError, NotFoundError
-from migrated.memory.engine import PageMap
+from migrated.memory.page_map import PageMap
 
 GUEST = "vm1"
 
@@ -53,6 +53,7 @@ class FakeAgent(HostAgent[Any]):
         self.all: list[Record] = []
         self.requested: list[StartRequest] = []
         self.kept: dict[str, Kept] = {}
+        self.sets: list[SetRequest] = []
         self.sick: list[str] = []
         self.started = asyncio.Event()
         self.failure: BaseException | None = None
@@ -175,6 +176,7 @@ class FakeAgent(HostAgent[Any]):
 
     async def set(self, migration_id: str, request: SetRequest) -> Record:
         record = self.record(migration_id)
+        self.sets.append(request)
         record.max_bandwidth_bytes_per_second = request.max_bandwidth
         await self.tell()
         return record

@@ -18,7 +18,7 @@ from migrated.agent.requests import StartRequest
 from migrated.agent.series import Series
 from migrated.http import live, reading
 from migrated.log import Line
-from migrated.memory.engine import PageMap
+from migrated.memory.page_map import PageMap
 from tests.unit.http_cli.served import Served
 
 pytest_plugins = ["tests.unit.http_cli.served_fixtures"]
