@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 from migrated.agent import archive
 from migrated.agent.archive import Archive
 from migrated.agent.evacuation import Evacuation
+from migrated.agent.history import Histories, Kept
 from migrated.agent.migration import Migration
 from migrated.agent.record import Record
 from migrated.agent.requests import EvacuateRequest, GuestList, Health, SetRequest, StartRequest
@@ -23,6 +24,7 @@ from migrated.errors import ConflictError, NotFoundError
 from migrated.guests.registry import GuestRegistry
 from migrated.link.credentials import Credentials
 from migrated.link.dialing import DialTerms
+from migrated.memory.page_map import PageMap
 from migrated.recovery.store import CombinedStore, store_for
 from migrated.waiting import cancel_and_wait
 
@@ -45,6 +47,7 @@ class HostAgent(abc.ABC, Generic[M]):
         self._migrations: MigrationTable[M] = MigrationTable(
             keep=config.limits.max_records,
             archive=Archive(config.state_dir / archive.NAME, keep=config.limits.max_records),
+            histories=Histories(config.state_dir),
         )
         self._tasks: dict[asyncio.Task[None], M] = {}
         self._started = False  # the previous agent's migrations are recovered; new ones may start
@@ -76,6 +79,14 @@ class HostAgent(abc.ABC, Generic[M]):
     def record(self, migration_id: str) -> Record:
         """Find a record by id, by a unique prefix of the id, or by guest name (its newest).  Raises NotFoundError."""
         return self._migrations.record(migration_id)
+
+    async def history(self, migration_id: str) -> Kept:
+        """Return a migration's figures over time, its log and its last page map.  Raises as `record` does."""
+        return await self._migrations.history(migration_id)
+
+    async def page_map(self, migration_id: str) -> PageMap | None:
+        """Return a migration's page map, at most a moment old while it is active.  Raises as `record` does."""
+        return await self._migrations.page_map(migration_id)
 
     @abc.abstractmethod
     async def start(self, request: StartRequest) -> Record:
@@ -193,6 +204,7 @@ class HostAgent(abc.ABC, Generic[M]):
 
     async def _run(self, migration: M) -> None:
         await migration.run()
+        self._migrations.save_history(migration)
         # The guest's next migration may have begun while this one was finishing.
         if self._migrations.of_guest(migration.record.guest) is None:
             self._guests.remove_run_dir(migration.record.guest)

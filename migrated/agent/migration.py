@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from migrated.agent.connection import Connection
+from migrated.agent.history import History
 from migrated.agent.hooks import Hooks
 from migrated.agent.record import NEXT, ErrorInfo, Record, State, StateChange
 from migrated.errors import AbortedError, MigratedError, as_migrated_error
@@ -48,6 +49,7 @@ class Migration:
         self.connection = Connection(self)  # the current one, or the previous one until the next is made
         self.engine: SourceEngine | TargetEngine | None = None
         self.hooks = Hooks(hooks, record, self.log)
+        self.history = History(record.id)
         self.on_end: Callable[[Record], None] | None = None
         self._over = False
         self._watchers: set[asyncio.Event] = set()
@@ -78,6 +80,7 @@ class Migration:
             self.record.ended_at = now
             if self.on_end is not None:
                 self.on_end(self.record)
+        self.history.sample(self.record, always=True)
         level = self.log.warning if error is not None else self.log.info
         level("state", before=before.value, state=state.value, **({"error": str(error)} if error else {}))
         self.hooks.on(state)
@@ -130,9 +133,11 @@ class Migration:
 
     async def run(self) -> None:
         """Run the whole migration.  It ends in a final state; this never raises an Exception."""
+        structlog.contextvars.bind_contextvars(migration=self.id, guest=self.record.guest)  # also for the driver's log
         ticker = asyncio.ensure_future(self.tick())
         try:
             await self._migrate()
+            await log_errors(self.history.page_map(self.engine, now=True), self.log, "read the last page map")
         except FinalError as final:
             self.set_state(State.FAILED, final.error)
         except Exception as error:  # noqa: BLE001 - the last resort
@@ -196,6 +201,7 @@ class Migration:
             if self.record.ended:
                 return  # the final figures stay
             self.refresh()
+            self.history.sample(self.record)
             self.notify()
 
     async def events(self) -> AsyncIterator[Record]:

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
 
 from migrated.agent.archive import Archive
+from migrated.agent.history import Histories, Kept
 from migrated.agent.migration import Migration
 from migrated.agent.record import Record
 from migrated.errors import ConflictError, NotFoundError
+from migrated.memory.page_map import PageMap
 
 M = TypeVar("M", bound=Migration)
 
@@ -26,10 +28,11 @@ class MigrationTable(Generic[M]):
     records: no verb applies to them any more.
     """
 
-    def __init__(self, *, keep: int, archive: Archive | None = None) -> None:
+    def __init__(self, *, keep: int, archive: Archive | None = None, histories: Histories | None = None) -> None:
         self._migrations: dict[str, M] = {}
         self._keep = keep
         self._archive = archive
+        self._histories = histories
         self._archiving: set[asyncio.Future[None]] = set()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="archive")  # one thread keeps the lines in order
         self._former: dict[str, Record] = {record.id: record for record in archive.load()} if archive else {}
@@ -50,9 +53,35 @@ class MigrationTable(Generic[M]):
 
     def _archive_soon(self, archive: Archive, record: Record) -> None:
         """Write the record of an ended migration in a thread: a slow disk must not stop the other migrations."""
-        writing = asyncio.get_running_loop().run_in_executor(self._writer, archive.add, record)
+        self._write_soon(functools.partial(archive.add, record))
+
+    def _write_soon(self, write: Callable[[], None]) -> None:
+        writing = asyncio.get_running_loop().run_in_executor(self._writer, write)
         self._archiving.add(writing)
         writing.add_done_callback(self._archiving.discard)
+
+    def save_history(self, migration: M) -> None:
+        """Store the history of a migration that this agent no longer works on."""
+        if self._histories is not None and migration.record.ended:
+            self._write_soon(functools.partial(self._histories.save, migration.id, migration.history.take()))
+
+    async def history(self, wanted: str) -> Kept:
+        """Return the history of a migration, empty if there is none any more.  Raises as `record` does."""
+        record = self.record(wanted)
+        migration = self._migrations.get(record.id)
+        if migration is not None and not migration.history.stored:
+            return migration.history.kept()
+        if self._histories is None:
+            return Kept()
+        # In the writer's thread, so that what is being stored is there.
+        return await asyncio.get_running_loop().run_in_executor(self._writer, self._histories.load, record.id)
+
+    async def page_map(self, wanted: str) -> PageMap | None:
+        """Return the page map of a migration, the last one if it has ended.  Raises as `record` does."""
+        migration = self._migrations.get(self.record(wanted).id)
+        if migration is not None and not migration.history.stored:
+            return await migration.history.page_map(migration.engine)
+        return (await self.history(wanted)).page_map
 
     async def archived(self) -> None:
         """Wait until the records of all ended migrations are written."""

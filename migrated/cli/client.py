@@ -18,9 +18,12 @@ import msgspec
 from migrated.agent.evacuation import Evacuation, EvacuationList
 from migrated.agent.record import Record
 from migrated.agent.requests import GuestList
+from migrated.agent.series import Series
 from migrated.cli.failure import RemoteError
 from migrated.config import CONTROL_SOCKET_NAME, STATE_DIRECTORY
 from migrated.errors import ConfigError, ConnectionLostError, HostError
+from migrated.log import Line
+from migrated.memory.page_map import PageMap
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -43,6 +46,18 @@ class MigrationList(msgspec.Struct):
     """Answer of ``GET /v1/migrations``."""
 
     migrations: list[Record]
+
+
+class PageMapAnswer(msgspec.Struct):
+    """Answer of ``GET /v1/migrations/ID/map``."""
+
+    map: PageMap | None
+
+
+class LogAnswer(msgspec.Struct):
+    """Answer of ``GET /v1/migrations/ID/log``."""
+
+    log: list[Line]
 
 
 def default_agent() -> str:
@@ -115,6 +130,18 @@ class Client:
     async def migration(self, migration: str) -> Record:
         """Return a migration by id, unique prefix or guest."""
         return await self._call("GET", _path(migration), Record)
+
+    async def series(self, migration: str) -> Series:
+        """Return a migration's figures over time."""
+        return await self._call("GET", f"{_path(migration)}/series", Series)
+
+    async def page_map(self, migration: str) -> PageMap | None:
+        """Return a migration's page map, if there is one."""
+        return (await self._call("GET", f"{_path(migration)}/map", PageMapAnswer)).map
+
+    async def log(self, migration: str) -> list[Line]:
+        """Return the lines of the agent's log that name the migration."""
+        return (await self._call("GET", f"{_path(migration)}/log", LogAnswer)).log
 
     async def start(self, body: dict[str, Any]) -> Record:
         """Start a migration."""

@@ -17,11 +17,12 @@ from migrated.cli.daemons import source, target
 from migrated.cli.demo import demo
 from migrated.cli.evacuate import evacuate
 from migrated.cli.guests import guests
+from migrated.cli.history import logs, report
 from migrated.cli.host import check, inspect
 from migrated.cli.migrations import VERBS
 from migrated.errors import MigratedError
 
-_EPILOG: Final = "Exit codes: 0 done, 1 failed, 2 usage, 3 aborted, 130 interrupted."
+_EPILOG: Final = "Exit codes: 0 done, 1 failed, 2 usage, 3 aborted, 124 timed out, 130 interrupted."
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=_EPILOG)
@@ -35,7 +36,7 @@ def root(context: click.Context, agent: str | None) -> None:
     context.obj = agent
 
 
-for command in (source, target, *VERBS, evacuate, guests, check, config, inspect, certificates, demo):
+for command in (source, target, *VERBS, report, logs, evacuate, guests, check, config, inspect, certificates, demo):
     root.add_command(command)
 
 

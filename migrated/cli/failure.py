@@ -12,12 +12,13 @@ from typing import Any, Final
 import click
 
 from migrated.agent.record import Record, State
-from migrated.errors import AbortedError, ConfigError, MigratedError, UsageError, error_fields
+from migrated.errors import AbortedError, ConfigError, MigratedError, TimeoutExceededError, UsageError, error_fields
 
 DONE: Final = 0
 FAILED: Final = 1
 USAGE: Final = 2
 ABORTED: Final = 3
+TIMED_OUT: Final = 124  # as timeout(1)
 INTERRUPTED: Final = 130  # as shells count: 128 + SIGINT
 
 
@@ -37,10 +38,16 @@ class RemoteError(MigratedError):
         return {**super().as_dict(), **({"state": self.state} if self.state else {})}
 
 
+class WaitTimedOutError(TimeoutExceededError):
+    """The migration has not ended in the time that the user gave.  It continues."""
+
+
 def exit_code_of_error(error: BaseException) -> int:
-    """Return 2 if what the user typed or asked for does not fit, 3 for aborted, else 1."""
+    """Return 2 if what the user typed or asked for does not fit, 3 for aborted, 124 for a wait that timed out, else 1."""
     if isinstance(error, RemoteError):
         return USAGE if error.status in (400, 403, 404, 405, 409) else FAILED
+    if isinstance(error, WaitTimedOutError):
+        return TIMED_OUT
     if isinstance(error, AbortedError):
         return ABORTED
     return USAGE if isinstance(error, ConfigError | UsageError | click.UsageError) else FAILED

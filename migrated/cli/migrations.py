@@ -19,9 +19,10 @@ from rich.live import Live
 from migrated import settings, units
 from migrated.agent.record import Record
 from migrated.agent.requests import StartRequest
-from migrated.cli import failure, rendering
+from migrated.cli import failure, progress, rendering
 from migrated.cli.client import Client
-from migrated.errors import ConfigError, MigratedError, TimeoutExceededError
+from migrated.cli.following import Following, OnTimeout, end_of
+from migrated.errors import ConfigError
 from migrated.options import DomainOptions, Limits, MigrationOptions
 
 if TYPE_CHECKING:
@@ -124,6 +125,10 @@ def print_json(value: Any) -> None:
 
 # ---------------------------------------------------------------- start, wait
 
+_timeout_option: Final = click.option(
+    "--timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="Wait at most so long."
+)
+
 
 @click.command()
 @click.argument("guest")
@@ -131,56 +136,57 @@ def print_json(value: Any) -> None:
 @options(MigrationOptions)
 @options(DomainOptions)
 @click.option("--wait", is_flag=True, help="Wait until it has ended, and show progress.")
+@_timeout_option
+@click.option(
+    "--on-timeout",
+    type=click.Choice(typing.get_args(OnTimeout)),
+    help="What to do then (default: stop waiting, exit code 124). abort: abort the migration if it still can be. "
+    "postcopy: end pre-copy and switch over. pause: end pre-copy, and send the rest while the guest is paused.",
+)
 @json_flag
 @agent_verb
-async def start(client: Client, *, wait: bool, as_json: bool, **request: Any) -> int:
-    """Move GUEST to another host; prints the migration's id.  Options left out are the configuration's."""
-    record = await client.start({key: value for key, value in request.items() if value is not None})
-    if not wait:
+async def start(
+    client: Client, *, wait: bool, timeout: float | None, on_timeout: OnTimeout | None, as_json: bool, **request: Any
+) -> int:
+    """Move GUEST to another host; prints the migration's id.  Options left out are the configuration's.
+
+    --timeout waits, too.
+    """
+    body = {key: value for key, value in request.items() if value is not None}
+    if on_timeout is not None and timeout is None:
+        raise click.UsageError("--on-timeout needs --timeout", click.get_current_context())
+    if on_timeout == "postcopy" and body.setdefault("mode", "hybrid") == "precopy":
+        raise click.UsageError("in mode precopy there is no post-copy to switch to", click.get_current_context())
+    record = await client.start(body)
+    if not wait and timeout is None:
         print_json(record) if as_json else print(record.id)
         return failure.DONE
     if not as_json:
         print(record.id, flush=True)
-    return await _follow(client, record, as_json=as_json, quiet=as_json)
+    following = Following(
+        client, record, quiet=as_json, timeout_seconds=timeout, on_timeout=on_timeout, ask=not as_json
+    )
+    return await _follow(client, following, as_json=as_json)
 
 
 @click.command()
 @click.argument("id")
-@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="Wait at most so long.")
+@_timeout_option
 @click.option("--quiet", is_flag=True, help="No progress.")
 @json_flag
 @agent_verb
 async def wait(client: Client, *, id: str, timeout: float | None, quiet: bool, as_json: bool) -> int:
     """Wait until a migration has ended; the exit code says how it ended."""
     record = await client.migration(id)
-    follow = _follow(client, record, as_json=as_json, quiet=quiet or as_json)
-    try:
-        async with asyncio.timeout(timeout):
-            return await follow
-    except TimeoutError:
-        message = f"migration {record.id} of {record.guest} has not ended after {timeout:g} s"
-        raise TimeoutExceededError(message, hint="it continues; `migrated status` shows its progress") from None
+    following = Following(client, record, quiet=quiet or as_json, timeout_seconds=timeout)
+    return await _follow(client, following, as_json=as_json)
 
 
-async def _follow(client: Client, record: Record, *, as_json: bool, quiet: bool) -> int:
-    """Show progress until the migration has ended, then its summary.  Ctrl-C ends the watching, never the migration."""
-    try:
-        if quiet:
-            async for latest in client.events(record.id):
-                record = latest
-        else:
-            with rendering.Progress() as progress:
-                async for latest in client.events(record.id):
-                    record = latest
-                    progress.show(record)
-    except asyncio.CancelledError:
-        print(f"no longer watching; the migration continues: migrated wait {record.id}", file=sys.stderr)
-        raise
-    if not record.ended:
-        record = await client.migration(record.id)  # the stream may end before the agent sends its last event
-    if not record.ended:
-        message = f"the agent stopped while migration {record.id} was in state {record.state.value}"
-        raise MigratedError(message, code="agent-stopped", hint="start the agent again; guests are safe meanwhile")
+async def _follow(client: Client, following: Following, *, as_json: bool) -> int:
+    """Wait until the migration has ended, then show its summary."""
+    record = await end_of(following, client)
+    if record is None:
+        return failure.INTERRUPTED
     _show(record, as_json=as_json)
     return failure.exit_code_of_record(record)
 
@@ -210,7 +216,7 @@ async def _status_of_one(client: Client, migration: str, *, watch: bool, as_json
     if not watch:
         _show(record, as_json=as_json)
     elif not as_json:
-        return await _follow(client, record, as_json=False, quiet=False)
+        return await _follow(client, Following(client, record), as_json=False)
     else:
         async for latest in client.events(migration):
             record = latest
@@ -240,7 +246,7 @@ async def _watch_agent(client: Client, *, as_json: bool) -> int:
             await asyncio.sleep(_WATCH_SECONDS)
     with Live(console=out, auto_refresh=False) as live:
         while True:
-            live.update(rendering.migrations_table(await client.migrations()), refresh=True)
+            live.update(progress.table(await client.migrations(ended=False)), refresh=True)
             await asyncio.sleep(_WATCH_SECONDS)
 
 

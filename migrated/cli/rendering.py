@@ -1,4 +1,4 @@
-"""Render records for people: tables, one line, a summary, a progress display.
+"""Render records for people: tables and a summary.
 
 Programs get the records as JSON instead.
 """
@@ -6,12 +6,9 @@ Programs get the records as JSON instead.
 from __future__ import annotations
 
 import datetime as dt
-import sys
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress_bar import ProgressBar
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -100,17 +97,6 @@ def migrations_table(records: Iterable[Record]) -> Table:
     return table
 
 
-def line(record: Record) -> str:
-    """Return one plain line: the progress display where there is no terminal."""
-    parts = [f"{short_id(record)} {record.guest}: {record.state.value}"]
-    if not record.ended:
-        parts.append(f"round {record.round}")
-        parts.append(f"{progress_percent(record):.1f} % of {format_size(record.total_bytes)}")
-        parts.append(format_rate(record.throughput_bytes_per_second))
-        parts.append(f"changing {format_rate(record.dirty_bytes_per_second)}")
-    return ", ".join(parts)
-
-
 def summary(record: Record) -> Table:
     """Return a table of everything about a finished (or running) migration."""
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -169,53 +155,6 @@ def agent_line(about: dict[str, Any]) -> str:
     return f"{about.get('role')} {about.get('name')}, version {about.get('version')}: {state}" + (
         f" ({reasons})" if reasons else ""
     )
-
-
-class Progress:
-    """A live display on a terminal, elsewhere one plain line per change of state or round.  A context manager."""
-
-    def __init__(self) -> None:
-        self._console = console(stderr=True)
-        self._live: Live | None = None
-        self._last: tuple[State, int] | None = None
-        if self._console.is_terminal:
-            self._live = Live(console=self._console, refresh_per_second=8, transient=True)
-
-    def __enter__(self) -> Self:
-        if self._live is not None:
-            self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._live is not None:
-            self._live.stop()
-
-    def show(self, record: Record) -> None:
-        """Show the record as it is now."""
-        if self._live is not None:
-            self._live.update(self._display(record))
-            return
-        now = (record.state, record.round)
-        if now != self._last:
-            self._last = now
-            print(line(record), file=sys.stderr, flush=True)
-
-    @staticmethod
-    def _display(record: Record) -> Group:
-        head = Text.assemble(
-            (record.guest, "bold"), "  ", state_text(record), f"  round {record.round}  {short_id(record)}"
-        )
-        row = Table.grid(padding=(0, 1))
-        left = eta_seconds(record)
-        row.add_row(
-            ProgressBar(total=100.0, completed=progress_percent(record), width=32),
-            f"{progress_percent(record):5.1f} %",
-            f"{format_size(record.remaining_bytes)} left",
-            format_rate(record.throughput_bytes_per_second),
-            f"changing {format_rate(record.dirty_bytes_per_second)}",
-            f"about {format_duration(left)} to go" if left is not None else "no end in sight at this pace",
-        )
-        return Group(head, row)
 
 
 def _downtime(record: Record) -> str:

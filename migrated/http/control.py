@@ -19,6 +19,7 @@ from migrated.agent.record import Record
 from migrated.agent.requests import EvacuateRequest, GuestList, SetRequest, StartRequest
 from migrated.http.access import Judge, only_for
 from migrated.http.errors import BadRequestError, errors_as_json, json_answer
+from migrated.http.live import add_live_routes, add_log_route
 from migrated.http.openapi import Operation, add_document, add_route
 from migrated.http.reading import ABOUT, AGENT, add_reading_routes, agent_of
 from migrated.options import TargetAddress
@@ -88,6 +89,8 @@ def control_app(agent: HostAgent[Any], about: dict[str, Any], judge: Judge) -> w
     app[ABOUT] = about
     app[JUDGE] = judge
     add_reading_routes(app)
+    add_live_routes(app)
+    add_log_route(app)
     add_route(app, Operation("GET", "/v1/guests", "Guests, and why some cannot be migrated", GuestList), _get_guests)
     start = Operation("POST", "/v1/migrations", "Start a migration", Record, StartRequest, statuses=(202,))
     add_route(app, start, _post_migration)

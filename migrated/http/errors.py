@@ -29,6 +29,7 @@ STATUS: Final[tuple[tuple[type[errors.MigratedError], int], ...]] = (
     (errors.GuestError, 502),
     (errors.PeerError, 502),
     (errors.RemoteProtocolError, 502),
+    (errors.TlsError, 502),
     (errors.ConnectionLostError, 502),
     (errors.TimeoutExceededError, 504),
     (errors.HostError, 503),

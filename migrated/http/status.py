@@ -5,9 +5,6 @@ It refuses other methods, and requests for host names that are not its own.
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import importlib.resources
 import ipaddress
 import re
 from typing import TYPE_CHECKING, Any, Final, TypedDict
@@ -15,7 +12,9 @@ from typing import TYPE_CHECKING, Any, Final, TypedDict
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from migrated.http import dashboard
 from migrated.http.errors import errors_as_json, json_answer
+from migrated.http.live import add_live_routes
 from migrated.http.metrics import exposition, make_registry
 from migrated.http.openapi import Operation, add_document, add_route
 from migrated.http.reading import ABOUT, AGENT, WATCHERS, Summary, add_reading_routes, agent_of, summary
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 
 #: Nothing can be uploaded here.
 MAX_BODY_BYTES: Final = 1024
-_INLINE: Final = re.compile(r"<(script|style)>(.*?)</\1>", re.DOTALL)
 
 
 def status_app(agent: HostAgent[Any], about: dict[str, Any], *, hosts: Collection[str] = ()) -> web.Application:
@@ -43,17 +41,12 @@ def status_app(agent: HostAgent[Any], about: dict[str, Any], *, hosts: Collectio
     app[WATCHERS] = []
     add_reading_routes(app)
     registry = make_registry(agent, about)
-    page = importlib.resources.files("migrated.http").joinpath("dashboard.html").read_text(encoding="utf-8")
-    policy = _content_security_policy(page)
+    add_live_routes(app)
 
     async def get_metrics(_request: web.Request) -> web.Response:
         return web.Response(body=exposition(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
-    async def get_dashboard(_request: web.Request) -> web.Response:
-        headers = {"Content-Security-Policy": policy}
-        return web.Response(text=page, content_type="text/html", charset="utf-8", headers=headers)
-
-    app.router.add_get("/", get_dashboard)
+    dashboard.add_routes(app)
     app.router.add_get("/metrics", get_metrics)
     for operation, handler in (
         (Operation("GET", "/status", "Who the agent is, its health and its migrations", Summary), _get_status),
@@ -144,15 +137,3 @@ async def _common_headers(request: web.Request, handler: Handler) -> web.StreamR
         answer.headers.setdefault("X-Content-Type-Options", "nosniff")
         answer.headers.setdefault("X-Frame-Options", "DENY")
     return answer
-
-
-def _content_security_policy(page: str) -> str:
-    """Allow the page's own inline script and style by their hashes, requests to this site, and nothing else."""
-    hashes: dict[str, list[str]] = {"script": [], "style": []}
-    for tag, text in _INLINE.findall(page):
-        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        hashes[tag].append(f"'sha256-{digest}'")
-    return (
-        f"default-src 'none'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-        f"script-src {' '.join(hashes['script'])}; style-src {' '.join(hashes['style'])}"
-    )

@@ -11,12 +11,15 @@ import asyncio
 import contextlib
 import dataclasses
 import enum
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from migrated.errors import MigratedError
 from migrated.memory.channel import Channel
 from migrated.memory.native import call, error_from, ffi, hash_key, lib
+from migrated.memory.page_map import MAP_STATES, PageMap
 from migrated.memory.regions import Mapping, SourceMemory, TargetMemory
 from migrated.memory.tracker import Tracker
 from migrated.waiting import in_thread
@@ -57,6 +60,7 @@ class _Engine:
     def __init__(self, handle: Any, page_counts: list[int]) -> None:
         self._handle: Any | None = handle
         self._page_counts = page_counts  # of each region
+        self._reading = threading.Lock()  # held while a thread reads the page map, and by the destruction
         self._loop: asyncio.AbstractEventLoop | None = None
         self._handler: Callable[[Event], None] | None = None
         self._event_fd = int(self._function("event_fd")(handle))
@@ -115,6 +119,10 @@ class _Engine:
         """Join every thread and free everything.  Blocks.  Idempotent; call `unwatch` first, in the loop's thread."""
         handle, self._handle = self._handle, None
         if handle is not None:
+            self._destroy(handle)
+
+    def _destroy(self, handle: Any) -> None:
+        with self._reading:
             self._function("destroy")(handle)
 
     def unwatch(self) -> None:
@@ -132,7 +140,27 @@ class _Engine:
         self.unwatch()
         handle, self._handle = self._handle, None
         if handle is not None:
-            await in_thread(self._function("destroy"), handle)
+            await in_thread(self._destroy, handle)
+
+    async def page_map(self, cell_count: int) -> PageMap | None:
+        """Return a page map of at most ``cell_count`` cells; None if the engine is destroyed meanwhile."""
+        return await in_thread(self._read_page_map, cell_count)
+
+    def _read_page_map(self, cell_count: int) -> PageMap | None:
+        with self._reading:
+            if self._handle is None:
+                return None
+            shares = ffi.new("uint8_t[]", cell_count * lib.MGD_MAP_STATES)
+            raw: Any = ffi.new("struct mgd_page_map *")
+            self._call("page_map", cell_count, shares, raw)
+        every = bytes(ffi.buffer(shares, raw.cell_count * lib.MGD_MAP_STATES))
+        found = {name: index for index, name in enumerate(MAP_STATES) if raw.bytes[index]}
+        return PageMap(
+            at=time.time(),
+            cell_bytes=int(raw.cell_bytes),
+            bytes_by_state={name: int(raw.bytes[index]) for name, index in found.items()},
+            cells={name: every[index :: lib.MGD_MAP_STATES] for name, index in found.items()},
+        )
 
     def _maps(self, name: str) -> Iterator[tuple[int, int, bytes]]:
         """Yield page bitmaps of the regions in pieces ``(region, first_page, bits)``; skip pieces without a bit set."""

@@ -172,6 +172,26 @@ int mgd_channel_try_send(struct mgd_channel *channel, const void *buf, size_t by
  * them stay in the channel, for the next call and for the engine.  CLOSED at the end of the stream. */
 int mgd_channel_try_recv(struct mgd_channel *channel, void *buf, size_t bytes, size_t *out_bytes, int *out_wants,
 			 struct mgd_error *err);
+/* ---------------------------------------------------------------- page maps */
+
+/* States of memory in a page map. */
+#define MGD_MAP_ABSENT 0 /* target: nothing has arrived; source: never populated, as far as is known */
+#define MGD_MAP_RECEIVED 1 /* target, pre-copy: arrived, and may have changed since */
+#define MGD_MAP_STALE 2 /* to be sent after the switchover */
+#define MGD_MAP_REQUESTED 3 /* target: stale, and a guest thread waits for it */
+#define MGD_MAP_CURRENT 4 /* target: as on the source, but not mapped */
+#define MGD_MAP_MAPPED 5 /* target: mapped into the guest */
+#define MGD_MAP_POISONED 6 /* target: lost with the source */
+#define MGD_MAP_SENT 7 /* source: sent as it was at the last scan */
+#define MGD_MAP_DIRTY 8 /* source, pre-copy: to be compared and sent in this round or the next */
+#define MGD_MAP_STATES 9
+
+/* The memory of all regions, one after the other, in cells of equal size (the last one may be smaller). */
+struct mgd_page_map {
+	uint64_t cell_bytes;
+	uint32_t cell_count; /* cells in use */
+	uint64_t bytes[9]; /* MGD_MAP_STATES: memory in each state */
+};
 
 /* ---------------------------------------------------------------- source engine */
 
@@ -216,6 +236,11 @@ void mgd_source_destroy(struct mgd_source *source);
 int mgd_source_event_fd(const struct mgd_source *source); /* owned by the source */
 int mgd_source_next_event(struct mgd_source *source, struct mgd_event *out); /* 1: *out is filled in; 0: no event */
 void mgd_source_stats(const struct mgd_source *source, struct mgd_source_stats *out);
+/* Fill in a page map of at most cell_count cells.  shares: cell_count * MGD_MAP_STATES bytes; for each cell and state
+ * the share of the cell, 0 to 255, and never 0 for a state that occurs.  May be called at any time, by any thread, and
+ * takes milliseconds: 0.1 s and more for 1 TiB in 4 KiB pages.  Threads change pages meanwhile. */
+int mgd_source_page_map(const struct mgd_source *source, uint32_t cell_count, uint8_t *shares, struct mgd_page_map *out,
+			struct mgd_error *err);
 /* Limit all bulk streams with a token bucket; 0 means no limit.  drain: an additional limit for the drain (0: only
  * the common limit).  Demanded pages are exempt from both. */
 void mgd_source_set_bandwidth(struct mgd_source *source, uint64_t bytes_per_second, uint64_t drain_bytes_per_second);
@@ -323,6 +348,9 @@ void mgd_target_destroy(struct mgd_target *target);
 int mgd_target_event_fd(const struct mgd_target *target);
 int mgd_target_next_event(struct mgd_target *target, struct mgd_event *out);
 void mgd_target_stats(const struct mgd_target *target, struct mgd_target_stats *out);
+/* As mgd_source_page_map. */
+int mgd_target_page_map(const struct mgd_target *target, uint32_t cell_count, uint8_t *shares, struct mgd_page_map *out,
+			struct mgd_error *err);
 
 /* Take the channel, even if this fails, and start the receiving thread.  Its handshake must be complete.  During
  * pre-copy the thread writes frames straight into the alias. */

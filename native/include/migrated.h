@@ -11,7 +11,7 @@
  *   - An object reports events through one eventfd (mgd_*_event_fd) and a queue read with mgd_*_next_event.
  *   - Units are in the names: _bytes, _ns, _pages, _blocks.  A block is always 4 KiB.
  *   - Any thread may call the functions of an object, but only one at a time.  Exceptions that may be called at any
- *     time: _stats, _set_* and _next_event.
+ *     time: _stats, _page_map, _set_* and _next_event.
  */
 #ifndef MIGRATED_H
 #define MIGRATED_H

@@ -12,7 +12,7 @@
 #include "bitmap.h"
 
 #define LEDGER_MAGIC 0x3130726764656c6dull /* "mledgr01" little-endian */
-#define LEDGER_HEADER_BYTES 4096
+#define LEDGER_HEADER_BYTES MGD_LEDGER_STEP_PAGES
 
 struct mgd_ledger_header {
 	uint64_t magic;

@@ -86,6 +86,8 @@ bool mgd_ledger_mapped(struct mgd_ledger *ledger, uint64_t page);
 bool mgd_ledger_poison(struct mgd_ledger *ledger, uint64_t page); /* not while it is claimed */
 bool mgd_ledger_unpoison(struct mgd_ledger *ledger, uint64_t page); /* back to stale, after poisoning failed */
 
+/* Holes of the ledger file end at multiples of this many pages. */
+#define MGD_LEDGER_STEP_PAGES 4096
 /* Return the first page in [page, end) that is possibly not absent, or end if there is none.  Skips holes of the
  * ledger file, so that absent memory costs nothing. */
 uint64_t mgd_ledger_next_known(const struct mgd_ledger *ledger, uint64_t page, uint64_t end);

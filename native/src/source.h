@@ -75,6 +75,7 @@ struct source_region {
 	uint64_t *unseen; /* per page: an access through the view has failed since the page was marked */
 	uint64_t *marks; /* per block */
 	uint64_t *marked_chunks; /* per chunk */
+	uint64_t *seen_chunks; /* per chunk: marked at least once */
 	uint64_t *scanned; /* per page; scratch for the tracker, empty between calls */
 	uint64_t *since_quiesced; /* per page: reported since the last quiesced scan */
 	uint64_t *stale; /* per host page: stale at the freeze, or missing after a reconnect */
@@ -144,7 +145,7 @@ struct mgd_source {
 	int view_uffd; /* -1: none */
 
 	/* Used by the caller's thread only. */
-	enum source_phase phase;
+	_Atomic enum source_phase phase; /* read by _page_map in any thread */
 	bool copied; /* a round has begun: the table is true only while the connections stay up */
 	bool torn; /* connections were dropped in pre-copy after that */
 
@@ -156,7 +157,7 @@ struct mgd_source {
 	uint32_t round_left; /* streams that have not finished the round */
 	uint64_t barrier_generation, barrier;
 
-	bool whole; /* no hashes: send every block of a page (set before any thread serves) */
+	_Atomic bool whole; /* no hashes: send every block of a page (set before any thread serves) */
 	_Atomic int compression_level; /* 0: off */
 	_Atomic uint64_t marked_blocks;
 	_Atomic uint64_t unclaimed_pages, unclaimed_bytes; /* bytes: used only by _stats */

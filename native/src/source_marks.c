@@ -20,8 +20,11 @@ void source_mark_blocks(struct mgd_source *source, struct source_region *region,
 		return;
 	for (uint64_t word = first / 64; word <= (first + count - 1) / 64; word++)
 		fresh += mgd_popcount(mgd_word_set_atomic(&region->marks[word], mgd_word_mask(word, first, count)));
-	for (uint64_t chunk = first / MGD_CHUNK_BLOCKS; chunk <= (first + count - 1) / MGD_CHUNK_BLOCKS; chunk++)
+	for (uint64_t chunk = first / MGD_CHUNK_BLOCKS; chunk <= (first + count - 1) / MGD_CHUNK_BLOCKS; chunk++) {
 		mgd_bit_set_atomic(region->marked_chunks, chunk);
+		if (!mgd_bit_test_atomic(region->seen_chunks, chunk))
+			mgd_bit_set_atomic(region->seen_chunks, chunk);
+	}
 	atomic_fetch_add(&source->marked_blocks, fresh);
 }
 

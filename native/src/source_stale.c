@@ -89,7 +89,7 @@ static void set_stale(struct mgd_source *source, struct source_region *region, u
 	if (region->stale[page / 64] & mask)
 		return;
 	region->stale[page / 64] |= mask;
-	region->unclaimed[page / 64] |= mask;
+	mgd_bit_set_atomic(region->unclaimed, page); /* _page_map may read it at any time */
 	atomic_fetch_add(&source->unclaimed_pages, 1);
 	atomic_fetch_add(&source->unclaimed_bytes, region->host_page_blocks * MGD_BLOCK_BYTES);
 	atomic_fetch_add(&source->unfinished_pages, 1);
@@ -234,7 +234,9 @@ int mgd_source_lacking_begin(struct mgd_source *source, struct mgd_error *err)
 		size_t bytes = mgd_bitmap_words(region->host_page_count) * 8;
 
 		memset(region->stale, 0, bytes);
-		memset(region->unclaimed, 0, bytes);
+		for (size_t word = 0; word < bytes / 8; word++)
+			if (region->unclaimed[word])
+				mgd_word_take_atomic(&region->unclaimed[word]);
 		memset(region->urgent, 0, bytes);
 	}
 	source->unclaimed_pages = source->unclaimed_bytes = source->unfinished_pages = 0;

@@ -78,6 +78,9 @@ class _Engine:
     def alive(self) -> bool:
         return self._alive
 
+    async def page_map(self, cell_count: int) -> None:
+        """Nobody looks at the pages here."""
+
     def watch(self, loop: Any, handler: Callable[[Event], None]) -> None:
         self._handler = handler
 

@@ -823,6 +823,7 @@ def seams(world: World) -> Iterator[None]:
         (Migration, "set_state", stated),
         (host_agent, "store_for", lambda state_dir: machine.SimStore(current().host)),
         (host_agent, "GuestRegistry", guest.SimGuestRegistry),
+        (host_agent, "Histories", lambda _state_dir: None),  # files for display only
         (journal, "BOOT_ID", _BootId),
         (pidfd, "process_started", _process_started),
         (source_migration, "process_started", _process_started),

@@ -12,10 +12,12 @@ from typing import Any
 
 from migrated import config, daemon
 from migrated.agent.evacuation import Evacuation, EvacuationState, Move, MoveState, Target
+from migrated.agent.history import Kept
 from migrated.agent.host_agent import HostAgent
 from migrated.agent.record import ErrorInfo, Faults, FaultSeconds, Record, State, StateChange
 from migrated.agent.requests import EvacuateRequest, GuestList, GuestReport, Health, SetRequest, StartRequest
 from migrated.errors import ConflictError, GuestRefusedError, NotFoundError
+from migrated.memory.page_map import PageMap
 
 GUEST = "vm1"
 
@@ -50,6 +52,8 @@ class FakeAgent(HostAgent[Any]):
         self.role = role
         self.all: list[Record] = []
         self.requested: list[StartRequest] = []
+        self.kept: dict[str, Kept] = {}
+        self.sets: list[SetRequest] = []
         self.sick: list[str] = []
         self.started = asyncio.Event()
         self.failure: BaseException | None = None
@@ -79,6 +83,13 @@ class FakeAgent(HostAgent[Any]):
         if not matches:
             raise NotFoundError(f"no migration {migration_id!r}", hint="`migrated list` shows them")
         return matches[-1]
+
+    async def history(self, migration_id: str) -> Kept:
+        record = self.record(migration_id)
+        return self.kept.setdefault(record.id, Kept())
+
+    async def page_map(self, migration_id: str) -> PageMap | None:
+        return (await self.history(migration_id)).page_map
 
     async def start(self, request: StartRequest) -> Record:
         if self.role == "target":
@@ -165,6 +176,7 @@ class FakeAgent(HostAgent[Any]):
 
     async def set(self, migration_id: str, request: SetRequest) -> Record:
         record = self.record(migration_id)
+        self.sets.append(request)
         record.max_bandwidth_bytes_per_second = request.max_bandwidth
         await self.tell()
         return record

@@ -17,7 +17,7 @@ import pytest
 
 from migrated.agent.record import ErrorInfo, Record, State
 from migrated.agent.requests import StartRequest
-from migrated.cli import client, failure, rendering
+from migrated.cli import client, failure, progress, rendering
 from migrated.cli.migrations import format_loss
 from migrated.errors import HostError, MigratedError
 from tests.unit.http_cli.served import Served
@@ -94,7 +94,7 @@ async def test_wait_json_prints_only_the_end(source: Served) -> None:
 async def test_wait_has_a_limit(source: Served) -> None:
     await source.agent.start(START)
     code, _, err = await source.cli("wait", "vm1", "--timeout", "0.1", "--quiet")
-    assert code == 1
+    assert code == 124
     assert "has not ended after 0.1 s" in err
     assert "hint: it continues" in err
 
@@ -256,7 +256,7 @@ def test_tables_show_as_much_of_an_id_as_people_need(capsys: pytest.CaptureFixtu
     record = Record(id="0123456789abcdef" * 2, guest="vm1", role="target", mode="hybrid")
     rendering.console().print(rendering.migrations_table([record]))
     assert capsys.readouterr().out.splitlines()[1].startswith("0123456789ab ")
-    assert rendering.line(record).startswith("0123456789ab ")
+    assert progress.line(record).startswith("0123456789ab ")
 
 
 # ---------------------------------------------------------------- an ordinary user

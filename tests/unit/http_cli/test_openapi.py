@@ -128,4 +128,5 @@ def test_every_route_is_described(make: Callable[[], web.Application]) -> None:
     described = {(one.method, one.path) for one in app[OPERATIONS]}
     routes = {(route.method, route.resource.canonical) for route in app.router.routes() if route.resource is not None}
     pages = {("GET", "/"), ("GET", "/metrics")}  # for people and for Prometheus
+    pages |= {route for route in routes if route[1].startswith("/assets/")}
     assert {route for route in routes if route[0] != "HEAD"} - pages == described

@@ -1,0 +1,176 @@
+"""Wait for the end of a migration: with its progress, a time limit, and a question on ^C.
+
+Whatever ends the waiting, the migration goes on, unless the user asked for something else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import click
+
+from migrated.agent.record import State
+from migrated.cli import failure
+from migrated.cli.failure import RemoteError, WaitTimedOutError
+from migrated.cli.progress import Progress
+from migrated.errors import MigratedError
+from migrated.waiting import cancel_and_wait
+
+if TYPE_CHECKING:
+    from migrated.agent.record import Record
+    from migrated.cli.client import Client
+
+OnTimeout = Literal["abort", "postcopy", "pause"]
+#: The longest downtime limit that an agent takes: whatever is left is sent while the guest is paused.
+_PAUSE: Final = {"downtime_limit_ms": 60_000.0}
+_QUESTION: Final = "Abort it (a), leave it running (l), or continue waiting (c)?"
+
+
+class Following:
+    """One wait.  ``ask``: on a terminal, ^C asks what to do."""
+
+    def __init__(
+        self,
+        client: Client,
+        record: Record,
+        *,
+        quiet: bool = False,
+        timeout_seconds: float | None = None,
+        on_timeout: OnTimeout | None = None,
+        ask: bool = False,
+    ) -> None:
+        self.record = record
+        self._client = client
+        self._progress = None if quiet else Progress()
+        self._timeout_seconds = timeout_seconds
+        self._on_timeout = on_timeout
+        self._ask = ask and sys.stdin.isatty() and sys.stderr.isatty()
+        self._interrupted = asyncio.Event()
+
+    async def run(self) -> bool:
+        """Wait until the migration has ended; return False if the user left it running.
+
+        Raises WaitTimedOutError, and what the connection to the agent raises.
+        """
+        with self._progress or contextlib.nullcontext(), self._signals():
+            reading = asyncio.ensure_future(self._read())
+            try:
+                return await self._until(reading)
+            except asyncio.CancelledError:
+                self._say_goodbye()
+                raise
+            finally:
+                await cancel_and_wait(reading)
+
+    async def _read(self) -> None:
+        async for latest in self._client.events(self.record.id):
+            self.record = latest
+            if self._progress is not None:
+                self._progress.show(latest)
+
+    async def _until(self, reading: asyncio.Future[None]) -> bool:
+        loop = asyncio.get_running_loop()
+        limit = None if self._timeout_seconds is None else loop.time() + self._timeout_seconds
+        interrupted = asyncio.ensure_future(self._interrupted.wait())
+        try:
+            while True:
+                left = None if limit is None else max(0.0, limit - loop.time())
+                both: set[asyncio.Future[Any]] = {reading, interrupted}
+                await asyncio.wait(both, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+                if reading.done():
+                    reading.result()
+                    return True
+                if interrupted.done():
+                    if not await self._asked():
+                        return False
+                    interrupted = asyncio.ensure_future(self._interrupted.wait())
+                elif limit is not None and loop.time() >= limit:
+                    limit = None
+                    await self._timed_out()
+        finally:
+            interrupted.cancel()
+
+    # ------------------------------------------------------------ time limit
+
+    async def _timed_out(self) -> None:
+        limit = f"{self._timeout_seconds:g} s"
+        if self._on_timeout is None:
+            message = f"migration {self.record.id} of {self.record.guest} has not ended after {limit}"
+            raise WaitTimedOutError(message, hint="it continues; `migrated status` shows its progress")
+        if self._on_timeout == "abort":
+            self._say(f"not ended after {limit}: aborting")
+            await self._order("abort")
+        elif self.record.state in (State.SETUP, State.PRECOPY):
+            self._say(f"pre-copy has not ended after {limit}: switching over ({self._on_timeout})")
+            if self._on_timeout == "pause":
+                await self._order("set", _PAUSE)
+            await self._order("switchover")
+
+    async def _order(self, verb: str, body: dict[str, Any] | None = None) -> None:
+        try:
+            await self._client.verb(self.record.id, verb, body)
+        except RemoteError as error:
+            if error.status != 409:
+                raise
+            self._say(f"{error.message}: waiting for its end")  # it had gone too far
+
+    # ------------------------------------------------------------ ^C
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        if self._ask:
+            loop.add_signal_handler(signal.SIGINT, self._interrupted.set)
+        try:
+            yield
+        finally:
+            if self._ask:
+                loop.remove_signal_handler(signal.SIGINT)
+
+    async def _asked(self) -> bool:
+        """Ask what to do; return False to leave the migration running.  This blocks the loop, which can wait."""
+        loop = asyncio.get_running_loop()
+        loop.remove_signal_handler(signal.SIGINT)  # a second ^C ends the question
+        if self._progress is not None:
+            self._progress.pause()
+        answer = "l"
+        with contextlib.suppress(click.Abort, KeyboardInterrupt):
+            print(f"\n{self.record.guest} is {self.record.state.value}.", file=sys.stderr)
+            answer = click.prompt(
+                _QUESTION, type=click.Choice(["a", "l", "c"]), default="c", show_choices=False, err=True
+            )
+        if answer == "l":
+            self._say_goodbye()
+            return False
+        if answer == "a":
+            await self._order("abort")
+        self._interrupted.clear()
+        loop.add_signal_handler(signal.SIGINT, self._interrupted.set)
+        if self._progress is not None:
+            self._progress.resume()
+        return True
+
+    def _say_goodbye(self) -> None:
+        self._say(f"no longer watching; the migration continues: migrated wait {self.record.id}")
+
+    @staticmethod
+    def _say(text: str) -> None:
+        print(failure.printable(text), file=sys.stderr, flush=True)
+
+
+async def end_of(following: Following, client: Client) -> Record | None:
+    """Return the record of the migration once it has ended; None if the user left it running."""
+    if not await following.run():
+        return None
+    record = following.record
+    if not record.ended:
+        record = await client.migration(record.id)  # the stream may end before the agent sends its last event
+    if not record.ended:
+        message = f"the agent stopped while migration {record.id} was in state {record.state.value}"
+        raise MigratedError(message, code="agent-stopped", hint="start the agent again; guests are safe meanwhile")
+    return record
