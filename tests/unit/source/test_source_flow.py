@@ -19,6 +19,7 @@ from migrated.config import AgentConfig, HooksSection
 from migrated.errors import AbortedError, ConnectionLostError, GuestError, MigratedError, TimeoutExceededError
 from migrated.guests.access.pidfd import process_started
 from migrated.guests.driver import Memento, SourceGuest
+from migrated.link.dialing import DialTerms
 from migrated.memory.regions import SourceMemory
 from migrated.protocol import framing
 from migrated.protocol.messages import AnyMessage, Ready, StaleMapEnd, Switchover
@@ -132,6 +133,7 @@ def source_migration(
         guest=cast("SourceGuest", guest),
         options=read(Options, {"target": "host-c:7440", "streams": 1}, "options"),
         config=cast("AgentConfig", SimpleNamespace(timeouts=timeouts or Timeouts(), hooks=HooksSection())),
+        terms=DialTerms(timeouts or Timeouts()),
         session_id=HELLO.session,
         recovery_state=recovery_state,
         **given,
