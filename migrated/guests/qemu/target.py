@@ -34,6 +34,7 @@ from migrated.guests.qemu.memory import Block
 from migrated.guests.qemu.process import STATE_STREAM, QemuProcess
 from migrated.guests.qemu.qmp import Monitor
 from migrated.guests.qemu.state import HeaderDecoder, stream_begin
+from migrated.guests.start.process import start, user_of
 from migrated.memory.regions import Region, TargetMemory
 from migrated.settings import Timeouts
 from migrated.waiting import cancel_and_wait, in_thread
@@ -68,6 +69,7 @@ class QemuTarget(TargetGuest):
         self._description = qemu_driver.Description.decode(description)
         ram = tuple(region for region in regions if not region.device)
         check_command(self.name, self._config.command, ram, reserve=self._config.reserve)
+        user_of(self.name, self._config)
         if await self._somebody_listens():
             raise GuestRefusedError(
                 f"guest {self.name} is on this host already: a QEMU answers on {self.qmp_path}",
@@ -93,10 +95,13 @@ class QemuTarget(TargetGuest):
     async def start(self, memory: tuple[TargetMemory, ...]) -> FaultSource:
         self.qmp_path.unlink(missing_ok=True)
         self._owns_files = True
-        self._child = PidHandle.spawn(
+        self._child = await start(
+            self.name,
             command_line(self._config.command, memory, self.qmp_path),
+            self._config,
             pass_fds=[item.memory_fd for item in memory],
-            log=self.log_path,
+            output=self.log_path,
+            limit_seconds=self._timeouts.guest_start,
         )
         try:
             async with asyncio.timeout(self._timeouts.guest_start):
