@@ -13,7 +13,6 @@ import pytest
 
 from migrated.demo.pair import short_directory
 from migrated.demo.qemu_guest import QemuGuest
-from migrated.demo.run import cache_directory
 from tests.rig import supervisor
 from tests.rig.pages import PagesUnavailableError, more_pages
 from tests.rig.trees import TreeUnavailableError
@@ -71,7 +70,7 @@ def unit_guest(machines: Machines, huge_page_pool: None) -> MakeGuest:
         with supervisor.directory("g-", str(machines[0].shared)) as directory:
             guest = QemuGuest(
                 directory=directory,
-                cache=cache_directory(),
+                cache=directory,  # which any user can be let into
                 name="vm",
                 program="qemu-system-x86_64",  # the machine's own, whatever other tests use
                 kind="boot",

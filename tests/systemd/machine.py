@@ -7,6 +7,7 @@ two such machines reach each other on loopback.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shlex
 import shutil
@@ -95,6 +96,8 @@ class Machine:
         # The devices are this machine's own: their owners stay as they are.
         self.run("systemd-tmpfiles", "--create", "--exclude-prefix=/dev")
         self.run("systemctl", "daemon-reload")
+        # systemd forgets a stopped unit that nothing refers to, and the descriptors that it stores for it.
+        self.run("systemctl", "enable", "--quiet", *(unit.name for unit in UNITS.glob("migrated-*.service")))
 
     def dpkg(self, *arguments: str, check: bool = True) -> str:
         """Run dpkg there; its output."""
@@ -220,10 +223,11 @@ sys.exit(main())
 
 
 def _packages(version: str) -> Path:
-    """What the agents need from PyPI, for another version of Python than ours; made once."""
-    path = cache_directory() / f"packages-{version}"
+    """What the agents need from PyPI, for another version of Python than ours; made once for each set of them."""
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    digest = hashlib.sha256("\n".join(needed).encode()).hexdigest()[:16]
+    path = cache_directory() / f"packages-{version}-{digest}"
     if not path.exists():
-        needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
         with supervisor.directory(".packages-", str(path.parent)) as scratch:
             install = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
             which = [f"--target={scratch / 'made'}", f"--python-version={version}", "--only-binary=:all:"]
