@@ -66,7 +66,7 @@ def unit_guest(machines: Machines, huge_page_pool: None) -> MakeGuest:
     """``async with unit_guest() as guest``: booted on the first machine, no agent running yet."""
 
     @contextlib.asynccontextmanager
-    async def make(config: dict[str, Any] | None = None) -> AsyncIterator[UnitGuest]:
+    async def make(config: dict[str, Any] | None = None, *, extra: tuple[str, ...] = ()) -> AsyncIterator[UnitGuest]:
         with supervisor.directory("g-", str(machines[0].shared)) as directory:
             guest = QemuGuest(
                 directory=directory,
@@ -79,6 +79,7 @@ def unit_guest(machines: Machines, huge_page_pool: None) -> MakeGuest:
                 page_bytes=PAGE_BYTES,
                 memory="private",
                 # A page every few seconds: post-copy is over when a test lets it, not when the guest has touched everything.
+                extra=extra,
                 load={"rate": 200, "pattern": "dense", "sweep_seconds": 0},
             )
             hosts = tuple(UnitHost(directory, machine.name, machine, config) for machine in machines)

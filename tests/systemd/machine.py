@@ -88,16 +88,22 @@ class Machine:
 
     def install(self) -> None:
         """Install the units, as docs/operations.md says."""
-        for unit in UNITS.glob("*.service"):
+        units = [unit for unit in UNITS.iterdir() if unit.suffix in {".service", ".socket"}]
+        for unit in units:
             shutil.copy(unit, self.path("/etc/systemd/system"))
         shutil.copy(UNITS / "migrated.sysusers.conf", self.path("/usr/lib/sysusers.d/migrated.conf"))
         shutil.copy(UNITS / "migrated.tmpfiles.conf", self.path("/usr/lib/tmpfiles.d/migrated.conf"))
+        # The program here is that of a checkout, which may be in a directory that the helper's unit hides.
+        drop_in = self.path("/etc/systemd/system/migrated-helper.service.d/checkout.conf")
+        drop_in.parent.mkdir()
+        drop_in.write_text("[Service]\nPrivateTmp=no\nProtectHome=no\n")
         self.run("systemd-sysusers")
         # The devices are this machine's own: their owners stay as they are.
         self.run("systemd-tmpfiles", "--create", "--exclude-prefix=/dev")
         self.run("systemctl", "daemon-reload")
         # systemd forgets a stopped unit that nothing refers to, and the descriptors that it stores for it.
-        self.run("systemctl", "enable", "--quiet", *(unit.name for unit in UNITS.glob("migrated-*.service")))
+        self.run("systemctl", "enable", "--quiet", *(unit.name for unit in units if "[Install]" in unit.read_text()))
+        self.run("systemctl", "start", "migrated-helper.socket")
 
     def dpkg(self, *arguments: str, check: bool = True) -> str:
         """Run dpkg there; its output."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from migrated.guests.access.pidfd import open_files
+from migrated.privileged import open_files
 from tests.systemd.conftest import MakeGuest
 from tests.systemd.units import UnitGuest
 

@@ -22,6 +22,8 @@ pytestmark = [
 ]
 
 ROLES = ["source", "target"]
+HELPER = "migrated-helper.service"
+CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_FOWNER, CAP_KILL, CAP_SYS_PTRACE, CAP_SYS_ADMIN = 0, 1, 3, 5, 19, 21
 
 
 class PostCopy:
@@ -69,19 +71,48 @@ def seccomp(pid: int, root: Path = Path("/")) -> str:
     return (root / f"proc/{pid}/status").read_text().partition("Seccomp:")[2].split()[0]
 
 
-async def test_no_agent_is_under_seccomp(agents: Agents) -> None:
-    for agent in agents:
+def capabilities(pid: int, root: Path) -> set[int]:
+    bits = int((root / f"proc/{pid}/status").read_text().partition("CapEff:")[2].split()[0], 16)
+    return {number for number in range(64) if bits >> number & 1}
+
+
+async def test_agents_are_confined_and_the_helper_only_in_what_it_may_do(agents: Agents) -> None:
+    machine = agents[0].machine
+    root = machine.path("/")
+    for agent, more in zip(agents, (set(), {CAP_FOWNER}), strict=True):
         await agent.start()
-        assert seccomp(agent.pid, agent.machine.path("/")) == "0"
+        assert seccomp(agent.pid, root) == "2"
+        assert capabilities(agent.pid, root) == {CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_KILL} | more
+        machine.run("systemd-analyze", "security", "--no-pager", "--threshold=40", agent.unit)
+    machine.run("systemctl", "start", HELPER)
+    helper = int(machine.show(HELPER, "MainPID")["MainPID"])
+    assert seccomp(helper, root) == "0"
+    assert capabilities(helper, root) == {CAP_DAC_OVERRIDE, CAP_SYS_PTRACE, CAP_SYS_ADMIN}
 
 
-async def test_a_filter_of_an_agents_unit_does_not_reach_its_guests(machines: Machines, unit_guest: MakeGuest) -> None:
-    with machines[1].drop_in("migrated-target.service", "LockPersonality=yes"):
-        async with unit_guest() as guest:
+async def test_a_guest_with_a_filter_of_its_own_moves_between_confined_agents(unit_guest: MakeGuest) -> None:
+    async with unit_guest(extra=("-sandbox", "on")) as guest:
+        for _ in range(2):
+            assert [seccomp(pid) for pid in guest.pids] == ["2"]
             await guest.move()
-            (pid,) = guest.pids
-            assert seccomp(pid) == "0"
-            await guest.target.stop()
+        assert [seccomp(pid) for pid in guest.pids] == ["2"]
+
+
+async def test_the_filter_of_an_agent_does_not_reach_its_guests(unit_guest: MakeGuest) -> None:
+    async with unit_guest() as guest:
+        await guest.move()
+        assert [seccomp(pid) for pid in guest.pids] == ["0"]
+
+
+async def test_a_helper_that_is_killed_is_started_again_when_it_is_needed(unit_guest: MakeGuest) -> None:
+    async with post_copy(unit_guest) as state:
+        for agent in (state.source, state.target):
+            agent.machine.run("systemctl", "kill", "--signal=KILL", HELPER)
+        former = state.target.pid
+        await state.target.kill()
+        await state.target.restarted(former)
+    for agent in (state.source, state.target):
+        assert agent.machine.show(HELPER, "ActiveState")["ActiveState"] == "active"
 
 
 @pytest.mark.parametrize("role", ROLES)

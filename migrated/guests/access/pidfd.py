@@ -16,6 +16,7 @@ import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from migrated import privileged
 from migrated.errors import GuestError, TimeoutExceededError
 
 _SYS_PIDFD_GETFD = 438  # the same number on every architecture
@@ -62,16 +63,6 @@ def _reap(pidfd: int) -> None:
         if loop is not None and not loop.is_closed():
             loop.remove_reader(pidfd)
         os.close(pidfd)
-
-
-def open_files(pid: int) -> dict[int, str]:
-    """Return the process's descriptors and what `/proc` links them to; empty if it has exited or is hidden from us."""
-    found: dict[int, str] = {}
-    with contextlib.suppress(OSError):
-        for entry in Path(f"/proc/{pid}/fd").iterdir():
-            with contextlib.suppress(OSError):  # closed meanwhile
-                found[int(entry.name)] = str(entry.readlink())
-    return found
 
 
 def process_started(pid: int) -> int:
@@ -225,6 +216,11 @@ class PidHandle:
                 f"process {self.pid} has not ended within {limit_seconds:g} s",
                 hint=f"see /proc/{self.pid}/stack for what it waits in",
             ) from error
+
+    @property
+    def pidfd(self) -> privileged.Fd:
+        """The pidfd, which this handle keeps."""
+        return privileged.Fd(self._pidfd)
 
     def take_fd(self, number: int) -> int:
         """Return a duplicate of the process's descriptor ``number`` (pidfd_getfd, close-on-exec).  Raises OSError."""

@@ -35,7 +35,9 @@ from migrated.guests.qemu.process import STATE_STREAM, QemuProcess
 from migrated.guests.qemu.qmp import Monitor
 from migrated.guests.qemu.state import HeaderDecoder, stream_begin
 from migrated.guests.start.process import start, user_of
+from migrated.memory import memfd
 from migrated.memory.regions import Region, TargetMemory
+from migrated.privileged import open_inodes
 from migrated.settings import Timeouts
 from migrated.waiting import cancel_and_wait, in_thread
 
@@ -234,9 +236,8 @@ class QemuTarget(TargetGuest):
     def _refuse_descriptor_lost(self, pid: int, fd: int) -> None:
         """Refuse a QEMU without our descriptor: a wrapper may have closed it before executing QEMU."""
         ours = os.fstat(fd)
-        with contextlib.suppress(OSError):
-            if os.path.samestat(ours, Path(f"/proc/{pid}/fd/{fd}").stat()):
-                return
+        if open_inodes(pid, f"/memfd:{memfd.NAME_PREFIX}").get(fd) == (ours.st_dev, ours.st_ino):
+            return
         raise GuestRefusedError(
             f"guest {self.name}: QEMU (process {pid}) has not inherited descriptor {fd} from the agent",
             code="guest-command",
