@@ -107,7 +107,7 @@ async def test_the_filter_of_an_agent_does_not_reach_its_guests(unit_guest: Make
 async def test_a_helper_that_is_killed_is_started_again_when_it_is_needed(unit_guest: MakeGuest) -> None:
     async with post_copy(unit_guest) as state:
         for agent in (state.source, state.target):
-            agent.machine.run("systemctl", "kill", "--signal=KILL", HELPER)
+            agent.machine.run("systemctl", "kill", "--signal=KILL", "--kill-who=main", HELPER)
         former = state.target.pid
         await state.target.kill()
         await state.target.restarted(former)

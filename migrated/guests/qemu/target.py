@@ -34,7 +34,7 @@ from migrated.guests.qemu.memory import Block
 from migrated.guests.qemu.process import STATE_STREAM, QemuProcess
 from migrated.guests.qemu.qmp import Monitor
 from migrated.guests.qemu.state import HeaderDecoder, stream_begin
-from migrated.guests.start.process import start, user_of
+from migrated.guests.start.process import is_process_of, start, user_of
 from migrated.memory import memfd
 from migrated.memory.regions import Region, TargetMemory
 from migrated.privileged import open_inodes
@@ -131,11 +131,22 @@ class QemuTarget(TargetGuest):
                 )
             try:
                 # QEMU listens long before it answers: it sends the greeting when the whole machine is built.
-                return await self.qemu.connect(child, greeting_seconds=self._timeouts.guest_start)
+                monitor = await self.qemu.connect(child, greeting_seconds=self._timeouts.guest_start)
             except GuestError as error:
                 if error.code != "qmp-unreachable":
                     raise
+            else:
+                self._refuse_stranger(self.qemu.handle.pid)
+                return monitor
             await asyncio.sleep(_POLL_SECONDS)
+
+    def _refuse_stranger(self, pid: int) -> None:
+        if not is_process_of(pid, user_of(self.name, self._config)):
+            raise GuestRefusedError(
+                f"guest {self.name}: process {pid}, which answers on its monitor, does not run as {self._config.user}",
+                code="guest-user",
+                hint="look at what made the socket; the command must not change the user",
+            )
 
     async def _take_faults(self, monitor: Monitor, memory: tuple[TargetMemory, ...]) -> FaultSource:
         blocks = await self._compare(monitor, tuple(item.region for item in memory))

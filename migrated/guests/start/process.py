@@ -118,6 +118,16 @@ def _admit_to_directory(path: Path, user: User | None) -> None:
     admit(path, user)
 
 
+def is_process_of(pid: int, user: User | None) -> bool:
+    """Whether a process runs as the guest's user: what answers in a directory of that user's may be anybody."""
+    if user is None:
+        return True
+    with contextlib.suppress(OSError):
+        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
+        return {*status.partition("\nUid:")[2].partition("\n")[0].split()} == {str(user.uid)}
+    return False
+
+
 async def start(
     guest: str,
     command: Sequence[str],

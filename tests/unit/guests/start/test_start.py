@@ -15,7 +15,7 @@ from migrated.errors import ConfigError, GuestError, GuestRefusedError, Migrated
 from migrated.guests.process.config import ProcessTargetConfig
 from migrated.guests.start import launcher
 from migrated.guests.start.config import nodes
-from migrated.guests.start.process import start, user_of
+from migrated.guests.start.process import is_process_of, start, user_of
 from migrated.settings import read
 
 LIMIT_SECONDS = 60.0
@@ -95,6 +95,14 @@ async def test_a_guest_with_a_user_makes_its_sockets_in_a_directory_of_its_own(t
     assert "Permission denied" in text  # it may pass the agent's directory, and not list it
     assert (guests / "made").stat().st_uid == 65534
     assert guests.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.root
+def test_a_process_of_another_user_is_not_the_guests() -> None:
+    user = user_of("vm", table(user="nobody"))
+    assert not is_process_of(os.getpid(), user)
+    assert not is_process_of(2**22 + 1, user)
+    assert is_process_of(os.getpid(), None)
 
 
 @pytest.mark.skipif(not HAS_NUMA, reason="a kernel without NUMA")
