@@ -36,7 +36,21 @@ def root(context: click.Context, agent: str | None) -> None:
     context.obj = agent
 
 
-for command in (source, target, helper, *VERBS, report, logs, evacuate, guests, check, config, inspect, certificates, demo):
+for command in (
+    source,
+    target,
+    helper,
+    *VERBS,
+    report,
+    logs,
+    evacuate,
+    guests,
+    check,
+    config,
+    inspect,
+    certificates,
+    demo,
+):
     root.add_command(command)
 
 
