@@ -13,7 +13,7 @@ from migrated import __version__
 from migrated.cli import failure
 from migrated.cli.certificates import certificates
 from migrated.cli.configuration import config
-from migrated.cli.daemons import source, target
+from migrated.cli.daemons import helper, source, target
 from migrated.cli.demo import demo
 from migrated.cli.evacuate import evacuate
 from migrated.cli.guests import guests
@@ -36,7 +36,21 @@ def root(context: click.Context, agent: str | None) -> None:
     context.obj = agent
 
 
-for command in (source, target, *VERBS, report, logs, evacuate, guests, check, config, inspect, certificates, demo):
+for command in (
+    source,
+    target,
+    helper,
+    *VERBS,
+    report,
+    logs,
+    evacuate,
+    guests,
+    check,
+    config,
+    inspect,
+    certificates,
+    demo,
+):
     root.add_command(command)
 
 

@@ -47,3 +47,14 @@ def source(path: str | None, log_level: str, log_format: str) -> int:
 def target(path: str | None, log_level: str, log_format: str) -> int:
     """Run the agent of a host that guests come to."""
     return _run("target", path, log_level, log_format)
+
+
+@click.command(hidden=True)
+def helper() -> int:
+    """Perform operations on guests that need privileges, for agents without (migrated-helper.socket starts this)."""
+    from migrated import log
+    from migrated.guests.access.helper import serve, take_listener
+
+    log.configure(level="info", fmt="auto")
+    serve(take_listener())
+    return 0

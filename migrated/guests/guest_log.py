@@ -38,7 +38,9 @@ def tail(path: Path, limit_bytes: int = TAIL_BYTES) -> str:
     The text becomes part of error messages, which the status site shows to whoever can connect.
     """
     try:
-        with path.open("rb") as file:
+        # The directory may be the guest's: follow no link to a file of ours.
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(fd, "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - limit_bytes))
             text = file.read(limit_bytes).decode(errors="replace").strip()
     except OSError:

@@ -14,6 +14,7 @@ import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from migrated import privileged
 from migrated.errors import GuestError
 from migrated.memory.regions import Mapping
 
@@ -79,7 +80,7 @@ def areas(pid: int) -> list[Area]:
     """Return all areas of a process, in address order.  Raises GuestError ``guest-gone`` or ``no-rights``."""
     path = PROC / str(pid) / "maps"
     try:
-        return parse(path.read_text(encoding="utf-8", errors="surrogateescape"))
+        return parse(privileged.read_file(pid, "maps"))
     except (FileNotFoundError, ProcessLookupError) as error:
         raise GuestError(f"process {pid} has exited", code="guest-gone") from error
     except PermissionError as error:
@@ -153,8 +154,8 @@ def open_area(pid: int, area: Area, *, writable: bool = False) -> int:
     """
     path = f"{PROC}/{pid}/map_files/{area.start:x}-{area.end:x}"
     try:
-        return os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
-    except FileNotFoundError as error:
+        return privileged.open_file(pid, f"map_files/{area.start:x}-{area.end:x}", writable=writable)
+    except (FileNotFoundError, ProcessLookupError) as error:
         raise GuestError(f"cannot open {path}: process or mapping is gone", code="guest-gone") from error
     except OSError as error:
         raise GuestError(

@@ -11,8 +11,10 @@ import platform
 import re
 from pathlib import Path
 
+from migrated.errors import HostError
 from migrated.memory.memfd import DEFAULT_PAGE_BYTES, pools
 from migrated.memory.native import call, ffi, lib
+from migrated.privileged import helper, open_file
 from migrated.units import format_size
 
 _CAP_SYS_PTRACE = 19
@@ -105,6 +107,7 @@ def requirements() -> list[Requirement]:
         _userfaultfd(found),
         _serving(found),
         _tracking(found),
+        *([_helper()] if helper() else []),
         _tracing(),
         _unconfined(),
         _map_files(),
@@ -162,8 +165,8 @@ def _tracing() -> Requirement:
     if platform.machine() != "x86_64":
         fix = "only guests that co-operate (driver `process`) can be moved from this architecture"
         return _need(name, "both", ok=False, found=platform.machine(), fix=fix)
-    if _has(_CAP_SYS_PTRACE):
-        return _need(name, "both", ok=True, found="CAP_SYS_PTRACE", fix="")
+    if _has(_CAP_SYS_PTRACE) or helper():
+        return _need(name, "both", ok=True, found="by the helper" if helper() else "CAP_SYS_PTRACE", fix="")
     try:
         scope = int(Path("/proc/sys/kernel/yama/ptrace_scope").read_text(encoding="ascii"))
     except (OSError, ValueError):
@@ -184,15 +187,30 @@ def _unconfined() -> Requirement:
     return _need(
         "no seccomp filter on the agent",
         "both",
-        ok=not confined,
-        found="this process is under one" if confined else "none",
-        fix=f"a systemd unit must not set {', '.join(SECCOMP_DIRECTIVES)} (see systemd/migrated-*.service); a container "
+        ok=not confined or bool(helper()),
+        found="the helper has none" if helper() else "this process is under one" if confined else "none",
+        fix=f"use the privileged helper (systemd/migrated-helper.socket); without it a systemd unit must not set {', '.join(SECCOMP_DIRECTIVES)} ; a container "
         "needs --security-opt seccomp=unconfined",
     )
 
 
+def _helper() -> Requirement:
+    found = "answers"
+    try:
+        os.close(open_file(os.getpid(), "maps"))
+    except (OSError, HostError) as error:
+        found = str(error)
+    return _need(
+        "the privileged helper",
+        "both",
+        ok=found == "answers",
+        found=found,
+        fix="systemctl enable --now migrated-helper.socket; see `systemctl status migrated-helper.service`",
+    )
+
+
 def _map_files() -> Requirement:
-    ok = _has(_CAP_SYS_ADMIN) or _has(_CAP_CHECKPOINT_RESTORE)
+    ok = _has(_CAP_SYS_ADMIN) or _has(_CAP_CHECKPOINT_RESTORE) or bool(helper())
     return _need(
         "opening a guest's memory (/proc/PID/map_files)",
         "source",

@@ -9,8 +9,8 @@ import contextlib
 import dataclasses
 import re
 from collections.abc import Collection
-from pathlib import Path
 
+from migrated import privileged
 from migrated.errors import GuestError
 from migrated.memory.maps import Area, parse
 
@@ -40,7 +40,7 @@ def mapped_areas(pid: int, ranges: Collection[tuple[int, int]]) -> list[MappedAr
     area: Area | None = None
     sizes: dict[str, int] = {}
     try:
-        text = Path(f"/proc/{pid}/smaps").read_text(encoding="utf-8", errors="surrogateescape")
+        text = privileged.read_file(pid, "smaps")
     except OSError as error:
         raise GuestError(f"process {pid} has exited, or hides its memory from us", code="guest-gone") from error
     for line in text.splitlines():

@@ -9,6 +9,7 @@ import dataclasses
 import os
 from typing import Any
 
+from migrated import privileged
 from migrated.errors import GuestError, MigratedError
 from migrated.memory.native import call, ffi, lib
 from migrated.memory.regions import SourceMemory
@@ -33,7 +34,7 @@ class Tracker:
         out = ffi.new("struct mgd_tracker **")
         path = f"/proc/{memory.pid}/pagemap"
         try:
-            pagemap = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            pagemap = privileged.open_file(memory.pid, "pagemap")
         except OSError as error:
             raise GuestError(
                 f"cannot open {path}: {error.strerror}",

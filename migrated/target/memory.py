@@ -11,10 +11,10 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
-from migrated.guests.access.pidfd import open_files
 from migrated.memory import memfd
 from migrated.memory.engine import ledger_bytes
 from migrated.memory.regions import Region, TargetMemory
+from migrated.privileged import open_inodes
 from migrated.waiting import in_thread
 
 
@@ -87,15 +87,7 @@ def users_of(inodes: Collection[int]) -> list[int]:
     found = []
     for process in Path("/proc").iterdir():
         if process.name.isdigit() and int(process.name) != os.getpid():
-            links = open_files(int(process.name))
-            numbers = [number for number, link in links.items() if link.startswith(f"/memfd:{memfd.NAME_PREFIX}")]
-            if any(_inode(process / "fd" / str(number)) in inodes for number in numbers):
+            files = open_inodes(int(process.name), f"/memfd:{memfd.NAME_PREFIX}")
+            if any(inode in inodes for _, inode in files.values()):
                 found.append(int(process.name))
     return found
-
-
-def _inode(path: Path) -> int:
-    try:
-        return path.stat().st_ino
-    except OSError:  # closed meanwhile, or the process exited
-        return -1

@@ -29,7 +29,7 @@ from migrated.demo.images import build_bootsector
 from migrated.demo.qemu_guest import QEMU
 from migrated.errors import ConfigError, GuestError, GuestRefusedError, MigratedError
 from migrated.guests.access import injection
-from migrated.guests.access.pidfd import PidHandle, open_files
+from migrated.guests.access.pidfd import PidHandle
 from migrated.guests.driver import FaultSource
 from migrated.guests.qemu import source as qemu_source
 from migrated.guests.qemu.command import check_command
@@ -41,6 +41,7 @@ from migrated.memory import memfd as memory_memfd
 from migrated.memory.native import uffd_register, uffd_unregister
 from migrated.memory.regions import Region, SourceMemory, TargetMemory
 from migrated.memory.smaps import mapped_areas
+from migrated.privileged import open_files
 from migrated.settings import Timeouts, read
 
 MIB = 1 << 20

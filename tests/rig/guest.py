@@ -158,7 +158,7 @@ class OnTheMove(abc.ABC):
         """Assert that the agents have logged no error but those expected."""
         told = [event for host in self.hosts for event in host.complaints()]
         complaints = [event for event in told if event["event"] not in self.expected]
-        assert not complaints, "\n".join(str(event.get("exception", event["event"])) for event in complaints)
+        assert not complaints, "\n".join(str(event.get("exception", event)) for event in complaints)
 
 
 class MovingGuest(OnTheMove):

@@ -13,7 +13,6 @@ import pytest
 
 from migrated.demo.pair import short_directory
 from migrated.demo.qemu_guest import QemuGuest
-from migrated.demo.run import cache_directory
 from tests.rig import supervisor
 from tests.rig.pages import PagesUnavailableError, more_pages
 from tests.rig.trees import TreeUnavailableError
@@ -67,11 +66,11 @@ def unit_guest(machines: Machines, huge_page_pool: None) -> MakeGuest:
     """``async with unit_guest() as guest``: booted on the first machine, no agent running yet."""
 
     @contextlib.asynccontextmanager
-    async def make(config: dict[str, Any] | None = None) -> AsyncIterator[UnitGuest]:
+    async def make(config: dict[str, Any] | None = None, *, extra: tuple[str, ...] = ()) -> AsyncIterator[UnitGuest]:
         with supervisor.directory("g-", str(machines[0].shared)) as directory:
             guest = QemuGuest(
                 directory=directory,
-                cache=cache_directory(),
+                cache=directory,  # which any user can be let into
                 name="vm",
                 program="qemu-system-x86_64",  # the machine's own, whatever other tests use
                 kind="boot",
@@ -80,6 +79,7 @@ def unit_guest(machines: Machines, huge_page_pool: None) -> MakeGuest:
                 page_bytes=PAGE_BYTES,
                 memory="private",
                 # A page every few seconds: post-copy is over when a test lets it, not when the guest has touched everything.
+                extra=extra,
                 load={"rate": 200, "pattern": "dense", "sweep_seconds": 0},
             )
             hosts = tuple(UnitHost(directory, machine.name, machine, config) for machine in machines)

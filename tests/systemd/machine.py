@@ -7,6 +7,7 @@ two such machines reach each other on loopback.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shlex
 import shutil
@@ -87,14 +88,22 @@ class Machine:
 
     def install(self) -> None:
         """Install the units, as docs/operations.md says."""
-        for unit in UNITS.glob("*.service"):
+        units = [unit for unit in UNITS.iterdir() if unit.suffix in {".service", ".socket"}]
+        for unit in units:
             shutil.copy(unit, self.path("/etc/systemd/system"))
         shutil.copy(UNITS / "migrated.sysusers.conf", self.path("/usr/lib/sysusers.d/migrated.conf"))
         shutil.copy(UNITS / "migrated.tmpfiles.conf", self.path("/usr/lib/tmpfiles.d/migrated.conf"))
+        # The program here is that of a checkout, which may be in a directory that the helper's unit hides.
+        drop_in = self.path("/etc/systemd/system/migrated-helper.service.d/checkout.conf")
+        drop_in.parent.mkdir()
+        drop_in.write_text("[Service]\nPrivateTmp=no\nProtectHome=no\n")
         self.run("systemd-sysusers")
         # The devices are this machine's own: their owners stay as they are.
         self.run("systemd-tmpfiles", "--create", "--exclude-prefix=/dev")
         self.run("systemctl", "daemon-reload")
+        # systemd forgets a stopped unit that nothing refers to, and the descriptors that it stores for it.
+        self.run("systemctl", "enable", "--quiet", *(unit.name for unit in units if "[Install]" in unit.read_text()))
+        self.run("systemctl", "start", "migrated-helper.socket")
 
     def dpkg(self, *arguments: str, check: bool = True) -> str:
         """Run dpkg there; its output."""
@@ -220,10 +229,11 @@ sys.exit(main())
 
 
 def _packages(version: str) -> Path:
-    """What the agents need from PyPI, for another version of Python than ours; made once."""
-    path = cache_directory() / f"packages-{version}"
+    """What the agents need from PyPI, for another version of Python than ours; made once for each set of them."""
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    digest = hashlib.sha256("\n".join(needed).encode()).hexdigest()[:16]
+    path = cache_directory() / f"packages-{version}-{digest}"
     if not path.exists():
-        needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
         with supervisor.directory(".packages-", str(path.parent)) as scratch:
             install = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
             which = [f"--target={scratch / 'made'}", f"--python-version={version}", "--only-binary=:all:"]

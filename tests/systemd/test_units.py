@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,8 @@ pytestmark = [
 ]
 
 ROLES = ["source", "target"]
+HELPER = "migrated-helper.service"
+CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_FOWNER, CAP_KILL, CAP_SYS_PTRACE, CAP_SYS_ADMIN = 0, 1, 3, 5, 19, 21
 
 
 class PostCopy:
@@ -63,19 +66,53 @@ async def test_a_qemu_guest_moves_between_units_there_and_back(unit_guest: MakeG
         await guest.move()
 
 
-async def test_no_agent_is_under_seccomp(agents: Agents) -> None:
-    for agent in agents:
+def seccomp(pid: int, root: Path = Path("/")) -> str:
+    """The mode of a process: 2 if it is under a filter."""
+    return (root / f"proc/{pid}/status").read_text().partition("Seccomp:")[2].split()[0]
+
+
+def capabilities(pid: int, root: Path) -> set[int]:
+    bits = int((root / f"proc/{pid}/status").read_text().partition("CapEff:")[2].split()[0], 16)
+    return {number for number in range(64) if bits >> number & 1}
+
+
+async def test_agents_are_confined_and_the_helper_only_in_what_it_may_do(agents: Agents) -> None:
+    machine = agents[0].machine
+    root = machine.path("/")
+    for agent, more in zip(agents, (set(), {CAP_FOWNER}), strict=True):
         await agent.start()
-        assert "Seccomp:\t0" in agent.machine.path(f"/proc/{agent.pid}/status").read_text()
+        assert seccomp(agent.pid, root) == "2"
+        assert capabilities(agent.pid, root) == {CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_KILL} | more
+        machine.run("systemd-analyze", "security", "--no-pager", "--threshold=40", agent.unit)
+    machine.run("systemctl", "start", HELPER)
+    helper = int(machine.show(HELPER, "MainPID")["MainPID"])
+    assert seccomp(helper, root) == "0"
+    assert capabilities(helper, root) == {CAP_DAC_OVERRIDE, CAP_SYS_PTRACE, CAP_SYS_ADMIN}
 
 
-async def test_a_unit_that_confines_its_guests_is_named_as_the_cause(machines: Machines, unit_guest: MakeGuest) -> None:
-    with machines[1].drop_in("migrated-target.service", "LockPersonality=yes"):
-        async with unit_guest() as guest:
-            record = await guest.fail()
-            await guest.target.stop()
-    assert record["error"]["code"] == "cannot-inject"
-    assert "start the agent without a filter" in record["error"]["message"]
+async def test_a_guest_with_a_filter_of_its_own_moves_between_confined_agents(unit_guest: MakeGuest) -> None:
+    async with unit_guest(extra=("-sandbox", "on")) as guest:
+        for _ in range(2):
+            assert [seccomp(pid) for pid in guest.pids] == ["2"]
+            await guest.move()
+        assert [seccomp(pid) for pid in guest.pids] == ["2"]
+
+
+async def test_the_filter_of_an_agent_does_not_reach_its_guests(unit_guest: MakeGuest) -> None:
+    async with unit_guest() as guest:
+        await guest.move()
+        assert [seccomp(pid) for pid in guest.pids] == ["0"]
+
+
+async def test_a_helper_that_is_killed_is_started_again_when_it_is_needed(unit_guest: MakeGuest) -> None:
+    async with post_copy(unit_guest) as state:
+        for agent in (state.source, state.target):
+            agent.machine.run("systemctl", "kill", "--signal=KILL", "--kill-who=main", HELPER)
+        former = state.target.pid
+        await state.target.kill()
+        await state.target.restarted(former)
+    for agent in (state.source, state.target):
+        assert agent.machine.show(HELPER, "ActiveState")["ActiveState"] == "active"
 
 
 @pytest.mark.parametrize("role", ROLES)

@@ -8,6 +8,9 @@ guest that waits while our daemon is dead is right, a guest that reads stale mem
 A process without the right to call userfaultfd gets it through ``/dev/userfaultfd``.  We open the device and hand its
 descriptor over by whatever channel the process offers; the descriptor carries the right, and the process runs the ioctl
 on it.
+
+All that needs privileges is in the operations (`migrated.privileged`), which the agents leave to the privileged helper.
+Each makes one kind of call, with few arguments: an agent cannot have a process run whatever it likes.
 """
 
 from __future__ import annotations
@@ -16,18 +19,21 @@ import contextlib
 import ctypes
 import dataclasses
 import errno
+import functools
 import os
 import platform
 import socket
 import struct
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from migrated.errors import GuestError, GuestRefusedError, MigratedError
-from migrated.guests.access.pidfd import PidHandle, open_files
-from migrated.memory.memfd import BASE_PAGE_BYTES
+from migrated.errors import GuestError, GuestRefusedError, HostError, MigratedError
+from migrated.guests.access.pidfd import PidHandle
+from migrated.memory.memfd import BASE_PAGE_BYTES, NAME_PREFIX
 from migrated.memory.native import inject_syscall, uffd_api, uffd_unregister
 from migrated.memory.regions import SourceMemory
+from migrated.privileged import Fd, open_files, operation, pid_of
 from migrated.waiting import in_thread
 
 _SYS_CLOSE = 3
@@ -93,15 +99,95 @@ def remote_syscall(process: PidHandle, number: int, *arguments: int) -> tuple[in
     return injected.result, injected.stopped_seconds
 
 
+# ---------------------------------------------------------------- operations
+
+
+def _process(pidfd: int) -> PidHandle:
+    """Return a handle that does not own its pidfd.  Raises GuestRefusedError ``cannot-inject``."""
+    try:
+        return PidHandle(pid_of(pidfd), pidfd, child=False)
+    except ProcessLookupError as error:
+        raise GuestRefusedError("the process has exited", code="cannot-inject") from error
+
+
+@functools.partial(operation, tries=1)
+def make_uffd(pidfd: Fd) -> list[Any]:
+    """Have the process make a userfaultfd: its number there, or -errno, and for how many seconds the process stood still."""
+    return list(remote_syscall(_process(pidfd), _SYS_USERFAULTFD, _FLAGS))
+
+
+@functools.partial(operation, tries=1)
+def make_uffd_through_device(pidfd: Fd, number: int) -> list[Any]:
+    """Have the process make a userfaultfd through its descriptor of the device; see `make_uffd`."""
+    process = _process(pidfd)
+    if open_files(process.pid).get(number) != str(DEVICE):
+        raise GuestError(f"process {process.pid}: descriptor {number} is not {DEVICE}", code="cannot-inject")
+    return list(remote_syscall(process, _SYS_IOCTL, number, _USERFAULTFD_IOC_NEW, _FLAGS))
+
+
+@operation
+def take_uffd(pidfd: Fd, number: int) -> Fd:
+    """Return a duplicate of a userfaultfd of the process."""
+    fd = _process(pidfd).take_fd(number)
+    if os.readlink(f"/proc/self/fd/{fd}") != _LINK:  # noqa: PTH115 - the link's text, not a path
+        os.close(fd)
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF), f"pidfd_getfd({number})")
+    return Fd(fd)
+
+
+@operation
+def close_given(pidfd: Fd, number: int) -> None:
+    """Have the process close a descriptor that it has through us."""
+    process = _process(pidfd)
+    link = open_files(process.pid).get(number, "")
+    if link in {_LINK, str(DEVICE)} or link.startswith(f"/memfd:{NAME_PREFIX}"):
+        remote_syscall(process, _SYS_CLOSE, number)
+
+
+@operation
+def map_memory_over(pidfd: Fd, address: int, length_bytes: int, number: int) -> None:
+    """Have the process map memory of ours, shared, over whatever is at ``address``."""
+    process = _process(pidfd)
+    if not open_files(process.pid).get(number, "").startswith(f"/memfd:{NAME_PREFIX}"):
+        raise GuestError(f"process {process.pid}: descriptor {number} is no memory of ours", code="cannot-inject")
+    arguments = (address, length_bytes, _PROT_READ_WRITE, _MAP_SHARED_FIXED, number, 0)
+    result, _ = remote_syscall(process, _SYS_MMAP, *arguments)
+    if result != address:
+        raise _failed(process, "mmap", address, length_bytes, result)
+
+
+@operation
+def empty_mapping(pidfd: Fd, address: int, length_bytes: int) -> None:
+    """Remove a shared mapping's pages, locked ones too, from the process's page tables; the file keeps them."""
+    process = _process(pidfd)
+    result, _ = remote_syscall(process, _SYS_MADVISE, address, length_bytes, _MADV_DONTNEED_LOCKED)
+    if result != 0:
+        raise _failed(process, "madvise", address, length_bytes, result)
+
+
+@functools.partial(operation, tries=1)
+def give_descriptors(pidfd: Fd, fds: list[Fd]) -> list[int]:
+    """See `give_fds`."""
+    return _give_fds(_process(pidfd), fds)
+
+
+@operation
+def is_same_file(pidfd: Fd, number: int, fd: Fd) -> bool:
+    """Whether our ``fd`` and the process's descriptor are one open file; without CONFIG_KCMP, assume so."""
+    order = int(_LIBC.syscall(_SYS_KCMP, os.getpid(), pid_of(pidfd), _KCMP_FILE, int(fd), number))
+    # Without CONFIG_KCMP (ENOSYS) the link's name must do: nothing else in a guest makes userfaultfds meanwhile.
+    return order == 0 or (order < 0 and ctypes.get_errno() == errno.ENOSYS)
+
+
+# ---------------------------------------------------------------- for the drivers
+
+
 def map_over(process: PidHandle, address: int, length_bytes: int, remote_fd: int) -> None:
     """Have the process map its descriptor ``remote_fd``, shared, over whatever is at ``address``.  Blocks.
 
     Raises GuestRefusedError ``cannot-inject``.
     """
-    arguments = (address, length_bytes, _PROT_READ_WRITE, _MAP_SHARED_FIXED, remote_fd, 0)
-    result, _ = remote_syscall(process, _SYS_MMAP, *arguments)
-    if result != address:
-        raise _failed(process, "mmap", address, length_bytes, result)
+    map_memory_over(process.pidfd, address, length_bytes, remote_fd)
 
 
 def empty_page_tables(process: PidHandle, address: int, length_bytes: int) -> None:
@@ -109,9 +195,7 @@ def empty_page_tables(process: PidHandle, address: int, length_bytes: int) -> No
 
     Raises GuestRefusedError ``cannot-inject``.
     """
-    result, _ = remote_syscall(process, _SYS_MADVISE, address, length_bytes, _MADV_DONTNEED_LOCKED)
-    if result != 0:
-        raise _failed(process, "madvise", address, length_bytes, result)
+    empty_mapping(process.pidfd, address, length_bytes)
 
 
 #: Size of the area in a page of the process where `give_fds` puts recvmsg's arguments.
@@ -127,6 +211,10 @@ def give_fds(process: PidHandle, fds: Sequence[int]) -> list[int]:
     For a process that has no channel to us.  It makes a pair of sockets; we take one (``pidfd_getfd``) and send through
     it.  Nothing of that remains.  Raises GuestRefusedError ``cannot-inject``.
     """
+    return give_descriptors(process.pidfd, [Fd(fd) for fd in fds])
+
+
+def _give_fds(process: PidHandle, fds: Sequence[int]) -> list[int]:
     scratch = _must(
         process, "mmap", _SYS_MMAP, 0, _SCRATCH_BYTES, _PROT_READ_WRITE, _MAP_PRIVATE_ANONYMOUS, -1 & _WORD, 0
     )
@@ -197,9 +285,13 @@ def same_file(pid: int, remote_fd: int, fd: int) -> bool:
     """Whether our ``fd`` and the process's ``remote_fd`` are one open userfaultfd."""
     if remote_fd not in userfaultfds(pid):
         return False
-    order = int(_LIBC.syscall(_SYS_KCMP, os.getpid(), pid, _KCMP_FILE, fd, remote_fd))
-    # Without CONFIG_KCMP (ENOSYS) the link's name must do: nothing else in a guest makes userfaultfds meanwhile.
-    return order == 0 or (order < 0 and ctypes.get_errno() == errno.ENOSYS)
+    process = PidHandle.attach(pid)
+    try:
+        return is_same_file(process.pidfd, remote_fd, Fd(fd))
+    except ProcessLookupError:
+        return False
+    finally:
+        process.close()
 
 
 def find_remote(pid: int, fd: int) -> int | None:
@@ -216,12 +308,12 @@ async def open_uffd(
     ``no-userfaultfd``), or UFFDIO_API's error on a kernel that lacks a feature.
     """
 
-    def undo(made: tuple[int, float]) -> None:
+    def undo(made: list[Any]) -> None:
         if made[0] >= 0:
-            with contextlib.suppress(MigratedError):
-                remote_syscall(process, _SYS_CLOSE, made[0])
+            with contextlib.suppress(MigratedError, OSError):
+                close_given(process.pidfd, made[0])
 
-    remote, stopped = await in_thread(remote_syscall, process, _SYS_USERFAULTFD, _FLAGS, undo=undo)
+    remote, stopped = await in_thread(make_uffd, process.pidfd, undo=undo)
     if remote == -errno.EPERM and send_descriptor is not None:
         remote, stopped = await _through_device(process, send_descriptor, undo)
     if remote < 0:
@@ -232,13 +324,13 @@ async def open_uffd(
         )
     fd = -1
     try:
-        fd = process.take_fd(remote)
+        fd = take_uffd(process.pidfd, remote)
         uffd_api(fd, faults=faults, tracking=tracking)
     except BaseException as error:
         if fd >= 0:
             os.close(fd)
-        with contextlib.suppress(MigratedError):
-            await in_thread(remote_syscall, process, _SYS_CLOSE, remote)
+        with contextlib.suppress(MigratedError, OSError):
+            await in_thread(close_given, process.pidfd, remote)
         if isinstance(error, OSError):
             raise GuestRefusedError(
                 f"cannot take the userfaultfd of process {process.pid}: {error.strerror}", code="cannot-inject"
@@ -254,7 +346,7 @@ def by_injection(process: PidHandle) -> SendDescriptor:
         (number,) = await in_thread(give_fds, process, [fd])
 
         async def take_back() -> None:
-            await in_thread(remote_syscall, process, _SYS_CLOSE, number)
+            await in_thread(close_given, process.pidfd, number)
 
         return take_back
 
@@ -262,8 +354,8 @@ def by_injection(process: PidHandle) -> SendDescriptor:
 
 
 async def _through_device(
-    process: PidHandle, send_descriptor: SendDescriptor, undo: Callable[[tuple[int, float]], None]
-) -> tuple[int, float]:
+    process: PidHandle, send_descriptor: SendDescriptor, undo: Callable[[list[Any]], None]
+) -> list[Any]:
     try:
         device = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
@@ -279,9 +371,7 @@ async def _through_device(
             handed = set(_numbers(process.pid, str(DEVICE))) - before
             if len(handed) != 1:
                 raise GuestError(f"process {process.pid} did not receive {DEVICE}", code="cannot-inject")
-            return await in_thread(
-                remote_syscall, process, _SYS_IOCTL, handed.pop(), _USERFAULTFD_IOC_NEW, _FLAGS, undo=undo
-            )
+            return await in_thread(make_uffd_through_device, process.pidfd, handed.pop(), undo=undo)
         finally:
             await take_back()
     finally:
@@ -295,8 +385,8 @@ async def close_uffd(uffd: InjectedUffd) -> None:
     """
     try:
         if uffd.process.poll() is None and same_file(uffd.process.pid, uffd.remote_fd, uffd.fd):
-            await in_thread(remote_syscall, uffd.process, _SYS_CLOSE, uffd.remote_fd)
-    except GuestRefusedError:
+            await in_thread(close_given, uffd.process.pidfd, uffd.remote_fd)
+    except (GuestError, HostError):
         if uffd.process.poll() is None:
             raise
     finally:
@@ -312,12 +402,12 @@ async def close_remote(process: PidHandle, number: int, memory: SourceMemory) ->
     if number not in userfaultfds(process.pid):
         return
     with contextlib.suppress(OSError):  # or the descriptor is already closed
-        ours = process.take_fd(number)
+        ours = take_uffd(process.pidfd, number)
         try:
             await in_thread(_unregister, ours, memory)
         finally:
             os.close(ours)
-    await in_thread(remote_syscall, process, _SYS_CLOSE, number)
+    await in_thread(close_given, process.pidfd, number)
 
 
 def _unregister(uffd: int, memory: SourceMemory) -> None:

@@ -13,9 +13,10 @@ import ctypes
 import os
 import select
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from migrated import privileged
 from migrated.errors import GuestError, TimeoutExceededError
 
 _SYS_PIDFD_GETFD = 438  # the same number on every architecture
@@ -62,16 +63,6 @@ def _reap(pidfd: int) -> None:
         if loop is not None and not loop.is_closed():
             loop.remove_reader(pidfd)
         os.close(pidfd)
-
-
-def open_files(pid: int) -> dict[int, str]:
-    """Return the process's descriptors and what `/proc` links them to; empty if it has exited or is hidden from us."""
-    found: dict[int, str] = {}
-    with contextlib.suppress(OSError):
-        for entry in Path(f"/proc/{pid}/fd").iterdir():
-            with contextlib.suppress(OSError):  # closed meanwhile
-                found[int(entry.name)] = str(entry.readlink())
-    return found
 
 
 def process_started(pid: int) -> int:
@@ -129,16 +120,20 @@ class PidHandle:
         return handle
 
     @classmethod
-    def spawn(cls, command: Sequence[str], *, pass_fds: Sequence[int], log: Path) -> PidHandle:
+    def spawn(
+        cls, command: Sequence[str], *, pass_fds: Sequence[int], log: Path, environment: Mapping[str, str] | None = None
+    ) -> PidHandle:
         """Start ``command`` in a session of its own, with no standard input and its output to ``log``.
 
-        It inherits ``pass_fds`` under the same numbers.  Raises GuestError (``guest-start``).
+        It inherits ``pass_fds`` under the same numbers, and our environment unless one is given, without what systemd
+        tells the agent there.  Raises GuestError (``guest-start``).
         """
         for pidfd in list(_detached):  # those that no loop waits for any more
             _reap(pidfd)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_NOFOLLOW
         actions: list[tuple[object, ...]] = [
             (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
-            (os.POSIX_SPAWN_OPEN, 1, str(log), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600),
+            (os.POSIX_SPAWN_OPEN, 1, str(log), flags, 0o600),
             (os.POSIX_SPAWN_DUP2, 1, 2),
             # glibc clears close-on-exec when both numbers are the same (2.29).  Nothing else is inherited, so no
             # process started beside us gets the memory by accident.
@@ -148,7 +143,11 @@ class PidHandle:
             pid = os.posix_spawnp(
                 command[0],
                 list(command),
-                {name: value for name, value in os.environ.items() if not name.startswith(_OF_THE_AGENT)},
+                {
+                    name: value
+                    for name, value in (os.environ if environment is None else environment).items()
+                    if not name.startswith(_OF_THE_AGENT)
+                },
                 file_actions=actions,
                 setsid=True,
                 setsigmask=[],
@@ -217,6 +216,11 @@ class PidHandle:
                 f"process {self.pid} has not ended within {limit_seconds:g} s",
                 hint=f"see /proc/{self.pid}/stack for what it waits in",
             ) from error
+
+    @property
+    def pidfd(self) -> privileged.Fd:
+        """The pidfd, which this handle keeps."""
+        return privileged.Fd(self._pidfd)
 
     def take_fd(self, number: int) -> int:
         """Return a duplicate of the process's descriptor ``number`` (pidfd_getfd, close-on-exec).  Raises OSError."""

@@ -15,12 +15,12 @@ import os
 import struct
 import time
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 from migrated.errors import GuestError, GuestRefusedError
 from migrated.guests.qemu.memory import BASE_PAGE_BYTES, Block, LocatedBlock, cover
 from migrated.guests.qemu.state import ram_pages
 from migrated.memory.maps import Area, areas
+from migrated.privileged import open_file
 from migrated.waiting import in_thread
 
 #: QEMUFile's buffer has 32 KiB.
@@ -79,7 +79,7 @@ class Landmarks:
 
     def _look(self, pid: int) -> dict[str, LocatedBlock] | None:
         """None while QEMU has not come to the last page."""
-        with contextlib.suppress(OSError), Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
+        with contextlib.suppress(OSError), os.fdopen(open_file(pid, "mem"), "rb", 0) as memory:
             every = areas(pid)
             fd = memory.fileno()
             candidates = [area for area in every if area.permissions.startswith("rw") and not area.path.startswith("[")]
@@ -123,7 +123,7 @@ class Landmarks:
         self, pid: int, fd: int, candidates: list[Area], wanted: dict[bytes, _Mark], found: dict[str, set[int]]
     ) -> None:
         """Look at every page that is there."""
-        with Path(f"/proc/{pid}/pagemap").open("rb", buffering=0) as pagemap:
+        with os.fdopen(open_file(pid, "pagemap"), "rb", 0) as pagemap:
             for area in candidates:
                 for address in _present(pagemap.fileno(), area):
                     self._note(fd, wanted, address, found)

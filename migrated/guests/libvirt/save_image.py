@@ -20,6 +20,7 @@ import struct
 from pathlib import Path
 
 from migrated.errors import HostError
+from migrated.privileged import open_inodes
 
 _MAGIC = b"LibvirtQemudSave"
 _HEAD = struct.Struct("<16sIIIII56x")
@@ -100,12 +101,7 @@ class SaveImage:
     def open_in(self, pid: int) -> bool:
         """Whether a process has it open."""
         ours = os.fstat(self._fd)
-        with contextlib.suppress(OSError), os.scandir(f"/proc/{pid}/fd") as entries:
-            for entry in entries:
-                with contextlib.suppress(OSError):  # closed meanwhile
-                    if os.path.samestat(ours, entry.stat()):
-                        return True
-        return False
+        return (ours.st_dev, ours.st_ino) in open_inodes(pid, "/").values()
 
     def abandon(self) -> None:
         """Have whoever reads give up."""

@@ -15,7 +15,6 @@ from typing import Any
 import structlog
 
 from migrated.errors import GuestError, GuestRefusedError, MigratedError, TimeoutExceededError
-from migrated.guests.access.pidfd import open_files
 from migrated.guests.driver import Description as PlainDescription
 from migrated.guests.driver import Memento, StateChannel
 from migrated.guests.libvirt.config import Description, LibvirtSourceConfig, pack_xml
@@ -25,6 +24,7 @@ from migrated.guests.qemu.process import ManagedQemu
 from migrated.guests.qemu.source import RunningQemu
 from migrated.memory.regions import SourceMemory
 from migrated.options import DomainOptions
+from migrated.privileged import open_inodes
 from migrated.settings import Timeouts
 from migrated.waiting import in_thread
 
@@ -121,10 +121,8 @@ def _holders(fd: int, uuid: str) -> list[int]:
             with contextlib.suppress(OSError):
                 if uuid.encode() not in (process / "cmdline").read_bytes():
                     continue
-                for number, link in open_files(int(process.name)).items():
-                    if link.startswith("/memfd:") and os.path.samestat(ours, (process / "fd" / str(number)).stat()):
-                        found.append(int(process.name))
-                        break
+                if (ours.st_dev, ours.st_ino) in open_inodes(int(process.name), "/memfd:").values():
+                    found.append(int(process.name))
     return found
 
 

@@ -9,6 +9,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from migrated.guests.start.config import StartedTable
 from migrated.settings import Command, MemoryTable, OptionalSocketPath, SocketPath
 
 
@@ -19,7 +20,7 @@ class ProcessSourceConfig(MemoryTable):
     socket: SocketPath = Field(description="where the guest connects")
 
 
-class ProcessTargetConfig(MemoryTable):
+class ProcessTargetConfig(StartedTable):
     """``[guests.NAME]`` of a target: how to start the guest."""
 
     driver: Literal["process"] = "process"

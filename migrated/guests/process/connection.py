@@ -55,8 +55,8 @@ def listen(path: str) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
         _remove_dead_socket(path)
+        os.fchmod(sock.fileno(), 0o600)  # before bind: the directory may be the guest's user's
         sock.bind(path)
-        Path(path).chmod(0o600)
         sock.listen(8)
     except OSError as error:
         sock.close()

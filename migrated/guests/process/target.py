@@ -27,6 +27,7 @@ from migrated.guests.process.wire import (
     Hello,
     Kind,
 )
+from migrated.guests.start.process import admit, start, user_of
 from migrated.memory.maps import find_mappings
 from migrated.memory.native import uffd_register
 from migrated.memory.regions import Mapping, Region, TargetMemory
@@ -59,6 +60,7 @@ class ProcessTarget(TargetGuest):
                 code="guest-start",
                 hint="check the command of this guest in the target's configuration",
             )
+        user_of(self.name, self._config)
 
     async def start(self, memory: tuple[TargetMemory, ...]) -> FaultSource:
         self._regions = len(memory)
@@ -93,12 +95,18 @@ class ProcessTarget(TargetGuest):
 
     async def _launch(self) -> tuple[process.GuestConnection, Hello]:
         """Start the program and wait until it has connected, or fail when it exits."""
-        listener = process.listen(str(self._socket))
+        listener = self._listen()
         try:
-            self._process = PidHandle.spawn(
-                ["/usr/bin/env", f"MIGRATED_SOCKET={self._socket}", *self._config.command], pass_fds=(), log=self._log
-            )
             limit = self._timeouts.guest_start
+            self._process = await start(
+                self.name,
+                self._config.command,
+                self._config,
+                pass_fds=(),
+                output=self._log,
+                limit_seconds=limit,
+                environment={"MIGRATED_SOCKET": str(self._socket)},
+            )
             accept = asyncio.ensure_future(self._accept(listener, self._process.pid))
             died = asyncio.ensure_future(self._process.died())
             try:
@@ -119,6 +127,15 @@ class ProcessTarget(TargetGuest):
         hello, fds = await connection.hello(self._timeouts.guest_command)
         process.close_all(fds)
         return connection, hello
+
+    def _listen(self) -> socket.socket:
+        listener = process.listen(str(self._socket))
+        try:
+            admit(self._socket, user_of(self.name, self._config))
+        except BaseException:
+            listener.close()
+            raise
+        return listener
 
     async def _accept(self, listener: socket.socket, pid: int) -> process.GuestConnection:
         """Accept our process's connection: a process left by an earlier agent may still connect to the same socket."""
@@ -177,7 +194,7 @@ class ProcessTarget(TargetGuest):
             return await asyncio.shield(self._return)
 
     def _wait_for_return(self, pid: int) -> asyncio.Task[process.GuestConnection]:
-        task = asyncio.ensure_future(self._take_back(process.listen(str(self._socket)), pid))
+        task = asyncio.ensure_future(self._take_back(self._listen(), pid))
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
         return task
 

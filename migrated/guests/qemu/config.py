@@ -12,7 +12,8 @@ import msgspec
 from pydantic import Field
 
 from migrated.errors import RemoteProtocolError
-from migrated.settings import Command, GuestTable, MemoryTable, SocketPath
+from migrated.guests.start.config import StartedTable
+from migrated.settings import Command, GuestTable, SocketPath
 
 
 class QemuSourceConfig(GuestTable):
@@ -26,7 +27,7 @@ class QemuSourceConfig(GuestTable):
     )
 
 
-class QemuTargetConfig(MemoryTable):
+class QemuTargetConfig(StartedTable):
     """``[guests.NAME]`` of a target: how to start the incoming QEMU.
 
     With ``reserve = false``, the memory backends of the command need ``reserve=off``.

@@ -21,10 +21,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from migrated.errors import GuestRefusedError
-from migrated.guests.access.pidfd import open_files
 from migrated.guests.qemu.qmp import MonitorCommands
 from migrated.memory.maps import Area, areas
 from migrated.memory.regions import Mapping, Region
+from migrated.privileged import open_files
 from migrated.units import parse_size
 
 _HUGETLBFS = 0x958458F6

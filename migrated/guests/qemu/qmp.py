@@ -22,7 +22,7 @@ from qemu.qmp import ConnectError, EventListener, ExecInterruptedError, ExecuteE
 from qemu.qmp.protocol import Runstate, StateError
 
 from migrated.errors import GuestError
-from migrated.guests.access.pidfd import open_files
+from migrated.privileged import open_files
 
 #: For callers without a configuration: the default of timeouts.guest_command.
 COMMAND_SECONDS = 10.0

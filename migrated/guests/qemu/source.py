@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from migrated import privileged
 from migrated.errors import GuestError, GuestRefusedError, MigratedError, TimeoutExceededError
 from migrated.guests.access import injection
 from migrated.guests.access.pidfd import PidHandle
@@ -399,7 +400,7 @@ def _open_memory(pid: int) -> int:
     """Open ``/proc/PID/mem`` for reading.  It stays with this process, never a later one with the same pid."""
     path = f"/proc/{pid}/mem"
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return privileged.open_file(pid, "mem")
     except OSError as error:
         gone = isinstance(error, FileNotFoundError | ProcessLookupError)
         raise GuestError(

@@ -34,7 +34,10 @@ from migrated.guests.qemu.memory import Block
 from migrated.guests.qemu.process import STATE_STREAM, QemuProcess
 from migrated.guests.qemu.qmp import Monitor
 from migrated.guests.qemu.state import HeaderDecoder, stream_begin
+from migrated.guests.start.process import is_process_of, start, user_of
+from migrated.memory import memfd
 from migrated.memory.regions import Region, TargetMemory
+from migrated.privileged import open_inodes
 from migrated.settings import Timeouts
 from migrated.waiting import cancel_and_wait, in_thread
 
@@ -68,6 +71,7 @@ class QemuTarget(TargetGuest):
         self._description = qemu_driver.Description.decode(description)
         ram = tuple(region for region in regions if not region.device)
         check_command(self.name, self._config.command, ram, reserve=self._config.reserve)
+        user_of(self.name, self._config)
         if await self._somebody_listens():
             raise GuestRefusedError(
                 f"guest {self.name} is on this host already: a QEMU answers on {self.qmp_path}",
@@ -93,10 +97,13 @@ class QemuTarget(TargetGuest):
     async def start(self, memory: tuple[TargetMemory, ...]) -> FaultSource:
         self.qmp_path.unlink(missing_ok=True)
         self._owns_files = True
-        self._child = PidHandle.spawn(
+        self._child = await start(
+            self.name,
             command_line(self._config.command, memory, self.qmp_path),
+            self._config,
             pass_fds=[item.memory_fd for item in memory],
-            log=self.log_path,
+            output=self.log_path,
+            limit_seconds=self._timeouts.guest_start,
         )
         try:
             async with asyncio.timeout(self._timeouts.guest_start):
@@ -124,11 +131,22 @@ class QemuTarget(TargetGuest):
                 )
             try:
                 # QEMU listens long before it answers: it sends the greeting when the whole machine is built.
-                return await self.qemu.connect(child, greeting_seconds=self._timeouts.guest_start)
+                monitor = await self.qemu.connect(child, greeting_seconds=self._timeouts.guest_start)
             except GuestError as error:
                 if error.code != "qmp-unreachable":
                     raise
+            else:
+                self._refuse_stranger(self.qemu.handle.pid)
+                return monitor
             await asyncio.sleep(_POLL_SECONDS)
+
+    def _refuse_stranger(self, pid: int) -> None:
+        if not is_process_of(pid, user_of(self.name, self._config)):
+            raise GuestRefusedError(
+                f"guest {self.name}: process {pid}, which answers on its monitor, does not run as {self._config.user}",
+                code="guest-user",
+                hint="look at what made the socket; the command must not change the user",
+            )
 
     async def _take_faults(self, monitor: Monitor, memory: tuple[TargetMemory, ...]) -> FaultSource:
         blocks = await self._compare(monitor, tuple(item.region for item in memory))
@@ -229,9 +247,8 @@ class QemuTarget(TargetGuest):
     def _refuse_descriptor_lost(self, pid: int, fd: int) -> None:
         """Refuse a QEMU without our descriptor: a wrapper may have closed it before executing QEMU."""
         ours = os.fstat(fd)
-        with contextlib.suppress(OSError):
-            if os.path.samestat(ours, Path(f"/proc/{pid}/fd/{fd}").stat()):
-                return
+        if open_inodes(pid, f"/memfd:{memfd.NAME_PREFIX}").get(fd) == (ours.st_dev, ours.st_ino):
+            return
         raise GuestRefusedError(
             f"guest {self.name}: QEMU (process {pid}) has not inherited descriptor {fd} from the agent",
             code="guest-command",

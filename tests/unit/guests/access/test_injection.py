@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import pytest
 
 from migrated.guests.access import injection
-from migrated.guests.access.pidfd import PidHandle, open_files
+from migrated.guests.access.pidfd import PidHandle
+from migrated.privileged import open_files
 
 pytestmark = pytest.mark.root
 
@@ -46,7 +47,7 @@ def test_a_process_is_given_descriptors_and_nothing_else_changes(stranger: PidHa
 
 async def test_a_process_is_handed_the_right_to_make_a_userfaultfd(stranger: PidHandle) -> None:
     before = open_files(stranger.pid)
-    fd = os.open(os.devnull, os.O_RDONLY)
+    fd = os.memfd_create("migrated-given")
     try:
         take_back = await injection.by_injection(stranger)(fd)
         assert len(open_files(stranger.pid)) == len(before) + 1
