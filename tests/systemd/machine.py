@@ -59,6 +59,17 @@ class Machine:
             raise AssertionError(f"{' '.join(command)}: status {done.returncode}: {done.stdout}{done.stderr}")
         return done.stdout
 
+    def dpkg(self, *arguments: str, check: bool = True) -> str:
+        """Run dpkg there; its output."""
+        return self.run("dpkg", "--force-unsafe-io", *arguments, check=check, seconds=PACKAGE_SECONDS)
+
+    def install_packages(self, *packages: Path) -> None:
+        """Install our Debian package in place of the units, with those that it depends on and the tree lacks."""
+        # As below: this file takes precedence over the package's.
+        ours = [line for line in (UNITS / "migrated.tmpfiles.conf").read_text().splitlines() if " /dev/" not in line]
+        self.path("/etc/tmpfiles.d/migrated.conf").write_text("\n".join([*ours, ""]))
+        self.dpkg("--install", *map(str, packages))
+
     def show(self, unit: str, *properties: str) -> dict[str, str]:
         """Properties of a unit."""
         output = self.run("systemctl", "show", f"--property={','.join(properties)}", unit)
@@ -104,17 +115,6 @@ class Machine:
         # systemd forgets a stopped unit that nothing refers to, and the descriptors that it stores for it.
         self.run("systemctl", "enable", "--quiet", *(unit.name for unit in units if "[Install]" in unit.read_text()))
         self.run("systemctl", "start", "migrated-helper.socket")
-
-    def dpkg(self, *arguments: str, check: bool = True) -> str:
-        """Run dpkg there; its output."""
-        return self.run("dpkg", "--force-unsafe-io", *arguments, check=check, seconds=PACKAGE_SECONDS)
-
-    def install_packages(self, *packages: Path) -> None:
-        """Install our Debian package in place of the units, with those that it depends on and the tree lacks."""
-        # As above: this file takes precedence over the package's.
-        ours = [line for line in (UNITS / "migrated.tmpfiles.conf").read_text().splitlines() if " /dev/" not in line]
-        self.path("/etc/tmpfiles.d/migrated.conf").write_text("\n".join([*ours, ""]))
-        self.dpkg("--install", *map(str, packages))
 
 
 @contextlib.contextmanager
