@@ -70,6 +70,7 @@ ListenAddress = Annotated[
     Address, Text(lambda text: parse_address(text, listening=True), "host:port", "HOST:PORT, IPv6 in brackets")
 ]
 StatusAddress = Annotated[Address, Text(_parse_listen_address, "host:port", 'HOST:PORT, or "" for no status site')]
+ControlAddress = Annotated[Address, Text(_parse_listen_address, "host:port", 'HOST:PORT, or "" for no remote control')]
 File = Annotated[Path, Text(_parse_file, "path", "an absolute path")]
 HostName = Annotated[str, Field(max_length=255), AfterValidator(lambda name: name or socket.gethostname())]
 SourceGuest = Annotated[QemuSourceConfig | LibvirtSourceConfig | ProcessSourceConfig, Field(discriminator="driver")]
@@ -94,11 +95,24 @@ class ListenSection(Table):
 
 
 class ControlSection(Table):
-    """``[control]``: who may use the control socket, beside root and the agent's user."""
+    """``[control]``: who may use the control socket, beside root and the agent's user, and who may from other hosts."""
 
     owner: str = Field(default="", description="user that owns the control socket, and may do everything")
     group: str = Field(default="", description="group whose members may do everything")
     read_group: str = Field(default="", description="group whose members may read, but give no commands")
+    listen: ControlAddress | None = Field(
+        default=None, description='where other hosts may give commands, over mutual TLS only; `""`: nowhere'
+    )
+    peers: list[str] = Field(
+        default=[],
+        description="whose commands are obeyed there: the certificate must have one of these names; shell patterns",
+    )
+
+    @model_validator(mode="after")
+    def _for_somebody(self) -> Self:
+        if self.listen is not None and not self.peers:
+            refuse("listen without peers would obey nobody", "name the certificates that may give commands in peers")
+        return self
 
 
 class HttpSection(Table):
@@ -283,12 +297,34 @@ class AgentConfig(Table):
         """The files of TLS: those that are configured, else systemd's credentials, else those in `TLS_DIRECTORY`."""
         if self.tls.insecure:
             return None
-        files = TlsFiles.conventional(self.role, TLS_DIRECTORY)
+        files = self._found_tls_files(self.role)
+        return TlsFiles(self.tls.ca or files.ca, self.tls.cert or files.cert, self.tls.key or files.key)
+
+    @property
+    def control_tls_files(self) -> TlsFiles | None:
+        """The files of TLS for remote control, where every agent is a server."""
+        if self.role == "target" or self.tls.insecure:
+            return self.tls_files
+        files = self._found_tls_files("target")
+        # Beside those that are configured, if any are.
+        if self.tls.cert is not None:
+            files = TlsFiles.conventional("target", self.tls.cert.parent)
+        return TlsFiles(self.tls.ca or files.ca, files.cert, files.key)
+
+    @staticmethod
+    def _found_tls_files(role: Role) -> TlsFiles:
+        files = TlsFiles.conventional(role, TLS_DIRECTORY)
         credentials = os.environ.get("CREDENTIALS_DIRECTORY")
         if credentials:
-            ours = TlsFiles.conventional(self.role, Path(credentials))
+            ours = TlsFiles.conventional(role, Path(credentials))
             files = TlsFiles(*(own if own.exists() else file for own, file in zip(ours, files, strict=True)))
-        return TlsFiles(self.tls.ca or files.ca, self.tls.cert or files.cert, self.tls.key or files.key)
+        return files
+
+    @model_validator(mode="after")
+    def _remote_control_needs_tls(self) -> Self:
+        if self.control.listen is not None and self.tls.insecure:
+            refuse("control.listen needs TLS, and tls.insecure does without", "remove one of them")
+        return self
 
     @property
     def status_address(self) -> Address | None:

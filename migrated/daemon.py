@@ -31,9 +31,10 @@ from migrated.errors import ConfigError, HostError, MigratedError, TimeoutExceed
 from migrated.http.access import Access, Peer
 from migrated.http.control import control_app
 from migrated.http.guard import Guard, address_of, http_log
+from migrated.http.remote import RemoteControl
 from migrated.http.status import status_app
 from migrated.recovery import systemd
-from migrated.waiting import in_thread
+from migrated.waiting import cancel_and_wait, in_thread
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -267,6 +268,12 @@ async def _sites(
         stack.callback((await _listen_control(factory, settings.control_socket)).close)
         stack.callback(settings.control_socket.unlink, missing_ok=True)
         access.apply(settings.control_socket)
+        if settings.control.listen is not None and (files := settings.control_tls_files) is not None:
+            remote = RemoteControl(settings.control.listen, files, settings.control.peers)
+            factory = await _runner(stack, control_app(agent, about, remote), Guard(address_of))
+            await remote.open()
+            stack.callback(remote.close)
+            stack.push_async_callback(cancel_and_wait, asyncio.create_task(remote.serve(factory), name="remote"))
         if (address := settings.status_address) is not None:
             hosts = {address.host, settings.agent.name, socket.gethostname()}
             factory = await _runner(stack, status_app(agent, about, hosts=hosts), Guard(address_of))

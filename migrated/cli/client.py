@@ -8,6 +8,7 @@ from __future__ import annotations
 import grp
 import os
 import pwd
+import ssl
 import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
@@ -20,10 +21,11 @@ from migrated.agent.record import Record
 from migrated.agent.requests import GuestList
 from migrated.agent.series import Series
 from migrated.cli.failure import RemoteError
-from migrated.config import CONTROL_SOCKET_NAME, STATE_DIRECTORY
+from migrated.config import CONTROL_SOCKET_NAME, STATE_DIRECTORY, TLS_DIRECTORY
 from migrated.errors import ConfigError, ConnectionLostError, HostError
 from migrated.log import Line
 from migrated.memory.page_map import PageMap
+from migrated.settings import TlsFiles
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -37,6 +39,8 @@ _ANSWER_SECONDS: Final = 120.0
 # Events are silent while nothing changes, but a comment comes every 15 s.
 _EVENT_SECONDS: Final = 60.0
 _MAX_EVENT_BYTES: Final = 1 << 20
+#: Names a directory with ca-cert.pem, client-cert.pem and client-key.pem.
+_TLS_VARIABLE: Final = "MIGRATED_TLS_DIR"
 _ASK_FOR_A_GROUP: Final = (
     "use sudo, or name a group of yours in control.group of the agent's configuration and restart it"
 )
@@ -92,9 +96,10 @@ class Client:
         self.agent = agent or default_agent()
         self._session: aiohttp.ClientSession
         if "://" in self.agent:
-            if not self.agent.startswith("http://"):
+            if not self.agent.startswith(("http://", "https://")):
                 message = f"--agent {self.agent}: not a URL of an agent"
-                raise ConfigError(message, hint="give http://HOST:PORT of its status site, or the path of its socket")
+                hint = "give http://HOST:PORT of its status site, https://HOST:PORT of its remote control, or the path of its socket"
+                raise ConfigError(message, hint=hint)
             self._base = self.agent.rstrip("/")
             self._socket = None
         else:
@@ -104,7 +109,13 @@ class Client:
 
     async def __aenter__(self) -> Self:
         socket = self._socket
-        connector = aiohttp.TCPConnector() if socket is None else aiohttp.UnixConnector(str(socket))
+        connector: aiohttp.BaseConnector
+        if socket is not None:
+            connector = aiohttp.UnixConnector(str(socket))
+        elif self._base.startswith("https://"):
+            connector = aiohttp.TCPConnector(ssl=_our_certificate())
+        else:
+            connector = aiohttp.TCPConnector()
         timeout = aiohttp.ClientTimeout(total=_ANSWER_SECONDS, sock_connect=_CONNECT_SECONDS)
         self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, read_bufsize=_MAX_EVENT_BYTES)
         return self
@@ -213,6 +224,20 @@ class Client:
         return ConnectionLostError(
             message, hint="guests do not depend on it; see the agent's log and `migrated status`"
         )
+
+
+def _our_certificate() -> ssl.SSLContext:
+    """Return what remote control takes: TLS 1.3, and a client's certificate.  Raises ConfigError."""
+    files = TlsFiles.conventional("source", Path(os.environ.get(_TLS_VARIABLE) or TLS_DIRECTORY))
+    try:
+        context = ssl.create_default_context(cafile=str(files.ca))
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.load_cert_chain(files.cert, files.key)
+    except OSError as error:  # SSLError is one
+        message = f"{files.ca}, {files.cert} or {files.key}: {error}"
+        hint = f"remote control needs the certificate of a client; {_TLS_VARIABLE} names another directory"
+        raise ConfigError(message, code="tls-files", hint=hint) from error
+    return context
 
 
 def _missing_permission(path: Path) -> tuple[str, str]:

@@ -144,6 +144,11 @@ async def _get_events(request: web.Request) -> web.StreamResponse:
     """Send the record as server-sent events, now and whenever it changes, until the migration has ended."""
     agent = agent_of(request)
     record = agent.record(request.match_info["id"])  # NotFoundError before the stream begins
+    return await stream(request, _server_sent(agent.events(record.id), request.app[STOPPING]))
+
+
+async def stream(request: web.Request, events: AsyncGenerator[bytes, None]) -> web.StreamResponse:
+    """Send server-sent events until they end, the client leaves, or it does not read them."""
     client = request.remote or ""
     watchers: list[str] | None = request.app.get(WATCHERS)
     if watchers is None:
@@ -154,7 +159,7 @@ async def _get_events(request: web.Request) -> web.StreamResponse:
     watchers.append(client)
     try:
         await answer.prepare(request)
-        async with contextlib.aclosing(_server_sent(agent.events(record.id), request.app[STOPPING])) as events:
+        async with contextlib.aclosing(events):
             async for event in events:
                 async with asyncio.timeout(UNREAD_SECONDS):
                     await answer.write(event)

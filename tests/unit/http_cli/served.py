@@ -49,19 +49,19 @@ class Served:
             yield session
 
 
-def settings_for(directory: Path, role: config.Role, status: str, **tables: dict[str, str]) -> config.AgentConfig:
+def settings_for(directory: Path, role: config.Role, status: str, **tables: dict[str, Any]) -> config.AgentConfig:
     table: dict[str, Any] = {
-        **tables,
         "agent": {"state_dir": str(directory / "state"), "name": "host-a"},
         "http": {"status": status},
         "tls": {"insecure": True},
         "timeouts": {"shutdown": 5},
+        **tables,
     }
     return config.decode(table, role)
 
 
 @contextlib.asynccontextmanager
-async def serving(directory: Path, role: config.Role, port: int, **tables: dict[str, str]) -> AsyncIterator[Served]:
+async def serving(directory: Path, role: config.Role, port: int, **tables: dict[str, Any]) -> AsyncIterator[Served]:
     agent = FakeAgent(role)
     settings = settings_for(directory, role, f"127.0.0.1:{port}", **tables)
     stop = asyncio.Event()

@@ -113,12 +113,14 @@ async def test_a_client_that_does_not_read_its_answers_is_left(
         lost.cancel()
 
 
-async def test_a_watcher_that_does_not_read_is_left(source: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("events", ["/v1/migrations/vm1/events", "/v1/events"])
+async def test_a_watcher_that_does_not_read_is_left(
+    source: Served, monkeypatch: pytest.MonkeyPatch, events: str
+) -> None:
     monkeypatch.setattr(reading, "UNREAD_SECONDS", 0.2)
     monkeypatch.setattr(reading, "MAX_WATCHERS", 1)
     record = await source.agent.start(START)
     record.driver = "x" * (16 << 20)  # more than any socket buffers
-    events = "/v1/migrations/vm1/events"
     async with raw(source) as (reader, writer):
         writer.write(f"GET {events} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         async with asyncio.timeout(60):
