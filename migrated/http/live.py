@@ -21,10 +21,9 @@ from migrated.http.reading import (
     ABOUT,
     AGENT,
     KEEPALIVE_SECONDS,
-    MAX_WATCHERS,
     STOPPING,
-    WATCHERS,
     agent_of,
+    answer_with_events,
     summary,
 )
 from migrated.log import Line
@@ -40,8 +39,6 @@ if TYPE_CHECKING:
 LOOK_SECONDS: Final = 0.5
 #: The record of a migration that has ended may still change for so long.
 SETTLED_SECONDS: Final = 10.0
-#: The name that a watcher of all migrations has among WATCHERS.
-_EVERYTHING: Final = "*"
 
 
 class Feed:
@@ -135,22 +132,7 @@ async def _get_series(request: web.Request) -> web.Response:
 
 async def _get_events(request: web.Request) -> web.StreamResponse:
     """Send the agent and every record as server-sent events, at first all of them and then what changes."""
-    watchers: list[str] = request.app.get(WATCHERS, [])
-    if WATCHERS in request.app and len(watchers) >= MAX_WATCHERS:
-        raise web.HTTPServiceUnavailable(reason="Too many event streams")
-    answer = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
-    watchers.append(_EVERYTHING)
-    try:
-        await answer.prepare(request)
-        async with contextlib.aclosing(_changes(request.app[FEED], request.app[STOPPING])) as changes:
-            async for change in changes:
-                await answer.write(change)
-        await answer.write_eof()
-    except ConnectionError:
-        pass  # the watcher closed the connection, as it may
-    finally:
-        watchers.remove(_EVERYTHING)
-    return answer
+    return await answer_with_events(request, lambda: _changes(request.app[FEED], request.app[STOPPING]))
 
 
 async def _changes(feed: Feed, stopping: asyncio.Event) -> AsyncGenerator[bytes, None]:

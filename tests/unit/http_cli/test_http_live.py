@@ -94,7 +94,6 @@ def _fields(record: Any) -> dict[str, Any]:
 
 async def test_streams_of_everything_count_as_watchers(source: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "MAX_WATCHERS", 1)
-    monkeypatch.setattr(live, "MAX_WATCHERS", 1)
     await source.agent.start(START)
     async with source.status() as http, http.get("/v1/events") as first:
         assert first.status == 200
