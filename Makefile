@@ -57,7 +57,7 @@ GUEST_PACKAGES := iproute2:ip qemu-system-x86:qemu-system-x86_64
 TEST_PACKAGES := clang:clang libclang-rt-dev:/usr/share/doc/libclang-rt-dev clang-format:clang-format iperf3:iperf3 \
 	dpkg-dev:dpkg-shlibdeps systemd:systemd-analyze openssl:openssl systemd-container:systemd-nspawn mmdebstrap:mmdebstrap \
 	libvirt-daemon-system:libvirtd libvirt-daemon-driver-qemu:/usr/share/doc/libvirt-daemon-driver-qemu \
-	libvirt-clients:virsh chromium:chromium python3-libvirt:/usr/lib/python3/dist-packages/libvirt.py
+	libvirt-clients:virsh chromium:chromium prometheus:promtool python3-libvirt:/usr/lib/python3/dist-packages/libvirt.py
 
 deps:
 	@.ci/deps $(PACKAGES) $(GUEST_PACKAGES) $(if $(WITHOUT_TEST_PACKAGES),,$(TEST_PACKAGES))

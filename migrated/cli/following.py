@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final, Literal
-
-import click
 
 from migrated.agent.record import State
 from migrated.cli import failure
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 OnTimeout = Literal["abort", "postcopy", "pause"]
 #: The longest downtime limit that an agent takes: whatever is left is sent while the guest is paused.
 _PAUSE: Final = {"downtime_limit_ms": 60_000.0}
-_QUESTION: Final = "Abort it (a), leave it running (l), or continue waiting (c)?"
+_QUESTION: Final = "Abort it (a), leave it running (l), or continue waiting (c)? [c]"
 
 
 class Following:
@@ -86,7 +85,7 @@ class Following:
                     reading.result()
                     return True
                 if interrupted.done():
-                    if not await self._asked():
+                    if not await self._asked(reading):
                         return False
                     interrupted = asyncio.ensure_future(self._interrupted.wait())
                 elif limit is not None and loop.time() >= limit:
@@ -132,28 +131,49 @@ class Following:
             if self._ask:
                 loop.remove_signal_handler(signal.SIGINT)
 
-    async def _asked(self) -> bool:
-        """Ask what to do; return False to leave the migration running.  This blocks the loop, which can wait."""
-        loop = asyncio.get_running_loop()
-        loop.remove_signal_handler(signal.SIGINT)  # a second ^C ends the question
+    async def _asked(self, reading: asyncio.Future[None]) -> bool:
+        """Ask what to do; return False to leave the migration running."""
         if self._progress is not None:
             self._progress.pause()
-        answer = "l"
-        with contextlib.suppress(click.Abort, KeyboardInterrupt):
-            print(f"\n{self.record.guest} is {self.record.state.value}.", file=sys.stderr)
-            answer = click.prompt(
-                _QUESTION, type=click.Choice(["a", "l", "c"]), default="c", show_choices=False, err=True
-            )
+        answer = await self._answer(reading)
         if answer == "l":
             self._say_goodbye()
             return False
         if answer == "a":
             await self._order("abort")
-        self._interrupted.clear()
-        loop.add_signal_handler(signal.SIGINT, self._interrupted.set)
         if self._progress is not None:
             self._progress.resume()
         return True
+
+    async def _answer(self, reading: asyncio.Future[None]) -> str:
+        """Return a, l or c; l after a second ^C, c if the migration ends meanwhile.
+
+        The loop reads the terminal: a ^C that comes just before a blocking read would not end it.
+        """
+        loop = asyncio.get_running_loop()
+        self._say(f"\n{self.record.guest} is {self.record.state.value}.")
+        self._interrupted.clear()
+        interrupted = asyncio.ensure_future(self._interrupted.wait())
+        try:
+            while True:
+                line: asyncio.Future[bytes] = loop.create_future()
+                loop.add_reader(sys.stdin.fileno(), _read_line, line)
+                self._say(_QUESTION)
+                either: set[asyncio.Future[Any]] = {line, interrupted, reading}
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+                if interrupted.done():
+                    return "l"
+                if reading.done():
+                    return "c"
+                if not line.result():  # the end of its input
+                    return "l"
+                answer = line.result().decode(errors="replace").strip().lower()[:1] or "c"
+                if answer in "alc":
+                    return answer
+        finally:
+            loop.remove_reader(sys.stdin.fileno())
+            interrupted.cancel()
+            self._interrupted.clear()
 
     def _say_goodbye(self) -> None:
         self._say(f"no longer watching; the migration continues: migrated wait {self.record.id}")
@@ -161,6 +181,11 @@ class Following:
     @staticmethod
     def _say(text: str) -> None:
         print(failure.printable(text), file=sys.stderr, flush=True)
+
+
+def _read_line(line: asyncio.Future[bytes]) -> None:
+    if not line.done():
+        line.set_result(os.read(sys.stdin.fileno(), 1024))
 
 
 async def end_of(following: Following, client: Client) -> Record | None:

@@ -23,7 +23,7 @@ from migrated.http.reading import (
     KEEPALIVE_SECONDS,
     STOPPING,
     agent_of,
-    stream,
+    answer_with_events,
     summary,
 )
 from migrated.log import Line
@@ -132,7 +132,7 @@ async def _get_series(request: web.Request) -> web.Response:
 
 async def _get_events(request: web.Request) -> web.StreamResponse:
     """Send the agent and every record as server-sent events, at first all of them and then what changes."""
-    return await stream(request, _changes(request.app[FEED], request.app[STOPPING]))
+    return await answer_with_events(request, lambda: _changes(request.app[FEED], request.app[STOPPING]))
 
 
 async def _changes(feed: Feed, stopping: asyncio.Event) -> AsyncGenerator[bytes, None]:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 #: The record's buckets are powers of two; fault latencies above 2^23 µs (8.4 s) share the last one.
 LATENCY_BOUNDS_SECONDS: Final = (*(2**power / 1e6 for power in range(1, 24)), math.inf)
 DOWNTIME_BOUNDS_SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, math.inf)
+STALL_BOUNDS_SECONDS: Final = (0.0001, 0.00025, 0.0005, *DOWNTIME_BOUNDS_SECONDS)
 FAULT_KINDS: Final = ("current", "stale", "missing")
 
 #: Gauges of a running migration: record field, metric name, help.
@@ -61,6 +62,7 @@ _COUNTERS: Final = (
 )
 _LATENCY: Final = "migrated_fault_latency_seconds"
 _DOWNTIME: Final = "migrated_downtime_seconds"
+_STALL: Final = "migrated_longest_stall_seconds"
 
 #: Everything that only grows, by metric, label and histogram bucket (its upper bound; "sum": the sum of all
 #: observations).
@@ -83,6 +85,9 @@ def _figures(record: Record) -> _Totals:
             found[_LATENCY, kind, LATENCY_BOUNDS_SECONDS[min(index, len(LATENCY_BOUNDS_SECONDS) - 1)]] += count
     for kind, seconds in record.fault_sum_seconds.items():
         found[_LATENCY, kind, "sum"] = seconds  # type: ignore[assignment] # a Counter adds floats as well
+    if record.ended and record.fault_seconds.max > 0:
+        found[_STALL, "", next(one for one in STALL_BOUNDS_SECONDS if record.fault_seconds.max <= one)] = 1
+        found[_STALL, "", "sum"] = record.fault_seconds.max  # type: ignore[assignment] # a Counter adds floats as well
     if record.downtime_seconds is not None:
         found[_DOWNTIME, "", next(one for one in DOWNTIME_BOUNDS_SECONDS if record.downtime_seconds <= one)] = 1
         found[_DOWNTIME, "", "sum"] = record.downtime_seconds  # type: ignore[assignment] # likewise
@@ -175,6 +180,9 @@ def _grown(totals: _Totals) -> Iterator[Metric]:
     downtime = HistogramMetricFamily(_DOWNTIME, "Guest paused at the source until it ran at the target", labels=[])
     _add_histogram(downtime, "", DOWNTIME_BOUNDS_SECONDS, totals)
     yield downtime
+    stall = HistogramMetricFamily(_STALL, "Longest time that a guest waited for a page, of each migration", labels=[])
+    _add_histogram(stall, "", STALL_BOUNDS_SECONDS, totals)
+    yield stall
 
 
 def _add_histogram(family: HistogramMetricFamily, label: str, bounds: tuple[float, ...], totals: _Totals) -> None:

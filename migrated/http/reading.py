@@ -20,7 +20,7 @@ from migrated.http.errors import BadRequestError, json_answer
 from migrated.http.openapi import Operation, add_route
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
     from migrated.link.credentials import Credentials
 
@@ -144,11 +144,13 @@ async def _get_events(request: web.Request) -> web.StreamResponse:
     """Send the record as server-sent events, now and whenever it changes, until the migration has ended."""
     agent = agent_of(request)
     record = agent.record(request.match_info["id"])  # NotFoundError before the stream begins
-    return await stream(request, _server_sent(agent.events(record.id), request.app[STOPPING]))
+    return await answer_with_events(request, lambda: _server_sent(agent.events(record.id), request.app[STOPPING]))
 
 
-async def stream(request: web.Request, events: AsyncGenerator[bytes, None]) -> web.StreamResponse:
-    """Send server-sent events until they end, the client leaves, or it does not read them."""
+async def answer_with_events(
+    request: web.Request, make: Callable[[], AsyncGenerator[bytes, None]]
+) -> web.StreamResponse:
+    """Send events, already encoded, until there are no more, or the client does not read them."""
     client = request.remote or ""
     watchers: list[str] | None = request.app.get(WATCHERS)
     if watchers is None:
@@ -159,7 +161,7 @@ async def stream(request: web.Request, events: AsyncGenerator[bytes, None]) -> w
     watchers.append(client)
     try:
         await answer.prepare(request)
-        async with contextlib.aclosing(events):
+        async with contextlib.aclosing(make()) as events:
             async for event in events:
                 async with asyncio.timeout(UNREAD_SECONDS):
                     await answer.write(event)

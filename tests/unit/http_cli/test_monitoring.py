@@ -1,0 +1,92 @@
+"""What config/ offers for Prometheus and Grafana: valid, and about metrics that an agent has."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from migrated.agent.record import Faults, FaultSeconds, Record, State
+from migrated.http.metrics import exposition, make_registry
+from tests.unit.http_cli.fake_agent import FakeAgent
+
+CONFIG = Path(__file__).parent.parent.parent.parent / "config"
+RULES = CONFIG / "prometheus" / "migrated.rules.yml"
+GRAFANA = CONFIG / "grafana" / "migrated.json"
+needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="no promtool (Debian package prometheus)")
+
+
+def metrics() -> str:
+    agent = FakeAgent()
+    registry = make_registry(agent, {"name": "host-a", "version": "1"})
+    for state in (State.PRECOPY, State.COMPLETED):
+        record = Record(id=state.value, guest="vm1", role="source", mode="hybrid", state=state, downtime_seconds=0.02)
+        record.faults, record.fault_seconds = Faults(stale=1), FaultSeconds(max=0.003)
+        record.faults_by_kind_us = {"stale": [0] * 11 + [1]}
+        record.bytes_by_kind = {"payload": 1}
+        agent.all.append(record)
+    return exposition(registry).decode()
+
+
+def promtool(*arguments: str, given: str | None = None) -> str:
+    done = subprocess.run(
+        ["promtool", *arguments], input=given, capture_output=True, text=True, timeout=60, cwd=RULES.parent
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@needs_promtool
+def test_metrics_follow_the_rules_of_prometheus() -> None:
+    assert promtool("check", "metrics", given=metrics()) == ""
+
+
+@needs_promtool
+def test_alerts_are_valid_and_fire_when_they_should() -> None:
+    promtool("check", "rules", RULES.name)
+    promtool("test", "rules", "migrated.test.yml")
+
+
+@pytest.mark.parametrize("path", [RULES, GRAFANA], ids=["rules", "grafana"])
+def test_every_metric_that_is_used_exists(path: Path) -> None:
+    there = {sample.name for family in text_string_to_metric_families(metrics()) for sample in family.samples}
+    text = path.read_text()
+    used = set(re.findall(r"\b(?:migrated|process)_[a-z_]+", text))
+    assert used
+    assert used <= there
+
+
+def test_the_grafana_dashboard_has_a_query_in_every_panel_and_no_panel_on_another() -> None:
+    dashboard = json.loads(GRAFANA.read_text())
+    taken: set[tuple[int, int]] = set()
+    for panel in dashboard["panels"]:
+        assert panel["title"]
+        assert all(target["expr"] for target in panel["targets"])
+        place = panel["gridPos"]
+        cells = {
+            (x, y)
+            for x in range(place["x"], place["x"] + place["w"])
+            for y in range(place["y"], place["y"] + place["h"])
+        }
+        assert not cells & taken
+        taken |= cells
+        assert place["x"] + place["w"] <= 24
+    assert {one["name"] for one in dashboard["templating"]["list"]} == {"datasource", "instance"}
+
+
+def test_the_longest_stall_of_a_migration_is_one_observation() -> None:
+    samples = {
+        (sample.name, sample.labels.get("le")): sample.value
+        for family in text_string_to_metric_families(metrics())
+        for sample in family.samples
+        if sample.name.startswith("migrated_longest_stall_seconds")
+    }
+    assert samples["migrated_longest_stall_seconds_bucket", "0.0025"] == 0
+    assert samples["migrated_longest_stall_seconds_bucket", "0.005"] == 1
+    assert samples["migrated_longest_stall_seconds_count", None] == 1  # the active one has not ended
+    assert samples["migrated_longest_stall_seconds_sum", None] == 0.003
