@@ -255,7 +255,7 @@ class EvacuationFlow:
         elif move.migration in self._left_out:
             self._end(move, MoveState.ABORTED, error)
         else:
-            self._again(move, error)
+            self._again(move, error, counts=migration is not None)  # else the previous agent aborted it when it stopped
 
     def _watch(self, migration: SourceMigration) -> None:
         if migration.id not in self._watchers:
@@ -273,11 +273,11 @@ class EvacuationFlow:
         why = {} if error is None else {"code": error.code, "error": error.message}
         report("guest ended", evacuation=self.record.id, guest=move.guest, state=state.value, target=move.target, **why)
 
-    def _again(self, move: Move, error: ErrorInfo) -> None:
+    def _again(self, move: Move, error: ErrorInfo, *, counts: bool = True) -> None:
         """Record a failed attempt; let the guest wait for another one, if it may have one."""
         loop = asyncio.get_running_loop()
         settling = self._taken_up and loop.time() < self._began + self.record.patience_seconds
-        counted = error.code not in _UNCOUNTED and not (error.code == "guest-not-connected" and settling)
+        counted = counts and error.code not in _UNCOUNTED and not (error.code == "guest-not-connected" and settling)
         attempt = Attempt(target=move.target, migration=move.migration, at=time.time(), error=error, counted=counted)
         if move.attempts and not counted and move.attempts[-1].error.code == error.code:
             move.attempts.pop()  # a target may be busy for hours

@@ -98,7 +98,7 @@ async def test_after_a_crash_of_the_source_agent_the_next_one_goes_on(program: P
 
 async def test_an_operator_plans_interrupts_aborts_and_begins_again(program: Path) -> None:
     busy = {"target": {"limits": {"max_migrations": 1}}}
-    sizes = {**dict.fromkeys(SIX, 24), "g0": 1}
+    sizes = {**dict.fromkeys(SIX, 16), "g0": 1}
     async with site(program, sizes, hosts=({}, {}, busy)) as here:
         unreachable = await here.evacuate("--to", f"{here.to},127.0.0.1:1")
         assert unreachable.code == 1

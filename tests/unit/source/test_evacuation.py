@@ -58,6 +58,7 @@ class FakeMigration:
         self.record = record
         self.id = record.id
         self.committed = False
+        self.former = False  # it ended with the previous agent, which has archived its record
         self.options = self
         self.session = self
         self.max_bandwidth = limit
@@ -136,7 +137,7 @@ class FakeAgent:
     # what is used of the table
 
     def known(self, migration_id: str) -> FakeMigration | None:
-        return next((one for one in self.all if one.id == migration_id), None)
+        return next((one for one in self.all if one.id == migration_id and not one.former), None)
 
     def of_guest(self, guest: str) -> FakeMigration | None:
         return next((one for one in self.all if one.record.guest == guest and not one.record.ended), None)
@@ -472,6 +473,20 @@ async def test_the_next_agent_continues_and_starts_nothing_twice(agent: FakeAgen
     assert found.state is EvacuationState.COMPLETED
     assert sorted(one.record.guest for one in agent.all) == ["g0", "g1", "g1", "g2", "g3"]
     assert [attempt.counted for attempt in moves(found)["g1"].attempts] == [False]
+
+
+async def test_what_an_agent_aborts_because_it_stops_is_no_attempt(agent: FakeAgent) -> None:
+    await agent.evacuate(only=["g0"], attempts=1)
+    await agent.until(lambda: len(agent.all) == 1)
+    await agent.evacuations.close()
+    agent.all[0].abort()
+    agent.all[0].former = True
+    await agent.next_agent().take_up()
+    (found,) = agent.evacuations.records()
+    await agent.until(lambda: len(agent.all) == 2)
+    agent.all[1].go(State.COMPLETED)
+    await agent.until(lambda: found.ended)
+    assert found.state is EvacuationState.COMPLETED
 
 
 async def test_a_start_that_was_not_recorded_is_found(agent: FakeAgent) -> None:

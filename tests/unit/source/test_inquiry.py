@@ -19,8 +19,10 @@ from migrated.memory import memfd
 from migrated.protocol import messages, preamble
 from migrated.protocol.messages import MAX_ASKED, AskedGuest, PagePool
 from migrated.settings import Timeouts
+from migrated.source.agent import SourceAgent
 from migrated.source.inquiry import ask
 from migrated.target.agent import TargetAgent
+from tests.rig.pki import Pki
 
 TERMS = DialTerms(Timeouts(connect=10.0, handshake=10.0))
 PATIENCE_SECONDS = 30.0
@@ -146,3 +148,15 @@ async def test_an_answer_for_other_guests_is_refused(tmp_path: Path, monkeypatch
     async with target(tmp_path) as (_, address):
         with pytest.raises(MigratedError, match="answered for 0 guests, 1 were asked about"):
             await ask(address, process_guests("small"), TERMS)
+
+
+async def test_the_question_goes_over_tls_like_everything_else(tmp_path: Path) -> None:
+    tls = Pki(tmp_path / "pki").tables()
+    table = {"agent": {"state_dir": str(tmp_path / "source")}, "tls": tls["source"]}
+    terms = SourceAgent(config.decode(table, "source")).dial_terms
+    assert terms.credentials is not None
+    async with target(tmp_path / "target", tls=tls["target"]) as (_, address):
+        assert (await ask(address, process_guests("small"), terms)).guests[0].refusal is None
+        with pytest.raises(MigratedError) as caught:
+            await ask(address, process_guests("small"), TERMS)
+        assert "tls" in f"{caught.value.code} {caught.value.message}".lower()
