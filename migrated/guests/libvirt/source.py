@@ -16,9 +16,11 @@ from typing import Any
 import structlog
 
 from migrated.errors import GuestError, GuestRefusedError, MigratedError, TimeoutExceededError
+from migrated.guests.access.injection import InjectedUffd
 from migrated.guests.access.pidfd import open_files
 from migrated.guests.driver import Description as PlainDescription
 from migrated.guests.driver import Memento, StateChannel
+from migrated.guests.libvirt import confinement
 from migrated.guests.libvirt.config import Description, LibvirtSourceConfig, pack_xml
 from migrated.guests.libvirt.connection import Connection, insist
 from migrated.guests.libvirt.monitor import LibvirtMonitor
@@ -90,6 +92,11 @@ class LibvirtQemu(ManagedQemu[LibvirtMonitor]):
             await connection.close()
             raise
         return monitor
+
+    async def open_uffd(self, *, faults: bool) -> InjectedUffd:
+        """See ManagedQemu."""
+        with confinement.named(self.handle.pid):
+            return await super().open_uffd(faults=faults)
 
     async def _pid(self, monitor: LibvirtMonitor) -> int:
         """Libvirt does not tell it: QEMU is the process that gets a file from us through libvirt.
