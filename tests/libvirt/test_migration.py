@@ -55,6 +55,7 @@ async def guests(domain: MovingDomain) -> dict[str, dict[str, Any]]:
     return {guest["name"]: guest for guest in answer["guests"]}
 
 
+@pytest.mark.timeout(900)  # ten migrations
 async def test_a_domain_on_default_memory_makes_five_round_trips_in_every_mode(domains: Domains) -> None:
     """Default memory there, huge pages here, and so on; all of it is verified after each migration."""
     async with domains(persistent=True) as domain:
