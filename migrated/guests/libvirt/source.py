@@ -276,7 +276,11 @@ class LibvirtSource(RunningQemu):
         if persistent:
             domain.setAutostart(0)
         if self.qemu.handle.poll() is None and domain.isActive():
-            domain.destroy()
+            try:
+                domain.destroy()
+            except libvirt.libvirtError:  # a libvirtd that finds its domains again may end this one before us
+                if domain.isActive():
+                    raise
         if persistent and self._undefine and not domain.isActive():
             flags = libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE | libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
             flags |= libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA | libvirt.VIR_DOMAIN_UNDEFINE_KEEP_NVRAM
