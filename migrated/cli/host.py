@@ -20,6 +20,7 @@ from migrated.units import format_size
 
 if TYPE_CHECKING:
     from migrated.config import Role
+    from migrated.guests.libvirt.confinement import Confinement
     from migrated.guests.qemu.target_table import Answers
     from migrated.memory.defects import Finding
     from migrated.memory.inspection import MemoryFile
@@ -34,9 +35,11 @@ if TYPE_CHECKING:
 @json_flag
 def check(*, role: str | None, hanging: bool, as_json: bool) -> int:
     """Say whether this host can do it: each failing need with its fix, each kernel defect with the guests it concerns."""
+    from migrated.guests.libvirt import confinement
     from migrated.memory import defects, probe  # loads the C core
 
-    needs = [need for need in probe.requirements() if role is None or need.role in ("both", role)]
+    every = [*probe.requirements(), *confinement.requirements()]
+    needs = [need for need in every if role is None or need.role in ("both", role)]
     needs += [need for name in KINDS if role in (None, name) for need in _certificate(name)]
     found = [finding for finding in defects.findings(hanging=hanging) if role is None or finding.role == role]
     ok = all(need.ok for need in needs if need.needed)
@@ -206,12 +209,13 @@ def _print_memory(pid: int, qmp: str | None, *, as_json: bool) -> int:
 
 
 def _print_domain(name: str, uri: str, *, as_json: bool) -> int:
+    from migrated.guests.libvirt import confinement
     from migrated.memory import maps
 
     memory = asyncio.run(_open_domain(name, uri))
     areas = maps.areas(memory.pid)
     rows = [_region_row(memory, index, areas) for index in range(len(memory.regions))]
-    return _print_process(memory.pid, rows, as_json=as_json)
+    return _print_process(memory.pid, rows, as_json=as_json, confined=confinement.of_process(memory.pid))
 
 
 async def _open_domain(name: str, uri: str) -> SourceMemory:
@@ -227,15 +231,20 @@ async def _open_domain(name: str, uri: str) -> SourceMemory:
         await guest.close()
 
 
-def _print_process(pid: int, rows: list[dict[str, Any]], *, as_json: bool) -> int:
+def _print_process(pid: int, rows: list[dict[str, Any]], *, as_json: bool, confined: Confinement | None = None) -> int:
     from migrated.memory import maps
 
     movable = any(row["movable"] for row in rows)
     if as_json:
-        print_json({"pid": pid, "command": maps.command(pid), "movable": movable, "memory": rows})
+        more = {"confinement": dataclasses.asdict(confined)} if confined is not None else {}
+        print_json({"pid": pid, "command": maps.command(pid), "movable": movable, "memory": rows, **more})
     else:
         print(f"{maps.command(pid)} (process {pid})")
         _print_rows(rows)
+        if confined is not None:
+            print(
+                f"{confined.module} confines it ({confined.label}), and may deny what a migration does: {confined.fix}"
+            )
     return failure.DONE if movable else failure.FAILED
 
 

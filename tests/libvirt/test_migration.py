@@ -11,6 +11,12 @@ from typing import Any
 
 import pytest
 
+from migrated.guests.access.pidfd import open_files
+from migrated.guests.libvirt import connection
+from migrated.guests.libvirt.config import LibvirtSourceConfig
+from migrated.guests.libvirt.source import LibvirtSource
+from migrated.guests.qemu.state import HeaderDecoder
+from migrated.settings import Timeouts
 from tests.libvirt.conftest import Domains
 from tests.rig.guest import MIB
 from tests.rig.host import PROGRAM
@@ -49,6 +55,7 @@ async def guests(domain: MovingDomain) -> dict[str, dict[str, Any]]:
     return {guest["name"]: guest for guest in answer["guests"]}
 
 
+@pytest.mark.timeout(900)  # ten migrations
 async def test_a_domain_on_default_memory_makes_five_round_trips_in_every_mode(domains: Domains) -> None:
     """Default memory there, huge pages here, and so on; all of it is verified after each migration."""
     async with domains(persistent=True) as domain:
@@ -150,6 +157,52 @@ async def test_what_differs_on_the_target_is_replaced_and_the_hook_is_asked(
         assert "Persistent:     no" in await domain.libvirt.virsh("dominfo", domain.name)
         await domain.move(downtime_limit_ms=2000, persistent="yes")
         assert "Persistent:     yes" in await domain.libvirt.virsh("dominfo", domain.name)
+
+
+class Collected:
+    """Takes the state that a source sends."""
+
+    def __init__(self) -> None:
+        self.data = b""
+
+    async def read(self) -> bytes:
+        return b""
+
+    async def write(self, data: bytes) -> None:
+        self.data += data
+
+    async def close_write(self) -> None:
+        pass
+
+
+async def test_a_libvirt_that_passes_no_descriptors_is_no_obstacle(
+    domains: Domains, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One before 8.2.  Either way the state comes out, and nothing is left in QEMU when the domain runs on."""
+    async with domains() as domain:
+        headers = []
+        for passes in (True, False):
+            if not passes:
+                monkeypatch.delattr(connection.binding("vm")[1], "qemuMonitorCommandWithFiles")
+            before = await domain.console.stats()
+            guest = LibvirtSource(domain.name, LibvirtSourceConfig(uri=domain.libvirt.uri), Timeouts())
+            try:
+                memory = await guest.open()
+                assert [memory.pid] == domain.pids
+                held = len(open_files(memory.pid))
+                channel = Collected()
+                await guest.pause(channel)
+                await guest.send_state(channel)
+                await guest.resume()
+                assert len(open_files(memory.pid)) == held
+            finally:
+                await guest.close()
+            decoder = HeaderDecoder()
+            assert decoder.feed(channel.data)
+            assert decoder.rest
+            headers.append(decoder.header)
+            await domain.assert_sound(before)
+        assert headers[0] == headers[1]
 
 
 @contextlib.asynccontextmanager

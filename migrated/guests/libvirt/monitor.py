@@ -1,6 +1,9 @@
 """QEMU's monitor, as libvirt shares it: libvirt sends our commands over its own connection and hears of all that follows.
 
 Stopping and running go through libvirt's own calls, so that its locks, its records and its events are right.
+
+Since 8.2 libvirt passes descriptors on to QEMU.  With an older one QEMU gets them by injection, and opens them by their names
+in /proc: memfds, which the kernel lets every user open.
 """
 
 from __future__ import annotations
@@ -10,21 +13,33 @@ import contextlib
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from migrated.errors import GuestError
+from migrated.errors import GuestError, GuestRefusedError
+from migrated.guests.access import injection
+from migrated.guests.access.pidfd import PidHandle
 from migrated.guests.libvirt.connection import Connection
 from migrated.guests.qemu.qmp import FDS_OF_OURS, MonitorCommands
+from migrated.waiting import in_thread
+
+#: virDomainQemuMonitorCommandWithFiles, as virConnectGetLibVersion counts.
+_PASSES_FILES_SINCE = 8_002_000
+_SYS_CLOSE = 3
 
 
 class LibvirtMonitor(MonitorCommands):
-    """A session with one domain.  Owns its connection."""
+    """A session with one domain.  Owns its connection.  ``process``: QEMU, once it is known."""
 
-    def __init__(self, connection: Connection, domain: Any, *, command_seconds: float) -> None:
+    def __init__(
+        self, connection: Connection, domain: Any, process: Callable[[], PidHandle], *, command_seconds: float
+    ) -> None:
         self.guest = connection.guest
         self.connection = connection
         self.domain = domain
+        self.passes_files = False  # until `listen` has asked
+        self._process = process
+        self._injected: list[int] = []  # descriptors of ours in QEMU
         self._command_seconds = command_seconds
         self._loop = asyncio.get_running_loop()
         self._arrived = asyncio.Event()
@@ -33,7 +48,7 @@ class LibvirtMonitor(MonitorCommands):
         self._callback: int | None = None
 
     async def listen(self) -> None:
-        """Hear of the domain's life from here on."""
+        """Hear of the domain's life from here on, and learn what this libvirt can do."""
         libvirt = self.connection.libvirt
         names = {libvirt.VIR_DOMAIN_EVENT_RESUMED: "RESUME", libvirt.VIR_DOMAIN_EVENT_SUSPENDED: "STOP"}
 
@@ -50,6 +65,11 @@ class LibvirtMonitor(MonitorCommands):
             register,
             *(self.domain, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, tell, None),
             limit_seconds=self._command_seconds,
+        )
+
+        self.passes_files = (
+            hasattr(self.connection.qemu, "qemuMonitorCommandWithFiles")
+            and await self._call("asking for its version", self.connection.handle.getLibVersion) >= _PASSES_FILES_SINCE
         )
 
     @property
@@ -82,17 +102,25 @@ class LibvirtMonitor(MonitorCommands):
 
     async def add_fd(self, fd: int) -> int:
         text = json.dumps({"execute": "add-fd", "arguments": {"opaque": FDS_OF_OURS}})
-        share = getattr(self.connection.qemu, "qemuMonitorCommandWithFiles", None)
-        if share is None:
-            raise GuestError(
-                f"guest {self.guest}: this libvirt binding cannot hand descriptors to QEMU",
-                code="libvirt-too-old",
-                hint="libvirt and its Python binding must be 8.2 or newer",
-            )
-        answer, files = await self._call("QEMU's add-fd", share, self.domain, text, [fd], 0)
+        send = self.connection.qemu.qemuMonitorCommandWithFiles
+        answer, files = await self._call("QEMU's add-fd", send, self.domain, text, [fd], 0)
         for file in files:
             os.close(file if isinstance(file, int) else file.fileno())
         return int(self._result("add-fd", answer)["fdset-id"])
+
+    async def share(self, fd: int) -> str:
+        if self.passes_files:
+            return await super().share(fd)
+        (number,) = await in_thread(injection.give_fds, self._process(), [fd])
+        self._injected.append(number)
+        return f"/proc/self/fd/{number}"
+
+    async def remove_fds(self) -> None:
+        while self._injected:
+            with contextlib.suppress(GuestRefusedError):  # of a QEMU that has ended
+                await in_thread(injection.remote_syscall, self._process(), _SYS_CLOSE, self._injected.pop())
+        if self.passes_files:
+            await super().remove_fds()
 
     async def event(self, seconds: float) -> None:
         self._arrived.clear()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -15,8 +16,10 @@ from typing import Any
 import structlog
 
 from migrated.errors import GuestError, GuestRefusedError, MigratedError, TimeoutExceededError
+from migrated.guests.access.injection import InjectedUffd
 from migrated.guests.driver import Description as PlainDescription
 from migrated.guests.driver import Memento, StateChannel
+from migrated.guests.libvirt import confinement
 from migrated.guests.libvirt.config import Description, LibvirtSourceConfig, pack_xml
 from migrated.guests.libvirt.connection import Connection, insist
 from migrated.guests.libvirt.monitor import LibvirtMonitor
@@ -83,26 +86,36 @@ class LibvirtQemu(ManagedQemu[LibvirtMonitor]):
                     code="guest-gone" if self._handle is not None else "no-domain",
                     hint="`virsh list` shows those that do",
                 )
-            monitor = LibvirtMonitor(connection, domain, command_seconds=limit)
+            monitor = LibvirtMonitor(connection, domain, lambda: self.handle, command_seconds=limit)
             await monitor.listen()
         except BaseException:
             await connection.close()
             raise
         return monitor
 
+    async def open_uffd(self, *, faults: bool) -> InjectedUffd:
+        """See ManagedQemu."""
+        with confinement.named(self.handle.pid):
+            return await super().open_uffd(faults=faults)
+
     async def _pid(self, monitor: LibvirtMonitor) -> int:
-        """Libvirt does not tell it: QEMU is the process that gets a file from us through libvirt."""
-        fd = os.memfd_create("migrated-who-are-you", os.MFD_CLOEXEC)
-        try:
-            await monitor.add_fd(fd)
-            uuid = await monitor.connection.call(
-                "asking for its UUID", monitor.domain.UUIDString, limit_seconds=self._command_seconds
-            )
-            found = await in_thread(_holders, fd, str(uuid))
-        finally:
-            os.close(fd)
-        with contextlib.suppress(GuestError):  # one descriptor left over does no harm
-            await monitor.remove_fds()
+        """Libvirt does not tell it: QEMU is the process that gets a file from us through libvirt.
+
+        An old libvirt passes no files.  Then it must be the only process of this host that was started for the domain.
+        """
+        uuid = await monitor.connection.call(
+            "asking for its UUID", monitor.domain.UUIDString, limit_seconds=self._command_seconds
+        )
+        found = await in_thread(_started_for, str(uuid))
+        if monitor.passes_files:
+            fd = os.memfd_create("migrated-who-are-you", os.MFD_CLOEXEC)
+            try:
+                await monitor.add_fd(fd)
+                found = await in_thread(_holders, fd, found)
+            finally:
+                os.close(fd)
+            with contextlib.suppress(GuestError):  # one descriptor left over does no harm
+                await monitor.remove_fds()
         if len(found) != 1:
             raise GuestRefusedError(
                 f"guest {self._guest}: cannot tell which process of this host is its QEMU: {len(found)} could be",
@@ -112,17 +125,26 @@ class LibvirtQemu(ManagedQemu[LibvirtMonitor]):
         return found[0]
 
 
-def _holders(fd: int, uuid: str) -> list[int]:
-    """The processes that were started for the domain with this UUID and have our file open."""
-    ours = os.fstat(fd)
+def _started_for(uuid: str) -> list[int]:
+    """The QEMUs of this host that were started for the domain with this UUID."""
     found = []
     for process in Path("/proc").iterdir():
-        if process.name.isdigit() and int(process.name) != os.getpid():
+        if process.name.isdigit():
             with contextlib.suppress(OSError):
-                if uuid.encode() not in (process / "cmdline").read_bytes():
-                    continue
-                if (ours.st_dev, ours.st_ino) in open_inodes(int(process.name), "/memfd:").values():
+                words = (process / "cmdline").read_bytes().split(b"\0")
+                if (b"-uuid", uuid.encode()) in itertools.pairwise(words):
                     found.append(int(process.name))
+    return found
+
+
+def _holders(fd: int, pids: list[int]) -> list[int]:
+    """Those of the processes that have our file open."""
+    ours = os.fstat(fd)
+    found = []
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            if (ours.st_dev, ours.st_ino) in open_inodes(pid, "/memfd:").values():
+                found.append(pid)
     return found
 
 
@@ -252,7 +274,11 @@ class LibvirtSource(RunningQemu):
         if persistent:
             domain.setAutostart(0)
         if self.qemu.handle.poll() is None and domain.isActive():
-            domain.destroy()
+            try:
+                domain.destroy()
+            except libvirt.libvirtError:  # a libvirtd that finds its domains again may end this one before us
+                if domain.isActive():
+                    raise
         if persistent and self._undefine and not domain.isActive():
             flags = libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE | libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
             flags |= libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA | libvirt.VIR_DOMAIN_UNDEFINE_KEEP_NVRAM

@@ -35,6 +35,7 @@ from migrated.guests.driver import (
     StateChannel,
     TargetGuest,
 )
+from migrated.guests.libvirt import confinement
 from migrated.guests.libvirt.config import Description, LibvirtTargetConfig, unpack_xml
 from migrated.guests.libvirt.connection import Connection, begin, insist
 from migrated.guests.libvirt.domain_xml import Domain, incoming
@@ -181,10 +182,11 @@ class LibvirtTarget(TargetGuest):
         used = {block.id: block.used_bytes for block in blocks}
         await self._unless_failed(image.write(stream_begin(theirs.machine, used) + landmarks.stream()))
         located = await self._unless_failed(landmarks.find(process.pid, limit_seconds=self._timeouts.guest_start))
-        numbers = await in_thread(injection.give_fds, process, [item.memory_fd for item in memory])
-        for block, item, number in zip(blocks, memory, numbers, strict=True):
-            address = located[block.id].address
-            await in_thread(injection.map_over, process, address, item.region.size_bytes, number)
+        with confinement.named(process.pid):
+            numbers = await in_thread(injection.give_fds, process, [item.memory_fd for item in memory])
+            for block, item, number in zip(blocks, memory, numbers, strict=True):
+                address = located[block.id].address
+                await in_thread(injection.map_over, process, address, item.region.size_bytes, number)
         return await qemu_incoming.take_faults(self.name, process, memory, self._open_uffd)
 
     async def _open_uffd(self) -> int:

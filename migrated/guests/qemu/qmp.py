@@ -59,6 +59,10 @@ class MonitorCommands(abc.ABC):
     async def add_fd(self, fd: int) -> int:
         """Give QEMU a descriptor in a descriptor set of its own (add-fd); return the set's number."""
 
+    async def share(self, fd: int) -> str:
+        """Give QEMU a descriptor, and return the file name by which its commands write to it."""
+        return f"/dev/fdset/{await self.add_fd(fd)}"
+
     @abc.abstractmethod
     async def event(self, seconds: float) -> None:
         """Wait for the next event, at most ``seconds``."""
@@ -80,7 +84,7 @@ class MonitorCommands(abc.ABC):
         return str(await self.execute("human-monitor-command", {"command-line": line}))
 
     async def remove_fds(self) -> None:
-        """Have QEMU close what `add_fd` gave it, in any session.  It does so only while the guest runs."""
+        """Have QEMU close what `share` gave it, in any session.  It does so only while the guest runs."""
         for fdset in await self.execute("query-fdsets"):
             if any(entry.get("opaque") == FDS_OF_OURS for entry in fdset["fds"]):
                 await self.execute("remove-fd", {"fdset-id": fdset["fdset-id"]})

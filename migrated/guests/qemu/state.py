@@ -132,10 +132,10 @@ class StateFile:
     nothing on a disk can block its monitor.
     """
 
-    def __init__(self, monitor: MonitorCommands, fd: int, fdset: int) -> None:
+    def __init__(self, monitor: MonitorCommands, fd: int, filename: str) -> None:
         self._monitor = monitor
         self._fd = fd
-        self._fdset = fdset
+        self._filename = filename
 
     @classmethod
     async def open(cls, monitor: MonitorCommands) -> Self:
@@ -144,13 +144,13 @@ class StateFile:
         try:
             writable = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_CLOEXEC)
             try:
-                fdset = await monitor.add_fd(writable)
+                filename = await monitor.share(writable)
             finally:
                 os.close(writable)
         except BaseException:
             os.close(fd)
             raise
-        return cls(monitor, fd, fdset)
+        return cls(monitor, fd, filename)
 
     async def save(self, limit_seconds: float) -> bytes:
         """Have the paused QEMU save its devices; return the state without RAM, from `STREAM_HEAD` on.
@@ -159,7 +159,7 @@ class StateFile:
 
         ``live``: QEMU releases the locks of its disks, as at the end of a migration; `cont` takes them again.
         """
-        arguments = {"filename": f"/dev/fdset/{self._fdset}", "live": True}
+        arguments = {"filename": self._filename, "live": True}
         await self._monitor.execute("xen-save-devices-state", arguments, limit=limit_seconds)
         state = os.pread(self._fd, os.fstat(self._fd).st_size, 0)
         if not state.startswith(STREAM_HEAD):
