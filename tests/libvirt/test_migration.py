@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from migrated.guests.access.pidfd import open_files
 from migrated.guests.libvirt import connection
 from migrated.guests.libvirt.config import LibvirtSourceConfig
 from migrated.guests.libvirt.source import LibvirtSource
 from migrated.guests.qemu.state import HeaderDecoder
+from migrated.privileged import open_files
 from migrated.settings import Timeouts
 from tests.libvirt.conftest import Domains
 from tests.rig.guest import MIB
