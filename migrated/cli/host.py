@@ -74,7 +74,8 @@ def _certificate(role: Role) -> list[Requirement]:
             return need("none: tls.insecure")
         credentials = Credentials(settings.tls_files, role=role, peers=settings.tls.peers, where=settings.path)
     except ConfigError as error:
-        return need("unusable", f"{error.message}; {error.hint}")
+        missing = isinstance(error.__cause__, FileNotFoundError)
+        return need("missing" if missing else "unusable", f"{error.message}; {error.hint}")
     expires = time.strftime("%Y-%m-%d", time.gmtime(credentials.expires_at))
     problems = "; ".join(credentials.problems())
     return need(

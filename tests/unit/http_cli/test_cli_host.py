@@ -201,5 +201,6 @@ def test_check_looks_at_the_certificate_of_each_configured_agent(
     row = rows["certificate of the target agent"]
     assert mark in row["found"] + row["fix"]
     assert row["ok"] is (mark == "valid until")
+    assert (row["found"] == "missing") is (valid is None)
     plain = CliRunner().invoke(check, [], standalone_mode=False)
     assert plain.return_value == code
