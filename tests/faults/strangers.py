@@ -12,12 +12,13 @@ import collections
 import contextlib
 import random
 import socket
+import ssl
 import struct
 import sys
 from collections.abc import Callable
 from typing import Final
 
-from migrated.protocol.preamble import Preamble, Purpose, encode
+from migrated.protocol.preamble import PREFACE_BYTES, TLS_MAGIC, Preamble, Purpose, encode
 
 ON_TARGET: Final = 10_000
 ON_STATUS: Final = 3_000
@@ -66,7 +67,17 @@ def on_target(session: bytes) -> list[Callable[[socket.socket], None]]:
     other = draw.randbytes(16)
     garbage = draw.randbytes(200)
     hello = encode(Preamble(Purpose.CONTROL, other, token))
+    preface = TLS_MAGIC + hello[len(TLS_MAGIC) : PREFACE_BYTES]
+    outgoing = ssl.MemoryBIO()
+    with contextlib.suppress(ssl.SSLWantReadError):
+        ssl.create_default_context().wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname="localhost").do_handshake()
+    client_hello = outgoing.read()
     return [
+        lambda end: send(end, preface),
+        lambda end: send(end, preface + garbage),
+        lambda end: send(end, preface + client_hello[:99]),
+        lambda end: send(end, preface + client_hello),
+        lambda end: send(end, preface + client_hello + garbage),
         lambda end: None,
         lambda end: send(end, b"M"),
         lambda end: send(end, garbage),
