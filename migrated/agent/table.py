@@ -80,7 +80,8 @@ class MigrationTable(Generic[M]):
         """Return the page map of a migration, the last one if it has ended.  Raises as `record` does."""
         migration = self._migrations.get(self.record(wanted).id)
         if migration is not None and not migration.history.stored:
-            return await migration.history.page_map(migration.engine)
+            # Once it has ended, no map from before the end will do.
+            return await migration.history.page_map(migration.engine, now=migration.record.ended)
         return (await self.history(wanted)).page_map
 
     async def archived(self) -> None:

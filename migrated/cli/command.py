@@ -20,6 +20,7 @@ from migrated.cli.guests import guests
 from migrated.cli.history import logs, report
 from migrated.cli.host import check, inspect
 from migrated.cli.migrations import VERBS
+from migrated.cli.plan import plan
 from migrated.errors import MigratedError
 
 _EPILOG: Final = "Exit codes: 0 done, 1 failed, 2 usage, 3 aborted, 124 timed out, 130 interrupted."
@@ -40,6 +41,7 @@ for command in (
     source,
     target,
     helper,
+    plan,
     *VERBS,
     report,
     logs,

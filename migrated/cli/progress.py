@@ -99,8 +99,8 @@ def figures(record: Record) -> list[tuple[str, str]]:
         return [("", moved), (style, f"dirty rate {format_rate(dirty)}")]
     found = [("", moved)]
     if record.state in _AFTER:
-        pages = f" of {record.stale_pages} pages" if record.stale_pages else ""
-        found.append(("", f"{format_size(record.remaining_bytes)}{pages} stale"))
+        pages = f" of {record.stale_pages} stale pages" if record.stale_pages else " stale"
+        found.append(("", f"{format_size(record.remaining_bytes)} left{pages}"))
     faults = record.faults
     if faults.current + faults.stale + faults.missing:
         latency = record.fault_seconds

@@ -118,3 +118,17 @@ async def test_a_change_that_makes_no_sense_changes_nothing(here: Place, guest: 
     assert (await here.cli("abort", migration)).code == 0
     await here.over(migration)
     await guest.assert_sound()
+
+
+async def test_a_plan_asks_both_agents_and_touches_nothing(here: Place, guest: Guest) -> None:
+    asked = await here.cli("plan", guest.name, "--to", here.address)
+    assert asked.code == 0, asked
+    assert f"{guest.name} can be migrated to {here.address}" in asked.out
+    assert here.left_of(guest.name) == []
+    refused = await here.cli("plan", "nobody", "--to", here.address)  # configured, but not running
+    assert refused.code in (1, 2), refused
+    assert "nobody" in refused.err
+    silent = await here.cli("plan", guest.name, "--to", "127.0.0.1:1")
+    assert silent.code == 1, silent
+    assert "127.0.0.1:1" in silent.err
+    await guest.assert_sound()

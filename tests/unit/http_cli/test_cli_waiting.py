@@ -249,7 +249,7 @@ def test_postcopy_shows_stale_pages_and_fault_latency() -> None:
         timeline=[StateChange(State.POSTCOPY, time.time() - 1)],
     )
     for text in (shown(record), progress.line(record)):
-        for part in ("256 MiB of 700 pages stale", "faults p99 2 ms, max 3 ms", "about 268 ms left"):
+        for part in ("256 MiB left of 700 stale pages", "faults p99 2 ms, max 3 ms", "about 268 ms left"):
             assert part in text
     record.state = State.POSTCOPY_PAUSED
     assert "waiting for the other agent" in progress.line(record)
