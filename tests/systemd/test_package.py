@@ -30,6 +30,8 @@ pytestmark = [
     pytest.mark.guest,
     pytest.mark.timeout(600),  # the first one fetches the packages, and may make a Debian tree
 ]
+#: dpkg may take its time: the 64 MiB of a guest take ten minutes.
+DRAIN = "100kB"
 Packages = tuple[Path, Path]
 
 
@@ -116,7 +118,7 @@ async def restarted(agent: UnitAgent, package: Path) -> None:
 async def test_agents_are_upgraded_while_a_guest_is_in_post_copy(
     machines: Machines, packages: Packages, unit_guest: MakeGuest
 ) -> None:
-    async with post_copy(unit_guest) as state:
+    async with post_copy(unit_guest, drain=DRAIN) as state:
         for agent in (state.target, state.source):
             await restarted(agent, packages[1])
             version = agent.machine.run("dpkg-query", "--show", "--showformat=${Version}", "migrated")
@@ -125,7 +127,7 @@ async def test_agents_are_upgraded_while_a_guest_is_in_post_copy(
 
 
 async def test_the_package_stays_while_a_guest_needs_its_agent(machines: Machines, unit_guest: MakeGuest) -> None:
-    async with post_copy(unit_guest) as state:
+    async with post_copy(unit_guest, drain=DRAIN) as state:
         for agent in (state.source, state.target):
             former = agent.pid
             with pytest.raises(AssertionError, match=f"needs the {agent.role} agent"):

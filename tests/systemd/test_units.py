@@ -45,11 +45,13 @@ class PostCopy:
 
 
 @contextlib.asynccontextmanager
-async def post_copy(unit_guest: MakeGuest, config: dict[str, Any] | None = None) -> AsyncIterator[PostCopy]:
-    """At the end of the block the rest comes, and the guest's memory is checked."""
+async def post_copy(
+    unit_guest: MakeGuest, config: dict[str, Any] | None = None, *, drain: str = "1MB"
+) -> AsyncIterator[PostCopy]:
+    """At the end of the block the rest comes, and the guest's memory is checked; until then it comes this slowly."""
     async with unit_guest(config) as guest:
         before = await guest.console.stats()
-        migration = await guest.begin(mode="postcopy", drain_bandwidth="1MB")
+        migration = await guest.begin(mode="postcopy", drain_bandwidth=drain)
         await guest.source.wait(migration, "postcopy")
         await guest.target.wait(migration, "postcopy")
         state = PostCopy(guest, migration)
