@@ -60,13 +60,15 @@ class Machine:
         """Execute one command."""
         return await asyncio.wait_for(self._client.execute(command, arguments), 20)
 
-    async def prepare(self, system: str, downtime_limit_ms: float, streams: int) -> None:
-        """Set capabilities and limits, which must be the same on both sides."""
+    async def prepare(self, system: str, downtime_limit_ms: float, streams: int, *, tls: str = "") -> None:
+        """Set capabilities and limits, which must be the same on both sides.  ``tls``: id of the side's credentials."""
         wanted = [*CAPABILITIES[system]]
         parameters: dict[str, object] = {"max-bandwidth": BANDWIDTH, "downtime-limit": int(downtime_limit_ms)}
         if system == "qemu-precopy" and streams > 1:
             wanted.append("multifd")
             parameters["multifd-channels"] = streams
+        if tls:
+            parameters["tls-creds"] = tls
         capabilities = [{"capability": name, "state": True} for name in wanted]
         await self.execute("migrate-set-capabilities", {"capabilities": capabilities})
         await self.execute("migrate-set-parameters", parameters)
@@ -98,9 +100,16 @@ async def move(
     streams: int = 1,
     guest_load: dict[str, Any] | None = None,
     extra: tuple[str, ...] = (),
+    tls: Path | None = None,
     before: Callable[[Watched], Awaitable[Any]] | None = None,
 ) -> Sample:
-    """Migrate a guest under ``load`` once.  ``streams`` > 1: pre-copy with multifd; ``extra``: options of QEMU."""
+    """Migrate a guest under ``load`` once.
+
+    ``streams`` > 1: pre-copy with multifd; ``extra``: options of QEMU; ``tls``: directory of both sides' certificates.
+    """
+    if tls is not None:
+        for end in ("client", "server"):
+            extra = (*extra, "-object", f"tls-creds-x509,id={end},dir={tls},endpoint={end},verify-peer=on")
     sample = Sample(system=system, path=link.name, load=load, memory_bytes=memory_bytes)
     async with guest_at_work(
         link, guest_load or LOADS[load], memory_bytes=memory_bytes, page_bytes=page_bytes, extra=extra
@@ -123,8 +132,8 @@ async def move(
                 Machine.connected(watched.guest.source_qmp) as source,
                 Machine.connected(incoming.source_qmp) as target,
             ):
-                for machine in (source, target):
-                    await machine.prepare(system, downtime_limit_ms, streams)
+                for machine, end in ((source, "client"), (target, "server")):
+                    await machine.prepare(system, downtime_limit_ms, streams, tls=end if tls is not None else "")
                 await watched.console.attach(watched.guest.source_serial)
                 await _move(sample, watched, incoming.source_serial, source, target, process.pid, link, limit_seconds)
         except (MigratedError, QMPError, OSError, TimeoutError) as error:
