@@ -16,7 +16,7 @@ import structlog
 
 from migrated.address import Address
 from migrated.admission import Admission, client_at
-from migrated.errors import ConfigError, HostError, MigratedError, RemoteProtocolError
+from migrated.errors import ConfigError, HostError, MigratedError, RemoteProtocolError, TlsError
 from migrated.link import tls
 from migrated.link.control_link import ControlLink, tune
 from migrated.link.credentials import Credentials
@@ -184,6 +184,8 @@ class Listener:
             for_people = preamble is None or preamble.purpose is Purpose.CONTROL
             if isinstance(error, RemoteProtocolError) and error.code in ANSWERED_CODES and for_people:
                 await incoming.refuse(error)
+            elif isinstance(error, TlsError):
+                await incoming.linger()
         except Exception:
             log.exception("connection failed: this is a bug", peer=peer)
         finally:
@@ -261,6 +263,14 @@ class _Incoming:
                 break
             data += piece
         return data
+
+    async def linger(self) -> None:
+        """Let the peer read TLS's alert: closing before all that it has sent was read would take the alert away."""
+        with contextlib.suppress(OSError, TimeoutError):
+            self._sock.setblocking(False)  # it was the channel's
+            self._sock.shutdown(socket.SHUT_WR)
+            async with asyncio.timeout(REFUSED_SECONDS):
+                await self._receive(FIRST_MESSAGE_MAX_BYTES)
 
     async def refuse(self, error: RemoteProtocolError) -> None:
         """Tell the peer why we close the connection."""

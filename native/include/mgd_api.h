@@ -157,7 +157,8 @@ int mgd_channel_create_tls(int fd, const struct mgd_tls *tls, const char *server
 			   struct mgd_error *err);
 void mgd_channel_destroy(struct mgd_channel *channel);
 int mgd_channel_fd(const struct mgd_channel *channel); /* owned by the channel; only for polling */
-/* Continue the TLS handshake; *out_wants is 0 once it is complete (at once on a plain connection).  The client's side
+/* Continue the TLS handshake; *out_wants is 0 once it is complete (at once on a plain connection).  The first call
+ * reads nothing, so that a client can look at what a peer without TLS has answered.  The client's side
  * completes before the server has looked at its certificate: the server's refusal is the error of a later call.
  * Errors: TLS, and as for a plain connection CLOSED and OS. */
 int mgd_channel_handshake(struct mgd_channel *channel, int *out_wants, struct mgd_error *err);

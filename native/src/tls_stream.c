@@ -49,6 +49,7 @@ struct tls_stream {
 	/* Under lock. */
 	SSL *ssl;
 	struct tls_refusal refusal;
+	bool greeted; /* the first call of the handshake is over: it reads nothing */
 	bool ended; /* the socket has ended */
 	int os_errno; /* of the socket's last failure */
 	uint64_t records_left, rekey_records; /* until our keys change */
@@ -86,6 +87,10 @@ static int bio_read(BIO *bio, char *data, int length)
 	ssize_t got;
 
 	BIO_clear_retry_flags(bio);
+	if (!stream->greeted) {
+		BIO_set_retry_read(bio);
+		return -1;
+	}
 	do
 		got = recv(stream->fd, data, (size_t)length, MSG_DONTWAIT);
 	while (got < 0 && errno == EINTR);
@@ -315,6 +320,7 @@ int tls_stream_handshake(struct tls_stream *stream, int *out_wants, struct mgd_e
 		failed = flush(stream, out_wants, err);
 	if (failed)
 		prefer_alert(stream, err);
+	stream->greeted = true;
 	leave(stream);
 	return failed;
 }

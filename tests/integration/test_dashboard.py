@@ -97,7 +97,7 @@ async def test_an_aborted_one_is_shown_with_its_error(browser: Browser, here: Pl
 
 async def test_plots_and_log_outlive_the_agent(here: Place, aborted: str) -> None:
     before = await series(here, aborted)
-    assert len(before["at"]) > 2
+    assert len(before["at"]) >= 2  # each of its states at least
     await here.source.stop()
     await here.source.start()
     assert await series(here, aborted) == before
