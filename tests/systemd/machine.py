@@ -127,7 +127,7 @@ def booted(name: str, suite: str, shared: Path, *packages: Path) -> Iterator[Mac
     """
     _check_here()
     tree = trees.tree(suite)
-    machine_name = f"migrated-{os.getpid()}-{name}"
+    machine_name = f"{shared.name.partition('-')[0]}-{os.getpid()}-{name}"  # several pairs may be up at a time
     log = shared / f"{name}.boot.log"
     seen = {str(path) for path in (ROOT, cache_directory(), shared, *map(Path, DEVICES)) if path.exists()}
     command = [
