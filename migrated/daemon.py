@@ -178,6 +178,9 @@ async def _reload_on(event: asyncio.Event, agent: HostAgent[Any]) -> None:
         except MigratedError as error:
             logger.warning("the configuration was not reloaded", **error_fields(error))
             continue
+        except Exception:
+            logger.exception("the configuration was not reloaded: this is a bug")
+            continue
         logger.info("configuration reloaded", path=path, guests=agent.guests())
         if waiting:
             logger.warning("some of the configuration has to wait for the agent's next start", tables=waiting)

@@ -7,22 +7,19 @@ It may prevent a phase by its exit status, but only phases before COMMIT: afterw
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
-import signal
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from migrated.errors import HostError, MigratedError
-from migrated.waiting import within
+from migrated import programs
+from migrated.errors import HostError, MigratedError, TimeoutExceededError
 
 if TYPE_CHECKING:
     from migrated.agent.record import Record, State
     from migrated.config import HooksSection
 
-#: How much of a hook's output an error quotes.
-QUOTED_CHARACTERS: Final = 500
+#: How much of each of a hook's outputs an error quotes.
+QUOTED_BYTES: Final = 500
 
 
 class Hooks:
@@ -68,29 +65,21 @@ class Hooks:
     async def _run(self, when: str, phase: State, record: bytes) -> None:
         program = str(self._section.program)
         what = f"{program} {when} {phase}"
+        limit = self._section.timeout
         try:
-            process = await asyncio.create_subprocess_exec(
-                *(program, when, phase.value),
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.STDOUT,
-                cwd="/",
-                env={"PATH": os.environ.get("PATH", os.defpath), "LANG": "C.UTF-8"},
-                start_new_session=True,
+            ended = await programs.run(
+                [program, when, phase.value], record, limit_seconds=limit, output_bytes=QUOTED_BYTES
             )
+        except TimeoutError as error:
+            raise TimeoutExceededError(
+                f"waited {limit:g} s for {what} to end", hint="make it faster, or raise hooks.timeout"
+            ) from error
         except OSError as error:
             raise HostError(f"{what}: {error.strerror}", code="hook", hint="see hooks.program") from error
-        try:
-            async with within(self._section.timeout, f"{what} to end"):
-                output, _ = await process.communicate(record)
-        finally:
-            with contextlib.suppress(ProcessLookupError):  # what it has started, too
-                os.killpg(process.pid, signal.SIGKILL)
-            await process.wait()
-        if process.returncode:
-            said = output.decode(errors="replace").strip()[-QUOTED_CHARACTERS:]
+        if ended.status:
+            said = (ended.output + ended.complaint).decode(errors="replace").strip()
             raise HostError(
-                f"{what} ended with status {process.returncode}: {said or 'it said nothing'}",
+                f"{what} ended with status {ended.status}: {said or 'it said nothing'}",
                 code="hook",
                 hint="the hook is the operator's own program: what it said is the reason",
             )

@@ -167,8 +167,9 @@ class HostAgent(abc.ABC, Generic[M]):
                     hint="leave the table as it was until the migration has ended, then reload again",
                 )
         applied, waiting = self.config.reloaded(config)
-        await self._guests.reload(applied)
-        self.config = applied
+        reopening = self._guests.replace(applied)
+        self.config = applied  # before anything awaits: a migration that starts meanwhile sees one configuration
+        await reopening
         return waiting
 
     # ------------------------------------------------------------ common to both roles

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from migrated.errors import GuestRefusedError
 from migrated.guests import guest_log
@@ -22,6 +22,7 @@ from migrated.guests.qemu.source import QemuSource
 from migrated.guests.qemu.target import QemuTarget
 
 if TYPE_CHECKING:
+    from collections.abc import Coroutine
     from pathlib import Path
 
     from migrated.config import AgentConfig
@@ -63,16 +64,20 @@ class GuestRegistry:
             self._hubs[name] = await self._new_hub(name, self.config).__aenter__()
         return self
 
-    async def reload(self, config: AgentConfig) -> None:
-        """Take over another configuration.  A co-operative guest whose table has changed must connect again.
+    def replace(self, config: AgentConfig) -> Coroutine[Any, Any, None]:
+        """Take over another configuration at once; await the result, which closes and opens sockets.
 
-        Raises HostError, and changes nothing, if this host lacks pages of a size that a new table asks for.
+        A co-operative guest whose table has changed must connect again.  Raises HostError, and changes nothing, if this
+        host lacks pages of a size that a new table asks for.
         """
         former, guests = _process_guests(self.config), _process_guests(config)
         new = {name: self._new_hub(name, config) for name, table in guests.items() if former.get(name) != table}
         old = {name: self._hubs.pop(name) for name, table in former.items() if guests.get(name) != table}
-        self._hubs.update(new)  # nothing awaits between the pop and here: a guest has its hub at any time
+        self._hubs.update(new)
         self.config = config
+        return self._reopen(old, new)
+
+    async def _reopen(self, old: dict[str, ProcessHub], new: dict[str, ProcessHub]) -> None:
         await self._close_hubs(old)  # first: an old hub and a new one may have the same socket
         for hub in new.values():
             await hub.__aenter__()

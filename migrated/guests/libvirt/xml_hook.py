@@ -7,20 +7,17 @@ with the XML that the source sent.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import os
 import pwd
-import signal
 import xml.etree.ElementTree as ET
 from typing import Final
 
+from migrated import programs
 from migrated.errors import GuestRefusedError
 from migrated.guests.libvirt.config import MAX_XML_BYTES
 
 #: libvirt compares these too; here the error names the hook.
 _KEPT: Final = ("name", "uuid", "memory", "currentMemory", "maxMemory", "vcpu")
-_ENVIRONMENT: Final = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
 _COMPLAINT_BYTES: Final = 1000
 
 
@@ -38,39 +35,21 @@ class XmlHook:
 
         Its arguments are the guest's name and ``kind``.  Raises GuestRefusedError ``xml-hook``.
         """
-        with contextlib.ExitStack() as stack:
-            fds = [_file(stack) for _ in range(3)]
-            os.pwrite(fds[0], text.encode(), 0)
-            status = await self._run(fds, self._guest, kind)
-            complaint = os.pread(fds[2], _COMPLAINT_BYTES, 0).decode(errors="replace").strip()
-            if status != 0:
-                raise self._refusal(f"ended with status {status}", complaint)
-            changed = os.pread(fds[1], MAX_XML_BYTES + 1, 0)
+        command = [*self._without_rights(), self._program, self._guest, kind]
         try:
-            self._check(text, changed)
-        except ValueError as error:
-            raise self._refusal(str(error), complaint) from error
-        return changed.decode()
-
-    async def _run(self, fds: list[int], *arguments: str) -> int:
-        process = await asyncio.create_subprocess_exec(
-            *(*self._without_rights(), self._program, *arguments),
-            stdin=fds[0],
-            stdout=fds[1],
-            stderr=fds[2],
-            cwd="/",
-            env=_ENVIRONMENT,
-            start_new_session=True,
-        )
-        try:
-            async with asyncio.timeout(self._limit_seconds):
-                return await process.wait()
+            ended = await programs.run(
+                command, text.encode(), limit_seconds=self._limit_seconds, output_bytes=MAX_XML_BYTES + 1
+            )
         except TimeoutError as error:
             raise self._refusal(f"did not end within {self._limit_seconds:g} s", "") from error
-        finally:
-            if process.returncode is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                await process.wait()
+        complaint = ended.complaint[:_COMPLAINT_BYTES].decode(errors="replace").strip()
+        if ended.status != 0:
+            raise self._refusal(f"ended with status {ended.status}", complaint)
+        try:
+            self._check(text, ended.output)
+        except ValueError as error:
+            raise self._refusal(str(error), complaint) from error
+        return ended.output.decode()
 
     def _without_rights(self) -> list[str]:
         """What the command begins with.  The kernel ends the program if this agent dies."""
@@ -111,13 +90,6 @@ class XmlHook:
             code="xml-hook",
             hint=f"run it by hand as user {self._user}: it reads a domain's XML and writes it with its changes",
         )
-
-
-def _file(stack: contextlib.ExitStack) -> int:
-    """A file in memory: what the program leaves behind can hold it open, and not us up."""
-    fd = os.memfd_create("migrated-xml", os.MFD_CLOEXEC)
-    stack.callback(os.close, fd)
-    return fd
 
 
 def _value(domain: ET.Element, name: str) -> tuple[str, str, str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any, get_args
 
@@ -98,6 +100,14 @@ async def test_one_that_takes_too_long_ends_with_what_it_has_started(tmp_path: P
     async with asyncio.timeout(30):
         while is_alive(child):  # noqa: ASYNC110 - it is not our child
             await asyncio.sleep(0.01)
+
+
+async def test_what_it_leaves_running_holds_nothing_up_and_runs_on(tmp_path: Path) -> None:
+    program = hook(tmp_path, "#!/bin/sh\nsleep 1000 &\necho $! >$0.pid\n")
+    assert await hooks(program, before=["setup"], timeout=20.0).before(State.SETUP)
+    child = int(Path(f"{program}.pid").read_text())  # noqa: ASYNC240 - at once
+    assert is_alive(child)
+    os.kill(child, signal.SIGKILL)
 
 
 async def test_one_that_does_not_read_its_input_is_no_failure(tmp_path: Path) -> None:
