@@ -115,7 +115,7 @@ def vendored() -> list[dict[str, Any]]:
 
 
 def _needs(requirements: list[str], known: dict[str, str]) -> list[str]:
-    names = [agents.canonical(_NAME.match(one)[0]) for one in requirements if "extra ==" not in one]  # type: ignore[index]
+    names = [agents.canonical(_NAME.match(one)[0]) for one in requirements if "extra ==" not in one]  # type: ignore[index]  # every requirement has a name
     return sorted({known[name] for name in names if name in known})
 
 

@@ -91,7 +91,7 @@ async def nothing_left(here: Place, before: Counter[str]) -> None:
     try:
         async with within(PATIENCE_SECONDS, "the target agent to release what belonged to the guests"):
             # The kernel is asked.
-            while (more := descriptors(here.target.pid) - before) or guest_mappings(here.target.pid):  # noqa: ASYNC110
+            while (more := descriptors(here.target.pid) - before) or guest_mappings(here.target.pid):  # noqa: ASYNC110 - /proc tells nobody
                 await asyncio.sleep(0.02)
     except TimeoutExceededError as error:
         raise AssertionError(f"{dict(more)} {guest_mappings(here.target.pid)}") from error

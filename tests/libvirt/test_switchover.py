@@ -120,7 +120,7 @@ async def test_what_is_killed_before_commit_leaves_the_domain_running_at_its_sou
                 assert record["state"] in {"failed", "aborted"}, domain.explain(record)
                 assert record["error"]["code"] != "guest-not-resumed", domain.explain(record)
             async with within(LIMIT_SECONDS, "both libvirts to have the domain here alone"):
-                while await domain.states() not in {("running", "none"), ("running", "shut off")}:  # noqa: ASYNC110
+                while await domain.states() not in {("running", "none"), ("running", "shut off")}:  # noqa: ASYNC110 - virsh is asked
                     await asyncio.sleep(0.05)
             await domain.alone()
             assert await starts_by_itself(domain)

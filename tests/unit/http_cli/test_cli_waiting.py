@@ -168,7 +168,7 @@ async def test_a_start_that_takes_too_long_is_switched_over_on_request(source: S
     process = await source.cli_process(*START, "--timeout", "0.1", "--on-timeout", action)
     assert process.stdout is not None
     await process.stdout.readline()
-    async with asyncio.timeout(PATIENCE_SECONDS), contextlib.aclosing(source.agent.events("vm1")) as events:  # type: ignore[type-var]
+    async with asyncio.timeout(PATIENCE_SECONDS), contextlib.aclosing(source.agent.events("vm1")) as events:  # type: ignore[type-var]  # a generator
         async for seen in events:
             if seen.state is State.POSTCOPY:  # the order has been carried out
                 break

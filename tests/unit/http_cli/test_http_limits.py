@@ -104,7 +104,7 @@ async def test_a_client_that_does_not_read_its_answers_is_left(
     monkeypatch.setattr(guard, "NEXT_REQUEST_SECONDS", 0.2)
     async with serving(short_dir, "source", unused_port) as served, raw(served) as (reader, writer):
         lost = asyncio.create_task(asyncio.sleep(60))
-        reader._transport.pause_reading()  # type: ignore[attr-defined]
+        reader._transport.pause_reading()  # type: ignore[attr-defined]  # asyncio's own
         with contextlib.suppress(ConnectionError):
             while not writer.is_closing() and not lost.done():
                 writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 10)
@@ -125,7 +125,7 @@ async def test_a_watcher_that_does_not_read_is_left(
         writer.write(f"GET {events} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         async with asyncio.timeout(60):
             assert (await reader.readline()).startswith(b"HTTP/1.1 200")
-        reader._transport.pause_reading()  # type: ignore[attr-defined]
+        reader._transport.pause_reading()  # type: ignore[attr-defined]  # asyncio's own
         async with source.status() as http, asyncio.timeout(60):
             while True:  # until its place is free
                 async with http.get(events) as answer:

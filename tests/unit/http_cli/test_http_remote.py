@@ -105,7 +105,7 @@ async def test_certificates_that_prove_nothing_are_refused(
         "early": {"valid": (1, 2)},
         "server": {"as_role": "target"},
     }.items():
-        files = pki.write("source", (OPERATOR,), place=place, **options)  # type: ignore[arg-type]
+        files = pki.write("source", (OPERATOR,), place=place, **options)  # type: ignore[arg-type]  # of several types
         await refused(port, files, monkeypatch)
 
 

@@ -284,7 +284,7 @@ async def test_a_migration_that_waits_for_its_target_holds_no_slot(agent: FakeAg
     stalled = agent.all[0]
     stalled.go(State.POSTCOPY_PAUSED, ErrorInfo(code="connection-lost", message="gone"))
     for number in (2, 3, 4):
-        await agent.until(lambda number=number: len(agent.all) == number)  # type: ignore[misc]
+        await agent.until(lambda number=number: len(agent.all) == number)  # type: ignore[misc]  # mypy cannot infer it
         agent.all[-1].go(State.COMPLETED)
     await agent.until(lambda: len(record.moves(MoveState.COMPLETED)) == 3)
     assert not record.ended
@@ -305,7 +305,7 @@ async def test_a_busy_target_queues_its_guests(agent: FakeAgent) -> None:
     await agent.until(lambda: len(agent.all) == 1)
     agent.all[0].fail("too-many")  # somebody else was faster: again and again, without an end
     for number in range(2, 8):
-        await agent.until(lambda number=number: len(agent.all) == number)  # type: ignore[misc]
+        await agent.until(lambda number=number: len(agent.all) == number)  # type: ignore[misc]  # mypy cannot infer it
         agent.all[-1].fail("too-many")
     await agent.until(lambda: len(agent.all) == 8)
     agent.all[-1].go(State.COMPLETED)
@@ -325,7 +325,7 @@ async def test_guests_wait_for_a_silent_target_as_long_as_asked(agent: FakeAgent
     assert len(agent.all) == 1
     agent.hosts[B].error = None
     for number in (2, 3):
-        await agent.until(lambda number=number: len(agent.all) == number)  # type: ignore[misc]
+        await agent.until(lambda number=number: len(agent.all) == number)  # type: ignore[misc]  # mypy cannot infer it
         agent.all[-1].go(State.COMPLETED)
     await agent.until(lambda: record.ended)
     assert record.state is EvacuationState.COMPLETED
@@ -527,7 +527,7 @@ async def test_what_has_ended_is_still_shown_and_the_oldest_forgotten(agent: Fak
         names.append(record.id)
         await agent.until(lambda: len(agent.active) == 1)
         agent.active[0].go(State.COMPLETED)
-        await agent.until(lambda record=record: record.ended)  # type: ignore[misc]
+        await agent.until(lambda record=record: record.ended)  # type: ignore[misc]  # as above
     await agent.next_agent().take_up()
     assert [record.id for record in agent.evacuations.records()] == names[-evacuations._KEEP - 1 :]
     assert {record.state for record in agent.evacuations.records()} == {EvacuationState.COMPLETED}

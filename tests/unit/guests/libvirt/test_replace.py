@@ -118,7 +118,7 @@ def test_the_list_holds_for_the_domains_that_are_let_in() -> None:
     table = {"accept": ["*"], "replace": {"networks": {"net1": "lab"}}, "xml_hook": "/usr/local/bin/hook"}
     target = config.decode({"tls": {"insecure": True}, "libvirt": table}, "target").guest_table("vm")
     assert target is not None
-    assert (target.replace, target.xml_hook) == (replacements(networks={"net1": "lab"}), "/usr/local/bin/hook")  # type: ignore[attr-defined]
+    assert (target.replace, target.xml_hook) == (replacements(networks={"net1": "lab"}), "/usr/local/bin/hook")  # type: ignore[attr-defined]  # of the target
 
 
 # ---------------------------------------------------------------- the hook
