@@ -140,7 +140,10 @@ class HolderStore:
         self._lock = asyncio.Lock()
 
     async def _connected(self) -> bool:
-        """Connect to the holder, if there is one.  In a thread, as in `_asked`: a slow holder must not block others."""
+        """Connect to the holder; return whether there is one.  Raises HostError if that cannot be found out.
+
+        In a thread, as in `_asked`: a slow holder must not block others.
+        """
         return await in_thread(self._connect)
 
     async def _asked(self, request: dict[str, str], fds: Sequence[int] = ()) -> tuple[dict[str, Any], list[int]]:
@@ -153,13 +156,18 @@ class HolderStore:
     def _connect(self) -> bool:
         if self._socket is not None:
             return True
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        sock.settimeout(START_SECONDS)
-        try:
-            sock.connect(str(self._path))
-        except OSError:
-            sock.close()
-            return False
+        with contextlib.ExitStack() as undo:
+            try:
+                sock = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+                sock.settimeout(START_SECONDS)
+                sock.connect(str(self._path))
+            except (FileNotFoundError, ConnectionRefusedError):
+                return False
+            except OSError as error:  # there may be one, which holds something
+                raise HostError(
+                    f"cannot reach the holder of descriptors at {self._path}: {error.strerror or error}", code="holder"
+                ) from error
+            undo.pop_all()
         self._socket = sock
         return True
 
@@ -261,14 +269,14 @@ class HolderStore:
     async def forget(self, name: str) -> None:
         """See DescriptorStore.  When nothing is left, disconnect from the holder, which then exits."""
         async with self._lock:
-            # This includes a holder whose start we gave up on, and which may not listen yet: nobody else ends it.
-            for _ in range(LISTEN_TRIES):
-                if await self._connected() or not os.path.lexists(self._path):  # noqa: ASYNC240 - a look at a local file
-                    break
-                await asyncio.sleep(0.01)
-            if self._socket is None:
-                return
             try:
+                # This includes a holder whose start we gave up on, and which may not listen yet: nobody else ends it.
+                for _ in range(LISTEN_TRIES):
+                    if await self._connected() or not os.path.lexists(self._path):  # noqa: ASYNC240 - a look at a local file
+                        break
+                    await asyncio.sleep(0.01)
+                if self._socket is None:
+                    return
                 await self._asked({"op": "forget", "name": name})
                 answer, _ = await self._asked({"op": "list"})
             except HostError as error:

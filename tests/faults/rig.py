@@ -100,7 +100,8 @@ def descriptors(pid: int) -> collections.Counter[str]:
         for entry in os.listdir(f"/proc/{pid}/fd"):
             with contextlib.suppress(OSError):
                 link = os.readlink(f"/proc/{pid}/fd/{entry}")
-                kinds[re.sub(r"^(socket|pipe):.*", r"\1", link)] += 1
+                # libuv keeps a descriptor in reserve: of /dev/null, and of / once it had to be used.
+                kinds[re.sub(r"^(socket|pipe):.*", r"\1", "/dev/null" if link == "/" else link)] += 1
     return kinds
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import select
 import shutil
@@ -262,6 +263,34 @@ async def test_forgetting_never_raises(directory: Path) -> None:
     os.kill(pid, signal.SIGKILL)
     await gone(pid)
     await store.forget("m1")
+
+
+def no_descriptor(*_: object) -> None:
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
+async def test_an_agent_out_of_descriptors_forgets_without_an_error(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await kept(OurStore(directory), "m1", "a")
+    store = OurStore(directory)
+    monkeypatch.setattr(socket, "socket", no_descriptor)
+    with capture_logs() as logs:
+        await store.forget("m1")
+    assert [line["event"] for line in logs] == ["cannot reach the holder of descriptors"]
+
+
+async def test_an_agent_out_of_descriptors_does_not_believe_that_nothing_was_left(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = OurStore(directory)
+    with monkeypatch.context() as patched:
+        patched.setattr(socket, "socket", no_descriptor)
+        with pytest.raises(HostError, match="Too many open files") as caught:
+            await store.taken()
+    assert caught.value.code == "holder"
+    await kept(OurStore(directory), "m1", "a")
+    assert list(await store.taken()) == ["m1"]
 
 
 async def test_nothing_is_taken_where_nothing_was_left(directory: Path) -> None:
