@@ -15,7 +15,7 @@ import structlog
 from migrated.agent.connection import Connection
 from migrated.agent.history import History
 from migrated.agent.hooks import Hooks
-from migrated.agent.record import NEXT, ErrorInfo, Record, State, StateChange
+from migrated.agent.record import NEXT, ErrorInfo, Laps, Record, State, StateChange
 from migrated.errors import AbortedError, MigratedError, as_migrated_error
 from migrated.memory.engine import Event, EventKind
 from migrated.waiting import cancel_and_wait
@@ -50,6 +50,7 @@ class Migration:
         self.engine: SourceEngine | TargetEngine | None = None
         self.hooks = Hooks(hooks, record, self.log)
         self.history = History(record.id)
+        self._laps = Laps(record.downtime_breakdown)  # of the switchover
         self.on_end: Callable[[Record], None] | None = None
         self._over = False
         self._watchers: set[asyncio.Event] = set()

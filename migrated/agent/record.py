@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
@@ -95,20 +95,26 @@ class StateChange(msgspec.Struct):
     at: float
 
 
+#: The steps of the downtime as each side sees them, in chronological order.  docs/http.md says where each one ends.
+SOURCE_STEPS: Final = ("stop", "save", "scan", "send", "map", "transfer", "load", "commit", "run")
+TARGET_STEPS: Final = ("load", "hook", "journal", "commit", "run")
+
+
 class Laps:
     """Split a span of time into consecutive steps, whose seconds add up to the whole span.
 
-    Times are of ``time.monotonic()``.  Before `start`, `lap` does nothing.
+    Times are of ``time.monotonic()``.  Before `start`, `lap` does nothing.  ``began``: when the first step began.
     """
 
     def __init__(self, seconds: dict[str, float]) -> None:
         self.seconds = seconds
+        self.began: float | None = None
         self._last: float | None = None
 
     def start(self, at: float) -> None:
         """Begin the first step."""
         self.seconds.clear()
-        self._last = at
+        self.began = self._last = at
 
     def lap(self, step: str, at: float | None = None) -> None:
         """End the current step now, or at ``at``, and begin the next one."""

@@ -136,6 +136,9 @@ def _figures(record: Record) -> list[tuple[str, str]]:
     if record.ended_at is not None:
         figures.append(("took", format_duration(record.ended_at - record.started_at)))
     figures.append(("downtime", _downtime(record)))
+    if record.downtime_seconds is not None and record.downtime_breakdown:
+        steps = ", ".join(f"{step} {1e3 * seconds:.1f}" for step, seconds in record.downtime_breakdown.items())
+        figures.append(("its steps", f"{steps} ms"))
     faults = record.faults
     if total := faults.current + faults.stale + faults.missing:
         kinds = f"{faults.current} current, {faults.stale} stale, {faults.missing} missing"

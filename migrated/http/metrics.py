@@ -22,7 +22,7 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.registry import Collector
 
-from migrated.agent.record import ENDED, State
+from migrated.agent.record import ENDED, SOURCE_STEPS, TARGET_STEPS, State
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -62,7 +62,9 @@ _COUNTERS: Final = (
 )
 _LATENCY: Final = "migrated_fault_latency_seconds"
 _DOWNTIME: Final = "migrated_downtime_seconds"
+_DOWNTIME_STEP: Final = "migrated_downtime_step_seconds"
 _STALL: Final = "migrated_longest_stall_seconds"
+_STEPS: Final = {"source": SOURCE_STEPS, "target": TARGET_STEPS}
 
 #: Everything that only grows, by metric, label and histogram bucket (its upper bound; "sum": the sum of all
 #: observations).
@@ -91,6 +93,9 @@ def _figures(record: Record) -> _Totals:
     if record.downtime_seconds is not None:
         found[_DOWNTIME, "", next(one for one in DOWNTIME_BOUNDS_SECONDS if record.downtime_seconds <= one)] = 1
         found[_DOWNTIME, "", "sum"] = record.downtime_seconds  # type: ignore[assignment] # likewise
+        for step, seconds in record.downtime_breakdown.items():
+            found[_DOWNTIME_STEP, step, next(one for one in STALL_BOUNDS_SECONDS if seconds <= one)] = 1
+            found[_DOWNTIME_STEP, step, "sum"] = seconds  # type: ignore[assignment] # likewise
     return found
 
 
@@ -117,7 +122,7 @@ class RecordCollector(Collector):
         records = [record for record in self._agent.records() if self._inherited.get(record.id) is not record]
         yield from self._about_agent()
         yield from _live(records)
-        yield from _grown(self._totals(records))
+        yield from _grown(self._totals(records), _STEPS[self._agent.role])
 
     def _about_agent(self) -> Iterator[Metric]:
         health = self._agent.health()
@@ -166,7 +171,7 @@ def _live(records: list[Record]) -> Iterator[Metric]:
         yield gauge
 
 
-def _grown(totals: _Totals) -> Iterator[Metric]:
+def _grown(totals: _Totals, steps: tuple[str, ...]) -> Iterator[Metric]:
     for name, text, label, always in _COUNTERS:
         counter = CounterMetricFamily(name, text, labels=[label] if label else [])
         seen = {value for metric, value, _ in totals if metric == name}
@@ -180,6 +185,10 @@ def _grown(totals: _Totals) -> Iterator[Metric]:
     downtime = HistogramMetricFamily(_DOWNTIME, "Guest paused at the source until it ran at the target", labels=[])
     _add_histogram(downtime, "", DOWNTIME_BOUNDS_SECONDS, totals)
     yield downtime
+    by_step = HistogramMetricFamily(_DOWNTIME_STEP, "Steps of the downtime, whose sum it is", labels=["step"])
+    for step in sorted({*steps, *(value for metric, value, _ in totals if metric == _DOWNTIME_STEP)}):
+        _add_histogram(by_step, step, STALL_BOUNDS_SECONDS, totals)
+    yield by_step
     stall = HistogramMetricFamily(_STALL, "Longest time that a guest waited for a page, of each migration", labels=[])
     _add_histogram(stall, "", STALL_BOUNDS_SECONDS, totals)
     yield stall

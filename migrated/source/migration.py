@@ -20,7 +20,7 @@ from migrated.agent import figures
 from migrated.agent.connection import Connection
 from migrated.agent.migration import FinalError, Migration, log_errors
 from migrated.agent.rates import Rates
-from migrated.agent.record import Laps, Record, State, id_of
+from migrated.agent.record import Record, State, id_of
 from migrated.errors import (
     AbortedError,
     ConflictError,
@@ -133,7 +133,6 @@ class SourceMigration(Migration):
         self._tries = Backoff(self._timeouts.reconnect_interval, self._timeouts.reconnect_interval_limit)
         self._stuck = False  # the process could not be resumed, or ended: the next agent must find it
         self._released = False
-        self._laps = Laps(self.record.downtime_breakdown)
         self._rates = Rates()
 
     # ------------------------------------------------------------ the flow
@@ -280,6 +279,7 @@ class SourceMigration(Migration):
         self._laps.lap("map")
         self.log.info("paused", stale_pages=stale, steps=self.record.downtime_breakdown)
         await self._guest.send_state(link.pipe)
+        self._laps.lap("transfer")
         await link.expect(Loaded, limit_seconds=self._timeouts.guest_state, what="the guest state to be loaded")
         self._laps.lap("load")
 

@@ -22,7 +22,7 @@ from migrated.agent import figures
 from migrated.agent.connection import Connection
 from migrated.agent.migration import FinalError, Migration, log_errors
 from migrated.agent.rates import Rates
-from migrated.agent.record import Laps, Record, State, id_of
+from migrated.agent.record import Record, State, id_of
 from migrated.errors import (
     AbortedError,
     ConflictError,
@@ -157,7 +157,6 @@ class TargetMigration(Migration):
         self._all_current = asyncio.Event()
         self._released = False  # the source has heard that all pages have arrived
         self._abandoned = 0  # pages poisoned because the source is lost
-        self._laps = Laps(self.record.downtime_breakdown)  # starts at the Switchover message
         self._rates = Rates()
 
     def authentic(self, token: bytes) -> bool:

@@ -36,7 +36,7 @@ async def test_a_report_shows_what_the_dashboard_showed(browser: Browser, tmp_pa
         for name in ("Throughput and dirty rate", "Remaining memory"):
             await expect(page.get_by_role("group", name=name).locator("canvas")).to_be_visible()
         await expect(page.get_by_role("img", name="Fault latency")).to_be_visible()
-        await expect(page.get_by_role("table", name="Steps of the downtime")).to_contain_text("journal")
+        await expect(page.get_by_role("table", name="Steps of the downtime")).to_contain_text("journal2.1 ms")
 
 
 async def test_a_report_of_a_guest_with_a_nasty_name_is_only_text(browser: Browser, tmp_path: Path) -> None:

@@ -90,8 +90,8 @@ async def test_figures_during_postcopy_and_after(here: Place) -> None:
     assert source["state"] == "completed"
     record = await here.over(migration, "target")
     for side, steps in (
-        (source, {"stop", "scan", "map", "load", "commit", "run"}),
-        (record, {"load", "commit", "run"}),
+        (source, {"stop", "scan", "map", "transfer", "load", "commit", "run"}),
+        (record, {"load", "journal", "commit", "run"}),
     ):
         assert side["downtime_breakdown"].keys() >= steps
         assert sum(side["downtime_breakdown"].values()) == pytest.approx(side["downtime_seconds"])

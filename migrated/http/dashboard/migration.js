@@ -129,7 +129,7 @@ class MigrationView {
       el("p", { class: "big" }, span(record.downtime_seconds)),
       partsBar(breakdown.map(([step, length], index) => [step, length, `step-${index % 2}`]), "Downtime"),
       el("table", { class: "numbers" }, el("caption", { class: "unseen" }, "Steps of the downtime"),
-        el("tbody", {}, ...breakdown.map(([step, length]) => el("tr", {}, el("th", { scope: "row" }, step), el("td", { class: "number" }, span(length)),
+        el("tbody", {}, ...breakdown.map(([step, length]) => el("tr", {}, el("th", { scope: "row" }, step), el("td", { class: "number" }, tenths(length)),
           el("td", { class: "number soft" }, percent(length / (record.downtime_seconds || 1))))))));
   }
 

@@ -52,6 +52,9 @@ function span(seconds) {
   return `${Math.floor(seconds / 3600)} h ${String(Math.floor(seconds % 3600 / 60)).padStart(2, "0")} min`;
 }
 
+// A step of the downtime: to a tenth of a millisecond, however long the others are.
+const tenths = (seconds) => `${(seconds * 1e3).toFixed(1)} ms`;
+
 function clock(unixSeconds) {
   const date = new Date(unixSeconds * 1000);
   const two = (number) => String(number).padStart(2, "0");

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
+from pathlib import Path
 
 import msgspec
 import pytest
 from structlog.testing import capture_logs
 
 from migrated.agent.migration import Migration
-from migrated.agent.record import ENDED, NEXT, Laps, Record, State
+from migrated.agent.record import ENDED, NEXT, SOURCE_STEPS, TARGET_STEPS, Laps, Record, State
 from migrated.config import HooksSection
 from migrated.errors import ConflictError, MigratedError
 
@@ -38,6 +40,16 @@ def test_laps_are_all_of_the_time() -> None:
         laps.lap(step, at)
     assert laps.seconds == {"stop": 1.5, "save": 2.0}
     assert laps.total == 3.5
+
+
+@pytest.mark.parametrize(("side", "steps"), [("source", SOURCE_STEPS), ("target", TARGET_STEPS)])
+def test_every_step_of_the_downtime_is_listed_and_described(side: str, steps: tuple[str, ...]) -> None:
+    root = Path(__file__).parents[3]
+    flow = (root / "migrated" / side / "migration.py").read_text()
+    assert set(re.findall(r'_laps\.lap\("([a-z-]+)"', flow)) == set(steps)
+    page = (root / "docs" / "http.md").read_text().partition("| agent | step |")[2].partition("\n\n")[0]
+    described = page.partition("| target |")[::2][side == "target"]
+    assert re.findall(r"^(?:\| source )?\|? ?\|? ?`([a-z-]+)`", described, re.MULTILINE) == list(steps)
 
 
 def test_a_switch_over_that_begins_anew_forgets_the_first() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from migrated.agent.record import Faults, FaultSeconds, Record, State
+from migrated.agent.record import SOURCE_STEPS, Faults, FaultSeconds, Record, State
 from migrated.http.metrics import exposition, make_registry
 from tests.unit.http_cli.fake_agent import FakeAgent
 
@@ -29,6 +29,7 @@ def metrics() -> str:
         record.faults, record.fault_seconds = Faults(stale=1), FaultSeconds(max=0.003)
         record.faults_by_kind_us = {"stale": [0] * 11 + [1]}
         record.bytes_by_kind = {"payload": 1}
+        record.downtime_breakdown = {"stop": 0.0004, "save": 0.0156, "run": 0.004}
         agent.all.append(record)
     return exposition(registry).decode()
 
@@ -90,3 +91,19 @@ def test_the_longest_stall_of_a_migration_is_one_observation() -> None:
     assert samples["migrated_longest_stall_seconds_bucket", "0.005"] == 1
     assert samples["migrated_longest_stall_seconds_count", None] == 1  # the active one has not ended
     assert samples["migrated_longest_stall_seconds_sum", None] == 0.003
+
+
+def test_the_steps_of_the_downtime_are_one_observation_each_and_add_up_to_it() -> None:
+    samples = {
+        (sample.name, sample.labels.get("step"), sample.labels.get("le")): sample.value
+        for family in text_string_to_metric_families(metrics())
+        for sample in family.samples
+        if sample.name.startswith("migrated_downtime_")
+    }
+    step = "migrated_downtime_step_seconds"
+    assert {name for metric, name, _ in samples if metric == f"{step}_count"} == {*SOURCE_STEPS}
+    assert samples[f"{step}_bucket", "stop", "0.00025"] == 0
+    assert samples[f"{step}_bucket", "stop", "0.0005"] == samples[f"{step}_count", "stop", None] == 2
+    assert samples[f"{step}_count", "send", None] == 0
+    added = sum(samples[f"{step}_sum", name, None] for name in SOURCE_STEPS)
+    assert added == pytest.approx(samples["migrated_downtime_seconds_sum", None, None])
