@@ -10,6 +10,7 @@
 #   make deb | wheel          build packages into build/dist: Debian's (SUITE=bookworm|trixie), or a wheel and an sdist
 #   make sbom | lock          list what the agents consist of | resolve their requirements anew
 #   make bench | soak         compare with QEMU and iperf3 | random failures for SOAK_SECONDS
+#   make docs | site          write the generated parts of docs/ anew | build docs/ as a site into build/site
 #   make simulate             SIMULATIONS schedules of random failures in virtual time, starting at SIMULATION_FIRST
 #   make clean                remove everything that was built
 SHELL := /bin/bash
@@ -40,7 +41,7 @@ CORE := $(wildcard native/src/*.[ch] native/include/mgd_api.h native/include/mig
 C_FORMATTED := $(wildcard native/src/*.[ch] native/include/*.h native/tests/*.[ch] native/fuzz/*.[ch] \
 	native/fuzz/*/*.[ch] native/examples/*.[ch])
 
-.PHONY: deps venv demo check test test-native test-asan test-tsan fuzz test-python test-interop test-packages bench docs soak simulate clean always \
+.PHONY: deps venv demo check test test-native test-asan test-tsan fuzz test-python test-interop test-packages bench docs site soak simulate clean always \
 	wheel deb install sbom lock
 
 # ---------------------------------------------------------------- distribution packages
@@ -106,6 +107,10 @@ docs: $(STAMPS)/installed
 	$(BIN)/python -m tests.rig.error_codes > docs/errors.md.new
 	@mv docs/errors.md.new docs/errors.md
 	$(BIN)/python -m tests.rig.documented_keys
+	$(BIN)/python -m docs.site.diagrams
+
+site: $(STAMPS)/installed
+	$(BIN)/python -m docs.site build/site
 
 soak: $(STAMPS)/installed
 	$(BIN)/python -m tests.faults.soak --seconds $(SOAK_SECONDS) $(if $(SOAK_SEED),--seed $(SOAK_SEED)) $(ARGS)

@@ -2,9 +2,8 @@
 
 One control connection carries one migration.  Each side is always in exactly one `State`.  Every message sent or
 received makes one step; a message for which the table has no step is an error and leaves the state unchanged.
-docs/commit.md explains why these tables keep a guest from running twice.  Its diagrams are drawn from them:
-
-    python -m migrated.protocol.transitions
+docs/commit.md explains why these tables keep a guest from running twice.  Its diagrams are drawn from them
+(docs/site/diagrams.py).
 
 How to read them
     A table maps a `Position` to its steps: ``"send hello"`` or ``"recv ready"`` to the position that follows.  The
@@ -350,25 +349,3 @@ def expected(role: Role, position: Position, way: str) -> list[str]:
         if position.state in states and step.startswith(way)
     }
     return sorted(words)
-
-
-def mermaid(role: Role) -> str:
-    """Draw the role's table as a mermaid state diagram, with lost connections, without the target's standing."""
-    edges: dict[tuple[State, State], dict[str, None]] = {}
-    for before, steps in TABLE[role].items():
-        for step, after in steps.items():
-            edges.setdefault((before.state, after.state), {})[step] = None
-        if (after := lost(role, before)) != before:
-            edges.setdefault((before.state, after.state), {})["lost"] = None
-    lines = ["stateDiagram-v2", f"    [*] --> {State.IDLE}"]
-    lines += [f"    {before} --> {after}: {', '.join(words)}" for (before, after), words in edges.items()]
-    return "\n".join(lines) + "\n"
-
-
-def diagrams() -> str:
-    """Return both diagrams, as in docs/commit.md."""
-    return "\n".join(f"### The {role}\n\n```mermaid\n{mermaid(role)}```\n" for role in Role)
-
-
-if __name__ == "__main__":
-    print(diagrams(), end="")  # noqa: T201  (its output is the document)
