@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
+import random
 import signal
 import socket
 import sys
@@ -23,13 +25,23 @@ from migrated.waiting import within
 
 START_SECONDS = 30
 STOP_SECONDS = 30
+_FIRST_PORT, _PORTS = 20000, 12000
+
+#: In an order of its own in each process, so that two that run at once are unlikely to meet.
+_ports = itertools.cycle(random.sample(range(_FIRST_PORT, _FIRST_PORT + _PORTS), _PORTS))
 
 
-def free_port(host: str = "127.0.0.1") -> int:
-    """Return a TCP port on which nobody listens right now."""
-    with socket.socket() as sock:
-        sock.bind((host, 0))
-        return int(sock.getsockname()[1])
+def free_port() -> int:
+    """Return a TCP port of the loopback address on which nobody listens.
+
+    An agent binds it later, and again after a restart.  Until then neither the kernel nor another call may hand it out: it is
+    below the ports that Linux assigns to connections by default, and no call returns a port twice.
+    """
+    while True:
+        port = next(_ports)
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
 
 
 class AgentProcess:

@@ -24,8 +24,8 @@ from tests.faults.rig import LIMIT_SECONDS, TIMEOUTS, Rig, is_alive
 
 MODES = ("hybrid", "precopy", "postcopy")
 PAGES = (Purpose.BULK, Purpose.URGENT)
-#: Half of the heartbeats' limit: two busy cores may take the other half.
-STALL_SECONDS = TIMEOUTS["heartbeat_limit"] / 2
+#: Three heartbeats; the rigs that it is done to have a limit that leaves a busy machine some seconds.
+STALL_SECONDS = 3 * TIMEOUTS["heartbeat_interval"]
 
 
 class Where(enum.Enum):
@@ -155,7 +155,7 @@ async def cut_behind(rig: Rig, gate: Gate, stage: Stage) -> Where:
     arrived = asyncio.Event()
     rig.proxy.after_release = arrived
     gate.release()
-    await asyncio.wait_for(arrived.wait(), 5)
+    await asyncio.wait_for(arrived.wait(), LIMIT_SECONDS)
     rig.proxy.cut()
     # Loaded has arrived: the source may have sent COMMIT before it noticed.  The guest may run there already.
     return Where.EITHER if stage.tag in ("loaded", "state-end") else _where(stage)

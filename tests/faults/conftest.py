@@ -33,11 +33,11 @@ class Rigs:
 
     def __init__(self, program: Path) -> None:
         self._program = program
-        self._running: dict[tuple[tuple[str, Any], ...], tuple[Rig, contextlib.AsyncExitStack]] = {}
+        self._running: dict[str, tuple[Rig, contextlib.AsyncExitStack]] = {}
 
     async def get(self, **options: Any) -> Rig:
         """The one with these options."""
-        key = tuple(sorted(options.items()))
+        key = repr(sorted(options.items()))
         if key not in self._running:
             stack = contextlib.AsyncExitStack()
             made = await stack.enter_async_context(rig(self._program, **options))

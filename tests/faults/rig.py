@@ -425,7 +425,7 @@ class Rig:
     async def clean(self, *, guests: int = 1) -> None:
         """Wait until nothing but so many guests is left behind; AssertionError with what is."""
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + 5
+        deadline = loop.time() + LIMIT_SECONDS
         while left := list(self.left_behind(wanted=guests)):
             assert loop.time() < deadline, "left behind:\n" + "\n".join(left) + "\n" + self.logs()
             await asyncio.sleep(0.01)

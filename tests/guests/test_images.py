@@ -16,6 +16,7 @@ import pytest
 from migrated.demo.console import GuestConsole
 from migrated.demo.images import build_bootsector, build_disk, build_linux_guest
 from migrated.demo.qemu_guest import QEMU
+from migrated.demo.run import cache_directory
 
 MIB = 1 << 20
 LIMIT = 60.0
@@ -27,8 +28,9 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("images")
+def cache() -> Path:
+    """The one of all tests: the kernel comes from the network, a hundred megabytes."""
+    return cache_directory()
 
 
 @pytest.fixture
@@ -113,6 +115,7 @@ async def test_a_block_rolled_back_to_an_older_state_is_found(short: Path, cache
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # the first one fetches the kernel
 async def test_the_linux_guest_checks_memory_and_direct_disk_reads(short: Path, cache: Path) -> None:
     disk = build_disk(short / "disk", 4 * MIB)
     arguments = build_linux_guest(cache).arguments(rate=500, disk="/dev/vda", size="40%")

@@ -140,3 +140,38 @@ async def test_what_is_killed_after_commit_lets_the_domain_arrive(victim: str, d
         assert await domain.states() == ("running", "none"), domain.explain(moved.source)
         assert await starts_by_itself(domain)
         await domain.assert_sound(before)
+
+
+#: libvirtd runs it whenever a domain changes; it ends the process that the test names.
+HOOK = """\
+#!/bin/sh
+[ "$2" = stopped ] && [ -e {victim} ] && kill -KILL "$(cat {victim})"
+exit 0
+"""
+
+
+async def test_a_source_agent_killed_while_libvirt_ends_the_domain_leaves_no_definition(domain: MovingDomain) -> None:
+    """libvirt finishes the call that the agent made last; what the agent would have called next, nobody does."""
+    before = await domain.console.stats()
+    libvirt = domain.libvirt
+    victim, hook = libvirt.directory / "victim", libvirt.directory / "etc" / "hooks" / "qemu"
+    hook.parent.mkdir(exist_ok=True)
+    hook.write_text(HOOK.format(victim=victim))
+    hook.chmod(0o755)
+    await libvirt.terminate()  # it looks for hooks when it starts
+    await libvirt.start()
+    async with proxy_to(domain.there) as proxy:
+        migration = await stopped_at(domain, proxy, gate := Gate(DOWN, "running"), undefine_source=True)
+        source = await domain.here.source()
+        assert source.process is not None
+        victim.write_text(str(source.pid))
+        gate.release()
+        async with within(LIMIT_SECONDS, "the hook to end the source agent"):
+            await source.process.wait()
+        victim.unlink()
+        await source.kill()
+        await domain.arrive(migration)
+    hook.unlink()
+    assert await domain.states() == ("running", "none")
+    assert await starts_by_itself(domain)
+    await domain.assert_sound(before)

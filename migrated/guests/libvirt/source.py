@@ -269,17 +269,26 @@ class LibvirtSource(RunningQemu):
             await connection.close()
 
     def _end(self, libvirt: Any, domain: Any) -> None:
-        """Blocks.  May be done again, wherever the first time was interrupted."""
-        persistent = domain.isPersistent()
-        if persistent:
+        """Blocks.  May be done again, wherever the first time was interrupted: the QEMU, which tells that, ends last."""
+        if domain.isPersistent():
             domain.setAutostart(0)
-        if self.qemu.handle.poll() is None and domain.isActive():
+            if self._undefine:  # of a domain that still runs: destroying it takes the rest away
+                flags = libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE | libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
+                flags |= libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA | libvirt.VIR_DOMAIN_UNDEFINE_KEEP_NVRAM
+                domain.undefineFlags(flags)
+        if self.qemu.handle.poll() is None and _is_active(libvirt, domain):
             try:
                 domain.destroy()
             except libvirt.libvirtError:  # a libvirtd that finds its domains again may end this one before us
-                if domain.isActive():
+                if _is_active(libvirt, domain):
                     raise
-        if persistent and self._undefine and not domain.isActive():
-            flags = libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE | libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
-            flags |= libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA | libvirt.VIR_DOMAIN_UNDEFINE_KEEP_NVRAM
-            domain.undefineFlags(flags)
+
+
+def _is_active(libvirt: Any, domain: Any) -> bool:
+    """Whether libvirt runs it.  One that is not defined is forgotten when it ends."""
+    try:
+        return bool(domain.isActive())
+    except libvirt.libvirtError as error:
+        if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
+            raise
+        return False

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from migrated.demo.pair import AgentProcess, short_directory
+from migrated.demo.pair import AgentProcess, free_port, short_directory
 from migrated.demo.process_guest import RunningProcess
 
 
@@ -35,6 +35,14 @@ async def test_a_guest_imports_nothing_from_the_current_directory(
         assert await process.wait() == 0, guest.log_path.read_text()
     finally:
         await guest.stop()
+
+
+def test_a_free_port_is_handed_out_once_and_not_by_the_kernel() -> None:
+    """Else an agent sometimes found its port taken: by another agent's, or by a connection of anybody."""
+    ports = [free_port() for _ in range(1000)]
+    assert len(set(ports)) == len(ports)
+    kernels_first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert max(ports) < max(kernels_first, 32768)
 
 
 def hostile(directory: Path) -> None:
