@@ -24,7 +24,7 @@ from benchmarks.pool import touch
 from benchmarks.report import Section
 from benchmarks.sample import Sample, median, percentile
 from benchmarks.settings import MIB, Settings
-from migrated.agent.record import SOURCE_STEPS as STEPS
+from migrated.agent.record import SOURCE_STEPS
 from migrated.certificates import Authority, make_host
 from migrated.demo.pair import short_directory
 from migrated.errors import MigratedError, PoolError
@@ -38,6 +38,7 @@ PATH, LOAD = "loopback", "max"
 DOWNTIME_LIMIT_MS = 10
 #: Memory of the guests, including devices, on both hosts.
 POOL_BYTES = 3 * MEMORY_BYTES
+STEPS = SOURCE_STEPS
 #: Goals in seconds; a migration whose downtime exceeds the second is listed with its steps.
 P50_GOAL, P99_GOAL, VGA_GOAL = 0.012, 0.030, 0.002
 #: QEMU's pre-copy may never end under this load: number and length of the attempts after which the benchmark stops trying.
