@@ -40,6 +40,8 @@ def _links(page: str, text: str) -> str:
         if not (ROOT / path).exists():
             raise ValueError(f"{page}: there is no {path}")
         if path in known:
+            if re.fullmatch(r"[\w/-]+\.md", words):  # the name of a file says nothing here: the title does
+                words = ""
             return f"[{words}]({known[path]}{anchor or ''})"
         if image:
             return f"![{words}]({path.removeprefix('docs/')})"

@@ -101,7 +101,7 @@ def framed(width: float, height: float, title: str, body: Sequence[str]) -> str:
     """Return the whole file."""
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" class="states" role="img" viewBox="0 0 {width:.0f} {height:.0f}" '
-        f'width="{width:.0f}" height="{height:.0f}">'
+        f'width="{width:.0f}" height="{height:.0f}" style="--natural: {width:.0f}px">'
     )
     paper = f'<rect class="paper" width="{width:.0f}" height="{height:.0f}"/>'
     return "\n".join([head, f"<title>{escape(title)}</title>", f"<style>{STYLE}</style>", paper, *body, "</svg>", ""])
