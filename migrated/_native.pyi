@@ -30,6 +30,10 @@ class _Lib:
     MGD_EVENT_FAILED: Final[int]
     MGD_EVENT_POPULATED: Final[int]
 
+    MGD_SCAN_RUNNING: Final[int]
+    MGD_SCAN_QUIESCED: Final[int]
+    MGD_SCAN_LAST: Final[int]
+
     MGD_STREAM_URGENT: Final[int]
     MGD_WANTS_READ: Final[int]
     MGD_WANTS_WRITE: Final[int]

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from migrated.errors import MigratedError
+from migrated.errors import GuestError, MigratedError
 from migrated.memory.channel import Channel
 from migrated.memory.native import call, error_from, ffi, hash_key, lib
 from migrated.memory.page_map import MAP_STATES, PageMap
@@ -250,9 +250,35 @@ class SourceEngine(_Engine):
 
         Blocks (well under 1 ms per GiB).
         """
+        return self._scan(tracker, lib.MGD_SCAN_QUIESCED if quiesced else lib.MGD_SCAN_RUNNING)
+
+    def scan_last(self, tracker: Tracker) -> int:
+        """Do the same for a guest that is paused and will not run here with this tracking any more.  Blocks.
+
+        It re-arms nothing, and so is faster.
+        """
+        return self._scan(tracker, lib.MGD_SCAN_LAST)
+
+    def _scan(self, tracker: Tracker, kind: int) -> int:
         out = ffi.new("uint64_t *")
-        self._call("scan", tracker.handle, int(quiesced), out)
+        self._call("scan", tracker.handle, kind, out)
         return int(out[0])
+
+    def require_unwritten(self, tracker: Tracker) -> None:
+        """Scan once more after `scan_last`.  Blocks.
+
+        Raises GuestError ``written-while-paused`` if anything was written that `scan_last` had not marked.
+        """
+        late: Any = ffi.new("struct mgd_late_writes *")
+        self._call("late_writes", tracker.handle, late)
+        if late.bytes:
+            raise GuestError(
+                f"{late.bytes >> 10} KiB of guest memory were written while the guest was paused, "
+                f"the first at {late.offset:#x} in region {late.region}",
+                code="written-while-paused",
+                hint="the guest runs on at its source.  A device or a helper of this guest writes while it is paused: find it "
+                "and take it away before the next try, and report it",
+            )
 
     def sample(self, blocks: int) -> float:
         """Return which fraction (0 to 1) of the marked memory has changed since it was sent, from ``blocks`` of it.

@@ -262,7 +262,7 @@ class SourceMigration(Migration):
         self._laps.lap("save")
         if self.options.mode == "postcopy":
             await in_thread(engine.mark_populated, precopy.tracker)
-        await precopy.scan(quiesced=True)
+        await precopy.scan_last()
         self._laps.lap("scan")
         if finish:
             await precopy.send_marked(self.record.round + 1)
@@ -280,6 +280,7 @@ class SourceMigration(Migration):
         self.log.info("paused", stale_pages=stale, steps=self.record.downtime_breakdown)
         await self._guest.send_state(link.pipe)
         self._laps.lap("transfer")
+        await precopy.require_unwritten()  # while the target loads
         await link.expect(Loaded, limit_seconds=self._timeouts.guest_state, what="the guest state to be loaded")
         self._laps.lap("load")
 

@@ -144,6 +144,14 @@ class PreCopy:
         """Mark what was written; return how many bytes of pages the kernel reported."""
         return await in_thread(functools.partial(self.engine.scan, self.tracker, quiesced=quiesced))
 
+    async def scan_last(self) -> None:
+        """Mark what was written until the guest was paused."""
+        await in_thread(self.engine.scan_last, self.tracker)
+
+    async def require_unwritten(self) -> None:
+        """Raise GuestError if the paused guest's memory was written after `scan_last`."""
+        await in_thread(self.engine.require_unwritten, self.tracker)
+
     async def barrier(self) -> None:
         """Wait until everything sent so far is in the target's memory."""
         self._barriers += 1

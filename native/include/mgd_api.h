@@ -123,6 +123,9 @@ int mgd_tracker_disarm(struct mgd_tracker *tracker, struct mgd_error *err);
  * memory was reported.  No tracker call holds the guest's mmap_lock for more than about a millisecond at a time,
  * this one least of all. */
 int mgd_tracker_scan(struct mgd_tracker *tracker, uint64_t **bitmaps, uint64_t *out_bytes, struct mgd_error *err);
+/* The same, but re-arm nothing, so that another scan reports the same pages again: for a guest that is paused and will
+ * not run with this tracking any more. */
+int mgd_tracker_scan_last(struct mgd_tracker *tracker, uint64_t **bitmaps, uint64_t *out_bytes, struct mgd_error *err);
 /* Find the pages that the guest process has mapped right now; in a SPARSE mapping, those that are protected, present
  * or swapped.  Sets bits in the same way; re-arms nothing. */
 int mgd_tracker_present(struct mgd_tracker *tracker, uint64_t **bitmaps, uint64_t *out_bytes, struct mgd_error *err);
@@ -263,11 +266,24 @@ int mgd_source_mark_populated(struct mgd_source *source, struct mgd_tracker *tra
  * below, so that the target can allocate memory for them.  For use before a round, in pre-copy. */
 int mgd_source_marked_map(const struct mgd_source *source, uint32_t region, uint64_t first_page, uint8_t *out,
 			  size_t bytes, struct mgd_error *err);
-/* Scan.  Mark what the scan reports for the next round, and add it to the set "since the last quiesced scan".
- * quiesced: no I/O of the guest is in flight, so mark that whole set for another comparison and clear it.
+#define MGD_SCAN_RUNNING 0 /* the guest runs, and I/O may be in flight */
+#define MGD_SCAN_QUIESCED 1 /* no I/O of the guest is in flight */
+#define MGD_SCAN_LAST 2 /* likewise, and the guest is paused and will not run here with this tracking any more */
+/* Scan.  Mark what the scan reports for the next round, and add it to the set "since the last quiesced scan".  If no
+ * I/O is in flight, mark that whole set for another comparison and clear it.  The last scan re-arms nothing.
  * *out_bytes: memory reported by this scan. */
-int mgd_source_scan(struct mgd_source *source, struct mgd_tracker *tracker, int quiesced, uint64_t *out_bytes,
+int mgd_source_scan(struct mgd_source *source, struct mgd_tracker *tracker, int kind, uint64_t *out_bytes,
 		    struct mgd_error *err);
+/* Pages that were written while the guest was paused: there should be none. */
+struct mgd_late_writes {
+	uint64_t bytes; /* of all of them */
+	uint64_t offset; /* of the first one in its region */
+	uint32_t region;
+};
+/* After the last scan, while the guest is still paused: scan once more, and find the pages written since that the last
+ * scan did not mark.  (Another write to a page that it did mark does not show.)  Marks nothing. */
+int mgd_source_late_writes(struct mgd_source *source, struct mgd_tracker *tracker, struct mgd_late_writes *out,
+			   struct mgd_error *err);
 /* Between rounds: examine `wanted` marked blocks, evenly spread, or all if there are fewer, and report how many of
  * those *out_examined have changed since they were sent.  Sends and marks nothing.  An estimate that takes a few ms
  * per 1 000 blocks. */

@@ -62,7 +62,7 @@ uint64_t source_next_marked(const struct source_region *region, uint64_t block)
 	return region->block_count;
 }
 
-/* Mark every page of a bitmap and clear it; with `keep`, add the pages to that. */
+/* Mark every page of a bitmap and clear it; with `keep`, add the pages to that (which may be the bitmap itself). */
 static void mark_bits(struct mgd_source *source, struct source_region *region, uint64_t *bits, uint64_t *keep)
 {
 	for (size_t word = 0; word < mgd_bitmap_words(region->page_count); word++) {
@@ -70,9 +70,9 @@ static void mark_bits(struct mgd_source *source, struct source_region *region, u
 
 		if (!left)
 			continue;
+		bits[word] = 0;
 		if (keep)
 			keep[word] |= left;
-		bits[word] = 0;
 		for (; left; left &= left - 1) {
 			uint64_t page = word * 64 + mgd_first_bit(left);
 
@@ -257,30 +257,62 @@ int mgd_source_mark_populated(struct mgd_source *source, struct mgd_tracker *tra
 
 /* ---- later rounds */
 
-int mgd_source_scan(struct mgd_source *source, struct mgd_tracker *tracker, int quiesced, uint64_t *out_bytes,
-		    struct mgd_error *err)
+static int scan(struct mgd_source *source, struct mgd_tracker *tracker, bool last, uint64_t *out_bytes,
+		struct mgd_error *err)
 {
 	uint64_t *bitmaps[MGD_MAX_REGIONS];
-	uint64_t bytes = 0;
+
+	*out_bytes = 0;
+	for (uint32_t i = 0; i < source->region_count; i++)
+		bitmaps[i] = source->regions[i].scanned;
+	return last ? mgd_tracker_scan_last(tracker, bitmaps, out_bytes, err)
+		    : mgd_tracker_scan(tracker, bitmaps, out_bytes, err);
+}
+
+int mgd_source_scan(struct mgd_source *source, struct mgd_tracker *tracker, int kind, uint64_t *out_bytes,
+		    struct mgd_error *err)
+{
 	int failed = source_require_precopy(source, "scan", err);
 
 	if (failed)
 		return -1;
-	for (uint32_t i = 0; i < source->region_count; i++)
-		bitmaps[i] = source->regions[i].scanned;
-	failed = mgd_tracker_scan(tracker, bitmaps, &bytes, err);
+	failed = scan(source, tracker, kind == MGD_SCAN_LAST, out_bytes, err);
 	/* Do this even after a failure halfway: what the scan reported is armed again and would never be reported
 	 * twice. */
 	for (uint32_t i = 0; i < source->region_count; i++) {
 		struct source_region *region = &source->regions[i];
+		uint64_t *reported = region->since_quiesced;
 
-		if (bytes || failed)
-			mark_bits(source, region, region->scanned, region->since_quiesced);
+		if (*out_bytes || failed)
+			mark_bits(source, region, region->scanned, reported);
 		/* A buffer pinned before an earlier scan may have been filled after that round's copy: compare all
 		 * of them again, now that no I/O is in flight. */
-		if (quiesced && !failed)
-			mark_bits(source, region, region->since_quiesced, NULL);
+		if (kind != MGD_SCAN_RUNNING && !failed)
+			mark_bits(source, region, reported, kind == MGD_SCAN_LAST ? reported : NULL);
 	}
-	*out_bytes = bytes;
-	return failed ? -1 : 0;
+	return failed;
+}
+
+int mgd_source_late_writes(struct mgd_source *source, struct mgd_tracker *tracker, struct mgd_late_writes *out,
+			   struct mgd_error *err)
+{
+	uint64_t bytes;
+	int failed = scan(source, tracker, true, &bytes, err);
+
+	*out = (struct mgd_late_writes){0};
+	for (uint32_t i = 0; i < source->region_count; i++) {
+		struct source_region *region = &source->regions[i];
+
+		for (size_t word = 0; bytes && word < mgd_bitmap_words(region->page_count); word++) {
+			uint64_t late = region->scanned[word] & ~region->since_quiesced[word];
+
+			if (late && !out->bytes) {
+				out->region = i;
+				out->offset = (word * 64 + mgd_first_bit(late)) * region->page_bytes;
+			}
+			out->bytes += mgd_popcount(late) * region->page_bytes;
+		}
+		empty_scanned(region);
+	}
+	return failed;
 }

@@ -32,6 +32,9 @@
  * its range in KVM's page tables, and on hugetlb it takes the file's lock for each page.  If a page is written and
  * zapped between the two looks, the next scan finds it empty.
  *
+ * The last scan has only the first look, and protects nothing: the guest is paused, and never runs with this tracking
+ * again.  The same scan made once more reports the same pages, and those written since.
+ *
  * We use less of PAGEMAP_SCAN than it offers, because kernels differ in the rest:
  *   - Whether an empty entry counts as WRITTEN depends on kernel, page size and masks (07b4377bdbe7, 40de8160ca7f).  We
  *     never ask; and no look that protects matches an empty entry, which has hung kernels on hugetlb (14a2508b1bf6).
@@ -112,6 +115,7 @@ struct step {
 struct walk {
 	struct mgd_tracker *tracker;
 	int (*visit)(struct walk *walk, const struct step *step, struct mgd_error *err);
+	bool last; /* scan without protecting anything */
 	uint64_t **bitmaps; /* per region: where pages are reported */
 	_Atomic uint64_t bytes; /* reported */
 	pthread_mutex_t lock; /* protects the following */
@@ -415,7 +419,7 @@ static int scan_empty(struct walk *walk, const struct tracked *tracked, uint64_t
 		      struct mgd_error *err)
 {
 	for (uint64_t run_end; next_armed(tracked, &start, &run_end, end); start = run_end) {
-		int failed = write_protect(walk->tracker, start, run_end, err);
+		int failed = walk->last ? 0 : write_protect(walk->tracker, start, run_end, err);
 
 		report(walk, tracked, start, run_end);
 		if (failed)
@@ -450,6 +454,8 @@ static int look(struct walk *walk, const struct step *step, struct step *out_wri
 					return -1;
 			} else if (!(runs[i].categories & MGD_PAGE_IS_WRITTEN)) {
 				continue;
+			} else if (walk->last) {
+				report(walk, tracked, runs[i].start, runs[i].end);
 			} else if (tracked->page_bytes > REARMED_BYTES_MAX) {
 				int failed = write_protect(walk->tracker, runs[i].start, runs[i].end, err);
 
@@ -489,13 +495,26 @@ static int scan_step(struct walk *walk, const struct step *step, struct mgd_erro
 	return 0;
 }
 
+static int scan(struct walk *walk, uint64_t *out_bytes, struct mgd_error *err)
+{
+	int result = walk_all(walk, threads_wanted(walk->tracker), err);
+
+	*out_bytes = walk->bytes;
+	return result;
+}
+
 int mgd_tracker_scan(struct mgd_tracker *tracker, uint64_t **bitmaps, uint64_t *out_bytes, struct mgd_error *err)
 {
 	struct walk walk = {.tracker = tracker, .visit = scan_step, .bitmaps = bitmaps};
-	int result = walk_all(&walk, threads_wanted(tracker), err);
 
-	*out_bytes = walk.bytes;
-	return result;
+	return scan(&walk, out_bytes, err);
+}
+
+int mgd_tracker_scan_last(struct mgd_tracker *tracker, uint64_t **bitmaps, uint64_t *out_bytes, struct mgd_error *err)
+{
+	struct walk walk = {.tracker = tracker, .visit = scan_step, .bitmaps = bitmaps, .last = true};
+
+	return scan(&walk, out_bytes, err);
 }
 
 /*
@@ -529,8 +548,6 @@ static int present_step(struct walk *walk, const struct step *step, struct mgd_e
 int mgd_tracker_present(struct mgd_tracker *tracker, uint64_t **bitmaps, uint64_t *out_bytes, struct mgd_error *err)
 {
 	struct walk walk = {.tracker = tracker, .visit = present_step, .bitmaps = bitmaps};
-	int result = walk_all(&walk, threads_wanted(tracker), err);
 
-	*out_bytes = walk.bytes;
-	return result;
+	return scan(&walk, out_bytes, err);
 }

@@ -53,6 +53,17 @@ int mgd_tracker_scan(struct mgd_tracker *tracker, uint64_t **bitmaps, uint64_t *
 	return 0;
 }
 
+int mgd_tracker_scan_last(struct mgd_tracker *tracker, uint64_t **bitmaps, uint64_t *out_bytes, struct mgd_error *err)
+{
+	(void)err;
+	*out_bytes = 0;
+	for (uint64_t word = 0; word < tracker->words; word++) {
+		bitmaps[0][word] |= tracker->report[word];
+		*out_bytes += (uint64_t)__builtin_popcountll(tracker->report[word]) * tracker->page_bytes;
+	}
+	return 0;
+}
+
 int mgd_tracker_present(struct mgd_tracker *tracker, uint64_t **bitmaps, uint64_t *out_bytes, struct mgd_error *err)
 {
 	return mgd_tracker_scan(tracker, bitmaps, out_bytes, err);
@@ -390,12 +401,12 @@ static inline void peer_round(struct peer *peer, uint64_t round)
 	pthread_mutex_unlock(&peer->lock);
 }
 
-static inline void peer_scan(struct peer *peer, int quiesced)
+static inline void peer_scan(struct peer *peer, int kind)
 {
 	struct mgd_error err;
 	uint64_t bytes;
 
-	CHECK_OK(mgd_source_scan(peer->source, &peer->tracker, quiesced, &bytes, &err), err);
+	CHECK_OK(mgd_source_scan(peer->source, &peer->tracker, kind, &bytes, &err), err);
 }
 
 static inline void peer_demand(struct peer *peer, uint64_t page)

@@ -208,6 +208,38 @@ static void test_a_quiesced_scan_finds_pinned_buffers(void)
 	peer_destroy(peer);
 }
 
+/* Whatever the last scan has not marked must not be written any more; what it has marked is sent as it is then. */
+static void test_writes_after_the_last_scan_are_found(void)
+{
+	struct peer *peer = sent_once(1);
+	struct mgd_late_writes late;
+	struct mgd_error err;
+	uint64_t stale;
+
+	guest_report(peer, 300);
+	peer_scan(peer, MGD_SCAN_RUNNING);
+	guest_report(peer, 700);
+	peer_scan(peer, MGD_SCAN_LAST);
+	CHECK_EQUAL(peer_stats(peer).dirty_bytes, 2 * BLOCK);
+	CHECK_OK(mgd_source_freeze(peer->source, &stale, &err), err);
+	CHECK_OK(mgd_source_late_writes(peer->source, &peer->tracker, &late, &err), err);
+	CHECK_EQUAL(late.bytes, 0);
+	guest_report(peer, 300);
+	guest_report(peer, 700);
+	CHECK_OK(mgd_source_late_writes(peer->source, &peer->tracker, &late, &err), err);
+	CHECK_EQUAL(late.bytes, 0);
+	guest_report(peer, 701);
+	guest_report(peer, 1000);
+	for (int again = 0; again < 2; again++) {
+		CHECK_OK(mgd_source_late_writes(peer->source, &peer->tracker, &late, &err), err);
+		CHECK_EQUAL(late.bytes, 2 * BLOCK);
+		CHECK_EQUAL(late.region, 0);
+		CHECK_EQUAL(late.offset, 701 * BLOCK);
+	}
+	CHECK_EQUAL(peer_stats(peer).dirty_bytes, 2 * BLOCK);
+	peer_destroy(peer);
+}
+
 struct scribbler {
 	struct peer *peer;
 	bool stop;
@@ -382,6 +414,7 @@ int main(void)
 	RUN(test_only_changed_blocks_of_a_huge_page_are_sent);
 	RUN(test_a_block_that_becomes_zero_is_told);
 	RUN(test_a_quiesced_scan_finds_pinned_buffers);
+	RUN(test_writes_after_the_last_scan_are_found);
 	RUN(test_hash_and_send_see_the_same_bytes);
 	RUN(test_many_streams_and_a_region_that_ends_inside_a_chunk);
 	RUN(test_sparse_memory_costs_nothing);

@@ -67,6 +67,33 @@ static void scattered_writes(struct guest *guest)
 	disarm(guest);
 }
 
+/* The last scan reports what any scan would, and the same again: it protects nothing. */
+static void the_last_scan_arms_nothing(struct guest *guest)
+{
+	populate(guest);
+	order(guest, ORDER_WRITE, 0, guest->pages);
+	arm(guest);
+	check_reported_last(guest, 0, 0);
+	order(guest, ORDER_WRITE, 0, 1);
+	check_reported_last(guest, 0, 1);
+	order(guest, ORDER_READ, 0, guest->pages);
+	check_reported_last(guest, 0, 1);
+	order(guest, ORDER_WRITE, 1, 1);
+	order(guest, ORDER_DROP, 1, 1);
+	check_reported_last(guest, 0, 2);
+	check_reported(guest, 0, 2);
+	check_reported_last(guest, 0, 0);
+	disarm(guest);
+	/* What it has seen does not show after the tracker was armed anew. */
+	arm(guest);
+	order(guest, ORDER_WRITE, 0, 1);
+	check_reported_last(guest, 0, 1);
+	disarm(guest);
+	arm(guest);
+	check_reported(guest, 0, 0);
+	disarm(guest);
+}
+
 /* What matters most: the copies made after each page's last report equal the memory at the end. */
 static void weather(struct guest *guest, enum order kind_of_storm)
 {
@@ -231,6 +258,7 @@ static const struct test tests[] = {
 	{"exactly_the_written_pages", exactly_the_written_pages, ALL, 3000, 16},
 	{"steps_of_a_large_mapping", steps_of_a_large_mapping, ONE_OF_EACH, 300000, 12},
 	{"scattered_writes", scattered_writes, ALL & ~ON(SHARED_GIGANTIC), 2500, 12},
+	{"the_last_scan_arms_nothing", the_last_scan_arms_nothing, ALL, 700, 12},
 	{"no_write_is_lost", no_write_is_lost, ALL, 700, 16},
 	{"no_write_is_lost_where_pages_are_dropped", no_write_is_lost_where_pages_are_dropped, ALL & ~DROPS_UNSEEN, 700,
 	 16},

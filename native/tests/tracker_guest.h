@@ -406,6 +406,17 @@ static inline void check_reported(struct guest *guest, uint64_t first, uint64_t 
 	CHECK_EQUAL(bytes, count * guest->page_bytes);
 }
 
+static inline void check_reported_last(struct guest *guest, uint64_t first, uint64_t count)
+{
+	struct mgd_error err = {0};
+	uint64_t bytes;
+
+	memset(guest->bitmap, 0, (guest->pages + 63) / 64 * 8);
+	CHECK_OK(mgd_tracker_scan_last(guest->tracker, &guest->bitmap, &bytes, &err), err);
+	check_bits(guest, first, count);
+	CHECK_EQUAL(bytes, count * guest->page_bytes);
+}
+
 static inline void check_present(struct guest *guest, uint64_t first, uint64_t count)
 {
 	struct mgd_error err = {0};

@@ -202,6 +202,12 @@ class SimSourceEngine(_Engine):
         self.marked |= written
         return len(written) * PAGE_BYTES
 
+    def scan_last(self, tracker: Tracker) -> int:
+        return self.scan(tracker, quiesced=True)
+
+    def require_unwritten(self, tracker: Tracker) -> None:
+        assert not tracker.process.dirty
+
     def sample(self, blocks: int) -> float:
         del blocks
         return 1.0 if self.marked else 0.0

@@ -9,6 +9,8 @@ import pytest
 
 from migrated.errors import GuestError, MigratedError
 from migrated.memory import maps, native, probe
+from migrated.memory.engine import SourceEngine
+from migrated.memory.native import lib
 from migrated.memory.regions import Region, SourceMemory
 from migrated.memory.tracker import Tracker
 from tests.unit.memory.child import Child
@@ -24,17 +26,25 @@ pytestmark = [
 
 
 @pytest.fixture
-def guest(child: Callable[[int, int], Child]) -> Iterator[tuple[Child, Tracker]]:
+def layout(child: Callable[[int, int], Child]) -> Iterator[tuple[Child, SourceMemory]]:
     memory = os.memfd_create("guest")
     os.ftruncate(memory, SIZE)
     process = child(memory, SIZE)
-    layout = SourceMemory(
-        process.pid, (Region("ram", SIZE, 4096),), maps.find_mappings(process.pid, memory), (memory,), (0,)
+    yield (
+        process,
+        SourceMemory(
+            process.pid, (Region("ram", SIZE, 4096),), maps.find_mappings(process.pid, memory), (memory,), (0,)
+        ),
     )
-    tracker = track(layout)
+    os.close(memory)
+
+
+@pytest.fixture
+def guest(layout: tuple[Child, SourceMemory]) -> Iterator[tuple[Child, Tracker]]:
+    process, memory = layout
+    tracker = track(memory)
     yield process, tracker
     tracker.close()
-    os.close(memory)
 
 
 def test_an_unmodified_process_is_tracked_from_outside(guest: tuple[Child, Tracker]) -> None:
@@ -50,6 +60,28 @@ def test_an_unmodified_process_is_tracked_from_outside(guest: tuple[Child, Track
     tracker.disarm()
     process.write(0)
     assert process.end() == 0
+
+
+def test_a_write_to_a_paused_guest_is_an_error(
+    layout: tuple[Child, SourceMemory], guest: tuple[Child, Tracker]
+) -> None:
+    process, tracker = guest
+    tracker.arm()
+    engine = SourceEngine(layout[1], (4096,), 1, os.urandom(lib.MGD_SECRET_BYTES))
+    try:
+        process.write(4096 * 7)
+        assert engine.scan_last(tracker) == 4096
+        engine.freeze()
+        engine.require_unwritten(tracker)
+        process.write(4096 * 7)  # marked: the target gets it as it is then
+        engine.require_unwritten(tracker)
+        process.write(4096 * 200 + 5)
+        with pytest.raises(GuestError, match=r"4 KiB .* the first at 0xc8000 in region 0") as caught:
+            engine.require_unwritten(tracker)
+    finally:
+        engine.destroy()
+    assert caught.value.code == "written-while-paused"
+    tracker.disarm()
 
 
 def test_scanning_needs_arming(guest: tuple[Child, Tracker]) -> None:
