@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import socket
 import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest_asyncio
 from playwright.async_api import Browser, Page, expect
 
 from migrated.agent.record import ErrorInfo, State
+from migrated.demo.pair import free_port
 from tests.dashboard import scenes
 from tests.dashboard.browser import PATIENCE_MS, Watched, opened
 from tests.unit.http_cli.served import Served, serving
@@ -28,11 +28,8 @@ PHONE: dict[str, Any] = {"viewport": {"width": 375, "height": 740}, "is_mobile":
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def agent() -> AsyncIterator[Served]:
-    with socket.socket() as probe, tempfile.TemporaryDirectory(prefix="mgd-") as directory:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
-        async with serving(Path(directory), "source", port) as served:
+    with tempfile.TemporaryDirectory(prefix="mgd-") as directory:
+        async with serving(Path(directory), "source", free_port()) as served:
             yield served
 
 
@@ -293,10 +290,8 @@ async def test_two_hundred_migrations_are_listed_followed_and_filtered(browser: 
 
 
 async def test_an_agent_that_is_gone_is_noticed_and_found_again(browser: Browser) -> None:
-    with tempfile.TemporaryDirectory(prefix="mgd-") as directory, socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
+    with tempfile.TemporaryDirectory(prefix="mgd-") as directory:
+        port = free_port()
         site = f"http://127.0.0.1:{port}"
         context = await browser.new_context()
         page = await context.new_page()

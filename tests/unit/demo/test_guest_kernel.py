@@ -19,6 +19,7 @@ def package(directory: Path, files: dict[str, bytes]) -> Path:
         path = directory / "tree" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
+    (directory / "tree" / "DEBIAN").chmod(0o755)  # else dpkg-deb refuses it, whatever the umask
     path = directory / "linux.deb"
     subprocess.run(["dpkg-deb", "--build", "-Znone", directory / "tree", path], check=True, stdout=subprocess.DEVNULL)
     return path

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import socket
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from migrated.cli.client import Client
+from migrated.demo.pair import free_port
 from tests.unit.http_cli.served import Served, serving
 
 
@@ -42,6 +42,4 @@ async def client(source: Served) -> AsyncIterator[Client]:
 
 @pytest.fixture
 def unused_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return free_port()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from migrated.address import Address
 from migrated.certificates import Authority
 from migrated.cli.client import Client
 from migrated.cli.failure import RemoteError
+from migrated.demo.pair import free_port
 from migrated.errors import ConfigError, ConnectionLostError
 from migrated.http import remote
 from migrated.settings import TlsFiles
@@ -38,9 +38,7 @@ def pki(tmp_path: Path) -> Pki:
 
 @pytest.fixture
 def port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return free_port()
 
 
 @pytest.fixture
