@@ -24,6 +24,7 @@
 #define BATCH 64
 #define HEARTBEAT_MS 500
 #define RETRY_MS 1
+#define PUSH_MS 4 /* while a guest thread waits: see mgd_channel_push */
 #define FILL_AT_ONCE_BYTES (64 << 10) /* zeroing this takes no longer than waking another thread */
 /* A fault on a current page also maps the current pages around it: those in the same aligned window, of at most so many
  * pages and bytes. */
@@ -129,6 +130,21 @@ static void ask(struct mgd_target *target, const struct target_region *region, u
 	}
 	memcpy(place, head, bytes);
 	target->demand_bytes += bytes;
+}
+
+/* Whether a guest thread waits for the source, which can be asked. */
+static bool asking(struct mgd_target *target)
+{
+	MGD_HOLD(&target->urgent_lock);
+
+	return target->urgent && mgd_waiting_count(&target->waiting);
+}
+
+static void push_demands(struct mgd_target *target)
+{
+	MGD_HOLD(&target->urgent_lock);
+	if (target->urgent)
+		mgd_channel_push(target->urgent);
 }
 
 /* Send what the socket takes; return the descriptor to poll for POLLOUT, or -1 if nothing waits for it. */
@@ -389,10 +405,11 @@ static void *run(void *argument)
 			{.events = POLLOUT},
 		};
 		uint64_t counter, turn_ns;
-		bool again, retry;
+		bool again, retry, waits = asking(target);
 
 		fds[2].fd = flush_demands(target);
-		(void)poll(fds, 3, faults.retry ? RETRY_MS : HEARTBEAT_MS);
+		if (!poll(fds, 3, faults.retry ? RETRY_MS : waits ? PUSH_MS : HEARTBEAT_MS) && waits)
+			push_demands(target);
 		turn_ns = mgd_now_ns();
 		target->heartbeat_ns = turn_ns;
 		if (fds[1].revents)
