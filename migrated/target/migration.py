@@ -312,6 +312,7 @@ class TargetMigration(Migration):
                 case StaleMapEnd():
                     engine = self._require_engine()
                     engine.switchover()
+                    engine.background()  # while the guest state is loaded: from here on what is current stays so
                     self.record.stale_bytes = engine.stats().stale_bytes
                     self._mapped.set()
                 case Commit():
@@ -389,7 +390,6 @@ class TargetMigration(Migration):
         self._laps.lap("commit")
         self.background(self._note_commit())
         self._running = self.background(self._run_guest())
-        self._require_engine().background()
 
     async def _run_guest(self) -> None:
         """Resume the guest.  Runs beside the flow: the guest's first page may have to wait for a broken network."""
@@ -512,6 +512,7 @@ class TargetMigration(Migration):
         try:
             engine = self._make_engine(recover=True)
             engine.arm(recovered.faults.uffd, recovered.faults.mappings, recovered=True)
+            engine.background()
         except Exception as error:
             problem = as_migrated_error(error)
             if isinstance(problem, GuestError) and problem.code in GUEST_OVER:

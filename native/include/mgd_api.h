@@ -391,7 +391,7 @@ int mgd_target_populate(struct mgd_target *target, uint32_t region, uint64_t fir
 int mgd_target_stale_map(struct mgd_target *target, uint32_t region, uint64_t first_page, const uint8_t *bits,
 			 size_t bytes, struct mgd_error *err);
 int mgd_target_switchover(struct mgd_target *target, struct mgd_error *err);
-/* Start CONTINUE in the background (once the guest runs). */
+/* Start CONTINUE in the background (after _switchover; also while the guest state is still being loaded). */
 int mgd_target_background(struct mgd_target *target, struct mgd_error *err);
 /* Copy the map of pages that are still missing, one bit per host page, piecewise as above. */
 int mgd_target_lacking(const struct mgd_target *target, uint32_t region, uint64_t first_page, uint8_t *out,

@@ -8,10 +8,12 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <linux/sockios.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <stdbool.h>
 #include <stdlib.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -257,6 +259,16 @@ int mgd_channel_recv(struct mgd_channel *channel, struct iovec *iov, int count, 
 		mgd_iov_advance(&iov, &count, (size_t)got);
 	}
 	return 0;
+}
+
+void mgd_channel_push(struct mgd_channel *channel)
+{
+	int unsent = 0, queued = 0;
+
+	if (ioctl(channel->fd, SIOCOUTQNSD, &unsent) || !unsent || ioctl(channel->fd, SIOCOUTQ, &queued))
+		return;
+	if (queued == unsent) /* also to set it again makes the kernel send what is pending */
+		set_option(channel->fd, IPPROTO_TCP, TCP_NODELAY, 1);
 }
 
 void mgd_channel_shutdown(struct mgd_channel *channel)

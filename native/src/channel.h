@@ -21,6 +21,13 @@ int mgd_channel_send(struct mgd_channel *channel, struct iovec *iov, int count, 
  * boundary") and later ("in the middle of a frame").  It holds no lock while it writes to the memory of iov, so
  * mgd_guarded may abandon it. */
 int mgd_channel_recv(struct mgd_channel *channel, struct iovec *iov, int count, struct mgd_error *err);
+/*
+ * Have TCP try again now if none of what it holds is in flight.  Any thread may call this, every few milliseconds.
+ *
+ * Where the queue of the network device refuses the first packet after a pause, no acknowledgement and no retransmission
+ * timer makes TCP go on: it tries again after 200 ms, which TCP_RTO_MIN_US does not shorten (tcp_probe0_base).
+ */
+void mgd_channel_push(struct mgd_channel *channel);
 /* Make every blocked call of every thread on the channel fail.  Any thread may call this. */
 void mgd_channel_shutdown(struct mgd_channel *channel);
 /* For tests, before the first byte: change the keys of a TLS connection's sending direction after every so many

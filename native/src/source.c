@@ -257,6 +257,7 @@ int mgd_source_add_stream(struct mgd_source *source, uint32_t number, struct mgd
 		stream_release(stream);
 		return -1;
 	}
+	MGD_HOLD(&source->lock);
 	stream->started = true;
 	return 0;
 }
@@ -274,6 +275,9 @@ void mgd_source_drop_streams(struct mgd_source *source)
 	for (uint32_t i = 0; i <= MGD_MAX_STREAMS; i++)
 		if (source->streams[i].started)
 			mgd_channel_shutdown(source->streams[i].channel);
+	if (source->pushing)
+		pthread_join(source->push_thread, NULL);
+	source->pushing = false;
 	for (uint32_t i = 0; i <= MGD_MAX_STREAMS; i++) {
 		struct source_stream *stream = &source->streams[i];
 
@@ -347,6 +351,10 @@ int mgd_source_serve(struct mgd_source *source, int drain, struct mgd_error *err
 		source->draining = drain != 0;
 		pthread_cond_broadcast(&source->ordered);
 	}
+	/* Without the thread everything arrives, perhaps later. */
+	if (!source->pushing)
+		source->pushing =
+			!mgd_thread_start(&source->push_thread, "mgd-src-push", source_push_main, source, NULL);
 	source_tell_all_sent(source);
 	return 0;
 }

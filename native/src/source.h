@@ -112,7 +112,7 @@ struct source_batch {
 struct source_stream {
 	struct mgd_source *source;
 	uint32_t number; /* MGD_EVENT stream number */
-	bool started; /* used by the caller's thread only */
+	bool started; /* written by the caller's thread, under source->lock */
 	bool ended; /* under source->lock */
 	pthread_t thread;
 	struct mgd_channel *channel;
@@ -148,6 +148,8 @@ struct mgd_source {
 	_Atomic enum source_phase phase; /* read by _page_map in any thread */
 	bool copied; /* a round has begun: the table is true only while the connections stay up */
 	bool torn; /* connections were dropped in pre-copy after that */
+	bool pushing; /* push_thread runs */
+	pthread_t push_thread;
 
 	pthread_mutex_t lock;
 	pthread_cond_t ordered;
@@ -247,3 +249,5 @@ void source_tell_all_sent(struct mgd_source *source);
 /* source_stream.c: thread bodies; the argument is the stream. */
 void *source_bulk_main(void *stream);
 void *source_urgent_main(void *stream);
+/* From the order to serve on: keeps TCP from pausing on any connection (mgd_channel_push); the argument is the source. */
+void *source_push_main(void *source);

@@ -8,6 +8,7 @@
 /* A small demanded page brings its stale neighbours along: the guest wants them next, and they cost less than the
  * frame. */
 #define DEMAND_WINDOW_BLOCKS 16
+#define PUSH_NS 4000000
 
 /* Report how the thread ended. */
 static void stream_ended(struct source_stream *stream, const struct mgd_error *error)
@@ -193,4 +194,27 @@ void *source_urgent_main(void *argument)
 		;
 	stream_ended(stream, &error);
 	return NULL;
+}
+
+void *source_push_main(void *argument)
+{
+	struct mgd_source *source = argument;
+
+	mgd_thread_low_latency();
+	for (;;) {
+		struct mgd_channel *channels[MGD_MAX_STREAMS + 1];
+		uint32_t count = 0;
+
+		MGD_LOCKED (&source->lock) {
+			for (uint32_t i = 0; i <= MGD_MAX_STREAMS; i++)
+				if (source->streams[i].started)
+					channels[count++] = source->streams[i].channel;
+		}
+		if (source->stopping)
+			return NULL;
+		/* They exist until this thread has ended. */
+		for (uint32_t i = 0; i < count; i++)
+			mgd_channel_push(channels[i]);
+		mgd_pause_ns(PUSH_NS);
+	}
 }

@@ -24,7 +24,12 @@
 #define BATCH 64
 #define HEARTBEAT_MS 500
 #define RETRY_MS 1
+#define PUSH_MS 4 /* while a guest thread waits: see mgd_channel_push */
 #define FILL_AT_ONCE_BYTES (64 << 10) /* zeroing this takes no longer than waking another thread */
+/* A fault on a current page also maps the current pages around it: those in the same aligned window, of at most so many
+ * pages and bytes. */
+#define AROUND_PAGES 64
+#define AROUND_BYTES (16ull << 20)
 
 struct faults {
 	struct mgd_target *target;
@@ -127,6 +132,21 @@ static void ask(struct mgd_target *target, const struct target_region *region, u
 	target->demand_bytes += bytes;
 }
 
+/* Whether a guest thread waits for the source, which can be asked. */
+static bool asking(struct mgd_target *target)
+{
+	MGD_HOLD(&target->urgent_lock);
+
+	return target->urgent && mgd_waiting_count(&target->waiting);
+}
+
+static void push_demands(struct mgd_target *target)
+{
+	MGD_HOLD(&target->urgent_lock);
+	if (target->urgent)
+		mgd_channel_push(target->urgent);
+}
+
 /* Send what the socket takes; return the descriptor to poll for POLLOUT, or -1 if nothing waits for it. */
 static int flush_demands(struct mgd_target *target)
 {
@@ -205,6 +225,39 @@ static void answer(struct faults *faults, uint64_t page, uint64_t since_ns)
 		mgd_waiting_take(&target->waiting, page, &waiter);
 		target_report_unmapped(target, region, index, code);
 	}
+}
+
+/* The page is current, not mapped, and not a hole as far as we know. */
+static bool worth_mapping(const struct mgd_ledger *ledger, uint64_t page)
+{
+	uint8_t byte = mgd_ledger_get(ledger, page);
+
+	return byte && mgd_page_is_current(byte);
+}
+
+/*
+ * Map the neighbours of a page that has just been mapped for a guest thread, as far as they are current: the guest is
+ * likely to touch them next.  That thread runs already.  What cannot be mapped now is left to its own fault.
+ */
+static void map_around(struct mgd_target *target, uint64_t page)
+{
+	const struct mgd_ledger *ledger = &target->ledger;
+	struct target_region *region = target_region_of(target, page);
+	uint64_t fit = AROUND_BYTES / region->page_bytes, window = mgd_min(fit ? fit : 1, AROUND_PAGES);
+	uint64_t low = page - (page - region->first) % window;
+	uint64_t high = mgd_min(low + window, region->first + region->page_count);
+	uint64_t first = page, end = page + 1, done;
+
+	if (mgd_page_state(mgd_ledger_get(ledger, page)) != MGD_PAGE_MAPPED)
+		return;
+	while (first > low && worth_mapping(ledger, first - 1))
+		first--;
+	while (end < high && worth_mapping(ledger, end))
+		end++;
+	if (first < page)
+		(void)target_map(target, region, first - region->first, page - first, &done);
+	if (end > page + 1)
+		(void)target_map(target, region, page + 1 - region->first, end - page - 1, &done);
 }
 
 static void serve(struct faults *faults, uint64_t page, uint64_t since_ns)
@@ -330,6 +383,9 @@ static bool read_batch(struct faults *faults)
 		else if (messages[i].event == UFFD_EVENT_REMOVE)
 			target_count(target, remove_events, 1);
 	}
+	/* After all of them have been answered. */
+	for (int i = 0; i < batch_count; i++)
+		map_around(target, batch[i]);
 	target->faults_in_hand = 0;
 	return got == BATCH;
 }
@@ -349,10 +405,11 @@ static void *run(void *argument)
 			{.events = POLLOUT},
 		};
 		uint64_t counter, turn_ns;
-		bool again, retry;
+		bool again, retry, waits = asking(target);
 
 		fds[2].fd = flush_demands(target);
-		(void)poll(fds, 3, faults.retry ? RETRY_MS : HEARTBEAT_MS);
+		if (!poll(fds, 3, faults.retry ? RETRY_MS : waits ? PUSH_MS : HEARTBEAT_MS) && waits)
+			push_demands(target);
 		turn_ns = mgd_now_ns();
 		target->heartbeat_ns = turn_ns;
 		if (fds[1].revents)

@@ -64,13 +64,56 @@ static void a_current_page_is_there_at_once(void)
 	struct host host;
 
 	open_host(&host);
-	switch_over(&host, 4, 0);
-	rig_event(host.target, MGD_EVENT_ALL_CURRENT);
+	switch_over(&host, 4, 0x6); /* which keeps the two apart */
 	CHECK_EQUAL(ask(&host.guest, READ_BLOCK, 0, 0), 1);
 	CHECK_EQUAL(ask(&host.guest, READ_BLOCK, 3 * host.blocks, 0), 1);
 	/* The guest may continue before the fault thread has counted. */
 	RIG_UNTIL(host.target, stats, stats.latency_current.count == 2 && stats.faults_current == 2);
 	CHECK_EQUAL(stats.mapped_pages, 2);
+	close_host(&host);
+}
+
+static void a_fault_maps_the_current_pages_around_it(void)
+{
+	struct mgd_target_stats stats;
+	struct host host;
+
+	open_host(&host);
+	switch_over(&host, 8, 1u << 5);
+	CHECK_EQUAL(ask(&host.guest, READ_BLOCK, 2 * host.blocks, 0), 1);
+	RIG_UNTIL(host.target, stats, stats.mapped_pages == 5);
+	CHECK_EQUAL(ask(&host.guest, READ_ALL, 0, 5 * host.blocks), (int)(5 * host.blocks));
+	CHECK_EQUAL(ask(&host.guest, READ_BLOCK, 7 * host.blocks, 0), 1);
+	RIG_UNTIL(host.target, stats, stats.mapped_pages == 7 && stats.faults_current == 2);
+	/* The stale page among them was not touched. */
+	CHECK_EQUAL(stats.stale_pages, 1);
+	tell(&host.guest, READ_BLOCK, 5 * host.blocks, 0);
+	CHECK_EQUAL(rig_demand(host.urgent, &host.bounds, 1).first_block, 5 * host.blocks);
+	send_page(&host, host.urgent, 5, MGD_FRAME_FINAL, 2);
+	CHECK_EQUAL(hear(&host.guest).value, 2);
+	close_host(&host);
+}
+
+/* A neighbour that the guest has given back is a hole now, and one that it has unmapped cannot be mapped. */
+static void a_neighbour_that_cannot_be_mapped_holds_up_nothing(void)
+{
+	struct mgd_target_stats stats;
+	struct mgd_event event;
+	struct host host;
+
+	open_host_of(&host, REGION_PAGES, 1);
+	switch_over(&host, 8, 0);
+	rig_event(host.target, MGD_EVENT_ALL_CURRENT);
+	CHECK_EQUAL(ask(&host.guest, GIVE_BACK, 1 * host.blocks, MADV_REMOVE), 0);
+	CHECK_EQUAL(ask(&host.guest, UNMAP, 5 * host.blocks, 0), 0);
+	CHECK_EQUAL(ask(&host.guest, READ_BLOCK, 3 * host.blocks, 0), 1);
+	RIG_UNTIL(host.target, stats, stats.mapped_pages == 3); /* 0, 3 and 4 */
+	CHECK_EQUAL(ask(&host.guest, READ_BLOCK, 7 * host.blocks, 0), 1);
+	CHECK_EQUAL(ask(&host.guest, READ_BLOCK, 6 * host.blocks, 0), 1);
+	CHECK_EQUAL(ask(&host.guest, READ_BLOCK, 2 * host.blocks, 0), 1);
+	CHECK_EQUAL(ask(&host.guest, READ_BLOCK, 1 * host.blocks, 0), 0);
+	CHECK_EQUAL(ask(&host.guest, READ_BLOCK, 0, 0), 1);
+	CHECK(!mgd_target_next_event(host.target, &event));
 	close_host(&host);
 }
 
@@ -498,6 +541,8 @@ static void the_guest_going_away_is_told(void)
 static void run_all(void)
 {
 	RUN(a_current_page_is_there_at_once);
+	RUN(a_fault_maps_the_current_pages_around_it);
+	RUN(a_neighbour_that_cannot_be_mapped_holds_up_nothing);
 	RUN(a_page_never_written_reads_as_zeros);
 	RUN(while_a_hole_is_filled_other_faults_are_served);
 	RUN(a_stale_page_is_demanded_and_comes);
