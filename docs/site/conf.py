@@ -25,6 +25,7 @@ html_css_files = ["style.css"]
 html_copy_source = False
 html_show_copyright = False
 html_show_sphinx = False
+html_show_search_summary = False  # it is fetched, which a browser does not do for files
 pygments_style = "a11y-light"
 pygments_dark_style = "a11y-dark"
 

@@ -10,11 +10,15 @@ from pathlib import Path
 from urllib.parse import unquote, urldefrag
 
 import pytest
+from playwright.async_api import Browser, expect
 
 from docs.site import diagrams
 from migrated.agent.record import NEXT
 from migrated.protocol import transitions
 from migrated.protocol.transitions import Role
+from tests.dashboard.browser import PATIENCE_MS, opened
+
+pytest_plugins = ["tests.dashboard.browser_fixtures"]
 
 ROOT = Path(__file__).parents[2]
 #: What a browser fetches by itself, unlike the link of an <a>.
@@ -88,6 +92,20 @@ def test_every_link_within_the_site_leads_somewhere(pages: dict[Path, Page]) -> 
             assert there.is_file(), f"{path.name}: {link}"
             if anchor and there in pages:
                 assert unquote(anchor) in pages[there].anchors, f"{path.name}: {link}"
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_every_page_fits_a_phone_and_the_search_works_from_files_alone(
+    site: Path, pages: dict[Path, Page], browser: Browser
+) -> None:
+    phone = {"viewport": {"width": 375, "height": 740}}
+    async with opened(browser, f"file://{site}", **phone) as watched:
+        for path in pages:
+            await watched.page.goto(path.as_uri())
+            beyond = await watched.page.evaluate("document.documentElement.scrollWidth - innerWidth")
+            assert beyond <= 0, f"{path.name} is wider than the window"
+        await watched.page.goto(f"{(site / 'search.html').as_uri()}?q=poisoned")
+        await expect(watched.page.locator("#search-results li").first).to_be_visible(timeout=PATIENCE_MS)
 
 
 @pytest.mark.parametrize("name", diagrams.diagrams())
