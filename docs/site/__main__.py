@@ -87,7 +87,7 @@ def main() -> int:
         print(problem, file=sys.stderr)
         return 1
     shutil.rmtree(output, ignore_errors=True)
-    options = ["--fail-on-warning", "--keep-going", "--quiet", "--fresh-env", "--jobs", "auto"]
+    options = ["--fail-on-warning", "--keep-going", "--quiet", "--fresh-env"]
     cache = ["-d", str(output.with_name(f"{output.name}.doctrees"))]
     return sphinx([*options, *cache, "-c", str(ROOT / "docs" / "site"), str(source), str(output)])
 
