@@ -9,6 +9,7 @@
 #   make install              install the agents below PREFIX (/usr/local), configuration and units included; DESTDIR is for packagers
 #   make deb | wheel          build packages into build/dist: Debian's (SUITE=bookworm|trixie), or a wheel and an sdist
 #   make sbom | lock          list what the agents consist of | resolve their requirements anew
+#   make pictures             the recording and the picture of README.md, from migrations on this machine
 #   make bench | soak         compare with QEMU and iperf3 | random failures for SOAK_SECONDS
 #   make docs | site          write the generated parts of docs/ anew | build docs/ as a site into build/site
 #   make simulate             SIMULATIONS schedules of random failures in virtual time, starting at SIMULATION_FIRST
@@ -41,7 +42,7 @@ CORE := $(wildcard native/src/*.[ch] native/include/mgd_api.h native/include/mig
 C_FORMATTED := $(wildcard native/src/*.[ch] native/include/*.h native/tests/*.[ch] native/fuzz/*.[ch] \
 	native/fuzz/*/*.[ch] native/examples/*.[ch])
 
-.PHONY: deps venv demo check test test-native test-asan test-tsan fuzz test-python test-interop test-packages bench docs site soak simulate clean always \
+.PHONY: deps venv demo check test test-native test-asan test-tsan fuzz test-python test-interop test-packages bench docs site soak simulate pictures clean always \
 	wheel deb install sbom lock
 
 # ---------------------------------------------------------------- distribution packages
@@ -111,6 +112,10 @@ docs: $(STAMPS)/installed
 
 site: $(STAMPS)/installed
 	$(BIN)/python -m docs.site build/site
+
+pictures: $(STAMPS)/installed $(STAMPS)/test-deps
+	$(BIN)/python docs/img/record.py docs/img/demo.svg make -s demo
+	$(BIN)/python -m docs.img.dashboard docs/img/dashboard.png
 
 soak: $(STAMPS)/installed
 	$(BIN)/python -m tests.faults.soak --seconds $(SOAK_SECONDS) $(if $(SOAK_SEED),--seed $(SOAK_SEED)) $(ARGS)

@@ -156,7 +156,7 @@ class Histogram {
         y -= height;
         chart.append(svg("rect", { "data-fault": kind, x: x + 1, y, width: width - 2, height }));
       });
-      if (slot % step === 0 && x < 440) chart.append(svg("text", { x: x + 1, y: high + 15 }, span(2 ** index / 1e6)));
+      if (slot % step === 0 && x < 428) chart.append(svg("text", { x: x + 1, y: high + 15 }, span(2 ** index / 1e6)));
     }
     chart.append(svg("line", { x1: 0, x2: 480, y1: high + 0.5, y2: high + 0.5 }));
     return chart;
