@@ -105,8 +105,7 @@ bench: $(STAMPS)/installed $(STAMPS)/test-deps
 	$(BIN)/python -m benchmarks $(ARGS)
 
 docs: $(STAMPS)/installed
-	$(BIN)/python -m tests.rig.error_codes > docs/errors.md.new
-	@mv docs/errors.md.new docs/errors.md
+	$(BIN)/python -m tests.rig.error_codes
 	$(BIN)/python -m tests.rig.documented_keys
 	$(BIN)/python -m docs.site.diagrams
 

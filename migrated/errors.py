@@ -165,6 +165,12 @@ def as_migrated_error(error: BaseException) -> MigratedError:
     return MigratedError(f"{type(error).__name__}: {error}", hint="this is a bug: please report it")
 
 
+def log_fields(error: BaseException) -> dict[str, str]:
+    """Return an error as the fields of a log line: its message as ``error``, ``code`` and, if there is one, ``hint``."""
+    ours = as_migrated_error(error)
+    return {"error": ours.message, "code": ours.code, **({"hint": ours.hint} if ours.hint else {})}
+
+
 def error_fields(error: BaseException) -> dict[str, Any]:
     """Convert any exception to ``{code, message, hint}``."""
     return as_migrated_error(error).as_dict()

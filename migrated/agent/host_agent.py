@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import abc
 import asyncio
+import collections
 import contextlib
 from collections.abc import AsyncIterator
 from typing import Any, Generic, TypeVar
@@ -49,6 +50,9 @@ class HostAgent(abc.ABC, Generic[M]):
             archive=Archive(config.state_dir / archive.NAME, keep=config.limits.max_records),
             histories=Histories(config.state_dir),
         )
+        self.refused: collections.Counter[str] = (
+            collections.Counter()
+        )  # commands and incoming migrations, by error code
         self._tasks: dict[asyncio.Task[None], M] = {}
         self._started = False  # the previous agent's migrations are recovered; new ones may start
         self._stopping = False

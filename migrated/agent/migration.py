@@ -16,7 +16,7 @@ from migrated.agent.connection import Connection
 from migrated.agent.history import History
 from migrated.agent.hooks import Hooks
 from migrated.agent.record import NEXT, ErrorInfo, Laps, Record, State, StateChange
-from migrated.errors import AbortedError, MigratedError, as_migrated_error
+from migrated.errors import AbortedError, MigratedError, as_migrated_error, log_fields
 from migrated.memory.engine import Event, EventKind
 from migrated.waiting import cancel_and_wait
 
@@ -83,7 +83,7 @@ class Migration:
                 self.on_end(self.record)
         self.history.sample(self.record, always=True)
         level = self.log.warning if error is not None else self.log.info
-        level("state", before=before.value, state=state.value, **({"error": str(error)} if error else {}))
+        level("state", before=before.value, state=state.value, **(log_fields(error) if error is not None else {}))
         self.hooks.on(state)
         self.notify()
 
@@ -172,7 +172,7 @@ class Migration:
 
     def _fail_unforeseen(self, error: Exception) -> None:
         """Handle an unexpected error in `run`: a bug ends this migration in a defined state, never the agent."""
-        self.log.error("unexpected error in a migration: this is a bug", error=str(error), exc_info=error)
+        self.log.error("unexpected error in a migration: this is a bug", **log_fields(error), exc_info=error)
         if not self.record.ended:
             self.record.state = State.FAILED
             self.record.error = ErrorInfo.of(error)

@@ -18,7 +18,7 @@ from migrated.agent.host_agent import HostAgent
 from migrated.agent.record import Record
 from migrated.agent.requests import EvacuateRequest, GuestList, SetRequest, StartRequest
 from migrated.http.access import Judge, only_for
-from migrated.http.errors import BadRequestError, errors_as_json, json_answer
+from migrated.http.errors import REFUSED, BadRequestError, errors_as_json, json_answer
 from migrated.http.live import add_live_routes, add_log_route
 from migrated.http.openapi import Operation, add_document, add_route
 from migrated.http.reading import ABOUT, AGENT, add_reading_routes, agent_of
@@ -86,6 +86,7 @@ def control_app(agent: HostAgent[Any], about: dict[str, Any], judge: Judge) -> w
     # In this order, `only_for` sees the status of every answer, and its own refusals become answers, too.
     app = web.Application(middlewares=[errors_as_json, only_for(judge), errors_as_json], client_max_size=MAX_BODY_BYTES)
     app[AGENT] = agent
+    app[REFUSED] = agent.refused
     app[ABOUT] = about
     app[JUDGE] = judge
     add_reading_routes(app)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import collections
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -46,6 +47,10 @@ _HINTS: Final = {
 }
 
 
+#: Counts the errors that an application has answered with, by code.  An application without it does not count.
+REFUSED: Final = web.AppKey("refused", collections.Counter[str])
+
+
 class BadRequestError(errors.UsageError):
     """The request's body or query is not what the verb takes."""
 
@@ -69,6 +74,7 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
         return await handler(request)
     except errors.MigratedError as error:
         status = next((code for kind, code in STATUS if isinstance(error, kind)), 500)
+        _count(request, error.code)
         return error_answer(error.as_dict(), status=status)
     except web.HTTPException as error:
         info = {
@@ -76,6 +82,7 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
             "message": f"{request.method} {request.path}: {error.reason}",
             "hint": _HINTS.get(error.status, ""),
         }
+        _count(request, info["code"])
         answer = error_answer(info, status=error.status)
         if "Allow" in error.headers:
             answer.headers["Allow"] = error.headers["Allow"]
@@ -84,4 +91,10 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
         raise  # the client has closed the connection
     except Exception as error:  # noqa: BLE001 - a bug in one answer must not end the daemon; logged
         structlog.get_logger("migrated.http").exception("request failed", method=request.method, path=request.path)
+        _count(request, errors.MigratedError.default_code)
         return error_answer(errors.error_fields(error), status=500)
+
+
+def _count(request: web.Request, code: str) -> None:
+    if (refused := request.app.get(REFUSED)) is not None:
+        refused[code] += 1

@@ -23,6 +23,7 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import Collector
 
 from migrated.agent.record import ENDED, SOURCE_STEPS, TARGET_STEPS, State
+from migrated.codes import CODES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -56,6 +57,8 @@ _GAUGES: Final = (
 _COUNTERS: Final = (
     ("migrated_migrations_started", "Migrations begun", "", ("",)),
     ("migrated_migrations_ended", "Migrations that have ended, by result", "result", tuple(sorted(ENDED))),
+    ("migrated_migrations_failed", "Migrations that have failed or were aborted, by error code", "code", ()),
+    ("migrated_requests_refused", "Commands and incoming migrations that were refused, by error code", "code", ()),
     ("migrated_transferred_bytes", "Bytes transferred on page connections", "", ("",)),
     ("migrated_memory_bytes", "Bytes of guest memory processed, by kind", "kind", ()),
     ("migrated_faults", "Faults of guests answered, by kind of page", "kind", FAULT_KINDS),
@@ -71,6 +74,11 @@ _STEPS: Final = {"source": SOURCE_STEPS, "target": TARGET_STEPS}
 _Totals = collections.Counter[tuple[str, str, float | str]]
 
 
+def _label(code: str) -> str:
+    """Return an error code as a label.  A code of our own stays; a peer may send any, and there must not be too many."""
+    return code if code in CODES else "other"
+
+
 def _figures(record: Record) -> _Totals:
     """Return what a record adds to the totals."""
     found: _Totals = collections.Counter()
@@ -78,6 +86,8 @@ def _figures(record: Record) -> _Totals:
     found["migrated_transferred_bytes", "", ""] = record.transferred_bytes
     if record.ended:
         found["migrated_migrations_ended", record.state.value, ""] = 1
+        if record.error is not None:
+            found["migrated_migrations_failed", _label(record.error.code), ""] = 1
     for kind, count in record.bytes_by_kind.items():
         found["migrated_memory_bytes", kind, ""] = count
     for kind in FAULT_KINDS:
@@ -152,6 +162,8 @@ class RecordCollector(Collector):
         totals = self._forgotten.copy()
         for record in records:
             totals.update(_figures(record))
+        for code, count in self._agent.refused.items():
+            totals["migrated_requests_refused", _label(code), ""] += count
         return totals
 
 

@@ -17,7 +17,7 @@ from migrated.agent.host_agent import HostAgent
 from migrated.agent.record import Record, State, failed_record, id_of
 from migrated.agent.requests import EvacuateRequest, GuestList, Health, SetRequest, StartRequest
 from migrated.config import AgentConfig
-from migrated.errors import ConflictError, GuestError, MigratedError, NotFoundError
+from migrated.errors import ConflictError, GuestError, MigratedError, NotFoundError, log_fields
 from migrated.guests.access.pidfd import process_lives
 from migrated.memory.regions import Region, SourceMemory
 from migrated.recovery.journal import Journal, SourceEntry
@@ -159,7 +159,7 @@ class SourceAgent(HostAgent[SourceMigration]):
                     migration=migration_id,
                     guest=entry.hello.guest,
                     stage=entry.stage,
-                    error=str(error),
+                    **log_fields(error),
                 )
                 self._migrations.remember(failed_record(migration_id, self.role, entry, error))
 

@@ -30,6 +30,7 @@ from migrated.errors import (
     RemoteProtocolError,
     TimeoutExceededError,
     as_migrated_error,
+    log_fields,
 )
 from migrated.guests.access.pidfd import process_lives, process_started
 from migrated.link.dialing import Dialer
@@ -468,7 +469,7 @@ class SourceMigration(Migration):
         """
         if not self.session.guest_may_run_here:
             raise MigratedError("attempt to resume the guest here after COMMIT: this is a bug")
-        self.log.warning("migration failed, rolling back", error=str(error))
+        self.log.warning("migration failed, rolling back", **log_fields(error))
         if not connection.speaking:
             self.session.connection_lost()
         elif self.session.abort_allowed:

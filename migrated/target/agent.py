@@ -24,6 +24,7 @@ from migrated.errors import (
     MigratedError,
     NotFoundError,
     RemoteProtocolError,
+    log_fields,
 )
 from migrated.guests.access.pidfd import PidHandle, process_lives
 from migrated.link.control_link import ControlLink
@@ -202,8 +203,12 @@ class TargetAgent(HostAgent[TargetMigration]):
                     migration=migration_id,
                     guest=entry.hello.guest,
                     stage=entry.stage,
-                    error=str(error),
-                    hint="the guest waits and everything is kept: fix the cause and restart the agent" if waits else "",
+                    **log_fields(error),
+                    **(
+                        {"hint": "the guest waits and everything is kept: fix the cause and restart the agent"}
+                        if waits
+                        else {}
+                    ),
                 )
 
     async def _end_left_over(self, entry: TargetEntry) -> None:
@@ -312,7 +317,8 @@ class TargetAgent(HostAgent[TargetMigration]):
             try:
                 migration = self._admit(hello, link)
             except MigratedError as error:
-                log.warning("migration refused", guest=hello.guest, peer=link.peer, error=str(error))
+                log.warning("migration refused", guest=hello.guest, peer=link.peer, **log_fields(error))
+                self.refused[error.code] += 1
                 await link.send(abort_of(error))
                 await link.send(Aborted())
                 return

@@ -32,6 +32,7 @@ from migrated.errors import (
     PeerError,
     RemoteProtocolError,
     as_migrated_error,
+    log_fields,
 )
 from migrated.guests.access.pidfd import process_started
 from migrated.guests.driver import FaultSource, TargetGuest
@@ -459,7 +460,7 @@ class TargetMigration(Migration):
     async def _give_up(self, error: BaseException, connection: Connection) -> None:
         """Remove the guest's process, memory and descriptors; then report that to the source, if it still listens."""
         error = await connection.reason_for(error)
-        self.log.warning("migration failed, removing the guest", error=str(error))
+        self.log.warning("migration failed, removing the guest", **log_fields(error))
         if connection.speaking and self.session.abort_allowed:
             with contextlib.suppress(MigratedError):
                 await connection.link.send(abort_of(error))

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from migrated.demo.pair import free_port
 from migrated.errors import MigratedError
@@ -42,6 +43,44 @@ async def test_a_target_that_cannot_be_reached(here: Place, guest: Guest) -> Non
     assert done.json["error"]["code"] == "target-unreachable"
     assert nowhere in done.json["error"]["message"]
     await guest.assert_sound()
+
+
+async def test_an_error_is_the_same_on_the_command_line_over_http_in_the_log_and_in_the_metrics(
+    here: Place, guest: Guest
+) -> None:
+    failed = {"migrated_migrations_failed_total": {"code": "target-unreachable"}}
+    refused = {"migrated_requests_refused_total": {"code": "unknown-guest"}}
+    before = await counted(here, **failed, **refused)
+    done = await here.cli("start", guest.name, "--to", f"127.0.0.1:{free_port()}", "--wait", "--json")
+    error = done.json["error"]
+    migration = done.json["id"]
+    assert error["code"] == "target-unreachable"
+    assert error["hint"]
+    assert (await here.source.record(migration))["error"] == error
+    summary = " ".join((await here.cli("status", migration)).out.split())
+    assert f"{error['message']} [{error['code']}]" in summary
+    assert error["hint"] in summary
+    lines = [line for line in here.logged("source", "warning") if line.get("migration") == migration]
+    assert {line["event"] for line in lines} == {"migration failed, rolling back", "state"}
+    for line in lines:
+        assert {"code": line["code"], "message": line["error"], "hint": line["hint"]} == error
+    # A command that is refused has no migration: the answer is all there is, and it is counted.
+    with pytest.raises(MigratedError) as refusal:
+        await here.start("stranger")
+    command = await here.cli("start", "stranger", "--to", here.address, "--json")
+    assert command.json["error"] == refusal.value.as_dict()
+    after = await counted(here, **failed, **refused)
+    assert [new - old for new, old in zip(after, before, strict=True)] == [1, 2]
+
+
+async def counted(here: Place, **wanted: dict[str, str]) -> list[float]:
+    """The source's counters with these labels."""
+    families = [*text_string_to_metric_families(await here.get("/metrics"))]
+    samples = [sample for family in families for sample in family.samples]
+    return [
+        sum(sample.value for sample in samples if (sample.name, sample.labels) == (name, labels))
+        for name, labels in wanted.items()
+    ]
 
 
 async def test_a_guest_the_source_does_not_know(here: Place) -> None:

@@ -1,4 +1,4 @@
-"""The page docs/errors.md, from the places in the code that raise errors: ``python -m tests.rig.error_codes > docs/errors.md``.
+"""The page docs/errors.md and `migrated.codes`, from the places in the code that raise errors.  ``make docs`` writes both.
 
 A code's cause is what its messages say, its remedy what their hints say.  `CAUSES` and `ADVICE` are for those that do not.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from migrated.protocol import messages
 
 PACKAGE = Path(errors.__file__).parent
 PAGE = PACKAGE.parent / "docs" / "errors.md"
+REGISTRY = PACKAGE / "codes.py"
 
 #: Of codes whose messages come from elsewhere.
 CAUSES: Mapping[str, str] = {
@@ -242,5 +242,25 @@ def _sentence(text: str) -> str:
     return text if "-" in word else text[:1].upper() + text[1:]
 
 
+def registry() -> str:
+    """The module with all codes."""
+    codes, _ = collect()
+    lines = [
+        '"""Every error code, for whoever must know them all.  Made by `make docs`; docs/errors.md explains each."""',
+        "",
+        "from __future__ import annotations",
+        "",
+        "from typing import Final",
+        "",
+        "CODES: Final = frozenset(",
+        "    {",
+        *(f'        "{code}",' for code in sorted(codes)),
+        "    }",
+        ")",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 if __name__ == "__main__":
-    sys.stdout.write(page())
+    PAGE.write_text(page())
+    REGISTRY.write_text(registry())

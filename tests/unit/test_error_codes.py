@@ -29,3 +29,7 @@ def test_the_page_is_up_to_date() -> None:
     codes, _ = error_codes.collect()
     assert {code for code, _, _ in ROW.findall(page)} == set(codes), "run: make docs"
     assert page == error_codes.page(), "run: make docs"
+
+
+def test_the_registry_is_up_to_date() -> None:
+    assert error_codes.REGISTRY.read_text() == error_codes.registry(), "run: make docs"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import sys
 import time
@@ -50,6 +51,7 @@ class FakeAgent(HostAgent[Any]):
 
     def __init__(self, role: str = "source") -> None:  # nothing of the base: it has no guests and no state directory
         self.role = role
+        self.refused: collections.Counter[str] = collections.Counter()
         self.all: list[Record] = []
         self.requested: list[StartRequest] = []
         self.kept: dict[str, Kept] = {}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from migrated.agent.record import SOURCE_STEPS, Faults, FaultSeconds, Record, State
+from migrated.agent.record import SOURCE_STEPS, ErrorInfo, Faults, FaultSeconds, Record, State
 from migrated.http.metrics import exposition, make_registry
 from tests.unit.http_cli.fake_agent import FakeAgent
 
@@ -31,6 +31,8 @@ def metrics() -> str:
         record.bytes_by_kind = {"payload": 1}
         record.downtime_breakdown = {"stop": 0.0004, "save": 0.0156, "run": 0.004}
         agent.all.append(record)
+    agent.all[-1].error = ErrorInfo(code="abandoned", message="some pages never arrived")
+    agent.refused["unknown-guest"] += 1
     return exposition(registry).decode()
 
 
@@ -78,6 +80,28 @@ def test_the_grafana_dashboard_has_a_query_in_every_panel_and_no_panel_on_anothe
         taken |= cells
         assert place["x"] + place["w"] <= 24
     assert {one["name"] for one in dashboard["templating"]["list"]} == {"datasource", "instance"}
+
+
+def test_error_codes_are_a_bounded_set_of_labels() -> None:
+    agent = FakeAgent()
+    registry = make_registry(agent, {"name": "host-a", "version": "1"})
+    for number, code in enumerate(("not-converging", "not-converging", "of-some-peer", "of-another")):
+        record = Record(id=str(number), guest="vm1", role="source", mode="hybrid", state=State.FAILED)
+        record.error = ErrorInfo(code=code, message="no")
+        agent.all.append(record)
+    agent.refused.update({"unknown-guest": 2, "no-code-of-ours": 1})
+    found = {
+        (sample.name, sample.labels["code"]): sample.value
+        for family in text_string_to_metric_families(exposition(registry).decode())
+        for sample in family.samples
+        if "code" in sample.labels
+    }
+    assert found == {
+        ("migrated_migrations_failed_total", "not-converging"): 2,
+        ("migrated_migrations_failed_total", "other"): 2,
+        ("migrated_requests_refused_total", "unknown-guest"): 2,
+        ("migrated_requests_refused_total", "other"): 1,
+    }
 
 
 def test_the_longest_stall_of_a_migration_is_one_observation() -> None:
