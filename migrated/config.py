@@ -228,6 +228,15 @@ class EvacuationSection(EvacuationOptions):
         return (ranks[0].priority if ranks else 0), list(labels)
 
 
+class TracingSection(Table):
+    """``[tracing]``: whether to trace migrations with OpenTelemetry, whose own variables (OTEL_*) say all else."""
+
+    enabled: bool = Field(
+        default=False,
+        description="`true`: send a span for each phase of a migration to an OpenTelemetry collector; needs the extra `otel`",
+    )
+
+
 class AgentConfig(Table):
     """A configuration file."""
 
@@ -242,6 +251,7 @@ class AgentConfig(Table):
     timeouts: Timeouts = Timeouts()
     limits: LimitsSection = LimitsSection()
     hooks: HooksSection = HooksSection()
+    tracing: TracingSection = TracingSection()
     libvirt: LibvirtSection = LibvirtSection()
     evacuation: EvacuationSection = EvacuationSection()
     guests: Mapping[GuestName, GuestTable] = {}

@@ -12,7 +12,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Any, Generic, TypeVar
 
-from migrated.agent import archive
+from migrated.agent import archive, tracing
 from migrated.agent.archive import Archive
 from migrated.agent.evacuation import Evacuation
 from migrated.agent.history import Histories, Kept
@@ -27,7 +27,7 @@ from migrated.link.credentials import Credentials
 from migrated.link.dialing import DialTerms
 from migrated.memory.page_map import PageMap
 from migrated.recovery.store import CombinedStore, store_for
-from migrated.waiting import cancel_and_wait
+from migrated.waiting import cancel_and_wait, in_thread
 
 M = TypeVar("M", bound=Migration)
 
@@ -57,6 +57,7 @@ class HostAgent(abc.ABC, Generic[M]):
         self._started = False  # the previous agent's migrations are recovered; new ones may start
         self._stopping = False
         self._guests = GuestRegistry(config)
+        self._tracing = tracing.start(config)
         self._store = store_for(config.state_dir)
         if (files := config.tls_files) is not None:
             self.credentials = Credentials(files, role=self.role, peers=config.tls.peers, where=config.path)
@@ -93,8 +94,11 @@ class HostAgent(abc.ABC, Generic[M]):
         return await self._migrations.page_map(migration_id)
 
     @abc.abstractmethod
-    async def start(self, request: StartRequest) -> Record:
-        """Run the immediate checks, then migrate in the background (source only; ConflictError on a target)."""
+    async def start(self, request: StartRequest, *, traceparent: str = "") -> Record:
+        """Run the immediate checks, then migrate in the background (source only; ConflictError on a target).
+
+        ``traceparent``: the caller's trace, as in the header of W3C Trace Context.
+        """
 
     async def abort(self, migration_id: str) -> Record:
         """Abort the migration while that is still safe; ConflictError later."""
@@ -187,7 +191,9 @@ class HostAgent(abc.ABC, Generic[M]):
         """Return the reasons common to both roles why this agent is not ready."""
         return ["starting"] * (not self._started) + ["shutting down"] * self._stopping
 
-    def _launch(self, migration: M) -> None:
+    def _launch(self, migration: M, *, traceparent: str = "", started_at: float | None = None) -> None:
+        """Run a migration.  ``traceparent``: the trace that it is part of.  ``started_at``: when a former agent began it."""
+        migration.traced_by(self._tracing, parent=traceparent, started_at=started_at)
         self._migrations.add(migration)
         task = asyncio.ensure_future(self._run(migration))
         self._tasks[task] = migration
@@ -237,3 +243,4 @@ class HostAgent(abc.ABC, Generic[M]):
                     task.cancel()
                 await asyncio.wait(self._tasks)
         await self._migrations.archived()
+        await in_thread(self._tracing.close)

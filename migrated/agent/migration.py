@@ -16,6 +16,7 @@ from migrated.agent.connection import Connection
 from migrated.agent.history import History
 from migrated.agent.hooks import Hooks
 from migrated.agent.record import NEXT, ErrorInfo, Laps, Record, State, StateChange
+from migrated.agent.tracing import Trace, Tracing
 from migrated.errors import AbortedError, MigratedError, as_migrated_error, log_fields
 from migrated.memory.engine import Event, EventKind
 from migrated.waiting import cancel_and_wait
@@ -48,9 +49,10 @@ class Migration:
         self.log = structlog.get_logger(f"migrated.{self.role}").bind(migration=record.id, guest=record.guest)
         self.connection = Connection(self)  # the current one, or the previous one until the next is made
         self.engine: SourceEngine | TargetEngine | None = None
+        self.trace = Trace()  # the agent puts a real one in its place
         self.hooks = Hooks(hooks, record, self.log)
         self.history = History(record.id)
-        self._laps = Laps(record.downtime_breakdown)  # of the switchover
+        self._laps = Laps(record.downtime_breakdown)  # of the downtime
         self.on_end: Callable[[Record], None] | None = None
         self._over = False
         self._watchers: set[asyncio.Event] = set()
@@ -84,6 +86,7 @@ class Migration:
         self.history.sample(self.record, always=True)
         level = self.log.warning if error is not None else self.log.info
         level("state", before=before.value, state=state.value, **(log_fields(error) if error is not None else {}))
+        self.trace.enter(state, error)
         self.hooks.on(state)
         self.notify()
 
@@ -93,6 +96,11 @@ class Migration:
         timeline.append(change)
         if len(timeline) > TIMELINE_CHANGES:
             del timeline[TIMELINE_CHANGES // 2]
+
+    def traced_by(self, tracing: Tracing, *, parent: str, started_at: float | None) -> None:
+        """Trace this migration from now on.  ``started_at``: when a former agent began it."""
+        began = self.record.started_at if started_at is None else started_at
+        self.trace = tracing.begin(self.record, self._laps, parent=parent, started_at=began)
 
     def notify(self) -> None:
         """Wake the watchers."""
@@ -177,6 +185,7 @@ class Migration:
             self.record.state = State.FAILED
             self.record.error = ErrorInfo.of(error)
             self.record.timeline.append(StateChange(State.FAILED, time.time()))
+            self.trace.enter(State.FAILED, error)
         if self.record.ended_at is None:  # also when ending it is what failed
             self.record.ended_at = time.time()
             try:

@@ -114,7 +114,8 @@ async def _get_guests(request: web.Request) -> web.Response:
 
 
 async def _post_migration(request: web.Request) -> web.Response:
-    record = await agent_of(request).start(await _body(request, StartRequest))
+    traceparent = request.headers.get("traceparent", "")
+    record = await agent_of(request).start(await _body(request, StartRequest), traceparent=traceparent)
     record.requested_by = request.app[JUDGE].client(request).name
     answer = json_answer(record, status=202)
     answer.headers["Location"] = f"/v1/migrations/{record.id}"

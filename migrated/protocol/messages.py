@@ -42,6 +42,7 @@ Text = Annotated[str, Meta(max_length=MAX_TEXT_CHARACTERS)]
 Region = Annotated[int, Meta(ge=0, lt=MAX_REGIONS)]
 FirstPage = Annotated[int, Meta(ge=0, le=MAX_NUMBER, multiple_of=8)]
 Code = Annotated[str, Meta(pattern=f"^{CODE}\\Z", max_length=MAX_CODE_CHARACTERS)]
+TraceParent = Annotated[str, Meta(pattern=r"^(00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2})?\Z")]
 Bits = Annotated[bytes, Meta(min_length=1, max_length=MAX_BITS_BYTES)]  # least significant bit first
 
 
@@ -58,7 +59,7 @@ class RegionInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     device: bool = False  # memory of a device or of the firmware
 
 
-class Hello(Message, frozen=True, tag="hello"):
+class Hello(Message, frozen=True, tag="hello", omit_defaults=True):
     """S→T: the first message of a new migration."""
 
     version: int
@@ -72,6 +73,7 @@ class Hello(Message, frozen=True, tag="hello"):
     regions: Annotated[tuple[RegionInfo, ...], Meta(min_length=1, max_length=MAX_REGIONS)]
     agent: Name  # "migrated 0.1.0", for people
     description: dict[str, Any] = {}  # the source driver's description of the guest; checked by the target's driver
+    traceparent: TraceParent = ""  # of a source that traces its migrations, as in the header of W3C Trace Context
 
 
 class Ready(Message, frozen=True, tag="ready"):

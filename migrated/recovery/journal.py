@@ -80,6 +80,7 @@ class SourceEntry(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit
     drain_bandwidth: int = 0
     compression: str = "off"
     superseded: bool = False  # a later migration has the guest: this one must never run it
+    traceparent: str = ""  # the trace of who started it
 
     @property
     def position(self) -> Position:

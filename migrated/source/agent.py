@@ -43,7 +43,7 @@ class SourceAgent(HostAgent[SourceMigration]):
         self._survey = Survey(self._guests, active=lambda: self.records(ended=False), check=self._check_movable)
         self._evacuations = Evacuations(self, self._migrations)
 
-    async def start(self, request: StartRequest) -> Record:
+    async def start(self, request: StartRequest, *, traceparent: str = "") -> Record:
         """Check everything that can be checked without touching the guest; then migrate in the background."""
         if self._stopping:
             raise ConflictError("this agent is shutting down", hint="start it again first")
@@ -78,7 +78,7 @@ class SourceAgent(HostAgent[SourceMigration]):
             terms=self.dial_terms,
             recovery_state=RecoveryState(self._journal, self._store, id_of(session_id)),
         )
-        self._launch(migration)
+        self._launch(migration, traceparent=traceparent)
         return migration.record
 
     async def survey(self) -> GuestList:
@@ -148,7 +148,8 @@ class SourceAgent(HostAgent[SourceMigration]):
             recovery_state = RecoveryState(self._journal, self._store, migration_id)
             try:
                 superseded = entry.superseded or newest[entry.hello.guest] != migration_id
-                self._launch(self._revive(entry, fds, recovery_state, superseded=superseded))
+                revived = self._revive(entry, fds, recovery_state, superseded=superseded)
+                self._launch(revived, traceparent=entry.traceparent, started_at=entry.started_at)
             except (MigratedError, OSError) as error:
                 for fd in fds:
                     with contextlib.suppress(OSError):
@@ -270,7 +271,7 @@ class SourceAgent(HostAgent[SourceMigration]):
         log.error("running the guest here on request", migration=record.id, guest=record.guest)
         await self._survey.leave(record.guest)
         migration = self._revive(entry, [], RecoveryState(self._journal, self._store, record.id), forced=True)
-        self._launch(migration)
+        self._launch(migration, traceparent=entry.traceparent, started_at=entry.started_at)
         return migration.record
 
     async def discard(self, migration_id: str, *, confirm: str) -> Record:

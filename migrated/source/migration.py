@@ -207,6 +207,7 @@ class SourceMigration(Migration):
             regions=tuple(RegionInfo(r.name, r.size_bytes, r.page_bytes, r.device) for r in memory.regions),
             agent=f"migrated {__version__}",
             description=self._guest.describe(),
+            traceparent=self.trace.traceparent,
         )
         entry = self._stage.entry = SourceEntry(
             hello=hello,
@@ -219,6 +220,7 @@ class SourceMigration(Migration):
             pid_started=process_started(memory.pid),
             started_at=self.record.started_at,
             compression=self.options.compression,
+            traceparent=self.trace.parent,
         )
         await link.send(hello)
         ready = await link.expect(
@@ -247,6 +249,7 @@ class SourceMigration(Migration):
             rounds_done=self._rounds_done,
             switch_now=self._switch_now,
             barrier_seconds=self._timeouts.switchover,
+            trace=self.trace,
             log=self.log,
         )
         await precopy.arm()

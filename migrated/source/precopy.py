@@ -23,6 +23,7 @@ from migrated.waiting import in_thread
 if TYPE_CHECKING:
     from migrated.agent.rates import Rates
     from migrated.agent.record import Record
+    from migrated.agent.tracing import Trace
     from migrated.guests.driver import SourceGuest
     from migrated.link.control_link import ControlLink
     from migrated.memory.engine import SourceEngine
@@ -50,6 +51,7 @@ class PreCopy:
     rounds_done: asyncio.Queue[int]
     switch_now: asyncio.Event
     barrier_seconds: float
+    trace: Trace
     log: Any
     _barriers: int = 0
 
@@ -130,6 +132,7 @@ class PreCopy:
             written=written,
             changed=changed,
         )
+        self.trace.round(started, number=number, examined_bytes=marked, sent_bytes=sent, changed_bytes=changed)
         return RoundResult(
             number, seconds, examined_bytes=marked, sent_bytes=sent, marked_bytes=left, changed_bytes=changed
         )

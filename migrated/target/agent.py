@@ -71,8 +71,9 @@ class TargetAgent(HostAgent[TargetMigration]):
 
     # ------------------------------------------------------------ verbs
 
-    async def start(self, request: StartRequest) -> Record:
+    async def start(self, request: StartRequest, *, traceparent: str = "") -> Record:
         """Refuse: migrations start at the source."""
+        del traceparent
         raise ConflictError(
             f"this is a target agent: {request.guest} is moved by the source agent it runs under",
             hint="`migrated --agent … start` with the source agent's control socket",
@@ -256,7 +257,7 @@ class TargetAgent(HostAgent[TargetMigration]):
             recovery_state=recovery_state,
             recovered=Recovered(entry, GuestMemory(memory, ledger_fd), faults),
         )
-        self._launch(migration)
+        self._launch(migration, traceparent=hello.traceparent, started_at=entry.started_at)
 
     # ------------------------------------------------------------ connections of sources
 
@@ -322,7 +323,7 @@ class TargetAgent(HostAgent[TargetMigration]):
                 await link.send(abort_of(error))
                 await link.send(Aborted())
                 return
-            self._launch(migration)
+            self._launch(migration, traceparent=hello.traceparent)
             launched = True
         finally:
             if not launched:  # also if the peer leaves before it hears that it is refused

@@ -32,6 +32,7 @@ SECTIONS: dict[str, type[Table]] = {
     "[limits]": config.LimitsSection,
     "[hooks] on a source": config.SourceHooksSection,
     "[hooks] on a target": config.TargetHooksSection,
+    "[tracing]": config.TracingSection,
     "[evacuation] (source only)": config.EvacuationSection,
     "[[evacuation.guests]]": config.GuestRank,
     "[libvirt] on a source": LibvirtSourceSection,

@@ -93,7 +93,8 @@ class FakeAgent(HostAgent[Any]):
     async def page_map(self, migration_id: str) -> PageMap | None:
         return (await self.history(migration_id)).page_map
 
-    async def start(self, request: StartRequest) -> Record:
+    async def start(self, request: StartRequest, *, traceparent: str = "") -> Record:
+        del traceparent
         if self.role == "target":
             raise ConflictError("a target starts no migrations", hint="ask the source")
         self.requested.append(request)

@@ -218,6 +218,15 @@ HELLO_FIELDS: dict[str, Any] = {
 }
 
 
+TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+
+def test_a_source_that_does_not_trace_sends_what_targets_without_tracing_know() -> None:
+    assert b"traceparent" not in encode(HELLO)
+    traced = msgspec.structs.replace(HELLO, traceparent=TRACEPARENT)
+    assert decode_all(encode(traced)) == [traced]
+
+
 def region(**changes: Any) -> list[dict[str, Any]]:
     return [{"name": "ram", "size_bytes": 4 << 20, "page_bytes": 2 << 20, **changes}]
 
@@ -237,6 +246,9 @@ def region(**changes: Any) -> list[dict[str, Any]]:
         ({"guest": "a\x1b[2J"}, "guest must be printable"),
         ({"driver": "\n"}, "driver must be printable"),
         ({"agent": ""}, "length >= 1 - at `$.agent`"),
+        ({"traceparent": "01-" + TRACEPARENT[3:]}, "at `$.traceparent`"),
+        ({"traceparent": TRACEPARENT + "\n"}, "at `$.traceparent`"),
+        ({"traceparent": TRACEPARENT.upper()}, "at `$.traceparent`"),
         ({"regions": []}, "length >= 1 - at `$.regions`"),
         ({"regions": [{**region()[0], "name": str(index)} for index in range(129)]}, "length <= 128 - at `$.regions`"),
         ({"regions": region() * 2}, "region names must differ"),

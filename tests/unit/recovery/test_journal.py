@@ -52,6 +52,13 @@ def test_an_entry_comes_back_as_it_was(journal: Journal[TargetEntry], tmp_path: 
     assert source.load() == {"a": SOURCE, "b": SOURCE}
 
 
+def test_an_agent_that_does_not_trace_writes_what_those_before_it_can_read(tmp_path: Path) -> None:
+    for entry, kind in ((SOURCE, SourceEntry), (TARGET, TargetEntry)):
+        here: Journal[Any] = Journal(tmp_path / kind.__name__, kind)
+        here.write(ID, entry)
+        assert b"traceparent" not in path_of(here).read_bytes()
+
+
 def test_it_is_nobody_elses_to_read(journal: Journal[TargetEntry]) -> None:
     journal.write(ID, TARGET)  # it holds the token
     assert journal.directory.stat().st_mode & 0o777 == 0o700
