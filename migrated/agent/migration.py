@@ -180,7 +180,7 @@ class Migration:
 
     def _fail_unforeseen(self, error: Exception) -> None:
         """Handle an unexpected error in `run`: a bug ends this migration in a defined state, never the agent."""
-        self.log.error("unexpected error in a migration: this is a bug", **log_fields(error), exc_info=error)
+        self.log.error("unexpected error in a migration: this is a bug", error=str(error), exc_info=error)
         if not self.record.ended:
             self.record.state = State.FAILED
             self.record.error = ErrorInfo.of(error)

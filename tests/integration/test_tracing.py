@@ -228,8 +228,8 @@ async def test_an_agent_that_takes_up_a_migration_continues_its_trace(here: Plac
     await here.source.start()
     await here.until(migration, lambda record: record["state"] == "postcopy")
     await guest.arrived()  # touches every page
-    for agent in ("source", "target"):
-        assert (await here.over(migration, agent))["state"] == "completed"
+    for role in ("source", "target"):
+        assert (await here.over(migration, role))["state"] == "completed"
     spans = await collector.trace(migration)
     check_nesting(spans)
     outer = named(spans, "migration")

@@ -37,7 +37,7 @@ def agent_of(directory: Path) -> tuple[Any, list[Any]]:
     text = {"agent": {"state_dir": str(directory)}, "tls": {"insecure": True}, "guests": {HELLO.guest: table}}
     agent: Any = SourceAgent(config.decode(text, "source"))
     caught: list[Any] = []
-    agent._launch = caught.append
+    agent._launch = lambda migration, **_: caught.append(migration)
     agent._started = True  # what an agent before it left is left alone here
     return agent, caught
 
