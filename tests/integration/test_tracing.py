@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -31,8 +33,12 @@ class Span:
     parent: str
     began: int
     ended: int
-    attributes: dict[str, str | int]
+    attributes: dict[str, Any]
     failed: bool
+
+
+def attributes_of(described: Any) -> dict[str, Any]:
+    return {one.key: one.value.string_value or one.value.int_value for one in described.attributes}
 
 
 class Collector:
@@ -40,25 +46,24 @@ class Collector:
 
     def __init__(self) -> None:
         self.spans: list[Span] = []
-        self.requests = 0
+        self.asked: set[str] = set()  # roles of the agents that have sent something
         self.refusing = False
         self.hanging: asyncio.Event | None = None
         self._came = asyncio.Condition()
 
     async def take(self, request: web.Request) -> web.Response:
-        self.requests += 1
         body = ExportTraceServiceRequest.FromString(await request.read())
         async with self._came:
+            self.asked |= {attributes_of(one.resource)["migrated.role"] for one in body.resource_spans}
             self._came.notify_all()
         if self.hanging is not None:
             await self.hanging.wait()
         if self.refusing or self.hanging is not None:
             return web.Response(status=400)
         for of_resource in body.resource_spans:
-            resource = {one.key: one.value.string_value for one in of_resource.resource.attributes}
+            resource = attributes_of(of_resource.resource)
             assert resource["service.name"] == "migrated"
             for span in (span for scope in of_resource.scope_spans for span in scope.spans):
-                attributes = {one.key: one.value.string_value or one.value.int_value for one in span.attributes}
                 self.spans.append(
                     Span(
                         role=resource["migrated.role"],
@@ -68,7 +73,7 @@ class Collector:
                         parent=span.parent_span_id.hex(),
                         began=span.start_time_unix_nano,
                         ended=span.end_time_unix_nano,
-                        attributes=attributes,
+                        attributes=attributes_of(span),
                         failed=span.status.code == span.status.STATUS_CODE_ERROR,
                     )
                 )
@@ -117,7 +122,11 @@ def trace_everything(here: Place) -> None:
 
 @contextlib.contextmanager
 def variables(url: str) -> Iterator[None]:
+    """What the agents get in their environment: nothing of this machine's own."""
     with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("OTEL_")]:
+            patch.delenv(name)
+        patch.setenv("NO_PROXY", "127.0.0.1")
         patch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", url)
         patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
         yield
@@ -256,9 +265,9 @@ async def test_a_collector_that_fails_disturbs_no_migration_and_no_agents_end(pr
                 migration = await here.start()
                 for agent in ("source", "target"):
                     assert (await here.over(migration, agent))["state"] == "completed"
-                await collector.until(lambda: collector.requests >= 2)
+                await collector.until(lambda: collector.asked == {"source", "target"})
                 await guest.arrived()
-                assert [await here.source.stop(), await here.target.stop()] == [0, 0]
+                assert await asyncio.gather(here.source.stop(), here.target.stop()) == [0, 0]
                 if how == "refuses":
                     for role in ("source", "target"):
                         assert "OpenTelemetry" in [line["event"] for line in here.logged(role, "warning")]

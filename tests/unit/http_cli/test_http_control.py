@@ -99,7 +99,7 @@ async def test_a_body_without_end_is_refused(source: Served) -> None:
 async def test_a_bug_in_a_verb_is_an_error_object_and_the_daemon_lives_on(
     source: Served, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def broken(_request: object) -> Record:
+    async def broken(_request: object, **_: object) -> Record:
         raise ZeroDivisionError("oh")
 
     monkeypatch.setattr(source.agent, "start", broken)
@@ -120,7 +120,7 @@ def every_error() -> list[type[errors.MigratedError]]:
 async def test_only_a_bug_is_answered_as_one(
     source: Served, client: Client, monkeypatch: pytest.MonkeyPatch, kind: type[errors.MigratedError]
 ) -> None:
-    async def fails(_request: object) -> Record:
+    async def fails(_request: object, **_: object) -> Record:
         raise kind("oh", kind=1) if kind is errors.NativeError else kind("oh")
 
     monkeypatch.setattr(source.agent, "start", fails)
@@ -133,7 +133,7 @@ async def test_only_a_bug_is_answered_as_one(
 async def test_what_the_peer_said_reaches_the_user(
     source: Served, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def refused(_request: object) -> Record:
+    async def refused(_request: object, **_: object) -> Record:
         raise PeerError("host-b: no pages left", code="no-pages", hint="raise vm.nr_hugepages")
 
     monkeypatch.setattr(source.agent, "start", refused)
