@@ -144,6 +144,7 @@ CODES: Final = frozenset(
         "unsupported-device",
         "usage",
         "version-mismatch",
+        "written-while-paused",
         "wrong-qmp",
         "xml-hook",
     }
