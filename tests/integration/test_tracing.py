@@ -267,7 +267,7 @@ async def test_a_collector_that_fails_disturbs_no_migration_and_no_agents_end(pr
                     assert (await here.over(migration, agent))["state"] == "completed"
                 await collector.until(lambda: collector.asked == {"source", "target"})
                 await guest.arrived()
-                assert await asyncio.gather(here.source.stop(), here.target.stop()) == [0, 0]
+                assert [*await asyncio.gather(here.source.stop(), here.target.stop())] == [0, 0]
                 if how == "refuses":
                     for role in ("source", "target"):
                         assert "OpenTelemetry" in [line["event"] for line in here.logged(role, "warning")]
