@@ -11,8 +11,7 @@ from typing import Any, Final
 
 import click
 
-from migrated.agent.record import Record, State
-from migrated.client.errors import RemoteError
+from migrated.client import Record, RemoteError, State
 from migrated.errors import AbortedError, ConfigError, TimeoutExceededError, UsageError, error_fields
 
 DONE: Final = 0

@@ -13,16 +13,14 @@ import sys
 from collections.abc import Awaitable, Iterator
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from migrated.agent.record import State
 from migrated.cli import failure
 from migrated.cli.failure import WaitTimedOutError
 from migrated.cli.progress import Progress
-from migrated.client import RemoteError, SetRequest
+from migrated.client import RemoteError, SetRequest, State
 from migrated.waiting import cancel_and_wait
 
 if TYPE_CHECKING:
-    from migrated.agent.record import Record
-    from migrated.client import Client
+    from migrated.client import Client, Record
 
 OnTimeout = Literal["abort", "postcopy", "pause"]
 #: The longest downtime limit that an agent takes: whatever is left is sent while the guest is paused.

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from migrated.settings import Table
 
 #: A migration is named by its record, its id, a unique prefix of that, or a guest (its newest migration).
-Migration: TypeAlias = "Record | str"
+Migration: TypeAlias = Record | str
 
 
 class Client:
