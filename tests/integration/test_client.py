@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import sys
 
@@ -43,7 +44,7 @@ async def test_the_page_shows_this_program() -> None:
 
 async def test_the_program_of_the_page_migrates_a_guest(here: Place, guest: Guest) -> None:
     code, out, err = await run(str(here.source.state_dir), guest.name, here.address)
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, ""), out
     assert out.splitlines()[-1].startswith("completed: ")
     await guest.arrived()
 
@@ -51,7 +52,7 @@ async def test_the_program_of_the_page_migrates_a_guest(here: Place, guest: Gues
 async def test_the_program_of_the_page_says_what_is_wrong(here: Place) -> None:
     code, out, err = await run(str(here.source.state_dir), "nobody-s", here.address)
     assert (code, out) == (1, "")
-    assert "[not-found]" in err
+    assert "[unknown-guest]" in err
     assert "Traceback" not in err
     code, out, err = await run(str(here.directory / "nowhere"), "g0", here.address)
     assert (code, out) == (1, "")
@@ -64,8 +65,9 @@ async def test_a_program_follows_a_migration_on_both_sides(here: Place, guest: G
         assert [one.name for one in (await source.guests()).guests if one.migratable] == [guest.name]
         request = StartRequest(guest=guest.name, to=parse_address(here.address), max_bandwidth=parse_rate(CRAWL))
         migration = await source.start(request)
-        async with within(PATIENCE_SECONDS, "pages to be on their way"):
-            async for record in source.events(migration):
+        limit = within(PATIENCE_SECONDS, "pages to be on their way")
+        async with limit, contextlib.aclosing(source.events(migration)) as records:
+            async for record in records:
                 if record.state is State.PRECOPY and record.transferred_bytes > 0:
                     break
         with pytest.raises(RemoteError) as caught:
@@ -76,7 +78,7 @@ async def test_a_program_follows_a_migration_on_both_sides(here: Place, guest: G
         await source.set(migration, SetRequest(max_bandwidth=0))
         async with within(PATIENCE_SECONDS, "its end on both sides"):
             ended, other = await asyncio.gather(source.wait(migration), target.wait(migration))
-        assert (ended.state, other.state) == (State.COMPLETED, State.COMPLETED)
+        assert (ended.state, other.state) == (State.COMPLETED, State.COMPLETED), (ended.error, other.error)
         assert ended.id == other.id == migration.id
         assert (await source.series(migration)).at
         assert any(line.level for line in await source.log(migration))
