@@ -27,14 +27,11 @@ from migrated.guests.libvirt.config import (
 from migrated.guests.process.config import ProcessSourceConfig, ProcessTargetConfig
 from migrated.guests.qemu.config import QemuSourceConfig, QemuTargetConfig
 from migrated.options import EvacuationOptions, MigrationOptions
+from migrated.paths import CONFIG_DIRECTORY, CONTROL_SOCKET_NAME, STATE_DIRECTORY, TLS_DIRECTORY
 from migrated.settings import GuestName, GuestTable, Seconds, Table, Text, Timeouts, TlsFiles, read, refuse
 
 Role = Literal["source", "target"]
 
-CONFIG_DIRECTORY: Final = Path("/etc/migrated")
-TLS_DIRECTORY: Final = CONFIG_DIRECTORY / "tls"
-STATE_DIRECTORY: Final = Path("/run/migrated")
-CONTROL_SOCKET_NAME: Final = "control.sock"
 DEFAULT_PORT: Final = 7440
 # Two agents on one host must not collide by default.
 DEFAULT_STATUS: Final = {"target": Address("127.0.0.1", 7441), "source": Address("127.0.0.1", 7442)}

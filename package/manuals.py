@@ -20,7 +20,7 @@ from typing import Any, Final
 import click
 from click.shell_completion import get_completion_class
 
-from migrated import __version__, config, settings
+from migrated import __version__, config, paths, settings
 from migrated.cli.command import root
 
 PROGRAM: Final = "migrated"
@@ -152,7 +152,7 @@ def _commands() -> str:
         *_entries(
             [
                 (
-                    str(config.STATE_DIRECTORY / role / config.CONTROL_SOCKET_NAME),
+                    str(paths.STATE_DIRECTORY / role / paths.CONTROL_SOCKET_NAME),
                     f"Control socket of the {role} agent.",
                 )
                 for role in config.KINDS
@@ -193,7 +193,7 @@ def _agent(role: config.Role) -> str:
         *_entries(
             [
                 (str(config.default_path(role)), f"Its configuration: {PROGRAM}.toml(5)."),
-                (str(config.STATE_DIRECTORY / kind.role), "Its state directory: control socket, journals, guests."),
+                (str(paths.STATE_DIRECTORY / kind.role), "Its state directory: control socket, journals, guests."),
             ]
         ),
         ".SH EXIT STATUS",

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 import structlog
 
-from migrated import log as logging
 from migrated.agent.series import Series
+from migrated.log_lines import Line, Lines, lines_of
 from migrated.memory.page_map import PageMap
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Kept(msgspec.Struct):
 
     series: Series = msgspec.field(default_factory=Series)
     page_map: PageMap | None = None
-    log: list[logging.Line] = msgspec.field(default_factory=list)
+    log: list[Line] = msgspec.field(default_factory=list)
 
 
 class History:
@@ -47,7 +47,7 @@ class History:
 
     def __init__(self, migration_id: str) -> None:
         self.series = Series()
-        self.lines = logging.lines_of(migration_id)
+        self.lines = lines_of(migration_id)
         self.stored = False  # on disk, and no longer here
         self._map: PageMap | None = None
         self._map_due = 0.0
@@ -74,7 +74,7 @@ class History:
     def take(self) -> Kept:
         """Return everything to be stored, and keep nothing: an agent remembers many ended migrations."""
         kept, self.stored = self.kept(), True
-        self.series, self.lines, self._map = Series(), logging.Lines(), None
+        self.series, self.lines, self._map = Series(), Lines(), None
         return kept
 
 

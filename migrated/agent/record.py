@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import enum
 import time
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import msgspec
 
 from migrated.errors import error_fields
-
-if TYPE_CHECKING:  # the command line reads records, and does not need the journal for that
-    from migrated.recovery.journal import SourceEntry, TargetEntry
 
 
 def id_of(session: bytes) -> str:
@@ -166,19 +163,3 @@ class Record(msgspec.Struct, kw_only=True):
     def ended(self) -> bool:
         """Whether the migration is in a final state."""
         return self.state in ENDED
-
-
-def failed_record(migration_id: str, role: str, entry: TargetEntry | SourceEntry, error: BaseException) -> Record:
-    """Build the record of a migration that an agent found in its journal and cannot continue."""
-    hello = entry.hello
-    return Record(
-        id=migration_id,
-        guest=hello.guest,
-        role=role,
-        mode=hello.mode,
-        driver=hello.driver,
-        state=State.FAILED,
-        started_at=entry.started_at,
-        ended_at=time.time(),
-        error=ErrorInfo.of(error),
-    )

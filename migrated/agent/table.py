@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
@@ -14,9 +15,10 @@ from typing import Generic, TypeVar
 from migrated.agent.archive import Archive
 from migrated.agent.history import Histories, Kept
 from migrated.agent.migration import Migration
-from migrated.agent.record import Record
+from migrated.agent.record import ErrorInfo, Record, State
 from migrated.errors import ConflictError, NotFoundError
 from migrated.memory.page_map import PageMap
+from migrated.recovery.journal import SourceEntry, TargetEntry
 
 M = TypeVar("M", bound=Migration)
 
@@ -157,3 +159,19 @@ class MigrationTable(Generic[M]):
 
 async def _only(record: Record) -> AsyncIterator[Record]:
     yield record
+
+
+def failed_record(migration_id: str, role: str, entry: TargetEntry | SourceEntry, error: BaseException) -> Record:
+    """Build the record of a migration that an agent found in its journal and cannot continue."""
+    hello = entry.hello
+    return Record(
+        id=migration_id,
+        guest=hello.guest,
+        role=role,
+        mode=hello.mode,
+        driver=hello.driver,
+        state=State.FAILED,
+        started_at=entry.started_at,
+        ended_at=time.time(),
+        error=ErrorInfo.of(error),
+    )

@@ -14,7 +14,7 @@ import click
 
 from migrated.cli import failure
 from migrated.cli.migrations import json_flag, print_json
-from migrated.config import TLS_DIRECTORY
+from migrated.paths import TLS_DIRECTORY
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -11,18 +11,27 @@ import click
 from rich.live import Live
 
 from migrated import settings
-from migrated.agent.evacuation import Evacuation, EvacuationState, Move, MoveState
-from migrated.agent.requests import StartRequest
 from migrated.cli import failure, rendering
 from migrated.cli.migrations import agent_verb, json_flag, options, print_json
-from migrated.errors import ConfigError, ConnectionLostError, HostError, MigratedError, NotFoundError
+from migrated.client import (
+    Client,
+    ConfigError,
+    ConnectionLostError,
+    EvacuateRequest,
+    Evacuation,
+    EvacuationState,
+    HostError,
+    MigratedError,
+    Move,
+    MoveState,
+    StartRequest,
+)
+from migrated.errors import NotFoundError
 from migrated.options import DomainOptions, EvacuationOptions, MigrationOptions
 from migrated.units import format_duration, format_size
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-    from migrated.cli.client import Client
 
 _WATCH_SECONDS: Final = 0.5
 _COLOURS: Final = {
@@ -89,8 +98,9 @@ async def evacuate(
         message = "say where to: --to HOST:PORT,… (or --status, --resume, --abort)"
         raise click.UsageError(message, click.get_current_context())
     body = {"to": [address for group in to for address in group], "dry_run": dry_run, **given}
+    asked = EvacuateRequest.model_validate(body)
     try:
-        evacuation = await client.evacuate(body)
+        evacuation = await client.evacuate(asked)
     except asyncio.CancelledError:
         print("the evacuation may have begun: migrated evacuate --status", file=sys.stderr)
         raise

@@ -11,8 +11,8 @@ from typing import Any, Final
 
 import click
 
-from migrated.agent.record import Record, State
-from migrated.errors import AbortedError, ConfigError, MigratedError, TimeoutExceededError, UsageError, error_fields
+from migrated.client import Record, RemoteError, State
+from migrated.errors import AbortedError, ConfigError, TimeoutExceededError, UsageError, error_fields
 
 DONE: Final = 0
 FAILED: Final = 1
@@ -20,22 +20,6 @@ USAGE: Final = 2
 ABORTED: Final = 3
 TIMED_OUT: Final = 124  # as timeout(1)
 INTERRUPTED: Final = 130  # as shells count: 128 + SIGINT
-
-
-class RemoteError(MigratedError):
-    """The agent answered with an error: its message, with the matching exit code."""
-
-    def __init__(self, info: dict[str, Any], *, status: int) -> None:
-        super().__init__(
-            str(info.get("message", "the agent answered without a message")),
-            code=str(info.get("code", "unknown")),
-            hint=str(info.get("hint", "")),
-        )
-        self.state = str(info.get("state", ""))
-        self.status = status
-
-    def as_dict(self) -> dict[str, str]:
-        return {**super().as_dict(), **({"state": self.state} if self.state else {})}
 
 
 class WaitTimedOutError(TimeoutExceededError):

@@ -10,23 +10,21 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from migrated.agent.record import State
 from migrated.cli import failure
-from migrated.cli.failure import RemoteError, WaitTimedOutError
+from migrated.cli.failure import WaitTimedOutError
 from migrated.cli.progress import Progress
-from migrated.errors import MigratedError
+from migrated.client import RemoteError, SetRequest, State
 from migrated.waiting import cancel_and_wait
 
 if TYPE_CHECKING:
-    from migrated.agent.record import Record
-    from migrated.cli.client import Client
+    from migrated.client import Client, Record
 
 OnTimeout = Literal["abort", "postcopy", "pause"]
 #: The longest downtime limit that an agent takes: whatever is left is sent while the guest is paused.
-_PAUSE: Final = {"downtime_limit_ms": 60_000.0}
+_PAUSE: Final = SetRequest(downtime_limit_ms=60_000)
 _QUESTION: Final = "Abort it (a), leave it running (l), or continue waiting (c)? [c]"
 
 
@@ -51,15 +49,15 @@ class Following:
         self._ask = ask and sys.stdin.isatty() and sys.stderr.isatty()
         self._interrupted = asyncio.Event()
 
-    async def run(self) -> bool:
-        """Wait until the migration has ended; return False if the user left it running.
+    async def run(self) -> Record | None:
+        """Return the record of the migration once it has ended; None if the user left it running.
 
         Raises WaitTimedOutError, and what the connection to the agent raises.
         """
         with self._progress or contextlib.nullcontext(), self._signals():
             reading = asyncio.ensure_future(self._read())
             try:
-                return await self._until(reading)
+                return self.record if await self._until(reading) else None
             except asyncio.CancelledError:
                 self._say_goodbye()
                 raise
@@ -103,16 +101,16 @@ class Following:
             raise WaitTimedOutError(message, hint="it continues; `migrated status` shows its progress")
         if self._on_timeout == "abort":
             self._say(f"not ended after {limit}: aborting")
-            await self._order("abort")
+            await self._order(self._client.abort(self.record))
         elif self.record.state in (State.SETUP, State.PRECOPY):
             self._say(f"pre-copy has not ended after {limit}: switching over ({self._on_timeout})")
             if self._on_timeout == "pause":
-                await self._order("set", _PAUSE)
-            await self._order("switchover")
+                await self._order(self._client.set(self.record, _PAUSE))
+            await self._order(self._client.switchover(self.record))
 
-    async def _order(self, verb: str, body: dict[str, Any] | None = None) -> None:
+    async def _order(self, verb: Awaitable[Record]) -> None:
         try:
-            await self._client.verb(self.record.id, verb, body)
+            await verb
         except RemoteError as error:
             if error.status != 409:
                 raise
@@ -140,7 +138,7 @@ class Following:
             self._say_goodbye()
             return False
         if answer == "a":
-            await self._order("abort")
+            await self._order(self._client.abort(self.record))
         if self._progress is not None:
             self._progress.resume()
         return True
@@ -186,16 +184,3 @@ class Following:
 def _read_line(line: asyncio.Future[bytes]) -> None:
     if not line.done():
         line.set_result(os.read(sys.stdin.fileno(), 1024))
-
-
-async def end_of(following: Following, client: Client) -> Record | None:
-    """Return the record of the migration once it has ended; None if the user left it running."""
-    if not await following.run():
-        return None
-    record = following.record
-    if not record.ended:
-        record = await client.migration(record.id)  # the stream may end before the agent sends its last event
-    if not record.ended:
-        message = f"the agent stopped while migration {record.id} was in state {record.state.value}"
-        raise MigratedError(message, code="agent-stopped", hint="start the agent again; guests are safe meanwhile")
-    return record

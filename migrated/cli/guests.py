@@ -11,9 +11,7 @@ from migrated.cli.migrations import agent_verb, json_flag, print_json
 from migrated.units import format_size
 
 if TYPE_CHECKING:
-    from migrated.agent.record import ErrorInfo
-    from migrated.agent.requests import GuestReport
-    from migrated.cli.client import Client
+    from migrated.client import Client, ErrorInfo, GuestReport
 
 
 @click.command()

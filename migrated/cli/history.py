@@ -14,7 +14,7 @@ from migrated.cli.migrations import agent_verb, json_flag, print_json
 from migrated.errors import HostError
 
 if TYPE_CHECKING:
-    from migrated.cli.client import Client
+    from migrated.client import Client
 
 
 @click.command()
@@ -28,8 +28,9 @@ async def report(client: Client, *, id: str, output: str | None) -> int:
     from migrated.http.dashboard import report as page
 
     record = await client.migration(id)
+    about = await client.about()
     text = page.make(
-        record, await client.series(record.id), await client.page_map(record.id), about=await client.about()
+        record, await client.series(record), await client.page_map(record), agent=about.name, version=about.version
     )
     if output == "-":
         print(text, end="")

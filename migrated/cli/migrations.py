@@ -17,11 +17,9 @@ import msgspec
 from rich.live import Live
 
 from migrated import settings, units
-from migrated.agent.record import Record
-from migrated.agent.requests import StartRequest
 from migrated.cli import failure, progress, rendering
-from migrated.cli.client import Client
-from migrated.cli.following import Following, OnTimeout, end_of
+from migrated.cli.following import Following, OnTimeout
+from migrated.client import Client, Record, SetRequest, StartRequest, parse_address
 from migrated.errors import ConfigError
 from migrated.options import DomainOptions, Limits, MigrationOptions
 
@@ -157,7 +155,7 @@ async def start(
         raise click.UsageError("--on-timeout needs --timeout", click.get_current_context())
     if on_timeout == "postcopy" and body.setdefault("mode", "hybrid") == "precopy":
         raise click.UsageError("in mode precopy there is no post-copy to switch to", click.get_current_context())
-    record = await client.start(body)
+    record = await client.start(StartRequest.model_validate(body))
     if not wait and timeout is None:
         print_json(record) if as_json else print(record.id)
         return failure.DONE
@@ -166,7 +164,7 @@ async def start(
     following = Following(
         client, record, quiet=as_json, timeout_seconds=timeout, on_timeout=on_timeout, ask=not as_json
     )
-    return await _follow(client, following, as_json=as_json)
+    return await _follow(following, as_json=as_json)
 
 
 @click.command()
@@ -179,12 +177,12 @@ async def wait(client: Client, *, id: str, timeout: float | None, quiet: bool, a
     """Wait until a migration has ended; the exit code says how it ended."""
     record = await client.migration(id)
     following = Following(client, record, quiet=quiet or as_json, timeout_seconds=timeout)
-    return await _follow(client, following, as_json=as_json)
+    return await _follow(following, as_json=as_json)
 
 
-async def _follow(client: Client, following: Following, *, as_json: bool) -> int:
+async def _follow(following: Following, *, as_json: bool) -> int:
     """Wait until the migration has ended, then show its summary."""
-    record = await end_of(following, client)
+    record = await following.run()
     if record is None:
         return failure.INTERRUPTED
     _show(record, as_json=as_json)
@@ -216,7 +214,7 @@ async def _status_of_one(client: Client, migration: str, *, watch: bool, as_json
     if not watch:
         _show(record, as_json=as_json)
     elif not as_json:
-        return await _follow(client, Following(client, record), as_json=False)
+        return await _follow(Following(client, record), as_json=False)
     else:
         async for latest in client.events(migration):
             record = latest
@@ -227,13 +225,12 @@ async def _status_of_one(client: Client, migration: str, *, watch: bool, as_json
 async def _print_agent(client: Client, *, as_json: bool) -> None:
     about = await client.about()
     if as_json:
-        print_json({**about, "migrations": await client.migrations()})
+        print_json(msgspec.structs.replace(about, migrations=await client.migrations()))
         return
     print(rendering.agent_line(about))
-    print(f"guests: {', '.join(about['guests']) or 'none'}")
-    records = msgspec.convert(about["migrations"], list[Record])
-    if records:
-        rendering.console().print(rendering.migrations_table(records))
+    print(f"guests: {', '.join(about.guests) or 'none'}")
+    if about.migrations:
+        rendering.console().print(rendering.migrations_table(about.migrations))
     else:
         print("no migration is under way")
 
@@ -276,7 +273,7 @@ async def list_(client: Client, *, everything: bool, as_json: bool) -> int:
 @agent_verb
 async def abort(client: Client, *, id: str, as_json: bool) -> int:
     """End a migration before the switchover; the guest runs on at the source."""
-    return _done(await client.verb(id, "abort"), as_json=as_json, word="aborting")
+    return _done(await client.abort(id), as_json=as_json, word="aborting")
 
 
 @click.command()
@@ -285,7 +282,7 @@ async def abort(client: Client, *, id: str, as_json: bool) -> int:
 @agent_verb
 async def switchover(client: Client, *, id: str, as_json: bool) -> int:
     """End pre-copy after the current round, and move the guest."""
-    return _done(await client.verb(id, "switchover"), as_json=as_json, word="switching over")
+    return _done(await client.switchover(id), as_json=as_json, word="switching over")
 
 
 @click.command()
@@ -297,8 +294,8 @@ async def switchover(client: Client, *, id: str, as_json: bool) -> int:
 @agent_verb
 async def resume(client: Client, *, id: str, to: str | None, as_json: bool) -> int:
     """Reconnect a paused post-copy now."""
-    body = {} if to is None else {"to": to}
-    return _done(await client.verb(id, "resume", body), as_json=as_json, word="reconnecting")
+    address = None if to is None else parse_address(to)
+    return _done(await client.resume(id, to=address), as_json=as_json, word="reconnecting")
 
 
 @click.command("set")
@@ -312,10 +309,18 @@ async def set_(client: Client, *, id: str, as_json: bool, **values: Any) -> int:
     if not body:
         message = f"nothing to set: give at least one of {', '.join(map(_flag, Limits.model_fields))}"
         raise click.UsageError(message, click.get_current_context())
-    return _done(await client.verb(id, "set", body), as_json=as_json, word="set")
+    return _done(await client.set(id, SetRequest.model_validate(body)), as_json=as_json, word="set")
 
 
-def _confirmed_verb(verb: str, *, word: str, risk: str, warning: Callable[[Record], str], text: str) -> click.Command:
+def _confirmed_verb(
+    verb: str,
+    act: Callable[..., Coroutine[Any, Any, Record]],
+    *,
+    word: str,
+    risk: str,
+    warning: Callable[[Record], str],
+    text: str,
+) -> click.Command:
     """Make a command that does harm if it is wrong, and asks for the guest's name first."""
 
     @click.command(verb, help=text)
@@ -335,13 +340,14 @@ def _confirmed_verb(verb: str, *, word: str, risk: str, warning: Callable[[Recor
         if confirm != record.guest:
             message = f"{confirm!r} is not the guest's name: nothing was done"
             raise ConfigError(message, code="not-confirmed", hint=f"the guest is {record.guest}")
-        return _done(await client.verb(record.id, verb, {"confirm": confirm}), as_json=as_json, word=word)
+        return _done(await act(client, record, confirm=confirm), as_json=as_json, word=word)
 
     return command
 
 
 abandon = _confirmed_verb(
     "abandon",
+    Client.abandon,
     word="abandoned",
     risk="destroys guest memory",
     warning=lambda record: (
@@ -354,6 +360,7 @@ abandon = _confirmed_verb(
 )
 force_run = _confirmed_verb(
     "force-run",
+    Client.force_run,
     word="runs here",
     risk="can run a guest twice",
     warning=lambda record: (
@@ -367,6 +374,7 @@ force_run = _confirmed_verb(
 )
 discard = _confirmed_verb(
     "discard",
+    Client.discard,
     word="discarded",
     risk="destroys guest memory",
     warning=lambda record: f"Guest {record.guest} is {record.state.value} here. What this host has of it will be LOST.",

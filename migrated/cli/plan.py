@@ -6,16 +6,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from migrated.agent.evacuation import MoveState
-from migrated.agent.requests import StartRequest
 from migrated.cli import failure
 from migrated.cli.migrations import agent_verb, json_flag, options, print_json
-from migrated.errors import MigratedError, NotFoundError
+from migrated.client import EvacuateRequest, MigratedError, MoveState, StartRequest, parse_address
+from migrated.errors import NotFoundError
 from migrated.units import format_size
 
 if TYPE_CHECKING:
-    from migrated.agent.evacuation import Move, Target
-    from migrated.cli.client import Client
+    from migrated.client import Client, Move, Target
 
 
 @click.command()
@@ -25,7 +23,7 @@ if TYPE_CHECKING:
 @agent_verb
 async def plan(client: Client, *, guest: str, to: str, as_json: bool) -> int:
     """Ask both agents whether GUEST could be migrated, without touching anything; exit code 1 if not."""
-    answer = await client.evacuate({"to": [to], "only": [guest], "dry_run": True})
+    answer = await client.evacuate(EvacuateRequest(to=[parse_address(to)], only=[guest], dry_run=True))
     move = next((move for move in answer.guests if move.guest == guest), None)
     if move is None:
         raise NotFoundError(f"no guest {guest!r} runs here", hint="`migrated guests` lists the guests of this host")

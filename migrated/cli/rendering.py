@@ -6,14 +6,14 @@ Programs get the records as JSON instead.
 from __future__ import annotations
 
 import datetime as dt
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from migrated.agent.record import Record, State
 from migrated.cli.failure import printable
+from migrated.client import AgentStatus, Record, State
 from migrated.units import format_duration, format_rate, format_size
 
 if TYPE_CHECKING:
@@ -149,15 +149,11 @@ def _figures(record: Record) -> list[tuple[str, str]]:
     return figures
 
 
-def agent_line(about: dict[str, Any]) -> str:
+def agent_line(about: AgentStatus) -> str:
     """Return one line about the agent and its health."""
-    state = "ready" if about.get("ready") else "not ready"
-    if not about.get("healthy"):
-        state = "unhealthy"
-    reasons = "; ".join([*about.get("reasons", []), *(about.get("certificate") or {}).get("problems", [])])
-    return f"{about.get('role')} {about.get('name')}, version {about.get('version')}: {state}" + (
-        f" ({reasons})" if reasons else ""
-    )
+    state = "unhealthy" if not about.healthy else "ready" if about.ready else "not ready"
+    reasons = "; ".join([*about.reasons, *(about.certificate.problems if about.certificate else [])])
+    return f"{about.role} {about.name}, version {about.version}: {state}" + (f" ({reasons})" if reasons else "")
 
 
 def _downtime(record: Record) -> str:

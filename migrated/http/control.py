@@ -16,13 +16,19 @@ from pydantic import ValidationError
 from migrated.agent.evacuation import Evacuation
 from migrated.agent.host_agent import HostAgent
 from migrated.agent.record import Record
-from migrated.agent.requests import EvacuateRequest, GuestList, SetRequest, StartRequest
+from migrated.agent.requests import (
+    ConfirmRequest,
+    EvacuateRequest,
+    GuestList,
+    ResumeRequest,
+    SetRequest,
+    StartRequest,
+)
 from migrated.http.access import Judge, only_for
 from migrated.http.errors import REFUSED, BadRequestError, errors_as_json, json_answer
 from migrated.http.live import add_live_routes, add_log_route
 from migrated.http.openapi import Operation, add_document, add_route
 from migrated.http.reading import ABOUT, AGENT, add_reading_routes, agent_of
-from migrated.options import TargetAddress
 from migrated.settings import Table, explain
 
 MAX_BODY_BYTES: Final = 64 * 1024
@@ -37,18 +43,6 @@ class EmptyBody(Table):
     """No keys."""
 
 
-class ResumeBody(Table):
-    """``to``: the target's address now, if it has moved."""
-
-    to: TargetAddress | None = None
-
-
-class ConfirmBody(Table):
-    """``confirm``: the guest's name."""
-
-    confirm: str
-
-
 #: For each verb of a migration, what it does, the body it takes and the request it makes to the agent.
 _VERBS: Final[dict[str, tuple[str, type[Table], Callable[[HostAgent[Any], str, Any], Awaitable[Record]]]]] = {
     "abort": (
@@ -59,23 +53,23 @@ _VERBS: Final[dict[str, tuple[str, type[Table], Callable[[HostAgent[Any], str, A
     "switchover": ("End pre-copy now", EmptyBody, lambda agent, migration, _: agent.switchover(migration)),
     "resume": (
         "Reconnect a paused post-copy now",
-        ResumeBody,
+        ResumeRequest,
         lambda agent, migration, body: agent.resume(migration, body.to and str(body.to)),
     ),
     "set": ("Change its limits", SetRequest, lambda agent, migration, body: agent.set(migration, body)),
     "abandon": (
         "Give up the pages that never arrived",
-        ConfirmBody,
+        ConfirmRequest,
         lambda agent, migration, body: agent.abandon(migration, confirm=body.confirm),
     ),
     "force-run": (
         "Run the guest on this host",
-        ConfirmBody,
+        ConfirmRequest,
         lambda agent, migration, body: agent.force_run(migration, confirm=body.confirm),
     ),
     "discard": (
         "End what is left of the guest on this host",
-        ConfirmBody,
+        ConfirmRequest,
         lambda agent, migration, body: agent.discard(migration, confirm=body.confirm),
     ),
 }

@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from typing import TYPE_CHECKING, Any, Final, TypedDict
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 from aiohttp import web
 
+from migrated.agent.answers import AgentChange, LogAnswer, PageMapAnswer
 from migrated.agent.series import Series
 from migrated.http.errors import json_answer
 from migrated.http.openapi import Operation, add_route
@@ -26,8 +27,6 @@ from migrated.http.reading import (
     answer_with_events,
     summary,
 )
-from migrated.log import Line
-from migrated.memory.page_map import PageMap
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -66,15 +65,15 @@ class Feed:
     def _look(self) -> None:
         self._looks += 1
         status = summary(self._agent, self._about)
-        records: list[Record] = status["migrations"]
-        self._note("", "agent", {**status, "migrations": [record.id for record in records]})
-        for record in records:
+        ids = [record.id for record in status.migrations]
+        self._note("", "agent", AgentChange(**{**msgspec.structs.asdict(status), "migrations": ids}))
+        for record in status.migrations:
             if self._settled.get(record.id) is record:
                 continue
             self._note(record.id, "record", record)
             if record.ended_at is not None and time.time() - record.ended_at > SETTLED_SECONDS:
                 self._settled[record.id] = record
-        known = {"", *(record.id for record in records)}
+        known = {"", *ids}
         for gone in self._events.keys() - known:
             del self._events[gone]
             self._settled.pop(gone, None)
@@ -87,18 +86,6 @@ class Feed:
 
 
 FEED: Final = web.AppKey("feed", Feed)
-
-
-class PageMapAnswer(TypedDict):
-    """``map``: null if there is none: before the first round, or of a migration long ago."""
-
-    map: PageMap | None
-
-
-class LogAnswer(TypedDict):
-    """The last lines that name the migration, oldest first."""
-
-    log: list[Line]
 
 
 def add_live_routes(app: web.Application) -> None:
@@ -119,11 +106,11 @@ def add_log_route(app: web.Application) -> None:
 
 async def _get_log(request: web.Request) -> web.Response:
     history = await agent_of(request).history(request.match_info["id"])
-    return json_answer({"log": history.log})
+    return json_answer(LogAnswer(history.log))
 
 
 async def _get_map(request: web.Request) -> web.Response:
-    return json_answer({"map": await agent_of(request).page_map(request.match_info["id"])})
+    return json_answer(PageMapAnswer(await agent_of(request).page_map(request.match_info["id"])))
 
 
 async def _get_series(request: web.Request) -> web.Response:

@@ -15,6 +15,7 @@ from aiohttp import web
 from pydantic.json_schema import models_json_schema
 
 from migrated import __version__
+from migrated.agent.answers import ErrorAnswer
 from migrated.http.errors import json_answer
 from migrated.settings import Table
 
@@ -28,21 +29,6 @@ _ID: Final = {
     "migrations": "id of a migration, a unique prefix of one, or a guest's name (its newest migration)",
     "evacuations": "id of an evacuation",
 }
-
-
-class ErrorFields(msgspec.Struct):
-    """What was wrong.  ``state``: of the migration, if the request does not fit it."""
-
-    code: str
-    message: str
-    hint: str = ""
-    state: str | msgspec.UnsetType = msgspec.UNSET
-
-
-class ErrorAnswer(msgspec.Struct):
-    """The answer of every request that fails."""
-
-    error: ErrorFields
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import TYPE_CHECKING, Any, Final, TypedDict
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 from aiohttp import web
 
+from migrated.agent.answers import AgentStatus, Certificate, MigrationList
 from migrated.agent.evacuation import Evacuation, EvacuationList
 from migrated.agent.host_agent import HostAgent
 from migrated.agent.record import Record
@@ -40,65 +41,40 @@ MAX_WATCHERS_OF_ONE: Final = 48
 UNREAD_SECONDS: Final = 30.0
 
 
-class Certificate(TypedDict):
-    """The certificate that an agent shows its peers.  ``problems``: such as that it expires soon."""
-
-    expires_at: float
-    problems: list[str]
-
-
-class Summary(TypedDict):
-    """Who an agent is, its health, and its migrations, oldest first."""
-
-    name: str
-    version: str
-    pid: int
-    role: str
-    guests: list[str]
-    healthy: bool
-    ready: bool
-    reasons: list[str]
-    certificate: Certificate | None
-    migrations: list[Record]
-
-
-class MigrationList(TypedDict):
-    """Migrations, oldest first."""
-
-    migrations: list[Record]
-
-
 def agent_of(request: web.Request) -> HostAgent[Any]:
     """Return the agent behind this application."""
     return request.app[AGENT]
 
 
-def summary(agent: HostAgent[Any], about: dict[str, Any], *, ended: bool = True) -> dict[str, Any]:
+def summary(agent: HostAgent[Any], about: dict[str, Any], *, ended: bool = True) -> AgentStatus:
     """Return the answer of ``/status``: who we are, our health, and every migration."""
     health = agent.health()
-    return {
+    return AgentStatus(
         **about,
-        "role": agent.role,
-        "guests": agent.guests(),
-        "healthy": health.healthy,
-        "ready": health.ready,
-        "reasons": health.reasons,
-        "certificate": _certificate(agent.credentials),
-        "migrations": agent.records(ended=ended),
-    }
+        role=agent.role,
+        guests=agent.guests(),
+        healthy=health.healthy,
+        ready=health.ready,
+        reasons=health.reasons,
+        certificate=_certificate(agent.credentials),
+        migrations=agent.records(ended=ended),
+    )
 
 
 def _certificate(credentials: Credentials | None) -> Certificate | None:
     if credentials is None:
         return None
     credentials.current()  # the files may have changed
-    return {"expires_at": credentials.expires_at, "problems": credentials.problems()}
+    return Certificate(expires_at=credentials.expires_at, problems=credentials.problems())
 
 
 def add_reading_routes(app: web.Application) -> None:
     """Add ``GET /v1/agent``, ``/v1/migrations``, ``/v1/migrations/ID`` and ``…/ID/events``, ``/v1/evacuations``, ``…/ID``."""
     for operation, handler in (
-        (Operation("GET", "/v1/agent", "Who the agent is, its health and its active migrations", Summary), _get_agent),
+        (
+            Operation("GET", "/v1/agent", "Who the agent is, its health and its active migrations", AgentStatus),
+            _get_agent,
+        ),
         (Operation("GET", "/v1/migrations", "All migrations", MigrationList, flags=("ended",)), _get_migrations),
         (Operation("GET", "/v1/migrations/{id}", "One migration", Record), _get_migration),
         (Operation("GET", "/v1/migrations/{id}/events", "Its record at each change", "text/event-stream"), _get_events),
@@ -121,7 +97,7 @@ async def _get_agent(request: web.Request) -> web.Response:
 
 async def _get_migrations(request: web.Request) -> web.Response:
     ended = _flag(request, "ended", default=True)
-    return json_answer({"migrations": agent_of(request).records(ended=ended)})
+    return json_answer(MigrationList(agent_of(request).records(ended=ended)))
 
 
 async def _get_migration(request: web.Request) -> web.Response:

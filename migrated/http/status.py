@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from typing import TYPE_CHECKING, Any, Final, TypedDict
+from typing import TYPE_CHECKING, Any, Final
 
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from migrated.agent.answers import AgentStatus, Healthy, Ready
 from migrated.http import dashboard
 from migrated.http.errors import errors_as_json, json_answer
 from migrated.http.live import add_live_routes
 from migrated.http.metrics import exposition, make_registry
 from migrated.http.openapi import Operation, add_document, add_route
-from migrated.http.reading import ABOUT, AGENT, WATCHERS, Summary, add_reading_routes, agent_of, summary
+from migrated.http.reading import ABOUT, AGENT, WATCHERS, add_reading_routes, agent_of, summary
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -49,7 +50,7 @@ def status_app(agent: HostAgent[Any], about: dict[str, Any], *, hosts: Collectio
     dashboard.add_routes(app)
     app.router.add_get("/metrics", get_metrics)
     for operation, handler in (
-        (Operation("GET", "/status", "Who the agent is, its health and its migrations", Summary), _get_status),
+        (Operation("GET", "/status", "Who the agent is, its health and its migrations", AgentStatus), _get_status),
         (
             Operation("GET", "/healthz", "Whether the agent works; 503 if not", Healthy, statuses=(200, 503)),
             _get_healthz,
@@ -64,33 +65,19 @@ def status_app(agent: HostAgent[Any], about: dict[str, Any], *, hosts: Collectio
     return app
 
 
-class Healthy(TypedDict):
-    """``reasons``: why not."""
-
-    healthy: bool
-    reasons: list[str]
-
-
-class Ready(TypedDict):
-    """``reasons``: why not."""
-
-    ready: bool
-    reasons: list[str]
-
-
 async def _get_status(request: web.Request) -> web.Response:
     return json_answer(summary(agent_of(request), request.app[ABOUT]))
 
 
 async def _get_healthz(request: web.Request) -> web.Response:
     health = agent_of(request).health()
-    return json_answer({"healthy": health.healthy, "reasons": health.reasons}, status=200 if health.healthy else 503)
+    return json_answer(Healthy(health.healthy, health.reasons), status=200 if health.healthy else 503)
 
 
 async def _get_readyz(request: web.Request) -> web.Response:
     health = agent_of(request).health()
     ready = health.healthy and health.ready
-    return json_answer({"ready": ready, "reasons": health.reasons}, status=200 if ready else 503)
+    return json_answer(Ready(ready, health.reasons), status=200 if ready else 503)
 
 
 @web.middleware

@@ -14,8 +14,9 @@ import structlog
 from migrated.address import parse_address
 from migrated.agent.evacuation import Evacuation
 from migrated.agent.host_agent import HostAgent
-from migrated.agent.record import Record, State, failed_record, id_of
+from migrated.agent.record import Record, State, id_of
 from migrated.agent.requests import EvacuateRequest, GuestList, Health, SetRequest, StartRequest
+from migrated.agent.table import failed_record
 from migrated.config import AgentConfig
 from migrated.errors import ConflictError, GuestError, MigratedError, NotFoundError, log_fields
 from migrated.guests.access.pidfd import process_lives

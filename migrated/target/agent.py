@@ -14,8 +14,9 @@ import time
 import structlog
 
 from migrated.agent.host_agent import HostAgent
-from migrated.agent.record import Record, failed_record, id_of
+from migrated.agent.record import Record, id_of
 from migrated.agent.requests import GuestList, Health, SetRequest, StartRequest
+from migrated.agent.table import failed_record
 from migrated.config import AgentConfig
 from migrated.errors import (
     ConflictError,

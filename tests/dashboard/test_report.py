@@ -21,7 +21,7 @@ expect.set_options(timeout=PATIENCE_MS)
 def written(directory: Path, agent: FakeAgent, record: Record) -> Path:
     kept = agent.kept[record.id]
     path = directory / "report.html"
-    path.write_text(report.make(record, kept.series, kept.page_map, about={"name": "host-a", "version": "1.0"}))
+    path.write_text(report.make(record, kept.series, kept.page_map, agent="host-a", version="1.0"))
     return path
 
 

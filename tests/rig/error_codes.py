@@ -62,7 +62,8 @@ ADVICE: Mapping[str, str] = {
     "malformed": "Run the same version on both hosts, and check that nothing else answers on the port.",
     "migration-blocked": "Remove what QEMU names in the message.",
     "native": "Look at the message, which names the system call and its error; `migrated check` says what this host can do.",
-    "no-agent": "Use sudo, or become a member of the group that the hint names, and log in again.",
+    "no-agent": "Start one with `migrated source` or `migrated target`, or name another one. If the message says that "
+    "permission is denied, use sudo, or become a member of the group that the hint names, and log in again.",
     "no-descriptors": "Start the guest anew from its disk: memory that was not kept is lost.",
     "no-pages": "Raise the pool of huge pages, or free some: `migrated check` shows the pools.",
     "no-rights": "Run the agent as root, or with the capabilities that docs/operations.md lists.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
@@ -38,8 +38,8 @@ _PAGE: Final = """<!doctype html>
 """
 
 
-def make(record: Record, series: Series, page_map: PageMap | None, *, about: dict[str, Any]) -> str:
-    """Return the page; ``about`` is what the agent says of itself."""
+def make(record: Record, series: Series, page_map: PageMap | None, *, agent: str, version: str) -> str:
+    """Return the page; ``agent`` and ``version`` are those of the agent that has seen it."""
     style = "\n".join(read(name) for name in _STYLES)
     scripts = [read(name) for name in _SCRIPTS]
     assert not any("</script" in text for text in scripts)
@@ -48,7 +48,7 @@ def make(record: Record, series: Series, page_map: PageMap | None, *, about: dic
     return _PAGE.format(
         policy=html.escape(policy),
         title=html.escape(f"Migration of {record.guest}"),
-        about=html.escape(f"as seen by the {record.role} {about['name']}, migrated {about['version']}"),
+        about=html.escape(f"as seen by the {record.role} {agent}, migrated {version}"),
         style=style,
         data=data.replace("<", "\\u003c"),  # what guests are called must not end the element
         scripts="\n".join(f"<script>{text}</script>" for text in scripts),

@@ -18,6 +18,7 @@ from migrated.agent import history, series
 from migrated.agent.history import Histories, History, Kept
 from migrated.agent.record import Record
 from migrated.agent.series import Series
+from migrated.log_lines import MAX_LINES, Line, lines_of
 from migrated.memory.page_map import PageMap
 
 
@@ -63,7 +64,7 @@ def test_it_is_stored_and_read_back(tmp_path: Path) -> None:
     kept = Kept(
         series=Series(at=[1.0], faults=[3]),
         page_map=PageMap(at=1.0, cell_bytes=4096, bytes_by_state={"sent": 1}, cells={"sent": bytes(range(256))}),
-        log=[log.Line(1.0, "info", "state", {"state": "precopy"})],
+        log=[Line(1.0, "info", "state", {"state": "precopy"})],
     )
     store.save("a1", kept)
     assert store.load("a1") == kept
@@ -129,7 +130,7 @@ def configured() -> Any:
 
 
 def test_lines_that_name_a_migration_are_kept_of_it(configured: io.StringIO) -> None:
-    lines = log.lines_of("a1")
+    lines = lines_of("a1")
     logger = structlog.get_logger("migrated.source")
     logger.bind(migration="a1", guest="vm1").warning("state", before="setup", token="hush")
     logger.info("of no migration")
@@ -140,15 +141,15 @@ def test_lines_that_name_a_migration_are_kept_of_it(configured: io.StringIO) -> 
     assert lines[0].fields["before"] == "setup"
     assert "hush" not in str(lines[0].fields)
     assert "hush" not in configured.getvalue()
-    for number in range(2 * log.MAX_LINES):
+    for number in range(2 * MAX_LINES):
         logger.info(str(number), migration="a1")
-    assert len(lines) == log.MAX_LINES
+    assert len(lines) == MAX_LINES
 
 
 def test_lines_that_nobody_holds_are_not_kept(configured: io.StringIO) -> None:
-    lines = log.lines_of("a1")
+    lines = lines_of("a1")
     structlog.get_logger("migrated.source").info("one", migration="a1")
     assert len(lines) == 1
     del lines
     gc.collect()
-    assert len(log.lines_of("a1")) == 0
+    assert len(lines_of("a1")) == 0

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from migrated.cli.client import Client
+from migrated.client import Client
 from migrated.demo.pair import free_port
 from tests.unit.http_cli.served import Served, serving
 

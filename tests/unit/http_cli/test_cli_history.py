@@ -9,7 +9,7 @@ from pathlib import Path
 from migrated.agent.history import Kept
 from migrated.agent.requests import StartRequest
 from migrated.agent.series import Series
-from migrated.log import Line
+from migrated.log_lines import Line
 from tests.unit.http_cli.served import Served
 
 pytest_plugins = ["tests.unit.http_cli.served_fixtures"]

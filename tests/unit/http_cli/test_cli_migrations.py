@@ -17,8 +17,9 @@ import pytest
 
 from migrated.agent.record import ErrorInfo, Record, State
 from migrated.agent.requests import StartRequest
-from migrated.cli import client, failure, progress, rendering
+from migrated.cli import failure, progress, rendering
 from migrated.cli.migrations import format_loss
+from migrated.client import Client, connection
 from migrated.errors import HostError, MigratedError
 from tests.unit.http_cli.served import Served
 
@@ -285,9 +286,9 @@ def hidden(short_dir: Path) -> Iterator[None]:
 async def test_a_user_who_may_not_see_the_control_socket_is_told_to_use_sudo(
     short_dir: Path, monkeypatch: pytest.MonkeyPatch, agent: str | None
 ) -> None:
-    monkeypatch.setattr(client, "STATE_DIRECTORY", short_dir)
+    monkeypatch.setattr(connection, "STATE_DIRECTORY", short_dir)
     with hidden(short_dir):
-        async with client.Client(agent and str(short_dir / agent)) as connected:
+        async with Client(agent and str(short_dir / agent)) as connected:
             with pytest.raises(HostError, match="permission denied") as caught:
                 await connected.migrations()
     assert caught.value.code == "no-agent"
@@ -316,7 +317,7 @@ def of_a_group(short_dir: Path) -> Iterator[Path]:
 @pytest.mark.root
 async def test_a_user_outside_the_group_is_told_which_one(short_dir: Path) -> None:
     with of_a_group(short_dir) as path:
-        async with client.Client(str(path)) as connected:
+        async with Client(str(path)) as connected:
             with pytest.raises(HostError) as caught:
                 await connected.migrations()
     assert "user 65534 lacks 'w' on" in caught.value.message

@@ -19,7 +19,7 @@ import pytest
 
 from migrated import config
 from migrated import daemon as module
-from migrated.cli.client import Client
+from migrated.client import Client
 from migrated.daemon import blocking_calls
 from migrated.errors import HostError
 from migrated.recovery import systemd

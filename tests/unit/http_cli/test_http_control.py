@@ -9,15 +9,14 @@ import pytest
 
 from migrated import errors
 from migrated.agent.record import Record, State
-from migrated.agent.requests import StartRequest
-from migrated.cli.client import Client
-from migrated.cli.failure import RemoteError
+from migrated.client import Address, Client, RemoteError, SetRequest, StartRequest
 from migrated.errors import HostError, PeerError
 from tests.unit.http_cli.served import Served
 
 pytest_plugins = ["tests.unit.http_cli.served_fixtures"]
 
 START = {"guest": "vm1", "to": "host-b:7440"}
+REQUEST = StartRequest.model_validate(START)
 
 
 async def test_only_the_owner_may_open_the_control_socket(source: Served) -> None:
@@ -104,7 +103,7 @@ async def test_a_bug_in_a_verb_is_an_error_object_and_the_daemon_lives_on(
 
     monkeypatch.setattr(source.agent, "start", broken)
     with pytest.raises(RemoteError, match="ZeroDivisionError: oh") as caught:
-        await client.start(START)
+        await client.start(REQUEST)
     assert (caught.value.status, caught.value.code) == (500, "internal")
     assert await client.migrations() == []
 
@@ -125,7 +124,7 @@ async def test_only_a_bug_is_answered_as_one(
 
     monkeypatch.setattr(source.agent, "start", fails)
     with pytest.raises(RemoteError) as caught:
-        await client.start(START)
+        await client.start(REQUEST)
     bugs = (errors.MigratedError, errors.ProtocolError, errors.LocalProtocolError)
     assert (caught.value.status == 500) == (kind in bugs)
 
@@ -138,7 +137,7 @@ async def test_what_the_peer_said_reaches_the_user(
 
     monkeypatch.setattr(source.agent, "start", refused)
     with pytest.raises(RemoteError) as caught:
-        await client.start(START)
+        await client.start(REQUEST)
     assert caught.value.as_dict() == {
         "code": "no-pages",
         "message": "host-b: no pages left",
@@ -147,20 +146,19 @@ async def test_what_the_peer_said_reaches_the_user(
 
 
 async def test_the_life_of_a_migration(client: Client) -> None:
-    record = await client.start(START)
+    record = await client.start(REQUEST)
     assert record.state is State.PRECOPY
-    assert (
-        await client.verb(record.id, "set", {"max_bandwidth": "10Gbit"})
-    ).max_bandwidth_bytes_per_second == 1_250_000_000
-    assert (await client.verb(record.id[:12], "switchover")).state is State.POSTCOPY
-    resumed = await client.verb("vm1", "resume", {"to": "host-c:7440"})
+    limited = await client.set(record, SetRequest(max_bandwidth=1_250_000_000))
+    assert limited.max_bandwidth_bytes_per_second == 1_250_000_000
+    assert (await client.switchover(record.id[:12])).state is State.POSTCOPY
+    resumed = await client.resume("vm1", to=Address("host-c", 7440))
     assert (resumed.state, resumed.peer) == (State.COMPLETED, "host-c:7440")
     assert [one.id for one in await client.migrations()] == [record.id]
     assert await client.migrations(ended=False) == []
 
 
 async def test_events_tell_every_state_and_end_with_the_migration(source: Served, client: Client) -> None:
-    record = await client.start(START)
+    record = await client.start(REQUEST)
     seen: list[State] = []
     async with asyncio.timeout(20):
         async for latest in client.events(record.id):
@@ -190,7 +188,7 @@ async def test_events_of_an_unknown_migration_are_404(client: Client) -> None:
 
 
 async def test_a_watcher_that_goes_away_leaves_nothing_behind(source: Served) -> None:
-    await source.agent.start(StartRequest.model_validate(START))
+    await source.agent.start(REQUEST)
     async with source.control() as http, http.get("/v1/migrations/vm1/events") as answer:
         await answer.content.readline()
     async with source.control() as http, http.get("/v1/migrations/vm1/events") as answer:
@@ -199,7 +197,7 @@ async def test_a_watcher_that_goes_away_leaves_nothing_behind(source: Served) ->
 
 async def test_stopping_ends_open_event_streams(source: Served) -> None:
     """The fixture's end would wait for this one otherwise: the test's own time limit is the assertion."""
-    await source.agent.start(StartRequest.model_validate(START))
+    await source.agent.start(REQUEST)
     async with Client(str(source.settings.control_socket)) as client:
         assert (await anext(aiter(client.events("vm1")))).state is State.PRECOPY
 
@@ -207,7 +205,7 @@ async def test_stopping_ends_open_event_streams(source: Served) -> None:
 async def test_a_target_starts_nothing(target: Served) -> None:
     async with Client(str(target.settings.state_dir)) as client:
         with pytest.raises(RemoteError, match="a target starts no migrations") as caught:
-            await client.start(START)
+            await client.start(REQUEST)
     assert caught.value.status == 409
 
 

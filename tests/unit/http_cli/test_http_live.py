@@ -17,7 +17,7 @@ from migrated.agent.record import State
 from migrated.agent.requests import StartRequest
 from migrated.agent.series import Series
 from migrated.http import live, reading
-from migrated.log import Line
+from migrated.log_lines import Line
 from migrated.memory.page_map import PageMap
 from tests.unit.http_cli.served import Served
 
@@ -78,7 +78,7 @@ async def test_a_record_that_has_settled_is_not_looked_at_again(
     monkeypatch.setattr(live, "SETTLED_SECONDS", -1.0)
     record = await source.agent.start(START)
     await source.agent.abort(record.id)
-    feed = live.Feed(source.agent, {})
+    feed = live.Feed(source.agent, {"name": "host-a", "version": "1", "pid": 1})
     look, events = feed.since(0)
     assert b'"aborted"' in events
     monkeypatch.setattr(live, "LOOK_SECONDS", 0.0)

@@ -14,10 +14,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from migrated import config
-from migrated.address import Address
 from migrated.certificates import Authority
-from migrated.cli.client import Client
-from migrated.cli.failure import RemoteError
+from migrated.client import Address, Client, RemoteError, StartRequest
 from migrated.demo.pair import free_port
 from migrated.errors import ConfigError, ConnectionLostError
 from migrated.http import remote
@@ -27,7 +25,7 @@ from tests.unit.http_cli.served import Served, serving
 
 pytest_plugins = ["tests.unit.http_cli.served_fixtures"]
 
-START = {"guest": "vm1", "to": "host-b:7440"}
+START = StartRequest(guest="vm1", to=Address("host-b", 7440))
 OPERATOR = "operator.example"
 
 
@@ -73,7 +71,7 @@ async def test_a_certificate_that_is_named_may_do_everything(
             record = await connected.start(START)
             assert record.requested_by == f"the certificate of {OPERATOR}"
             assert [one.id for one in await connected.migrations()] == [record.id]
-            assert (await connected.verb(record.id, "abort")).state == "aborted"
+            assert (await connected.abort(record)).state == "aborted"
     commands = [entry for entry in logs if entry["event"] == "command"]
     assert [entry["path"] for entry in commands] == ["/v1/migrations", f"/v1/migrations/{record.id}/abort"]
     assert {entry["certificate"] for entry in commands} == {OPERATOR}
