@@ -126,6 +126,14 @@ int mgd_tracker_scan(struct mgd_tracker *tracker, uint64_t **bitmaps, uint64_t *
 /* The same, but re-arm nothing, so that another scan reports the same pages again: for a guest that is paused and will
  * not run with this tracking any more. */
 int mgd_tracker_scan_last(struct mgd_tracker *tracker, uint64_t **bitmaps, uint64_t *out_bytes, struct mgd_error *err);
+/* Scan, as above (last: re-arm nothing), but of shared memory on huge pages only the pages that an earlier scan or
+ * mgd_tracker_present has found.  That is everything if the file holds no more pages than this scan has found present:
+ * compare mgd_tracker_present_pages, and make a complete scan otherwise.  *out_complete: this was one already. */
+int mgd_tracker_scan_known(struct mgd_tracker *tracker, int last, uint64_t **bitmaps, uint64_t *out_bytes,
+			   int *out_complete, struct mgd_error *err);
+/* The pages of a region that the last scan has found present; UINT64_MAX if that is not known (other memory than huge
+ * pages, private memory, or pages that the process has mapped at two addresses). */
+uint64_t mgd_tracker_present_pages(const struct mgd_tracker *tracker, uint32_t region);
 /* Find the pages that the guest process has mapped right now; in a SPARSE mapping, those that are protected, present
  * or swapped.  Sets bits in the same way; re-arms nothing. */
 int mgd_tracker_present(struct mgd_tracker *tracker, uint64_t **bitmaps, uint64_t *out_bytes, struct mgd_error *err);

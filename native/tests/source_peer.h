@@ -64,6 +64,21 @@ int mgd_tracker_scan_last(struct mgd_tracker *tracker, uint64_t **bitmaps, uint6
 	return 0;
 }
 
+int mgd_tracker_scan_known(struct mgd_tracker *tracker, int last, uint64_t **bitmaps, uint64_t *out_bytes,
+			   int *out_complete, struct mgd_error *err)
+{
+	*out_complete = 1;
+	return last ? mgd_tracker_scan_last(tracker, bitmaps, out_bytes, err)
+		    : mgd_tracker_scan(tracker, bitmaps, out_bytes, err);
+}
+
+uint64_t mgd_tracker_present_pages(const struct mgd_tracker *tracker, uint32_t region)
+{
+	(void)tracker;
+	(void)region;
+	return UINT64_MAX;
+}
+
 int mgd_tracker_present(struct mgd_tracker *tracker, uint64_t **bitmaps, uint64_t *out_bytes, struct mgd_error *err)
 {
 	return mgd_tracker_scan(tracker, bitmaps, out_bytes, err);
