@@ -282,14 +282,15 @@ int mgd_source_marked_map(const struct mgd_source *source, uint32_t region, uint
  * *out_bytes: memory reported by this scan. */
 int mgd_source_scan(struct mgd_source *source, struct mgd_tracker *tracker, int kind, uint64_t *out_bytes,
 		    struct mgd_error *err);
-/* Pages that were written while the guest was paused: there should be none. */
+/* Blocks that changed while the guest was paused: there should be none. */
 struct mgd_late_writes {
 	uint64_t bytes; /* of all of them */
 	uint64_t offset; /* of the first one in its region */
 	uint32_t region;
 };
-/* After the last scan, while the guest is still paused: scan once more, and find the pages written since that the last
- * scan did not mark.  (Another write to a page that it did mark does not show.)  Marks nothing. */
+/* After the last scan, while the guest is still paused: scan once more, and find what has changed since in pages that
+ * the last scan did not report, and that the target will not get as it is now.  (Another write to a page that it did
+ * report does not show.)  Marks nothing. */
 int mgd_source_late_writes(struct mgd_source *source, struct mgd_tracker *tracker, struct mgd_late_writes *out,
 			   struct mgd_error *err);
 /* Between rounds: examine `wanted` marked blocks, evenly spread, or all if there are fewer, and report how many of

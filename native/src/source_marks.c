@@ -365,6 +365,31 @@ int mgd_source_scan(struct mgd_source *source, struct mgd_tracker *tracker, int 
 	return failed;
 }
 
+/* Count the blocks of a page that the target would not get as they are now.  A page may have been written and be the
+ * same, or have been read for the first time. */
+static int find_changes(struct mgd_source *source, struct source_region *region, uint64_t page,
+			struct mgd_late_writes *late, struct mgd_error *err)
+{
+	uint64_t first = page * region->page_blocks;
+
+	for (uint64_t block = first; block < first + region->page_blocks; block++) {
+		uint8_t copy[MGD_BLOCK_BYTES];
+
+		if (mgd_bit_test_atomic(region->marks, block))
+			continue;
+		if (source_read(source, region, block, 1, copy, err))
+			return -1;
+		if (source_hash(source, copy) == region->table[block])
+			continue;
+		if (!late->bytes) {
+			late->region = region->index;
+			late->offset = block * MGD_BLOCK_BYTES;
+		}
+		late->bytes += MGD_BLOCK_BYTES;
+	}
+	return 0;
+}
+
 int mgd_source_late_writes(struct mgd_source *source, struct mgd_tracker *tracker, struct mgd_late_writes *out,
 			   struct mgd_error *err)
 {
@@ -378,11 +403,8 @@ int mgd_source_late_writes(struct mgd_source *source, struct mgd_tracker *tracke
 		for (size_t word = 0; bytes && word < mgd_bitmap_words(region->page_count); word++) {
 			uint64_t late = region->scanned[word] & ~region->since_quiesced[word];
 
-			if (late && !out->bytes) {
-				out->region = i;
-				out->offset = (word * 64 + mgd_first_bit(late)) * region->page_bytes;
-			}
-			out->bytes += mgd_popcount(late) * region->page_bytes;
+			for (; late && !failed; late &= late - 1)
+				failed = find_changes(source, region, word * 64 + mgd_first_bit(late), out, err);
 		}
 		empty_scanned(region);
 	}

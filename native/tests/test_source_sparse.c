@@ -161,7 +161,7 @@ static void test_pages_come_and_go(void)
 	check_marked(&guest, MGD_SCAN_LAST, 0);
 	write_page(&guest, 500);
 	CHECK_OK(mgd_source_late_writes(guest.source, guest.tracker, &late, &err), err);
-	CHECK_EQUAL(late.bytes, PAGE);
+	CHECK_EQUAL(late.bytes, MGD_BLOCK_BYTES);
 	CHECK_EQUAL(late.offset, 500 * PAGE);
 	finish(&guest);
 }
