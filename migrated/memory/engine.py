@@ -267,13 +267,13 @@ class SourceEngine(_Engine):
     def require_unwritten(self, tracker: Tracker) -> None:
         """Scan once more after `scan_last`.  Blocks.
 
-        Raises GuestError ``written-while-paused`` if anything was written that `scan_last` had not marked.
+        Raises GuestError ``written-while-paused`` if anything has changed since that the target would not get.
         """
         late: Any = ffi.new("struct mgd_late_writes *")
         self._call("late_writes", tracker.handle, late)
         if late.bytes:
             raise GuestError(
-                f"{late.bytes >> 10} KiB of guest memory were written while the guest was paused, "
+                f"{late.bytes >> 10} KiB of guest memory changed while the guest was paused, "
                 f"the first at {late.offset:#x} in region {late.region}",
                 code="written-while-paused",
                 hint="the guest runs on at its source.  A device or a helper of this guest writes while it is paused: find it "

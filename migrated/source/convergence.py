@@ -45,18 +45,22 @@ SENDING_SHARE = 0.25
 class StallRule:
     """Another round is worthwhile if the rest would take at most ``progress`` times the last round's time.
 
-    After ``stalled_rounds`` consecutive rounds without such progress, pre-copy ends.
+    After ``stalled_rounds`` consecutive rounds without such progress, pre-copy ends.  With ``examining``, a round that
+    mostly examined memory, and sent little, does not count.
     """
 
     progress: float
     stalled_rounds: int
+    examining: bool
 
 
 #: The rest grows while it is being sent: for a guest that writes evenly, a part r of a round's time becomes r / (1 - r)
 #: by the end of the next.  So with 0.45 each round takes about four fifths of the one before, and 0.5 means no progress
 #: at all.  In hybrid mode another round costs time and bytes, and stopping costs little.  In mode precopy stopping
-#: means failure, so when in doubt, continue.
-STALL_RULES = {"hybrid": StallRule(0.45, 1), "precopy": StallRule(0.9, 2)}
+#: means failure, so when in doubt, continue: up to the limit of rounds while each costs a fraction of a second and few
+#: bytes, as where a guest writes here and there on huge pages.  How long such a round takes depends on what else the
+#: processors do, and one that is quicker than the others may be followed by a rest that fits.
+STALL_RULES = {"hybrid": StallRule(0.45, 1, examining=False), "precopy": StallRule(0.9, 2, examining=True)}
 
 
 class Convergence:
@@ -75,8 +79,12 @@ class Convergence:
         """Estimate the time of the next round, and so of sending the rest while paused; 0 while nothing is known."""
         return result.marked_bytes * self._examine + result.changed_bytes * (self._send or 0.0)
 
+    @staticmethod
+    def _sending(result: RoundResult) -> bool:
+        return result.sent_bytes > SENDING_SHARE * result.examined_bytes
+
     def _learn(self, result: RoundResult) -> None:
-        if result.sent_bytes > SENDING_SHARE * result.examined_bytes:
+        if self._sending(result):
             self._send = result.seconds / result.sent_bytes
         elif result.examined_bytes > 0:
             sending = result.sent_bytes * (self._send or 0.0)
@@ -89,7 +97,11 @@ class Convergence:
         ahead = self.next_seconds(result)
         if (self._send is not None or result.changed_bytes == 0) and ahead <= allowed:
             return Verdict.FINISH
-        progress = result.examined_bytes == 0 or ahead <= self._stall_rule.progress * result.seconds
+        progress = (
+            result.examined_bytes == 0
+            or ahead <= self._stall_rule.progress * result.seconds
+            or (self._stall_rule.examining and not self._sending(result))
+        )
         self._stalled = 0 if progress else self._stalled + 1
         if result.number >= self.max_rounds or self._stalled >= self._stall_rule.stalled_rounds:
             return Verdict.GIVE_UP if self.mode == "precopy" else Verdict.POSTCOPY

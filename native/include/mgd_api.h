@@ -126,6 +126,14 @@ int mgd_tracker_scan(struct mgd_tracker *tracker, uint64_t **bitmaps, uint64_t *
 /* The same, but re-arm nothing, so that another scan reports the same pages again: for a guest that is paused and will
  * not run with this tracking any more. */
 int mgd_tracker_scan_last(struct mgd_tracker *tracker, uint64_t **bitmaps, uint64_t *out_bytes, struct mgd_error *err);
+/* Scan, as above (last: re-arm nothing), but of shared memory on huge pages only the pages that an earlier scan or
+ * mgd_tracker_present has found.  That is everything if the file holds no more pages than this scan has found present:
+ * compare mgd_tracker_present_pages, and make a complete scan otherwise.  *out_complete: this was one already. */
+int mgd_tracker_scan_known(struct mgd_tracker *tracker, int last, uint64_t **bitmaps, uint64_t *out_bytes,
+			   int *out_complete, struct mgd_error *err);
+/* The pages of a region that the last scan has found present; UINT64_MAX if that is not known (other memory than huge
+ * pages, private memory, or pages that the process has mapped at two addresses). */
+uint64_t mgd_tracker_present_pages(const struct mgd_tracker *tracker, uint32_t region);
 /* Find the pages that the guest process has mapped right now; in a SPARSE mapping, those that are protected, present
  * or swapped.  Sets bits in the same way; re-arms nothing. */
 int mgd_tracker_present(struct mgd_tracker *tracker, uint64_t **bitmaps, uint64_t *out_bytes, struct mgd_error *err);
@@ -274,14 +282,15 @@ int mgd_source_marked_map(const struct mgd_source *source, uint32_t region, uint
  * *out_bytes: memory reported by this scan. */
 int mgd_source_scan(struct mgd_source *source, struct mgd_tracker *tracker, int kind, uint64_t *out_bytes,
 		    struct mgd_error *err);
-/* Pages that were written while the guest was paused: there should be none. */
+/* Blocks that changed while the guest was paused: there should be none. */
 struct mgd_late_writes {
 	uint64_t bytes; /* of all of them */
 	uint64_t offset; /* of the first one in its region */
 	uint32_t region;
 };
-/* After the last scan, while the guest is still paused: scan once more, and find the pages written since that the last
- * scan did not mark.  (Another write to a page that it did mark does not show.)  Marks nothing. */
+/* After the last scan, while the guest is still paused: scan once more, and find what has changed since in pages that
+ * the last scan did not report, and that the target will not get as it is now.  (Another write to a page that it did
+ * report does not show.)  Marks nothing. */
 int mgd_source_late_writes(struct mgd_source *source, struct mgd_tracker *tracker, struct mgd_late_writes *out,
 			   struct mgd_error *err);
 /* Between rounds: examine `wanted` marked blocks, evenly spread, or all if there are fewer, and report how many of

@@ -257,16 +257,88 @@ int mgd_source_mark_populated(struct mgd_source *source, struct mgd_tracker *tra
 
 /* ---- later rounds */
 
+/* Return how much the region's file holds; UINT64_MAX if that cannot be told. */
+static uint64_t held_bytes(const struct source_region *region)
+{
+	struct stat file;
+
+	return fstat(region->fd, &file) ? UINT64_MAX : (uint64_t)file.st_blocks * 512;
+}
+
+/* Return whether the region's file holds only pages that the tracker has found present.  held: what it held before. */
+static bool all_is_known(const struct mgd_source *source, const struct mgd_tracker *tracker,
+			 const struct source_region *region, uint64_t held)
+{
+	uint64_t present = 0;
+	struct stat file, other_file;
+
+	if (fstat(region->fd, &file))
+		return false;
+	for (uint32_t i = 0; i < source->region_count; i++) {
+		const struct source_region *other = &source->regions[i];
+		uint64_t pages = mgd_tracker_present_pages(tracker, i);
+
+		if (other->is_private || fstat(other->fd, &other_file) || !same_file(&file, &other_file))
+			continue;
+		if (pages == UINT64_MAX)
+			return false;
+		/* A page that two regions show is not counted once. */
+		if (other != region && other->file_offset < region->file_offset + region->size_bytes &&
+		    region->file_offset < other->file_offset + other->size_bytes)
+			return false;
+		present += pages * other->page_bytes;
+	}
+	return present == held && held == held_bytes(region);
+}
+
+/*
+ * A guest on huge pages that uses little of its address space: the scan of the pages known so far is enough if the
+ * files hold no others, neither before nor after it.  A page that comes into a file meanwhile and is written is found
+ * by the next scan: the file then holds more than what is known, even if another page has gone.
+ */
+static int scan_known(struct mgd_source *source, struct mgd_tracker *tracker, bool last, uint64_t **bitmaps,
+		      uint64_t *out_bytes, bool *out_complete, struct mgd_error *err)
+{
+	uint64_t held[MGD_MAX_REGIONS];
+	int complete;
+
+	for (uint32_t i = 0; i < source->region_count; i++)
+		held[i] = held_bytes(&source->regions[i]);
+	if (mgd_tracker_scan_known(tracker, last, bitmaps, out_bytes, &complete, err))
+		return -1;
+	*out_complete = true;
+	for (uint32_t i = 0; i < source->region_count && !complete && *out_complete; i++) {
+		const struct source_region *region = &source->regions[i];
+
+		/* The scan was complete for small pages, and for private memory without a file. */
+		if (region->page_bytes == MGD_BLOCK_BYTES || (region->is_private && !region->file_behind))
+			continue;
+		*out_complete = !region->is_private && all_is_known(source, tracker, region, held[i]);
+	}
+	return 0;
+}
+
 static int scan(struct mgd_source *source, struct mgd_tracker *tracker, bool last, uint64_t *out_bytes,
 		struct mgd_error *err)
 {
 	uint64_t *bitmaps[MGD_MAX_REGIONS];
+	uint64_t known_bytes;
+	bool complete;
 
 	*out_bytes = 0;
 	for (uint32_t i = 0; i < source->region_count; i++)
 		bitmaps[i] = source->regions[i].scanned;
-	return last ? mgd_tracker_scan_last(tracker, bitmaps, out_bytes, err)
-		    : mgd_tracker_scan(tracker, bitmaps, out_bytes, err);
+	if (scan_known(source, tracker, last, bitmaps, out_bytes, &complete, err))
+		return -1;
+	if (complete)
+		return 0;
+	if (last)
+		return mgd_tracker_scan_last(tracker, bitmaps, out_bytes, err);
+	known_bytes = *out_bytes;
+	if (mgd_tracker_scan(tracker, bitmaps, out_bytes, err))
+		return -1;
+	*out_bytes += known_bytes;
+	return 0;
 }
 
 int mgd_source_scan(struct mgd_source *source, struct mgd_tracker *tracker, int kind, uint64_t *out_bytes,
@@ -293,6 +365,31 @@ int mgd_source_scan(struct mgd_source *source, struct mgd_tracker *tracker, int 
 	return failed;
 }
 
+/* Count the blocks of a page that the target would not get as they are now.  A page may have been written and be the
+ * same, or have been read for the first time. */
+static int find_changes(struct mgd_source *source, struct source_region *region, uint64_t page,
+			struct mgd_late_writes *late, struct mgd_error *err)
+{
+	uint64_t first = page * region->page_blocks;
+
+	for (uint64_t block = first; block < first + region->page_blocks; block++) {
+		uint8_t copy[MGD_BLOCK_BYTES];
+
+		if (mgd_bit_test_atomic(region->marks, block))
+			continue;
+		if (source_read(source, region, block, 1, copy, err))
+			return -1;
+		if (source_hash(source, copy) == region->table[block])
+			continue;
+		if (!late->bytes) {
+			late->region = region->index;
+			late->offset = block * MGD_BLOCK_BYTES;
+		}
+		late->bytes += MGD_BLOCK_BYTES;
+	}
+	return 0;
+}
+
 int mgd_source_late_writes(struct mgd_source *source, struct mgd_tracker *tracker, struct mgd_late_writes *out,
 			   struct mgd_error *err)
 {
@@ -306,11 +403,8 @@ int mgd_source_late_writes(struct mgd_source *source, struct mgd_tracker *tracke
 		for (size_t word = 0; bytes && word < mgd_bitmap_words(region->page_count); word++) {
 			uint64_t late = region->scanned[word] & ~region->since_quiesced[word];
 
-			if (late && !out->bytes) {
-				out->region = i;
-				out->offset = (word * 64 + mgd_first_bit(late)) * region->page_bytes;
-			}
-			out->bytes += mgd_popcount(late) * region->page_bytes;
+			for (; late && !failed; late &= late - 1)
+				failed = find_changes(source, region, word * 64 + mgd_first_bit(late), out, err);
 		}
 		empty_scanned(region);
 	}

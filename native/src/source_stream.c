@@ -27,15 +27,25 @@ static void stream_ended(struct source_stream *stream, const struct mgd_error *e
 			       stream->number, 0, error);
 }
 
+/*
+ * Return the stream of a chunk.  It always uses the same one: frames can overtake each other between connections, but
+ * not on one.  Multiplying by 2^64 divided by the golden ratio spreads what is evenly spaced, and alternates between
+ * the streams where chunks follow each other (Knuth, The Art of Computer Programming, 6.4).
+ */
+static uint32_t stream_of(const struct mgd_source *source, uint64_t chunk)
+{
+	uint64_t spread = chunk * 0x9e3779b97f4a7c15u >> 32;
+
+	return (uint32_t)(spread * source->stream_count >> 32);
+}
+
 static int send_region(struct source_stream *stream, struct source_region *region, struct mgd_error *err)
 {
 	struct mgd_source *source = stream->source;
 	uint64_t marks[SOURCE_CHUNK_WORDS];
 
 	mgd_bitmap_for_each_atomic (chunk, region->marked_chunks, 0, region->chunk_count) {
-		/* A chunk always uses the same stream: frames can overtake each other between connections, but not
-		 * on one. */
-		if (chunk % source->stream_count != stream->number)
+		if (stream_of(source, chunk) != stream->number)
 			continue;
 		if (source->stopping)
 			return mgd_fail(err, MGD_ERR_CLOSED, "page connection: dropped");

@@ -35,6 +35,11 @@
  * The last scan has only the first look, and protects nothing: the guest is paused, and never runs with this tracking
  * again.  The same scan made once more reports the same pages, and those written since.
  *
+ * A guest may use little of a large address space, and a walk over absent huge pages costs 50 ns for each.  So a scan of
+ * known pages covers, of shared memory on huge pages, only those that were ever found present or reported, and counts
+ * the present ones.  If the file holds no more pages than that, the others are in no page table either, and nothing
+ * was written there.  The caller compares, and makes a complete scan if the file holds more.
+ *
  * We use less of PAGEMAP_SCAN than it offers, because kernels differ in the rest:
  *   - Whether an empty entry counts as WRITTEN depends on kernel, page size and masks (07b4377bdbe7, 40de8160ca7f).  We
  *     never ask; and no look that protects matches an empty entry, which has hung kernels on hugetlb (14a2508b1bf6).
@@ -70,6 +75,8 @@
 /* One thread per so many pages; with fewer it costs more than it gains. */
 #define THREAD_PAGES ((uint64_t)1 << 16)
 #define THREADS_MAX 16
+/* Known pages with at most so many others between them are scanned together. */
+#define JOINED_PAGES 16
 /* How often an ioctl may find the address space changing before it fails. */
 #define CHANGING_TRIES 1000
 /* The largest page that PM_SCAN_WP_MATCHING re-arms: it compares with the size of a transparent huge page. */
@@ -85,6 +92,10 @@ static const struct mgd_pagemap_query WRITTEN_OR_NOT_PRESENT = {
 	.inverted = MGD_PAGE_IS_PRESENT,
 	.answered = POPULATED | MGD_PAGE_IS_WRITTEN,
 };
+static const struct mgd_pagemap_query ALL_PAGES = {
+	.flags = MGD_PM_SCAN_CHECK_WPASYNC,
+	.answered = POPULATED | MGD_PAGE_IS_WRITTEN,
+};
 static const struct mgd_pagemap_query PROTECT_WRITTEN = {
 	.flags = MGD_PM_SCAN_CHECK_WPASYNC | MGD_PM_SCAN_WP_MATCHING,
 	.all_of = MGD_PAGE_IS_WRITTEN,
@@ -97,6 +108,8 @@ struct tracked {
 	uint64_t page_bytes;
 	bool registered; /* by us */
 	uint64_t *armed; /* SPARSE: one bit per page of the mapping, set if it was protected */
+	uint64_t *known; /* shared huge pages: one bit per page, set if it was ever found present or reported */
+	_Atomic uint64_t present; /* where `known` is: pages that this scan has found present */
 };
 
 struct mgd_tracker {
@@ -147,9 +160,20 @@ static int check_mapping(const struct mgd_mapping *mapping, const uint64_t *page
 	return 0;
 }
 
-static size_t armed_bytes(const struct tracked *tracked)
+static size_t bitmap_bytes(const struct tracked *tracked)
 {
 	return mgd_bitmap_words(tracked->mapping.length_bytes / tracked->page_bytes) * 8;
+}
+
+/* Return whether a mapping shows a part of a region that another one shows, too. */
+static bool shares_pages(const struct mgd_mapping *mappings, uint32_t count, const struct mgd_mapping *mapping)
+{
+	for (uint32_t i = 0; i < count; i++)
+		if (&mappings[i] != mapping && mappings[i].region == mapping->region &&
+		    mappings[i].offset < mapping->offset + mapping->length_bytes &&
+		    mapping->offset < mappings[i].offset + mappings[i].length_bytes)
+			return true;
+	return false;
 }
 
 int mgd_tracker_create(int pagemap_fd, int uffd, const struct mgd_mapping *mappings, uint32_t mapping_count,
@@ -178,8 +202,13 @@ int mgd_tracker_create(int pagemap_fd, int uffd, const struct mgd_mapping *mappi
 		tracked->mapping = mappings[tracker->count];
 		tracked->page_bytes = page_bytes[tracked->mapping.region];
 		if (tracked->mapping.flags & MGD_MAPPING_SPARSE) {
-			tracked->armed = mgd_map_zeros(armed_bytes(tracked), err);
+			tracked->armed = mgd_map_zeros(bitmap_bytes(tracked), err);
 			if (!tracked->armed)
+				goto failed;
+		} else if (tracked->page_bytes > MGD_BLOCK_BYTES &&
+			   !shares_pages(mappings, mapping_count, &mappings[tracker->count])) {
+			tracked->known = mgd_map_zeros(bitmap_bytes(tracked), err);
+			if (!tracked->known)
 				goto failed;
 		}
 	}
@@ -197,8 +226,10 @@ void mgd_tracker_destroy(struct mgd_tracker *tracker)
 		return;
 	mgd_close(tracker->pagemap_fd);
 	mgd_close(tracker->uffd);
-	for (uint32_t i = 0; i < tracker->count; i++)
-		mgd_unmap(tracker->tracked[i].armed, armed_bytes(&tracker->tracked[i]));
+	for (uint32_t i = 0; i < tracker->count; i++) {
+		mgd_unmap(tracker->tracked[i].armed, bitmap_bytes(&tracker->tracked[i]));
+		mgd_unmap(tracker->tracked[i].known, bitmap_bytes(&tracker->tracked[i]));
+	}
 	free(tracker);
 }
 
@@ -330,6 +361,8 @@ static void report(struct walk *walk, const struct tracked *tracked, uint64_t st
 
 	set_bits(walk->bitmaps[tracked->mapping.region], shift + page_of(tracked, start),
 		 shift + page_of(tracked, end));
+	if (tracked->known)
+		set_bits(tracked->known, page_of(tracked, start), page_of(tracked, end));
 	atomic_fetch_add(&walk->bytes, end - start);
 }
 
@@ -407,7 +440,9 @@ int mgd_tracker_disarm(struct mgd_tracker *tracker, struct mgd_error *err)
 
 		tracked->registered = false;
 		if (tracked->armed)
-			memset(tracked->armed, 0, armed_bytes(tracked));
+			memset(tracked->armed, 0, bitmap_bytes(tracked));
+		if (tracked->known)
+			memset(tracked->known, 0, bitmap_bytes(tracked));
 	}
 	return result;
 }
@@ -436,19 +471,31 @@ static void scan_written(struct walk *walk, const struct tracked *tracked, uint6
 	report(walk, tracked, start, end);
 }
 
+static void count_present(struct tracked *tracked, const struct mgd_page_region *run)
+{
+	uint64_t first = page_of(tracked, run->start), end = page_of(tracked, run->end);
+
+	if (!tracked->known || !(run->categories & MGD_PAGE_IS_PRESENT))
+		return;
+	set_bits(tracked->known, first, end);
+	atomic_fetch_add(&tracked->present, end - first);
+}
+
 /* The first look: handle empty pages, and find the range that contains written ones. */
 static int look(struct walk *walk, const struct step *step, struct step *out_written, struct mgd_error *err)
 {
 	struct mgd_page_region runs[MGD_PAGEMAP_RUNS];
 	struct tracked *tracked = step->tracked;
+	const struct mgd_pagemap_query *query = tracked->known ? &ALL_PAGES : &WRITTEN_OR_NOT_PRESENT;
 	struct step rest = *step;
 	int count;
 
 	*out_written = (struct step){.tracked = tracked, .start = step->end, .end = step->end};
 	while (rest.start < rest.end) {
-		if (fetch(walk->tracker, &rest, &WRITTEN_OR_NOT_PRESENT, runs, &count, err))
+		if (fetch(walk->tracker, &rest, query, runs, &count, err))
 			return -1;
 		for (int i = 0; i < count; i++) {
+			count_present(tracked, &runs[i]);
 			if (!(runs[i].categories & POPULATED)) {
 				if (scan_empty(walk, tracked, runs[i].start, runs[i].end, err))
 					return -1;
@@ -495,10 +542,39 @@ static int scan_step(struct walk *walk, const struct step *step, struct mgd_erro
 	return 0;
 }
 
+/* Find the first known pages in [*start, end), and others that are close to them. */
+static bool next_known(const struct tracked *tracked, uint64_t *start, uint64_t *out_run_end, uint64_t end)
+{
+	uint64_t last = page_of(tracked, end), first, page, run_end;
+
+	first = page = mgd_bitmap_next_atomic(tracked->known, page_of(tracked, *start), last);
+	for (run_end = first; page < last && page <= run_end + JOINED_PAGES;
+	     page = mgd_bitmap_next_atomic(tracked->known, page + 1, last))
+		run_end = page + 1;
+	*start = tracked->mapping.address + first * tracked->page_bytes;
+	*out_run_end = tracked->mapping.address + run_end * tracked->page_bytes;
+	return first < last;
+}
+
+static int scan_known_step(struct walk *walk, const struct step *step, struct mgd_error *err)
+{
+	struct step known = *step;
+
+	if (!step->tracked->known)
+		return scan_step(walk, step, err);
+	for (; next_known(step->tracked, &known.start, &known.end, step->end); known.start = known.end)
+		if (scan_step(walk, &known, err))
+			return -1;
+	return 0;
+}
+
 static int scan(struct walk *walk, uint64_t *out_bytes, struct mgd_error *err)
 {
-	int result = walk_all(walk, threads_wanted(walk->tracker), err);
+	int result;
 
+	for (uint32_t i = 0; i < walk->tracker->count; i++)
+		walk->tracker->tracked[i].present = 0;
+	result = walk_all(walk, threads_wanted(walk->tracker), err);
 	*out_bytes = walk->bytes;
 	return result;
 }
@@ -515,6 +591,48 @@ int mgd_tracker_scan_last(struct mgd_tracker *tracker, uint64_t **bitmaps, uint6
 	struct walk walk = {.tracker = tracker, .visit = scan_step, .bitmaps = bitmaps, .last = true};
 
 	return scan(&walk, out_bytes, err);
+}
+
+/* With more known pages a complete scan is as fast. */
+static bool few_are_known(const struct mgd_tracker *tracker)
+{
+	uint64_t known = 0, all = 0;
+
+	for (uint32_t i = 0; i < tracker->count; i++) {
+		const struct tracked *tracked = &tracker->tracked[i];
+
+		for (size_t word = 0; tracked->known && word < bitmap_bytes(tracked) / 8; word++)
+			known += mgd_popcount(tracked->known[word]);
+		all += tracked->mapping.length_bytes / tracked->page_bytes;
+	}
+	return known < all / 4;
+}
+
+int mgd_tracker_scan_known(struct mgd_tracker *tracker, int last, uint64_t **bitmaps, uint64_t *out_bytes,
+			   int *out_complete, struct mgd_error *err)
+{
+	struct walk walk = {.tracker = tracker, .visit = scan_step, .bitmaps = bitmaps, .last = last};
+
+	*out_complete = !few_are_known(tracker);
+	if (!*out_complete)
+		walk.visit = scan_known_step;
+	return scan(&walk, out_bytes, err);
+}
+
+uint64_t mgd_tracker_present_pages(const struct mgd_tracker *tracker, uint32_t region)
+{
+	uint64_t present = 0;
+
+	for (uint32_t i = 0; i < tracker->count; i++) {
+		const struct tracked *tracked = &tracker->tracked[i];
+
+		if (tracked->mapping.region != region)
+			continue;
+		if (!tracked->known)
+			return UINT64_MAX;
+		present += tracked->present;
+	}
+	return present;
 }
 
 /*

@@ -64,6 +64,21 @@ int mgd_tracker_scan_last(struct mgd_tracker *tracker, uint64_t **bitmaps, uint6
 	return 0;
 }
 
+int mgd_tracker_scan_known(struct mgd_tracker *tracker, int last, uint64_t **bitmaps, uint64_t *out_bytes,
+			   int *out_complete, struct mgd_error *err)
+{
+	*out_complete = 1;
+	return last ? mgd_tracker_scan_last(tracker, bitmaps, out_bytes, err)
+		    : mgd_tracker_scan(tracker, bitmaps, out_bytes, err);
+}
+
+uint64_t mgd_tracker_present_pages(const struct mgd_tracker *tracker, uint32_t region)
+{
+	(void)tracker;
+	(void)region;
+	return UINT64_MAX;
+}
+
 int mgd_tracker_present(struct mgd_tracker *tracker, uint64_t **bitmaps, uint64_t *out_bytes, struct mgd_error *err)
 {
 	return mgd_tracker_scan(tracker, bitmaps, out_bytes, err);
@@ -95,6 +110,8 @@ struct peer {
 	pthread_cond_t moved;
 	uint8_t *mirror; /* zeros with the frames applied */
 	uint8_t *finals; /* per host page: how often it became current */
+	uint8_t *stream_of; /* per chunk: the number of its stream plus 1; 0: none yet */
+	uint64_t chunks_on[MGD_MAX_STREAMS];
 	uint64_t final_pages, urgent_pages;
 	uint64_t frames, zero_blocks, present_blocks;
 	uint32_t barriers; /* number of streams on which it has arrived */
@@ -105,6 +122,20 @@ struct peer {
 static inline uint64_t peer_block_count(const struct peer *peer)
 {
 	return peer->bytes / BLOCK;
+}
+
+/* Before the freeze a chunk always comes on the same stream. */
+static inline void peer_check_stream(struct peer_stream *stream, uint64_t chunk)
+{
+	struct peer *peer = stream->peer;
+
+	pthread_mutex_lock(&peer->lock);
+	if (!peer->stream_of[chunk])
+		peer->chunks_on[stream->number]++;
+	else
+		CHECK_EQUAL(peer->stream_of[chunk], stream->number + 1);
+	peer->stream_of[chunk] = (uint8_t)(stream->number + 1);
+	pthread_mutex_unlock(&peer->lock);
 }
 
 /* Apply one PAGES frame whose payload is in `payload`. */
@@ -121,7 +152,7 @@ static inline void peer_apply(struct peer_stream *stream, const struct mgd_frame
 	 * arrived. */
 	CHECK(frame->check == mgd_frame_check(frame, hashes, peer_secret));
 	if (!(frame->flags & MGD_FRAME_FINAL))
-		CHECK_EQUAL(frame->first_block / MGD_CHUNK_BLOCKS % peer->stream_count, stream->number);
+		peer_check_stream(stream, frame->first_block / MGD_CHUNK_BLOCKS);
 	for (uint32_t i = 0; i < frame->block_count; i++) {
 		uint8_t *at = peer->mirror + (frame->first_block + i) * BLOCK;
 
@@ -295,7 +326,8 @@ static inline struct peer *peer_create_on(unsigned int memory, uint64_t bytes, u
 	peer->tracker.page_bytes = page_bytes;
 	peer->tracker.words = (bytes / page_bytes + 63) / 64;
 	peer->tracker.report = calloc(peer->tracker.words, 8);
-	CHECK(peer->finals && peer->tracker.report);
+	peer->stream_of = calloc(bytes / (MGD_CHUNK_BLOCKS * BLOCK) + 1, 1);
+	CHECK(peer->finals && peer->tracker.report && peer->stream_of);
 	peer_new_source(peer);
 	return peer;
 }
@@ -315,6 +347,7 @@ static inline void peer_destroy(struct peer *peer)
 	close(peer->memory_fd);
 	free(peer->tracker.report);
 	free(peer->finals);
+	free(peer->stream_of);
 	pthread_cond_destroy(&peer->moved);
 	pthread_mutex_destroy(&peer->lock);
 	free(peer);

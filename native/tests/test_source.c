@@ -228,8 +228,13 @@ static void test_writes_after_the_last_scan_are_found(void)
 	guest_report(peer, 700);
 	CHECK_OK(mgd_source_late_writes(peer->source, &peer->tracker, &late, &err), err);
 	CHECK_EQUAL(late.bytes, 0);
-	guest_report(peer, 701);
-	guest_report(peer, 1000);
+	/* Read for the first time, or written as it was. */
+	guest_report(peer, 1500);
+	guest_report(peer, 1600);
+	CHECK_OK(mgd_source_late_writes(peer->source, &peer->tracker, &late, &err), err);
+	CHECK_EQUAL(late.bytes, 0);
+	guest_write(peer, 701, 2);
+	guest_write(peer, 1500, 2);
 	for (int again = 0; again < 2; again++) {
 		CHECK_OK(mgd_source_late_writes(peer->source, &peer->tracker, &late, &err), err);
 		CHECK_EQUAL(late.bytes, 2 * BLOCK);
@@ -238,6 +243,32 @@ static void test_writes_after_the_last_scan_are_found(void)
 	}
 	CHECK_EQUAL(peer_stats(peer).dirty_bytes, 2 * BLOCK);
 	peer_destroy(peer);
+}
+
+/* A guest may write memory in any regular pattern: every stream gets its part of it. */
+static void test_regular_patterns_use_all_streams(void)
+{
+	static const uint32_t stream_counts[] = {2, 3, 4};
+	static const uint64_t strides[] = {1, 2, 3, 4, 6, 8, 16, 64};
+	enum { WRITTEN = 96 };
+
+	for (size_t i = 0; i < sizeof(stream_counts) / sizeof(stream_counts[0]); i++) {
+		for (size_t j = 0; j < sizeof(strides) / sizeof(strides[0]); j++) {
+			uint32_t streams = stream_counts[i];
+			struct peer *peer = peer_create(WRITTEN * strides[j] * 2 * MIB, 4 * KIB, 4 * KIB, streams);
+
+			peer_connect(peer);
+			for (int round = 1; round <= 2; round++) {
+				for (uint64_t chunk = 0; chunk < WRITTEN; chunk++)
+					guest_write(peer, chunk * strides[j] * MGD_CHUNK_BLOCKS, (uint64_t)round);
+				peer_scan(peer, MGD_SCAN_QUIESCED);
+				peer_round(peer, (uint64_t)round);
+			}
+			for (uint32_t stream = 0; stream < streams; stream++)
+				CHECK(peer->chunks_on[stream] >= WRITTEN / streams / 2);
+			peer_destroy(peer);
+		}
+	}
 }
 
 struct scribbler {
@@ -415,6 +446,7 @@ int main(void)
 	RUN(test_a_block_that_becomes_zero_is_told);
 	RUN(test_a_quiesced_scan_finds_pinned_buffers);
 	RUN(test_writes_after_the_last_scan_are_found);
+	RUN(test_regular_patterns_use_all_streams);
 	RUN(test_hash_and_send_see_the_same_bytes);
 	RUN(test_many_streams_and_a_region_that_ends_inside_a_chunk);
 	RUN(test_sparse_memory_costs_nothing);

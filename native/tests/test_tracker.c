@@ -94,6 +94,49 @@ static void the_last_scan_arms_nothing(struct guest *guest)
 	disarm(guest);
 }
 
+static uint64_t check_known(struct guest *guest, uint64_t first, uint64_t count)
+{
+	struct mgd_error err = {0};
+	uint64_t bytes;
+	int complete;
+
+	memset(guest->bitmap, 0, (guest->pages + 63) / 64 * 8);
+	CHECK_OK(mgd_tracker_scan_known(guest->tracker, 0, &guest->bitmap, &bytes, &complete, &err), err);
+	CHECK(!complete);
+	check_bits(guest, first, count);
+	CHECK_EQUAL(bytes, count * guest->page_bytes);
+	return mgd_tracker_present_pages(guest->tracker, 0);
+}
+
+/* Only pages that were ever seen are scanned, and the present ones are counted. */
+static void a_scan_of_known_pages(struct guest *guest)
+{
+	uint64_t last = guest->pages - 1;
+
+	order(guest, ORDER_WRITE, 0, 2);
+	arm(guest);
+	check_present(guest, 0, 2);
+	CHECK_EQUAL(check_known(guest, 0, 0), 2);
+	order(guest, ORDER_WRITE, 1, 1);
+	CHECK_EQUAL(check_known(guest, 1, 1), 2);
+	CHECK_EQUAL(check_known(guest, 0, 0), 2);
+	/* A page that was never seen is left to a complete scan, and known from then on. */
+	order(guest, ORDER_WRITE, last, 1);
+	CHECK_EQUAL(check_known(guest, 0, 0), 2);
+	check_reported(guest, last, 1);
+	CHECK_EQUAL(mgd_tracker_present_pages(guest->tracker, 0), 3);
+	order(guest, ORDER_WRITE, last, 1);
+	CHECK_EQUAL(check_known(guest, last, 1), 3);
+	/* A page that was only read, too. */
+	order(guest, ORDER_READ, 5, 1);
+	check_reported(guest, 0, 0);
+	CHECK_EQUAL(mgd_tracker_present_pages(guest->tracker, 0), 4);
+	order(guest, ORDER_WRITE, 0, 1);
+	order(guest, ORDER_PUNCH, 0, 1);
+	CHECK_EQUAL(check_known(guest, 0, 1), 3);
+	disarm(guest);
+}
+
 /* What matters most: the copies made after each page's last report equal the memory at the end. */
 static void weather(struct guest *guest, enum order kind_of_storm)
 {
@@ -259,6 +302,7 @@ static const struct test tests[] = {
 	{"steps_of_a_large_mapping", steps_of_a_large_mapping, ONE_OF_EACH, 300000, 12},
 	{"scattered_writes", scattered_writes, ALL & ~ON(SHARED_GIGANTIC), 2500, 12},
 	{"the_last_scan_arms_nothing", the_last_scan_arms_nothing, ALL, 700, 12},
+	{"a_scan_of_known_pages", a_scan_of_known_pages, ON(SHARED_HUGE), 0, 24},
 	{"no_write_is_lost", no_write_is_lost, ALL, 700, 16},
 	{"no_write_is_lost_where_pages_are_dropped", no_write_is_lost_where_pages_are_dropped, ALL & ~DROPS_UNSEEN, 700,
 	 16},
