@@ -12,6 +12,7 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdlib.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
@@ -19,6 +20,7 @@
 
 #include "error.h"
 #include "tls.h"
+#include "uapi.h"
 
 /* How much a bulk sender may have written that the network has not taken yet.  Small, so that late decisions (a
  * demand, a limit) take effect soon; large enough to keep a 10 Gbit/s link busy while the sender hashes its next 2
@@ -261,13 +263,29 @@ int mgd_channel_recv(struct mgd_channel *channel, struct iovec *iov, int count, 
 	return 0;
 }
 
+int mgd_channel_queued(const struct mgd_channel *channel)
+{
+	int queued = 0;
+
+	return ioctl(channel->fd, SIOCOUTQ, &queued) ? 0 : queued;
+}
+
+uint64_t mgd_channel_acknowledged(const struct mgd_channel *channel)
+{
+	struct mgd_tcp_info info = {.bytes_acked = 0};
+	socklen_t length = sizeof(info);
+
+	_Static_assert(offsetof(struct mgd_tcp_info, bytes_acked) == 120, "the kernel's layout");
+	return getsockopt(channel->fd, IPPROTO_TCP, TCP_INFO, &info, &length) ? 0 : info.bytes_acked;
+}
+
 void mgd_channel_push(struct mgd_channel *channel)
 {
-	int unsent = 0, queued = 0;
+	int unsent = 0;
 
-	if (ioctl(channel->fd, SIOCOUTQNSD, &unsent) || !unsent || ioctl(channel->fd, SIOCOUTQ, &queued))
+	if (ioctl(channel->fd, SIOCOUTQNSD, &unsent) || !unsent)
 		return;
-	if (queued == unsent) /* also to set it again makes the kernel send what is pending */
+	if (mgd_channel_queued(channel) == unsent) /* also to set it again makes the kernel send what is pending */
 		set_option(channel->fd, IPPROTO_TCP, TCP_NODELAY, 1);
 }
 

@@ -28,6 +28,10 @@ int mgd_channel_recv(struct mgd_channel *channel, struct iovec *iov, int count, 
  * timer makes TCP go on: it tries again after 200 ms, which TCP_RTO_MIN_US does not shorten (tcp_probe0_base).
  */
 void mgd_channel_push(struct mgd_channel *channel);
+/* Return how many bytes the peer has not acknowledged yet; 0 if that is unknown.  Any thread may call this. */
+int mgd_channel_queued(const struct mgd_channel *channel);
+/* Return how many bytes the peer has acknowledged so far; 0 if that is unknown.  Any thread may call this. */
+uint64_t mgd_channel_acknowledged(const struct mgd_channel *channel);
 /* Make every blocked call of every thread on the channel fail.  Any thread may call this. */
 void mgd_channel_shutdown(struct mgd_channel *channel);
 /* For tests, before the first byte: change the keys of a TLS connection's sending direction after every so many

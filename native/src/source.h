@@ -54,6 +54,12 @@
 #define SOURCE_BATCH_BLOCKS 128
 #define SOURCE_BATCH_BYTES (SOURCE_BATCH_BLOCKS * MGD_BLOCK_BYTES)
 #define SOURCE_BATCH_FRAMES 64
+/* The drain gives way while this much for guest threads that wait is on its way, and looks again after so long.  Less
+ * than that leaves a link idle, as seen from the drain. */
+#define SOURCE_GIVE_WAY_BYTES (128 * 1024)
+#define SOURCE_GIVE_WAY_NS 500000
+/* Write at most this much of the drain at once, so that it gives way soon. */
+#define SOURCE_DRAIN_PIECE_BYTES (256 * 1024)
 /* The longest time that a claimed page waits in a batch. */
 #define SOURCE_CLAIM_WAIT_NS 1000000
 /* Read and hash in pieces of this size. */
@@ -153,6 +159,7 @@ struct mgd_source {
 
 	pthread_mutex_t lock;
 	pthread_cond_t ordered;
+	_Atomic(struct mgd_channel *) urgent; /* NULL: none, or it has ended; it is freed after the bulk threads */
 	_Atomic bool stopping, serving, draining; /* written under the lock */
 	bool all_sent_told;
 	uint64_t round_generation, round;

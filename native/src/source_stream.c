@@ -16,6 +16,8 @@ static void stream_ended(struct source_stream *stream, const struct mgd_error *e
 	struct mgd_source *source = stream->source;
 	bool stopping;
 
+	if (stream->number == MGD_STREAM_URGENT)
+		source->urgent = NULL; /* the drain waits for it no longer */
 	MGD_LOCKED (&source->lock) {
 		stream->ended = true;
 		stopping = source->stopping;

@@ -2,7 +2,7 @@
 /*
  * Kernel interfaces newer than the headers of the distributions on which we build (the oldest: Linux 6.1).  mgd_probe
  * finds out at run time whether the kernel has them; numbers and layouts are those of
- * include/uapi/linux/{userfaultfd,fs,ptrace}.h.
+ * include/uapi/linux/{userfaultfd,fs,tcp,ptrace}.h.
  */
 #pragma once
 
@@ -47,6 +47,13 @@ struct mgd_pm_scan_arg {
 #define MGD_PAGE_IS_SWAPPED (1 << 4)
 #define MGD_PM_SCAN_WP_MATCHING (1 << 0)
 #define MGD_PM_SCAN_CHECK_WPASYNC (1 << 1)
+
+/* getsockopt(TCP_INFO): struct tcp_info up to tcpi_bytes_acked (4.1), which glibc's does not have. */
+struct mgd_tcp_info {
+	__u8 flags[8];
+	__u32 counters[24];
+	__u64 pacing_rate, max_pacing_rate, bytes_acked;
+};
 
 /* ptrace, 4.3 and 5.13. */
 #define MGD_PTRACE_O_SUSPEND_SECCOMP (1 << 21)

@@ -1,5 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /* Tests of the source engine after the freeze.  They cover the stale map, demands, drain, claims and reconnect. */
+#include <sys/ioctl.h>
+
 #include "processors.h"
 #include "source_peer.h"
 
@@ -473,6 +475,47 @@ static void test_demanded_pages_in_a_batch_hurry(void)
 	peer_destroy(peer);
 }
 
+static int readable(int fd)
+{
+	int bytes = 0;
+
+	CHECK(!ioctl(fd, FIONREAD, &bytes));
+	return bytes;
+}
+
+/* While the guest waits for more than the urgent connection takes at once, the drain sends nothing. */
+static void test_the_drain_gives_way_to_demands(void)
+{
+	struct peer *peer = peer_create(8 * MIB, 2 * MIB, 2 * MIB, 1);
+	struct peer_stream *urgent = peer_slot(peer, MGD_STREAM_URGENT);
+	struct mgd_error err;
+	uint64_t stale;
+	int pair[2];
+
+	peer->cut = false;
+	peer_connect_one(peer, 0);
+	CHECK(!socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair));
+	CHECK_OK(mgd_source_add_stream(peer->source, MGD_STREAM_URGENT, plain_channel(pair[0]), &err), err);
+	*urgent = (struct peer_stream){.peer = peer, .number = MGD_STREAM_URGENT, .channel = plain_channel(pair[1])};
+	for (uint64_t block = 0; block < peer_block_count(peer); block++)
+		guest_write(peer, block, 1);
+	peer_scan(peer, 1);
+	CHECK_OK(mgd_source_freeze(peer->source, &stale, &err), err);
+	serve(peer, 0);
+	peer_demand(peer, 1);
+	while (readable(pair[1]) <= 128 * 1024)
+		usleep(1000);
+	serve(peer, 1);
+	usleep(20000); /* what it would send would be on its way */
+	CHECK_EQUAL(peer_stats(peer).drain_bytes, 0);
+	CHECK(!pthread_create(&urgent->thread, NULL, peer_main, urgent));
+	urgent->running = true;
+	peer_event(peer, MGD_EVENT_ALL_SENT);
+	peer_wait(peer, &peer->final_pages, stale);
+	peer_check_same(peer);
+	peer_destroy(peer);
+}
+
 int main(void)
 {
 	RUN(test_the_drain_brings_each_stale_page_once);
@@ -482,6 +525,7 @@ int main(void)
 	RUN(test_nothing_stale_is_all_sent_at_once);
 	RUN(test_a_demanded_page_is_exempt_from_the_limits);
 	RUN(test_demanded_pages_in_a_batch_hurry);
+	RUN(test_the_drain_gives_way_to_demands);
 	RUN(test_a_large_page_is_searched_for_its_changes);
 	RUN(test_helpers_stop_where_the_sender_is);
 	RUN(test_a_limit_is_lifted_live);

@@ -354,6 +354,8 @@ class SimTargetEngine(_Engine):
                 self.fault(where)
 
     def background(self) -> None:
+        assert self.ledger.switched, "not before the switchover"
+        assert not self._background, "already running"
         self._background = True
         self.after(self.world.round_seconds(), self._map_all)
 

@@ -76,7 +76,7 @@ class FakeEngine:
     alive = True
 
     def __init__(self) -> None:
-        self.armed = False
+        self.armed = self.maps = False
 
     def arm(self, *_: Any, **__: Any) -> None:
         if self.refuses is not None:
@@ -84,7 +84,7 @@ class FakeEngine:
         self.armed = True
 
     def background(self) -> None:
-        pass
+        self.maps = True
 
     def drop_streams(self) -> None:
         pass
@@ -193,6 +193,7 @@ async def test_a_guest_that_ends_while_the_link_is_down_is_missed_at_once(
         async with asyncio.timeout(PATIENCE_SECONDS):
             while guest.watched == 0:  # noqa: ASYNC110 - it is that already, or will be after a few turns
                 await asyncio.sleep(0.01)
+        assert migration.fake.maps
         guest.end.set()
         async with asyncio.timeout(PATIENCE_SECONDS):
             await asyncio.shield(running)
