@@ -43,6 +43,8 @@ class MonitorCommands(abc.ABC):
     """
 
     guest: str
+    #: Whether commands that are given together reach QEMU in the order in which they were given.
+    keeps_order = False
 
     @property
     @abc.abstractmethod
@@ -113,6 +115,8 @@ class MonitorCommands(abc.ABC):
 
 class Monitor(MonitorCommands):
     """One QMP session.  Make it with `connect`."""
+
+    keeps_order = True
 
     def __init__(
         self,

@@ -58,6 +58,8 @@ class Heard:
 
     # ---- a monitor
 
+    keeps_order = True
+
     async def execute(self, command: str, arguments: Any = None, *, limit: float | None = None) -> Any:
         del arguments
         self.limits[command] = TIMEOUTS.guest_command if limit is None else limit
@@ -167,7 +169,8 @@ async def test_qemu_at_the_source(heard: Heard, tmp_path: Path, monkeypatch: pyt
     heard.limits.clear()
     await guest.pause(heard)
     assert heard.limits.pop("query-stats") == TIMEOUTS.guest_command
-    assert heard.limits == {"stop": TIMEOUTS.guest_pause, "save": TIMEOUTS.guest_state}
+    both = TIMEOUTS.guest_pause + TIMEOUTS.guest_state  # the two commands are given together
+    assert heard.limits == {"stop": TIMEOUTS.guest_pause, "save": both}
     heard.limits.clear()
     await guest.resume()
     assert heard.limits == {"cont": TIMEOUTS.guest_pause, "status": TIMEOUTS.guest_pause}
