@@ -241,6 +241,7 @@ async def test_a_phone_shows_the_list_or_one_migration_and_never_scrolls_sideway
         await expect(page.locator("#detail")).to_be_hidden()
         wide, fits = await widths(page)
         assert wide <= fits
+        assert await page.evaluate(OVERFLOWING) == []
         for record in agent.agent.all:
             await page.get_by_role("link", name=record.guest).click()
             await expect(page.locator("#detail h2")).to_have_text(record.guest)
@@ -249,6 +250,11 @@ async def test_a_phone_shows_the_list_or_one_migration_and_never_scrolls_sideway
             assert wide <= fits, record.guest
             await page.get_by_role("link", name="← All migrations").click()
             await expect(page.get_by_role("navigation", name="Migrations")).to_be_visible()
+
+
+#: Cells whose text reaches into the next one.
+OVERFLOWING = """() => [...document.querySelectorAll("nav th, nav td")]
+  .filter((cell) => cell.scrollWidth > cell.clientWidth).map((cell) => cell.textContent)"""
 
 
 async def test_guests_are_text_and_never_markup(browser: Browser, agent: Served) -> None:

@@ -261,6 +261,16 @@ class Stage:
         qemu = await self.hosta.start(f"{text} -serial unix:{SERIAL},server=on,wait=off", "/run/guest.log")
         await self.hosta.until("QEMU's monitor", lambda: qmp.exists() or qemu.returncode is not None)
         assert qemu.returncode is None, log.read_text()
+        ended, booted = asyncio.ensure_future(qemu.wait()), asyncio.ensure_future(self._boot())
+        try:
+            await asyncio.wait({ended, booted}, return_when=asyncio.FIRST_COMPLETED)
+            assert not ended.done(), log.read_text()
+            await booted
+        finally:
+            ended.cancel()
+            booted.cancel()
+
+    async def _boot(self) -> None:
         async with self.console(self.hosta) as console:
             await console.stats(PATIENCE_SECONDS)
 
@@ -372,7 +382,9 @@ async def stage(page: list[Block]) -> AsyncIterator[Stage]:
         image = await asyncio.to_thread(
             build_bootsector, cache_directory(), size_bytes=LOADED_BYTES, rate=1000, sweep_seconds=0
         )
-        shutil.copy(image, directory / "srv" / "vm1.qcow2")
+        disk = directory / "srv" / "vm1.qcow2"
+        await asyncio.to_thread(shutil.copy, image, disk)
+        os.truncate(disk, 2 * MIB)  # where O_DIRECT asks for whole pages, as on a tmpfs, so does QEMU
         others = NAMES[1:]
         lines = ["127.0.0.1 localhost", f"10.77.1.1 {NAMES[0]}"]
         lines += [f"10.77.{number}.2 {name}" for number, name in enumerate(others, 1)]
