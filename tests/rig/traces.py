@@ -6,13 +6,17 @@ not affect the result.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+from migrated.waiting import within
+
 QEMU = "qemu-system"
+GONE_SECONDS = 20.0
 
 
 def _pids() -> Iterator[int]:
@@ -69,6 +73,13 @@ def holders(files: set[tuple[int, int]]) -> dict[int, str]:
         if memory_files(pid) & files or _mapped(pid) & files:
             found[pid] = command_line(pid)
     return found
+
+
+async def released(files: set[tuple[int, int]]) -> None:
+    """Wait until no process holds or maps any of these memfds: one that is exiting does so for a moment."""
+    async with within(GONE_SECONDS, "the guest's memory to be released"):
+        while holders(files):  # noqa: ASYNC110 - the kernel tells nobody
+            await asyncio.sleep(0.02)
 
 
 def _mapped(pid: int) -> set[tuple[int, int]]:

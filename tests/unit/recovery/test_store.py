@@ -543,9 +543,9 @@ asyncio.run(main())
 
     def as_the_service_manager() -> None:
         for index, fd in enumerate(fds):
-            os.dup2(fd, 60 + index)
+            os.dup2(fd, 600 + index)
         for index in range(3):
-            os.dup2(60 + index, 3 + index)
+            os.dup2(600 + index, 3 + index)
 
     done = subprocess.run(
         [python, "-c", code],
