@@ -53,10 +53,11 @@ def _links(page: str, text: str) -> str:
 
 
 def _contents(text: str) -> str:
-    """Append to each list of the front page a table of contents with its pages, and to the last one those in no list."""
+    """Append to each list of the front page a table of contents with its pages, and to the reference those in no list."""
     sections = re.split(r"^(?=## )", text, flags=re.MULTILINE)
     listed = [re.findall(r"^- \[[^\]]*\]\((\S+?)\.md\)", section, re.MULTILINE) for section in sections]
-    listed[-1] += sorted(
+    reference = next(index for index, section in enumerate(sections) if section.startswith("## Reference\n"))
+    listed[reference] += sorted(
         {name.removesuffix(".md") for name in pages().values()} - {"index"} - {page for each in listed for page in each}
     )
     found = []
