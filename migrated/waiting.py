@@ -62,6 +62,17 @@ async def cancel_and_wait(task: asyncio.Future[Any]) -> None:
         await asyncio.wait({task}, timeout=CANCEL_AGAIN_SECONDS)
 
 
+async def drop(*tasks: asyncio.Future[Any]) -> None:
+    """Cancel tasks and wait until they have finished; something else reports what they raise.
+
+    A task may fail just before it is cancelled.  asyncio would log that as an exception that nobody retrieved.
+    """
+    await asyncio.gather(*(cancel_and_wait(task) for task in tasks))
+    for task in tasks:
+        if not task.cancelled():
+            task.exception()
+
+
 class Scope:
     """A block, and tasks beside it, that fail together.
 

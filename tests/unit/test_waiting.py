@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 
 import pytest
 
 from migrated.errors import AbortedError, GuestError, MigratedError
-from migrated.waiting import Backoff, Scope, within
+from migrated.waiting import Backoff, Scope, drop, within
 
 PATIENCE_SECONDS = 30.0
 
@@ -221,6 +222,23 @@ async def test_a_block_that_loses_its_cancellation_is_cancelled_again(monkeypatc
     with pytest.raises(MigratedError, match="enough"):
         await stubborn(Scope())
     assert swallowed == 2
+
+
+async def test_a_task_that_fails_as_it_is_dropped_is_not_reported() -> None:
+    """The connection ends, and the migration is cancelled: the end is reported once, and not as a bug."""
+    reported: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context))
+
+    async def lost() -> None:
+        raise MigratedError("the connection is lost")
+
+    tasks = [asyncio.ensure_future(lost()), asyncio.ensure_future(asyncio.Event().wait())]
+    await asyncio.sleep(0)
+    await drop(*tasks)
+    assert all(task.done() for task in tasks)
+    tasks.clear()
+    gc.collect()
+    assert reported == []
 
 
 # ---------------------------------------------------------------- pauses between tries

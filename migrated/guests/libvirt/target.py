@@ -48,7 +48,7 @@ from migrated.guests.qemu.memory import Block
 from migrated.guests.qemu.state import HeaderDecoder, ram_section, stream_begin
 from migrated.memory.regions import Region, TargetMemory
 from migrated.settings import Timeouts
-from migrated.waiting import cancel_and_wait, in_thread
+from migrated.waiting import drop, in_thread
 
 T = TypeVar("T")
 
@@ -211,7 +211,7 @@ class LibvirtTarget(TargetGuest):
                 return task.result()
             raise await self._restore_error()
         finally:
-            await _drop(task)
+            await drop(task)
 
     async def _restore_error(self) -> MigratedError:
         """Why libvirt's call, which is over, did not restore the domain."""
@@ -243,7 +243,7 @@ class LibvirtTarget(TargetGuest):
             if not restoring.done() or restoring.exception() is None:
                 await feeding
         finally:
-            await _drop(feeding)
+            await drop(feeding)
         await asyncio.wait({restoring}, timeout=self._timeouts.guest_state)
         if not restoring.done():
             raise GuestError(
@@ -377,13 +377,6 @@ class LibvirtTarget(TargetGuest):
         self._definition = str(memento.get("definition", ""))
         self._autostart = bool(memento.get("autostart", False))
         return faults
-
-
-async def _drop(task: asyncio.Future[Any]) -> None:
-    """End it; what it raises is told by something else."""
-    await cancel_and_wait(task)
-    if not task.cancelled():
-        task.exception()
 
 
 def _reader(image: SaveImage, uuid: str) -> int | None:

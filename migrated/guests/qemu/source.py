@@ -32,7 +32,7 @@ from migrated.memory.regions import SourceMemory
 from migrated.memory.smaps import mapped_areas
 from migrated.protocol.messages import MAX_REGIONS
 from migrated.settings import Timeouts
-from migrated.waiting import cancel_and_wait
+from migrated.waiting import drop
 
 #: Run states of a guest that can be migrated; in all but the first it arrives paused.
 _MOVABLE = frozenset({"running", "paused", "prelaunch"})
@@ -340,7 +340,7 @@ class RunningQemu(SourceGuest):
             await stopping
             return await saving
         finally:
-            await asyncio.gather(cancel_and_wait(stopping), cancel_and_wait(saving))
+            await drop(stopping, saving)
 
     async def send_state(self, channel: StateChannel) -> None:
         del channel  # `pause` has sent it

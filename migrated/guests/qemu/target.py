@@ -39,7 +39,7 @@ from migrated.memory import memfd
 from migrated.memory.regions import Region, TargetMemory
 from migrated.privileged import open_inodes
 from migrated.settings import Timeouts
-from migrated.waiting import cancel_and_wait, in_thread
+from migrated.waiting import drop, in_thread
 
 log = structlog.get_logger("migrated.qemu")
 
@@ -311,7 +311,7 @@ class QemuTarget(TargetGuest):
         except GuestError as error:
             raise await self._load_error(error) from error
         finally:
-            await asyncio.gather(cancel_and_wait(loading), cancel_and_wait(feeding))
+            await drop(loading, feeding)
             self._close_incoming()
 
     async def _feed(self, channel: StateChannel, data: bytes) -> None:
