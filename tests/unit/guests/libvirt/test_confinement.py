@@ -72,5 +72,5 @@ def test_an_error_of_a_confined_qemu_names_what_may_have_denied_it(monkeypatch: 
 
 def test_the_document_has_the_same_lines() -> None:
     text = DOCUMENT.read_text()
-    assert f"```\n{confinement.APPARMOR_RULES}```" in text
-    assert f"```\n{confinement.SELINUX_MODULE}```" in text
+    assert f"```text\n{confinement.APPARMOR_RULES}```" in text
+    assert f"```text\n{confinement.SELINUX_MODULE}```" in text
