@@ -213,20 +213,23 @@ void *source_push_main(void *argument)
 	struct mgd_source *source = argument;
 
 	mgd_thread_low_latency();
-	for (;;) {
+	MGD_HOLD(&source->lock);
+	while (!source->stopping) {
 		struct mgd_channel *channels[MGD_MAX_STREAMS + 1];
+		uint64_t until = mgd_now_ns() + PUSH_NS;
+		struct timespec at = {(time_t)(until / MGD_SECOND_NS), (long)(until % MGD_SECOND_NS)};
 		uint32_t count = 0;
 
-		MGD_LOCKED (&source->lock) {
-			for (uint32_t i = 0; i <= MGD_MAX_STREAMS; i++)
-				if (source->streams[i].started)
-					channels[count++] = source->streams[i].channel;
-		}
-		if (source->stopping)
-			return NULL;
+		for (uint32_t i = 0; i <= MGD_MAX_STREAMS; i++)
+			if (source->streams[i].started)
+				channels[count++] = source->streams[i].channel;
+		pthread_mutex_unlock(&source->lock);
 		/* They exist until this thread has ended. */
 		for (uint32_t i = 0; i < count; i++)
 			mgd_channel_push(channels[i]);
-		mgd_pause_ns(PUSH_NS);
+		pthread_mutex_lock(&source->lock);
+		if (!source->stopping)
+			pthread_cond_clockwait(&source->ordered, &source->lock, CLOCK_MONOTONIC, &at);
 	}
+	return NULL;
 }
