@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 from typing import Any
 
 
@@ -106,3 +107,45 @@ def svg(rows: list[dict[str, Any]]) -> str:
 
 def _bar_text(figure: str, value: float) -> str:
     return f"{value / (1 << 20):.0f}" if figure == "wire_bytes" else f"{value:.3g}"
+
+
+_SERIES_COLOURS = ("#1b7f5c", "#3a6ea5", "#b5651d", "#7b4b94", "#b0b7c3", "#6c7a93", "#333333", "#c0392b")
+_PLOT_WIDTH, _PLOT_HEIGHT, _PLOT_LEFT, _PLOT_TOP = 560, 260, 60, 20
+
+
+def distribution(series: dict[str, list[float]]) -> str:
+    """Draw how many of the migrations had at most a downtime, in milliseconds: one line per case, from seconds."""
+    series = {title: sorted(values) for title, values in series.items() if values}
+    longest = max((values[-1] for values in series.values()), default=0.0) * 1e3
+    tick = next((step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500) if longest / step <= 12), 1000)
+    span = (int(longest / tick) + 1) * tick
+    width, height = _PLOT_LEFT + _PLOT_WIDTH + 20, _PLOT_TOP + _PLOT_HEIGHT + 50 + 16 * len(series)
+    bottom = _PLOT_TOP + _PLOT_HEIGHT
+    out = [
+        (
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+            'font-family="sans-serif" font-size="11">'
+        ),
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+    ]
+    for mark in range(0, span + 1, tick):
+        x = _PLOT_LEFT + _PLOT_WIDTH * mark / span
+        out.append(f'<path d="M{x:.1f} {_PLOT_TOP}V{bottom}" stroke="#ddd"/>')
+        out.append(f'<text x="{x:.1f}" y="{bottom + 14}" text-anchor="middle">{mark}</text>')
+    for percent in (0, 25, 50, 75, 99):
+        y = bottom - _PLOT_HEIGHT * percent / 100
+        out.append(f'<path d="M{_PLOT_LEFT} {y:.1f}h{_PLOT_WIDTH}" stroke="#ddd"/>')
+        out.append(f'<text x="{_PLOT_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{percent} %</text>')
+    middle = _PLOT_LEFT + _PLOT_WIDTH / 2
+    out.append(f'<text x="{middle}" y="{bottom + 30}" text-anchor="middle">downtime of at most … ms</text>')
+    for number, (title, values) in enumerate(series.items()):
+        colour = _SERIES_COLOURS[number % len(_SERIES_COLOURS)]
+        steps = "".join(
+            f"H{_PLOT_LEFT + _PLOT_WIDTH * value * 1e3 / span:.1f}V{bottom - _PLOT_HEIGHT * (rank + 1) / len(values):.1f}"
+            for rank, value in enumerate(values)
+        )
+        out.append(f'<path d="M{_PLOT_LEFT} {bottom}{steps}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+        y = bottom + 46 + 16 * number
+        out.append(f'<rect x="{_PLOT_LEFT}" y="{y - 6}" width="20" height="3" fill="{colour}"/>')
+        out.append(f'<text x="{_PLOT_LEFT + 26}" y="{y}">{html.escape(title)}, {len(values)} migrations</text>')
+    return "\n".join([*out, "</svg>"]) + "\n"

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.report import Section, milliseconds, seconds, svg
+from benchmarks.report import Section, distribution, milliseconds, seconds, svg
 from benchmarks.sample import Sample
 
 MIB = 1 << 20
@@ -60,3 +60,8 @@ class Settings:
         (self.output / "results.md").write_text("\n".join(one.markdown() for one in self.sections.values()))
         if "comparison" in self.sections:
             (self.output / "comparison.svg").write_text(svg(self.sections["comparison"].data))
+        if "switchover" in self.sections:
+            cases = self.sections["switchover"].data
+            downtimes = {case["title"]: [one["downtime_seconds"] for one in case["samples"]] for case in cases}
+            known = {title: [value for value in values if value is not None] for title, values in downtimes.items()}
+            (self.output / "downtime.svg").write_text(distribution(known))

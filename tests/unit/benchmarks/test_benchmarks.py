@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 
 from benchmarks import stall, switchover, tls
 from benchmarks.meter import Meter, cpu_times, memory_bytes
-from benchmarks.report import Section, svg
+from benchmarks.report import Section, distribution, svg
 from benchmarks.sample import Sample, medians, percentile
 from benchmarks.settings import MIB, Settings
 from migrated.errors import HostError
@@ -74,10 +75,25 @@ def test_the_row_of_a_case_is_of_the_migrations_that_ended() -> None:
 
 def test_every_long_migration_is_explained_by_its_own_steps() -> None:
     steps = {"stop": 0.001, "load": 0.0285, "run": 0.002}
-    lines = switchover.explanations("memfd", [switched(0.030, details={"steps": steps}), switched(0.0315)])
+    lines = switchover.explanations("memfd", [switched(0.025, details={"steps": steps}), switched(0.0315)])
     assert lines == []
     (line,) = switchover.explanations("memfd", [switched(0.012), switched(0.0315, details={"steps": steps})])
     assert line == "memfd, migration 2: 31.5 ms: load 28.5, run 2.0, stop 1.0."
+    there = {"steps": steps, "target_steps": {"journal": 0.0005, "load": 0.028}}
+    (line,) = switchover.explanations("memfd", [switched(0.0315, details=there)])
+    assert line.endswith("stop 1.0; on the target: load 28.0, journal 0.5.")
+
+
+def test_the_distribution_rises_to_the_longest_downtime() -> None:
+    image = distribution({"memfd <4 KiB>": [0.012, 0.009, 0.010], "none": []})
+    plot = ET.fromstring(image)
+    (line,) = (path.get("d") or "" for path in plot.findall(".//{*}path") if path.get("fill") == "none")
+    reached = [float(y) for y in re.findall(r"V([0-9.]+)", line)]
+    assert reached == sorted(reached, reverse=True)
+    assert len(reached) == 3
+    assert reached[-1] == 20.0  # the top: all of them
+    assert "memfd &lt;4 KiB&gt;, 3 migrations" in image
+    assert ET.fromstring(distribution({})).tag.endswith("svg")
 
 
 def test_pace_is_the_guests_operations_during_pre_copy_against_before() -> None:
