@@ -53,7 +53,8 @@ class Migration:
         self.hooks = Hooks(hooks, record, self.log)
         self.history = History(record.id)
         self._laps = Laps(record.downtime_breakdown)  # of the downtime
-        self.on_end: Callable[[Record], None] | None = None
+        self.on_end: Callable[[Record], asyncio.Future[None] | None] | None = None  # what it returns stores the record
+        self._recording: asyncio.Future[None] | None = None
         self._over = False
         self._watchers: set[asyncio.Event] = set()
         self._background: set[asyncio.Task[Any]] = set()
@@ -82,13 +83,18 @@ class Migration:
             self.refresh()
             self.record.ended_at = now
             if self.on_end is not None:
-                self.on_end(self.record)
+                self._recording = self.on_end(self.record)
         self.history.sample(self.record, always=True)
         level = self.log.warning if error is not None else self.log.info
         level("state", before=before.value, state=state.value, **(log_fields(error) if error is not None else {}))
         self.trace.enter(state, error)
         self.hooks.on(state)
         self.notify()
+
+    async def recorded(self) -> None:
+        """Wait until the record of a migration that has ended is stored, where records are stored."""
+        if self._recording is not None:
+            await asyncio.wait([self._recording])
 
     def _add_to_timeline(self, change: StateChange) -> None:
         """Append a change.  If full, drop one in the middle: a link that flaps for weeks must not grow the record."""

@@ -53,14 +53,15 @@ class MigrationTable(Generic[M]):
         for old in ended[: max(0, surplus)]:
             del self._migrations[old.id]
 
-    def _archive_soon(self, archive: Archive, record: Record) -> None:
+    def _archive_soon(self, archive: Archive, record: Record) -> asyncio.Future[None]:
         """Write the record of an ended migration in a thread: a slow disk must not stop the other migrations."""
-        self._write_soon(functools.partial(archive.add, record))
+        return self._write_soon(functools.partial(archive.add, record))
 
-    def _write_soon(self, write: Callable[[], None]) -> None:
+    def _write_soon(self, write: Callable[[], None]) -> asyncio.Future[None]:
         writing = asyncio.get_running_loop().run_in_executor(self._writer, write)
         self._archiving.add(writing)
         writing.add_done_callback(self._archiving.discard)
+        return writing
 
     def save_history(self, migration: M) -> None:
         """Store the history of a migration that this agent no longer works on."""

@@ -157,9 +157,11 @@ class SourceMigration(Migration):
                     await self._serve(connection)
         if reason is None:
             await self._until_done()
-            await self._end_old_guest()
+            needed = await self._end_old_guest()
             self.record.error = None
             self.set_state(State.COMPLETED)
+            if not needed:
+                await self._survival_over()
         else:
             await self._settle(reason)
 
@@ -443,8 +445,11 @@ class SourceMigration(Migration):
         except MigratedError as problem:  # the target does not need it
             self.log.info("cannot send Released", error=str(problem))
 
-    async def _end_old_guest(self) -> None:
-        """End the paused process.  If that fails, it stays in the journal: it must never be moved or run again."""
+    async def _end_old_guest(self) -> bool:
+        """End the paused process.  If that fails, it stays in the journal: it must never be moved or run again.
+
+        Return whether the next agent still needs everything that is kept.
+        """
         self._released = True
         entry = self._stage.require_entry()
         try:
@@ -459,8 +464,8 @@ class SourceMigration(Migration):
                 and entry.stage != "released"
                 and not await log_errors(self._stage.write("released"), self.log, "write the journal")
             ):
-                return  # keep everything: the next agent asks the target once more
-        await self._survival_over()
+                return True  # it asks the target once more
+        return False
 
     # ------------------------------------------------------------ rolling back: COMMIT was not sent
 
@@ -559,6 +564,8 @@ class SourceMigration(Migration):
         await self._survival_over()
 
     async def _survival_over(self) -> None:
+        """The next agent need not go on with this.  First the record: an evacuation asks it how the migration ended."""
+        await self.recorded()
         await (self._recovery_state.release_descriptors() if self._stuck else self._recovery_state.clear())
 
     # ------------------------------------------------------------ recovery after a restart

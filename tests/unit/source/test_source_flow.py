@@ -14,7 +14,7 @@ import pytest
 
 from migrated.address import Address
 from migrated.agent.migration import FinalError
-from migrated.agent.record import State
+from migrated.agent.record import Record, State
 from migrated.config import AgentConfig, HooksSection
 from migrated.errors import AbortedError, ConnectionLostError, GuestError, MigratedError, TimeoutExceededError
 from migrated.guests.access.pidfd import process_started
@@ -331,4 +331,26 @@ async def test_only_the_same_process_is_taken_for_the_paused_guest(tmp_path: Pat
     assert place.guest.adopted == ([os.getpid()] if same else [])
     assert place.guest.released == 1
     assert place.migration.record.state is State.COMPLETED
+    assert place.journal.load() == {}
+
+
+async def test_a_completed_migration_is_on_record_before_the_next_agent_forgets_it(tmp_path: Path) -> None:
+    """Else an evacuation that finds neither looks for a guest that has left long ago."""
+    place = Place(tmp_path, pid=os.getpid(), stage="released", recovered={})
+    stored = asyncio.get_running_loop().create_future()
+    ended: list[Record] = []
+
+    def store(record: Record) -> asyncio.Future[None]:
+        ended.append(record)
+        return stored
+
+    place.migration.on_end = store
+    running = asyncio.ensure_future(place.migration.run())
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while not ended:  # noqa: ASYNC110 - the record tells nobody
+            await asyncio.sleep(0.01)
+    await asyncio.sleep(0.1)
+    assert ID in place.journal.load()
+    stored.set_result(None)
+    await running
     assert place.journal.load() == {}
