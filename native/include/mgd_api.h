@@ -406,7 +406,7 @@ int mgd_target_background(struct mgd_target *target, struct mgd_error *err);
 int mgd_target_lacking(const struct mgd_target *target, uint32_t region, uint64_t first_page, uint8_t *out,
 		       size_t bytes, struct mgd_error *err);
 /* Poison every page that is still stale, so that the guest gets a memory error instead of waiting forever.
- * *out_pages: how many. */
+ * *out_pages: how many.  Another thread may call _drop_streams at the same time. */
 int mgd_target_poison_stale(struct mgd_target *target, uint64_t *out_pages, struct mgd_error *err);
 /* Stop the fault server, unregister and wake: the guest no longer depends on this process.  Refused (ARGUMENT)
  * unless every page is current. */

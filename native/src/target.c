@@ -157,6 +157,7 @@ int mgd_target_create(const struct mgd_target_region *regions, uint32_t region_c
 	for (uint32_t i = 0; i < MGD_MAX_REGIONS; i++)
 		target->regions[i].memory_fd = -1;
 	pthread_mutex_init(&target->barrier_lock, NULL);
+	pthread_mutex_init(&target->receivers_lock, NULL);
 	pthread_mutex_init(&target->urgent_lock, NULL);
 	sem_init(&target->holes, 0, 0);
 	if (build(target, regions, ledger_fd, recover, err)) {
@@ -187,6 +188,7 @@ void mgd_target_destroy(struct mgd_target *target)
 	mgd_waiting_fini(&target->waiting);
 	mgd_event_queue_fini(&target->events);
 	pthread_mutex_destroy(&target->barrier_lock);
+	pthread_mutex_destroy(&target->receivers_lock);
 	pthread_mutex_destroy(&target->urgent_lock);
 	sem_destroy(&target->holes);
 	explicit_bzero(target->secret, sizeof(target->secret));

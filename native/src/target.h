@@ -11,7 +11,8 @@
  *
  * The threads meet in the ledger, byte by byte, without a lock.  There are two short locks: `waiting.lock` (pages that
  * a guest thread waits for) and `urgent_lock` (the connection to the source).  No thread holds either over a call that
- * can block.
+ * can block.  The agent's threads start and join receivers under `receivers_lock`, which no thread of ours takes: the
+ * agent may drop lost connections while an operator gives up the missing pages, and each of them joins.
  *
  * All memory is written through the alias, a mapping of the same file that no userfaultfd covers: no thread of ours can
  * ever wait for a fault that only we could answer.
@@ -80,6 +81,7 @@ struct mgd_target {
 	_Atomic uint32_t faults_in_hand;
 	struct mgd_waiting waiting;
 
+	pthread_mutex_t receivers_lock;
 	pthread_mutex_t urgent_lock;
 	struct mgd_channel *urgent; /* owned by the receiver; NULL while there is none, or it is broken */
 	uint8_t *demands; /* encoded, not yet sent */

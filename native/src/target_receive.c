@@ -228,6 +228,7 @@ int target_receiver_start(struct mgd_target *target, uint32_t stream, struct mgd
 	uint32_t slot = urgent ? MGD_MAX_STREAMS : stream;
 	struct target_receiver *receiver;
 
+	MGD_HOLD(&target->receivers_lock);
 	if (!known || target->receivers[slot]) {
 		mgd_channel_destroy(channel);
 		return mgd_misuse(err, "add stream %u: %s", stream, known ? "already added" : "no such stream");
@@ -261,6 +262,7 @@ void target_receiver_drop_all(struct mgd_target *target)
 {
 	struct target_receiver *dropped[MGD_MAX_STREAMS + 1];
 
+	MGD_HOLD(&target->receivers_lock);
 	target_urgent_close(target);
 	for (uint32_t i = 0; i <= MGD_MAX_STREAMS; i++) {
 		dropped[i] = target->receivers[i];

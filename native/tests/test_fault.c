@@ -441,6 +441,34 @@ static void a_lost_page_is_a_memory_error_not_an_endless_wait(void)
 	close_host(&host);
 }
 
+static void *drop_streams(void *target)
+{
+	mgd_target_drop_streams(target);
+	return NULL;
+}
+
+/* The agent has just noticed that the connections are lost: one thread of its own joins the receivers, as this one does. */
+static void missing_pages_are_given_up_while_the_connections_are_dropped(void)
+{
+	struct mgd_features features;
+	struct mgd_error err = {0};
+
+	CHECK_OK(mgd_probe(&features, &err), err);
+	for (int round = 0; features.poison && round < 20; round++) {
+		struct host host;
+		pthread_t dropping;
+		uint64_t pages;
+
+		open_host(&host);
+		switch_over(&host, 4, 0x3);
+		CHECK_EQUAL(pthread_create(&dropping, NULL, drop_streams, host.target), 0);
+		CHECK_OK(mgd_target_poison_stale(host.target, &pages, &err), err);
+		pthread_join(dropping, NULL);
+		CHECK_EQUAL(pages, 2);
+		close_host(&host);
+	}
+}
+
 /* Two pages with bad memory, one current and one that arrives: readers get a memory error, and the release does not
  * wait. */
 static void bad_memory_is_a_memory_error_and_holds_up_nothing(bool stale)
@@ -558,6 +586,7 @@ static void run_all(void)
 	RUN(demands_are_asked_again_after_a_reconnect);
 	RUN(a_new_engine_takes_over_and_waiting_threads_go_on);
 	RUN(a_lost_page_is_a_memory_error_not_an_endless_wait);
+	RUN(missing_pages_are_given_up_while_the_connections_are_dropped);
 	RUN(a_current_page_of_bad_memory);
 	RUN(a_page_that_comes_into_bad_memory);
 	RUN(bad_memory_without_poison_waits_for_the_release);
