@@ -65,7 +65,9 @@ class Installation:
         """Lay out the virtual environment: it needs no program of its own, and so no version of Python but its own."""
         there = self.at(self.environment)
         shutil.rmtree(there, ignore_errors=True)
-        shutil.copytree(agents.packages(self.version), self.at(self.site))
+        # Whoever ran them where they were made has left bytecode there: this installation compiles its own.
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(agents.packages(self.version), self.at(self.site), ignore=ignored)
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(self.at(self.site))
         (there / "pyvenv.cfg").write_text(f"home = {python.parent}\ninclude-system-site-packages = false\n")
