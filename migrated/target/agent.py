@@ -200,17 +200,15 @@ class TargetAgent(HostAgent[TargetMigration]):
                 elif not left_over:  # else the next agent tries to end it again
                     await recovery_state.clear()
                 self._migrations.remember(failed_record(migration_id, self.role, entry, error))
+                told = log_fields(error)
+                if waits:
+                    told["hint"] = "the guest waits and everything is kept: fix the cause and restart the agent"
                 log.error(  # noqa: TRY400 - expected: no traceback
                     "cannot continue a migration of the previous agent",
                     migration=migration_id,
                     guest=entry.hello.guest,
                     stage=entry.stage,
-                    **log_fields(error),
-                    **(
-                        {"hint": "the guest waits and everything is kept: fix the cause and restart the agent"}
-                        if waits
-                        else {}
-                    ),
+                    **told,
                 )
 
     async def _end_left_over(self, entry: TargetEntry) -> None:

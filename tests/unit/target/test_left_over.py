@@ -10,10 +10,11 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from structlog.testing import capture_logs
 
 from migrated import config
 from migrated.agent.record import State
-from migrated.errors import HostError, TimeoutExceededError
+from migrated.errors import GuestRefusedError, HostError, TimeoutExceededError
 from migrated.guests.access.pidfd import PidHandle, process_started
 from migrated.recovery.journal import Journal, TargetEntry
 from migrated.target.agent import TargetAgent
@@ -67,6 +68,28 @@ async def test_it_stays_in_the_journal_until_an_agent_has_seen_it_end(
     await one_agent(tmp_path)
     assert process.wait(PATIENCE_SECONDS) != 0
     assert journal.load() == {}
+
+
+async def test_a_guest_that_cannot_be_continued_waits_and_the_agent_starts(
+    tmp_path: Path, process: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = Journal(tmp_path / "journal", TargetEntry)
+    entry = msgspec.structs.replace(
+        TARGET, stage="committed", pid=process.pid, pid_started=process_started(process.pid)
+    )
+    journal.write(ID, entry)
+
+    async def refuse(*_: object) -> None:
+        raise GuestRefusedError("guest vm1 is not configured", hint="put its table back")
+
+    monkeypatch.setattr(TargetAgent, "_revive", refuse)
+    with capture_logs() as logs:
+        await one_agent(tmp_path)
+    (told,) = [line for line in logs if line["event"] == "cannot continue a migration of the previous agent"]
+    assert told["error"] == "guest vm1 is not configured"
+    assert "the guest waits" in told["hint"]
+    assert process.poll() is None
+    assert journal.load() == {ID: entry}
 
 
 async def test_no_guest_is_touched_by_an_agent_that_cannot_listen(
