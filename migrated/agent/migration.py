@@ -87,7 +87,7 @@ class Migration:
         self.history.sample(self.record, always=True)
         level = self.log.warning if error is not None else self.log.info
         level("state", before=before.value, state=state.value, **(log_fields(error) if error is not None else {}))
-        self.trace.enter(state, error)
+        self._enter_in_trace(state, error)
         self.hooks.on(state)
         self.notify()
 
@@ -106,7 +106,20 @@ class Migration:
     def traced_by(self, tracing: Tracing, *, parent: str, started_at: float | None) -> None:
         """Trace this migration from now on.  ``started_at``: when a former agent began it."""
         began = self.record.started_at if started_at is None else started_at
-        self.trace = tracing.begin(self.record, self._laps, parent=parent, started_at=began)
+        try:
+            self.trace = tracing.begin(self.record, self._laps, parent=parent, started_at=began)
+        except Exception as problem:  # noqa: BLE001 - as below
+            self._stop_tracing(problem)
+
+    def _enter_in_trace(self, state: State, error: BaseException | None) -> None:
+        try:
+            self.trace.enter(state, error)
+        except Exception as problem:  # noqa: BLE001 - a library's: it must not end a migration, least of all after COMMIT
+            self._stop_tracing(problem)
+
+    def _stop_tracing(self, problem: Exception) -> None:
+        self.trace = Trace()
+        self.log.warning("this migration is no longer traced", error=str(problem))
 
     def notify(self) -> None:
         """Wake the watchers."""
@@ -191,7 +204,7 @@ class Migration:
             self.record.state = State.FAILED
             self.record.error = ErrorInfo.of(error)
             self.record.timeline.append(StateChange(State.FAILED, time.time()))
-            self.trace.enter(State.FAILED, error)
+            self._enter_in_trace(State.FAILED, error)
         if self.record.ended_at is None:  # also when ending it is what failed
             self.record.ended_at = time.time()
             try:

@@ -11,7 +11,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from migrated.agent.migration import TIMELINE_CHANGES, FinalError, Migration, log_errors
-from migrated.agent.record import Record, State
+from migrated.agent.record import Laps, Record, State
+from migrated.agent.tracing import Trace, Tracing
 from migrated.config import HooksSection
 from migrated.errors import AbortedError, GuestError, MigratedError, NativeError, PeerError
 from migrated.memory.engine import Event, EventKind
@@ -44,6 +45,28 @@ async def test_a_watcher_sees_the_record_now_and_at_every_change_until_the_end(m
     with pytest.raises(StopAsyncIteration):
         await anext(events)
     assert not migration._watchers
+
+
+class BrokenTracing(Tracing):
+    def begin(self, record: Record, laps: Laps, *, parent: str, started_at: float) -> Trace:
+        if not parent:
+            raise ValueError("a bug of the library")
+        return BrokenTrace()
+
+
+class BrokenTrace(Trace):
+    def enter(self, state: State, error: BaseException | None) -> None:
+        raise ValueError("a bug of the library")
+
+
+@pytest.mark.parametrize("parent", ["", "someone's"])
+async def test_what_traces_a_migration_cannot_end_it(migration: OneMigration, parent: str) -> None:
+    with capture_logs() as logs:
+        migration.traced_by(BrokenTracing(), parent=parent, started_at=None)
+        for state in (State.PRECOPY, State.SWITCHOVER, State.POSTCOPY, State.COMPLETED):
+            migration.set_state(state)
+    assert [line["event"] for line in logs].count("this migration is no longer traced") == 1
+    assert migration.record.ended
 
 
 async def test_a_slow_watcher_misses_steps_and_never_the_end(migration: OneMigration) -> None:
