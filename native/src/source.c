@@ -253,16 +253,14 @@ int mgd_source_add_stream(struct mgd_source *source, uint32_t number, struct mgd
 	stream->round_seen = source->round_generation;
 	stream->barrier_seen = source->barrier_generation;
 	stream->channel = channel;
-	if (urgent)
-		source->urgent = channel;
 	if (source_batch_create(stream, err) || start_thread(stream, err)) {
-		if (urgent)
-			source->urgent = NULL;
 		stream_release(stream);
 		return -1;
 	}
 	MGD_HOLD(&source->lock);
 	stream->started = true;
+	if (urgent && !stream->ended)
+		source->urgent = channel;
 	return 0;
 }
 

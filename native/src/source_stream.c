@@ -16,9 +16,9 @@ static void stream_ended(struct source_stream *stream, const struct mgd_error *e
 	struct mgd_source *source = stream->source;
 	bool stopping;
 
-	if (stream->number == MGD_STREAM_URGENT)
-		source->urgent = NULL; /* the drain waits for it no longer */
 	MGD_LOCKED (&source->lock) {
+		if (stream->number == MGD_STREAM_URGENT)
+			source->urgent = NULL; /* the drain waits for it no longer */
 		stream->ended = true;
 		stopping = source->stopping;
 	}
