@@ -41,7 +41,7 @@ PATIENCE_SECONDS = 100.0
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 SERIAL = "/run/vm1.tty"
 #: Where commands are run.
-WORK = "/run/work"
+WORK = "/run/page"
 #: What differs from the page.  Its guest has 1 GiB, and arrives on huge pages; but this machine is small, and whatever else
 #: runs on it shares the pool.
 GUEST_CHANGES = [("-m 1G", f"-m {MEMORY_BYTES // MIB}M"), ('page_size = "2M"', 'page_size = "4K"')]
@@ -72,7 +72,7 @@ done
 cd /
 mount -t proc proc /proc
 mount -t tmpfs -o mode=755 tmpfs /run
-mkdir /run/work
+mkdir /run/page
 rm -rf /etc/migrated /root/migrated-ca
 printf '%s\\n' "$HOSTS" >/etc/hosts
 ip link set lo up

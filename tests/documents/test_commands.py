@@ -134,7 +134,7 @@ async def evacuation_begun(stage: Stage, command: Command) -> str:
 
 async def process_guest(stage: Stage, command: Command) -> str:
     """The compiled guest of docs/process-guests.md, below an agent that listens at /run/p1.sock."""
-    if not (stage.hosta.root / "run/work/process_guest").exists():
+    if not (stage.hosta.root / "run/page/process_guest").exists():
         (compiler,) = [
             found.text
             for block in ALL
@@ -176,7 +176,7 @@ async def script(stage: Stage, page: Path) -> str:
         image = await asyncio.to_thread(build_linux_guest, cache_directory())
     except HostError as error:
         pytest.skip(str(error))
-    home = stage.alone.root / "run" / "work"
+    home = stage.alone.root / "run" / "page"
     (home / ".venv").symlink_to(Path(sys.prefix))
     cache = home / "build" / "cache"
     cache.mkdir(parents=True)
@@ -200,7 +200,7 @@ async def script(stage: Stage, page: Path) -> str:
 async def in_checkout(stage: Stage, command: Command) -> str:
     """A directory that has what a checkout has, and takes what the command writes."""
     for name in ("native", "migrated"):
-        link = stage.hosta.root / "run" / "work" / name
+        link = stage.hosta.root / "run" / "page" / name
         if not link.is_symlink():
             link.symlink_to(ROOT / name)
     return await stage.hosta.run(command.text)
