@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable
 from typing import Any, Protocol
 
 from migrated.memory.regions import Mapping, Region, SourceMemory, TargetMemory
@@ -68,9 +67,6 @@ class SourceGuest(abc.ABC):
     paused_at: float | None = None
     #: The same clock when the guest stood still.  After that, `pause` was saving the guest's state.
     stopped_at: float | None = None
-    #: Called by `pause` as soon as the guest stands still, where saving its state takes longer: from then on only that
-    #: may write to its memory.
-    on_stopped: Callable[[], None] = staticmethod(lambda: None)
 
     @abc.abstractmethod
     async def open(self) -> SourceMemory:

@@ -65,7 +65,7 @@ async def test_blocks_are_found_where_the_monitor_says_they_are(incoming: Monito
         os.close(reading)
         landmarks = Landmarks("vm", blocks)
         used = {block.id: block.used_bytes for block in blocks}
-        stream = stream_begin(await memory.machine_type(incoming), used) + landmarks.stream()
+        stream = stream_begin(await memory.machine_type(incoming)) + ram_section(used) + landmarks.stream()
         await asyncio.to_thread(os.write, writing, stream)
         found = await landmarks.find(pid, limit_seconds=60)
         assert {block: found[block].address for block in expected} == expected

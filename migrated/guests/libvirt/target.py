@@ -180,7 +180,7 @@ class LibvirtTarget(TargetGuest):
         ]
         landmarks = Landmarks(self.name, blocks)
         used = {block.id: block.used_bytes for block in blocks}
-        await self._unless_failed(image.write(stream_begin(theirs.machine, used) + landmarks.stream()))
+        await self._unless_failed(image.write(stream_begin(theirs.machine) + ram_section(used) + landmarks.stream()))
         located = await self._unless_failed(landmarks.find(process.pid, limit_seconds=self._timeouts.guest_start))
         with confinement.named(process.pid):
             numbers = await in_thread(injection.give_fds, process, [item.memory_fd for item in memory])

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qemu.qmp import ConnectError, EventListener, ExecInterruptedError, ExecuteError, QMPClient, QMPError
+from qemu.qmp import ConnectError, EventListener, ExecInterruptedError, ExecuteError, Message, QMPClient, QMPError
 from qemu.qmp.protocol import Runstate, StateError
 
 from migrated.errors import GuestError
@@ -237,10 +237,19 @@ class Monitor(MonitorCommands):
         Raises GuestError: ``migration-failed`` with QEMU's message when loading fails or is cancelled, ``qmp-timeout``.
         """
         deadline = time.monotonic() + limit
+        resumed = False
         while True:
+            event = await self._next_event(max(min(deadline - time.monotonic(), POLL_SECONDS), 0.0))
+            match event:
+                case {"event": "RESUME"}:
+                    resumed = True
+                    continue
+                case {"event": "MIGRATION", "data": {"status": "setup" | "active"}}:
+                    continue
+                case {"event": "MIGRATION", "data": {"status": "completed"}} if not resumed:
+                    return "paused"  # QEMU was started with -S; a query would cost downtime
             # The query gets the whole limit too: a QEMU that loads state does not answer while it waits for a page.
             left = max(deadline - time.monotonic(), POLL_SECONDS)
-            # Ask both at once: QEMU answers only once the state is loaded, and then the guest is waiting for us.
             report, run_state = await asyncio.gather(
                 self.execute("query-migrate", limit=left), self.execute("query-status", limit=left)
             )
@@ -254,18 +263,20 @@ class Monitor(MonitorCommands):
                     code="migration-failed",
                     hint="QEMU's own log says more; source and target must run the same machine type and devices",
                 )
-            left = deadline - time.monotonic()
-            if left <= 0:
+            if time.monotonic() >= deadline:
                 raise GuestError(
                     f"guest {self.guest}: QEMU did not load the device state within {limit:g} s (its migration is {status})",
                     code="qmp-timeout",
                 )
-            await self.event(min(left, POLL_SECONDS))
 
-    async def event(self, seconds: float) -> None:
+    async def _next_event(self, seconds: float) -> Message | None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                await self._events.get()
+                return await self._events.get()
+        return None
+
+    async def event(self, seconds: float) -> None:
+        await self._next_event(seconds)
 
     def saw(self, name: str) -> bool:
         return any(event["event"] == name for event in self._events.clear())

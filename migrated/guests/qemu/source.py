@@ -275,7 +275,6 @@ class RunningQemu(SourceGuest):
         self.stopped_at = time.monotonic()
         monitor.forget_events()
         self._paused_by = monitor
-        self.on_stopped()
 
     async def _run_on(self, monitor: MonitorCommands) -> None:
         """Undo our ``stop``, which left the guest ``paused``; in any other state, leave the guest alone.

@@ -90,19 +90,17 @@ class HeaderDecoder:
         return True
 
 
-def stream_begin(machine: str, used_bytes: dict[str, int]) -> bytes:
-    """Return QEMU's stream up to the first device.
-
-    ``used_bytes`` are by block id, as the incoming QEMU names its blocks.
-    """
+def stream_begin(machine: str) -> bytes:
+    """Return the beginning of QEMU's stream, up to the RAM section."""
     name = machine.encode()
-    return b"".join(
-        [STREAM_HEAD, struct.pack(">BI", _CONFIGURATION, len(name)), name, ram_section(used_bytes)],
-    )
+    return STREAM_HEAD + struct.pack(">BI", _CONFIGURATION, len(name)) + name
 
 
 def ram_section(used_bytes: dict[str, int]) -> bytes:
-    """Return a section that sets the used lengths of RAM blocks and holds no pages."""
+    """Return a section that sets the used lengths of RAM blocks and holds no pages.
+
+    ``used_bytes`` are by block id, as the incoming QEMU names its blocks.
+    """
     parts = [struct.pack(">BI", _SECTION_START, _RAM_SECTION), b"\3ram", struct.pack(">II", 0, _RAM_VERSION)]
     parts.append(struct.pack(">Q", sum(used_bytes.values()) | _MEM_SIZE))
     for ident, used in used_bytes.items():

@@ -33,13 +33,13 @@ from migrated.guests.qemu.config import QemuTargetConfig
 from migrated.guests.qemu.memory import Block
 from migrated.guests.qemu.process import STATE_STREAM, QemuProcess
 from migrated.guests.qemu.qmp import Monitor
-from migrated.guests.qemu.state import HeaderDecoder, stream_begin
+from migrated.guests.qemu.state import HeaderDecoder, ram_section, stream_begin
 from migrated.guests.start.process import is_process_of, start, user_of
 from migrated.memory import memfd
 from migrated.memory.regions import Region, TargetMemory
 from migrated.privileged import open_inodes
 from migrated.settings import Timeouts
-from migrated.waiting import drop, in_thread
+from migrated.waiting import in_thread, within
 
 log = structlog.get_logger("migrated.qemu")
 
@@ -289,41 +289,39 @@ class QemuTarget(TargetGuest):
     # ------------------------------------------------------------ state, run, end
 
     async def load_state(self, channel: StateChannel) -> None:
+        if self._description is None:
+            raise GuestError(f"guest {self.name} was not checked", code="guest-not-open")
+        await self._feed(stream_begin(self._description.machine))  # QEMU prepares to load while the guest still runs
         decoder = HeaderDecoder()
         while not decoder.feed(data := await channel.read()):
             if not data:
                 raise RemoteProtocolError("the guest state ended before it began")
         header = decoder.header
-        if header is None or self._description is None or header.machine != self._description.machine:
+        if header is None or header.machine != self._description.machine:
             raise RemoteProtocolError("the guest state is of another machine type than the hello said")
         if unknown := header.used_bytes.keys() - self._ids.keys():
             raise RemoteProtocolError(f"the guest state names RAM blocks that the hello did not: {', '.join(unknown)}")
         self.runs = header.runs
         used = {self._ids[name]: size for name, size in header.used_bytes.items()}
-        monitor = await self._monitor()
-        loading = asyncio.ensure_future(self._loaded(monitor))
-        feeding = asyncio.ensure_future(self._feed(channel, stream_begin(header.machine, used) + decoder.rest))
         try:
-            await asyncio.wait({loading, feeding}, return_when=asyncio.FIRST_EXCEPTION)
-            if not loading.done():  # the source failed, or the connection to it
-                feeding.result()
-            await loading
+            async with within(self._timeouts.guest_state, f"QEMU to read the state of guest {self.name}"):
+                data = ram_section(used) + decoder.rest
+                while data:
+                    await self._feed(data)
+                    data = await channel.read()
+            self._close_incoming()
+            await self._loaded(await self._monitor())
         except GuestError as error:
             raise await self._load_error(error) from error
         finally:
-            await drop(loading, feeding)
             self._close_incoming()
 
-    async def _feed(self, channel: StateChannel, data: bytes) -> None:
-        """Pass the state on to QEMU."""
-        loop = asyncio.get_running_loop()
+    async def _feed(self, data: bytes) -> None:
+        """Pass a piece of the migration stream on to QEMU."""
         if self._incoming is None:
             raise GuestError(f"guest {self.name} does not wait for its state", code="guest-not-open")
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # QEMU reports a better reason
-            while data:
-                await loop.sock_sendall(self._incoming, data)
-                data = await channel.read()
-            self._incoming.shutdown(socket.SHUT_WR)
+            await asyncio.get_running_loop().sock_sendall(self._incoming, data)
 
     async def _loaded(self, monitor: Monitor) -> None:
         """Wait until QEMU has loaded the state."""

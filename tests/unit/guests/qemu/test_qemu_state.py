@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from migrated.errors import RemoteProtocolError
 from migrated.guests.qemu.config import Description
-from migrated.guests.qemu.state import STREAM_HEAD, HeaderDecoder, StateHeader, encode_header, stream_begin
+from migrated.guests.qemu.state import STREAM_HEAD, HeaderDecoder, StateHeader, encode_header, ram_section, stream_begin
 
 HEADER = StateHeader(runs=True, machine="pc-q35-7.2", used_bytes={"pc.ram": 1 << 28, "/rom@etc/acpi/tables": 0x20000})
 
@@ -45,7 +45,7 @@ def test_what_is_no_state_is_the_peers_mistake(data: bytes) -> None:
 
 
 def test_the_stream_begins_with_configuration_and_lengths() -> None:
-    stream = stream_begin("pc-i440fx-7.2", {"pc.ram": 0x1000, "/rom@etc/acpi/rsdp": 0x2000})
+    stream = stream_begin("pc-i440fx-7.2") + ram_section({"pc.ram": 0x1000, "/rom@etc/acpi/rsdp": 0x2000})
     assert (
         stream
         == bytes.fromhex(
