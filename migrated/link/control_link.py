@@ -201,26 +201,26 @@ class ControlLink:
 
     # ------------------------------------------------------------ sending
 
-    async def send(self, message: AnyMessage) -> None:
-        """Send one message.  Raises LocalProtocolError if the session does not allow it, ConnectionLostError."""
-        self.post(message)
+    async def send(self, *messages: AnyMessage) -> None:
+        """Send messages, in one piece.  Raises LocalProtocolError if the session does not allow one, ConnectionLostError."""
+        self.post(*messages)
         try:
             await self._writer.drain()
         except (OSError, ConnectionError) as error:
             self._lose(self._broke(error))
             raise self._broke(error) from error
 
-    def post(self, message: AnyMessage) -> None:
-        """Send one message without waiting for buffer space, when something more urgent waits.
+    def post(self, *messages: AnyMessage) -> None:
+        """Send messages without waiting for buffer space, when something more urgent waits.
 
-        If this raises, the session has made no step.  If it returns, the message counts as sent, whether its bytes ever
-        leave or not.
+        If this raises for a single message, the session has made no step.  If it returns, the messages count as sent,
+        whether their bytes ever leave or not.
         """
         if self._broken.done():
             raise self._broken.result()
-        frame = self.session.send(message)
+        frames = b"".join([self.session.send(message) for message in messages])
         try:
-            self._writer.write(frame)
+            self._writer.write(frames)
         except Exception as error:  # noqa: BLE001 - any error of the transport means that the connection is lost
             self._lose(self._broke(error))
 

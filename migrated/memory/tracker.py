@@ -30,7 +30,9 @@ class Tracker:
             if memory.private[raw.region] and not memory.file_behind[raw.region]:
                 raw.flags = lib.MGD_MAPPING_SPARSE
         page_bytes = ffi.new("uint64_t[]", [region.page_bytes for region in memory.regions])
-        self._word_counts = [(region.size_bytes // region.page_bytes + 63) // 64 for region in memory.regions]
+        page_counts = [region.size_bytes // region.page_bytes for region in memory.regions]
+        self.page_count = sum(page_counts)
+        self._word_counts = [(count + 63) // 64 for count in page_counts]
         out = ffi.new("struct mgd_tracker **")
         path = f"/proc/{memory.pid}/pagemap"
         try:

@@ -12,6 +12,7 @@ The files contain the session's token: they have mode 0600, in a directory of mo
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 from pathlib import Path
@@ -32,6 +33,7 @@ SCRATCH = ".new"
 REFUSED = ".refused"
 CLOSED = ".done"
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+MOUNTS = Path("/proc/self/mountinfo")
 
 
 class TargetEntry(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -117,6 +119,15 @@ class Journal(Generic[E]):
     def __init__(self, directory: Path, kind: type[E]) -> None:
         self.directory = directory
         self._kind: type[E] = kind
+
+    @functools.cached_property
+    def in_memory(self) -> bool:
+        """Whether the directory is on a tmpfs, as /run is: no write there waits for a device."""
+        try:
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            return _on_tmpfs(self.directory)
+        except OSError:
+            return False
 
     def _path(self, migration_id: str) -> Path:
         return self.directory / f"{migration_id}{SUFFIX}"
@@ -250,6 +261,15 @@ class Journal(Generic[E]):
                 hint="start the version that wrote it until its migration is over; a guest may depend on it",
             ) from error
         return entry
+
+
+def _on_tmpfs(directory: Path) -> bool:
+    device = directory.stat().st_dev
+    for line in MOUNTS.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
+        mount, _, kind = line.partition(" - ")
+        if mount.split()[2] == f"{os.major(device)}:{os.minor(device)}":
+            return kind.startswith("tmpfs ")
+    return False
 
 
 def _boot_id() -> str:

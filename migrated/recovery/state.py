@@ -42,7 +42,11 @@ class RecoveryState(Generic[E]):
     async def write(self, entry: E) -> None:
         """Write the entry durably.  Raises HostError.  Does nothing after `clear` or `close_entry`."""
         async with self._writing:
-            if not self._over:
+            if self._over:
+                return
+            if self._journal.in_memory:  # sooner done than handed to a thread: a paused guest waits for some entries
+                self._journal.write(self._id, entry)
+            else:
                 await in_thread(self._journal.write, self._id, entry)
 
     async def remove_entry(self) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import time
 from collections.abc import Coroutine
@@ -261,32 +262,29 @@ class SourceMigration(Migration):
         """Pause the guest, scan, send the stale map and the guest state; return when the target has loaded it."""
         await self.hooks.before(State.SWITCHOVER)
         self.set_state(State.SWITCHOVER)
+        gc.collect(1)  # while the guest runs, and so not while it is paused
         started = time.monotonic()
         await self._guest.pause(link.pipe)
         self._laps.start(self._guest.paused_at or started)
         self._laps.lap("stop", self._guest.stopped_at)
         self._laps.lap("save")
-        if self.options.mode == "postcopy":
-            await in_thread(engine.mark_populated, precopy.tracker)
-        await precopy.scan_last()
+        stale = await precopy.scan_last(everything=self.options.mode == "postcopy", freeze=not finish)
         self._laps.lap("scan")
         if finish:
             await precopy.send_marked(self.record.round + 1)
             await precopy.barrier()
+            stale = await in_thread(engine.freeze)
             self._laps.lap("send")
-        stale = await in_thread(engine.freeze)
-        self.record.stale_pages, self.record.stale_bytes = stale, engine.stats().stale_bytes_left
         async with within(self._timeouts.switchover, "the stale map to be sent", who=link.peer):
-            await link.send(Switchover(stale))
-            for region, first_page, bits in engine.stale_maps():
-                await link.send(StaleMap(region, first_page, bits))
-            await link.send(StaleMapEnd())
+            # At once: the guest of the target waits for the end of the map.
+            await link.send(Switchover(stale), *(StaleMap(*piece) for piece in engine.stale_maps()), StaleMapEnd())
         engine.serve(drain=False)
         self._laps.lap("map")
-        self.log.info("paused", stale_pages=stale, steps=self.record.downtime_breakdown)
+        self.record.stale_pages, self.record.stale_bytes = stale, engine.stats().stale_bytes_left
         await self._guest.send_state(link.pipe)
         self._laps.lap("transfer")
         await precopy.require_unwritten()  # while the target loads
+        self.log.info("paused", stale_pages=stale, steps=self.record.downtime_breakdown)
         await link.expect(Loaded, limit_seconds=self._timeouts.guest_state, what="the guest state to be loaded")
         self._laps.lap("load")
 

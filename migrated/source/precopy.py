@@ -12,8 +12,8 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from migrated.errors import MigratedError, PeerError
 from migrated.protocol.messages import BarrierAck, Populated, Round
@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 
 #: Marked blocks to compare before deciding on the next round: gives the changed part within 3 % of the whole.
 SAMPLE_BLOCKS = 1024
+#: A scan of so many pages takes less than a millisecond.
+SMALL_PAGES = 1 << 17
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -147,13 +151,27 @@ class PreCopy:
         """Mark what was written; return how many bytes of pages the kernel reported."""
         return await in_thread(functools.partial(self.engine.scan, self.tracker, quiesced=quiesced))
 
-    async def scan_last(self) -> None:
-        """Mark what was written until the guest was paused."""
-        await in_thread(self.engine.scan_last, self.tracker)
+    async def scan_last(self, *, everything: bool, freeze: bool) -> int:
+        """Mark what was written until the guest was paused; with ``freeze`` also freeze, and return the stale pages.
+
+        ``everything``: mark all that is populated, since nothing was sent.
+        """
+
+        def scan() -> int:
+            if everything:
+                self.engine.mark_populated(self.tracker)
+            self.engine.scan_last(self.tracker)
+            return self.engine.freeze() if freeze else 0
+
+        return await self._while_paused(scan)
 
     async def require_unwritten(self) -> None:
         """Raise GuestError if the paused guest's memory was written after `scan_last`."""
-        await in_thread(self.engine.require_unwritten, self.tracker)
+        await self._while_paused(lambda: self.engine.require_unwritten(self.tracker))
+
+    async def _while_paused(self, work: Callable[[], T]) -> T:
+        """Run ``work``, in a thread unless it takes no longer than the hand-over to one and back."""
+        return work() if self.tracker.page_count <= SMALL_PAGES else await in_thread(work)
 
     async def barrier(self) -> None:
         """Wait until everything sent so far is in the target's memory."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import gc
 import hmac
 import os
 import time
@@ -307,15 +308,15 @@ class TargetMigration(Migration):
                 case Switchover(stale_pages=stale_pages):
                     self._laps.start(time.monotonic())
                     self.record.stale_pages = stale_pages
-                    self.set_state(State.SWITCHOVER)
                 case StaleMap(region=region, first_page=first_page, bits=bits):
                     self._require_engine().stale_map(region, first_page, bits)
                 case StaleMapEnd():
                     engine = self._require_engine()
                     engine.switchover()
                     engine.background()  # while the guest state is loaded: from here on what is current stays so
-                    self.record.stale_bytes = engine.stats().stale_bytes
                     self._mapped.set()
+                    self.record.stale_bytes = engine.stats().stale_bytes
+                    self.set_state(State.SWITCHOVER)  # only now: the guest, which is paused, waits for the map
                 case Commit():
                     return
                 case Abort(code=code, message=text, hint=hint):
@@ -389,19 +390,19 @@ class TargetMigration(Migration):
             self._silent = True
             raise FinalError(self._unserved)
         self._laps.lap("commit")
-        self.background(self._note_commit())
         self._running = self.background(self._run_guest())
+        self.background(self._note_commit())
 
     async def _run_guest(self) -> None:
         """Resume the guest.  Runs beside the flow: the guest's first page may have to wait for a broken network."""
         if not self._ran_before:
             await self._insist(self._guest.resume, "the guest does not run yet", RESUME_PAUSE_SECONDS)
             self._laps.lap("run")
-            self.log.info("the guest runs here")
         if self.record.downtime_seconds is None:
             self.record.downtime_seconds = self._laps.total
         self._runs.set()
         self._changed.set()
+        self.log.info("the guest runs here")
         await self._noted.wait()
         if not self._ran_before:
             await log_errors(self._write("running"), self.log, "write the journal")
@@ -555,6 +556,7 @@ class TargetMigration(Migration):
             case Event(kind=EventKind.BARRIER, value=barrier):
                 with contextlib.suppress(MigratedError):
                     self.connection.link.post(BarrierAck(barrier))
+                gc.collect(1)  # the switchover may follow: now, and so not while the guest is paused
             case Event(kind=EventKind.ALL_CURRENT):
                 self._all_current.set()
                 self._changed.set()

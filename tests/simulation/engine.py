@@ -46,6 +46,7 @@ class Tracker:
         self._process: Process = current().host.processes[memory.pid]
         self.handle: Tracker | None = self
         self.armed = False
+        self.page_count = 1 if current().host.world.at_once else 1 << 40
 
     @property
     def process(self) -> Process:

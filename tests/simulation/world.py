@@ -134,6 +134,7 @@ class World:
         self.loop = Loop(self.thread_seconds)
         self.net = network.Network(self.loop, self.latency)
         self.net.high_water = draw.choice((1 << 16, 1 << 16, 0))
+        self.at_once = draw.random() < 0.5  # little memory, and a journal on a tmpfs: no thread is needed for either
         self.loop.sockets = self.net
         self.loop.ended = self.kill_life
         self.loop.speak = _speak
@@ -825,6 +826,7 @@ def seams(world: World) -> Iterator[None]:
         (host_agent, "GuestRegistry", guest.SimGuestRegistry),
         (host_agent, "Histories", lambda _state_dir: None),  # files for display only
         (journal, "BOOT_ID", _BootId),
+        (journal, "_on_tmpfs", lambda _directory: world.at_once),
         (pidfd, "process_started", _process_started),
         (source_migration, "process_started", _process_started),
         (target_migration, "process_started", _process_started),

@@ -131,6 +131,7 @@ async def test_a_disk_that_is_slow(journal: Journal[SourceEntry], monkeypatch: p
     call = {"supersede_others": "load", "write": "write", "clear": "remove", "close_entry": "close"}[what]
     disk = Blocked(result={})
     monkeypatch.setattr(journal, call, disk)
+    monkeypatch.setattr(journal, "in_memory", False)  # wherever the tests' files are
     store = cast("Any", SimpleNamespace(forget=_nothing))
     recovery_state = RecoveryState(journal, store, "m")
     arguments: tuple[Any, ...] = {"supersede_others": ("vm1",), "write": (SOURCE,)}.get(what, ())

@@ -29,8 +29,11 @@ from migrated.protocol.messages import (
     Pong,
     Ready,
     Round,
+    StaleMap,
+    StaleMapEnd,
     StateChunk,
     StateEnd,
+    Switchover,
 )
 from migrated.protocol.session import Session
 from migrated.protocol.transitions import Role, State
@@ -409,6 +412,24 @@ async def test_a_stranger_cannot_send_state_after_its_end(ends: tuple[socket.soc
         error = await asyncio.shield(link.ended)
         assert isinstance(error, RemoteProtocolError)
         assert await read_all(link.pipe) == b"one"
+
+
+async def test_messages_that_are_sent_together_leave_in_one_piece(
+    links: tuple[ControlLink, ControlLink], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = links
+    written: list[bytes] = []
+    write = source._writer.write
+
+    def counted(data: bytes) -> None:
+        written.append(data)
+        write(data)
+
+    monkeypatch.setattr(source._writer, "write", counted)
+    sent: list[AnyMessage] = [Switchover(1), StaleMap(0, 0, b"\1"), StaleMapEnd()]
+    await source.send(*sent)
+    assert [await target.receive() for _ in sent] == sent
+    assert len(written) == 1
 
 
 # ---------------------------------------------------------------- sockets

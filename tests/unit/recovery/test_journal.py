@@ -9,12 +9,13 @@ import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from structlog.testing import capture_logs
 
 from migrated.errors import ConfigError, HostError
+from migrated.recovery import state
 from migrated.recovery.journal import Journal, JournalError, SourceEntry, TargetEntry
 from tests.rig import supervisor
 from tests.unit.recovery.entries import SOURCE, TARGET
@@ -34,6 +35,36 @@ def path_of(journal: Journal[TargetEntry]) -> Path:
 
 def names(journal: Journal[TargetEntry]) -> list[str]:
     return sorted(entry.name for entry in journal.directory.iterdir())
+
+
+@pytest.mark.parametrize("memory", [True, False], ids=["tmpfs", "disk"])
+async def test_only_what_may_wait_for_a_device_is_handed_to_a_thread(
+    journal: Journal[TargetEntry], monkeypatch: pytest.MonkeyPatch, memory: bool
+) -> None:
+    threads: list[Callable[..., object]] = []
+
+    async def in_thread(work: Callable[..., object], *arguments: object) -> object:
+        threads.append(work)
+        return work(*arguments)
+
+    monkeypatch.setattr(state, "in_thread", in_thread)
+    monkeypatch.setattr("migrated.recovery.journal._on_tmpfs", lambda _: memory)
+    await state.RecoveryState(journal, cast("Any", None), ID).write(TARGET)
+    assert len(threads) == (not memory)
+    assert journal.find(ID) == TARGET
+
+
+def test_a_tmpfs_is_told_from_other_file_systems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = tmp_path.stat().st_dev
+    mounts = tmp_path / "mountinfo"
+    monkeypatch.setattr("migrated.recovery.journal.MOUNTS", mounts)
+    line = f"36 35 {os.major(device)}:{os.minor(device)} / /run rw,nosuid shared:5 -"
+    for kind, memory in (("tmpfs tmpfs rw", True), ("ext4 /dev/tmpfs rw", False)):
+        mounts.write_text(f"21 20 0:5 / /proc rw - proc proc rw\n{line} {kind}\n")
+        assert Journal(tmp_path, TargetEntry).in_memory is memory
+    mounts.write_text("")
+    assert not Journal(tmp_path, TargetEntry).in_memory
+    assert not Journal(tmp_path / "mountinfo" / "below", TargetEntry).in_memory
 
 
 def loaded(journal: Journal[TargetEntry]) -> tuple[dict[str, TargetEntry], list[str]]:
