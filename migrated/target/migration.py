@@ -178,6 +178,8 @@ class TargetMigration(Migration):
                 except FinalError:
                     raise
                 except Exception as error:  # noqa: BLE001 - the connection has failed; our promise decides what follows
+                    if self._promised:
+                        await connection.close()  # what arrives until then counts: the source may withdraw
                     if not self._promised:
                         await self._give_up(error, connection)
                         return

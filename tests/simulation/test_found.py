@@ -84,6 +84,12 @@ FOUND = {
     "the-target-is-upgraded-after-commit": (
         Action("version", "t1", "protocol", "newer", 9.0, note="t1 recv commit", steps=5),
     ),
+    # The source withdrew while the target was closing the connection for another reason: the guest waited for ever.
+    "withdrawn-when-a-page-connection-is-lost": (
+        Action("verb", "s", "abort", note="t1 send loaded", steps=0),
+        Action("cut", what="bulk", how="server", note="s send abort", steps=0),
+        Action("burn", "s", note="t1 recv abort", steps=0),
+    ),
     # The journal still said loaded when the source was released.
     "no-room-on-the-target": (Action("disk", "t1", "", "EIO", 9.0, note="t1 recv commit", steps=0),),
 }
