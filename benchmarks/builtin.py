@@ -16,7 +16,8 @@ from benchmarks.guest import LOADS, MIB, Watched, guest_at_work
 from benchmarks.meter import Meter
 from benchmarks.network import Link
 from benchmarks.sample import Sample
-from migrated.errors import MigratedError, TimeoutExceededError
+from migrated.demo.qemu_guest import Memory
+from migrated.errors import MigratedError
 from migrated.waiting import within
 
 PORT = 7450
@@ -30,13 +31,18 @@ CAPABILITIES = {
 
 
 class Machine:
-    """The monitor of a QEMU, which records when QEMU stopped and resumed."""
+    """The monitor of a QEMU, which records what QEMU reports, with its time stamps.
+
+    Nothing asks QEMU for its state while it migrates: that would cost processor time, and end each figure at a question.
+    """
 
     def __init__(self, client: QMPClient) -> None:
         self._client = client
-        self._events = EventListener(("STOP", "RESUME"))
+        self._events = EventListener(("STOP", "RESUME", "MIGRATION", "MIGRATION_PASS"))
         client.register_listener(self._events)
-        self.seen: dict[str, float] = {}
+        self.status = ""  # of the migration
+        self.passes = 0  # over memory, including the active one
+        self._seen: dict[str, float] = {}
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -60,11 +66,11 @@ class Machine:
         """Execute one command."""
         return await asyncio.wait_for(self._client.execute(command, arguments), 20)
 
-    async def prepare(self, system: str, downtime_limit_ms: float, streams: int, *, tls: str = "") -> None:
+    async def prepare(self, system: str, downtime_limit_ms: float, streams: int | None, *, tls: str = "") -> None:
         """Set capabilities and limits, which must be the same on both sides.  ``tls``: id of the side's credentials."""
         wanted = [*CAPABILITIES[system]]
         parameters: dict[str, object] = {"max-bandwidth": BANDWIDTH, "downtime-limit": int(downtime_limit_ms)}
-        if system == "qemu-precopy" and streams > 1:
+        if streams is not None:
             wanted.append("multifd")
             parameters["multifd-channels"] = streams
         if tls:
@@ -73,19 +79,26 @@ class Machine:
         await self.execute("migrate-set-capabilities", {"capabilities": capabilities})
         await self.execute("migrate-set-parameters", parameters)
 
-    def collect(self) -> None:
-        """Record QEMU's wall clock time stamps of STOP and RESUME."""
-        for event in self._events.clear():
-            stamp: Any = event["timestamp"]
-            self.seen[str(event["event"])] = stamp["seconds"] + stamp["microseconds"] / 1e6
+    async def follow(self) -> None:
+        """Wait for an event.  Raises MigratedError if the migration has failed."""
+        event: Any = await self._events.get()
+        name, data, stamp = event["event"], event.get("data", {}), event["timestamp"]
+        if name == "MIGRATION_PASS":
+            self.passes = data["pass"]
+        elif name == "MIGRATION":
+            self.status = data["status"]
+            name = self.status
+        self._seen[name] = stamp["seconds"] + stamp["microseconds"] / 1e6
+        if self.status in ("failed", "cancelled"):
+            report = await self.execute("query-migrate")
+            raise MigratedError(f"QEMU's migration {self.status}: {report.get('error-desc', '')}")
 
     async def when(self, event: str, limit_seconds: float = 10) -> float:
-        """Wait for an event, and return its wall clock time."""
+        """Wait for STOP, RESUME or a status of the migration, and return its wall clock time."""
         async with within(limit_seconds, f"QEMU's {event}"):
-            while event not in self.seen:
-                self.collect()
-                await asyncio.sleep(POLL_SECONDS)
-        return self.seen[event]
+            while event not in self._seen:
+                await self.follow()
+        return self._seen[event]
 
 
 async def move(
@@ -94,10 +107,11 @@ async def move(
     *,
     system: str,
     memory_bytes: int,
+    memory: Memory = "memfd",
     page_bytes: int = 2 * MIB,
     limit_seconds: float = 60,
     downtime_limit_ms: float = 50,
-    streams: int = 1,
+    streams: int | None = None,
     guest_load: dict[str, Any] | None = None,
     extra: tuple[str, ...] = (),
     tls: Path | None = None,
@@ -105,14 +119,15 @@ async def move(
 ) -> Sample:
     """Migrate a guest under ``load`` once.
 
-    ``streams`` > 1: pre-copy with multifd; ``extra``: options of QEMU; ``tls``: directory of both sides' certificates.
+    ``streams``: multifd with so many channels, None: one connection; ``extra``: options of QEMU; ``tls``: directory of both
+    sides' certificates.
     """
     if tls is not None:
         for end in ("client", "server"):
             extra = (*extra, "-object", f"tls-creds-x509,id={end},dir={tls},endpoint={end},verify-peer=on")
     sample = Sample(system=system, path=link.name, load=load, memory_bytes=memory_bytes)
     async with guest_at_work(
-        link, guest_load or LOADS[load], memory_bytes=memory_bytes, page_bytes=page_bytes, extra=extra
+        link, guest_load or LOADS[load], memory_bytes=memory_bytes, memory=memory, page_bytes=page_bytes, extra=extra
     ) as watched:
         if before is not None:
             await before(watched)
@@ -164,59 +179,50 @@ async def _move(
     meter.watch(watched.pid)
     meter.watch(target_pid)
     wire = link.wire_bytes(watched.pid)
-    began = time.monotonic()
+    began, began_wall = time.monotonic(), time.time()
     async with meter:
         await source.execute("migrate", {"uri": f"tcp:{link.target_address}:{PORT}"})
-        switched, report = await _follow(sample, source, began, limit_seconds)
+        switched, report = await _follow(sample, source, limit_seconds)
         if report["status"] != "completed":
             sample.wire_bytes = link.wire_bytes(watched.pid) - wire
             sample.outcome = f"no end in {limit_seconds:g} s"
             sample.details["ram"] = report.get("ram")
             sample.cpu_seconds = meter.cpu_seconds
             return
-        await _completed(target, limit_seconds)
-        sample.total_seconds = time.monotonic() - began
+        # The incoming side finishes slightly after the source.
+        ends = await source.when("completed"), await target.when("completed", limit_seconds)
+    sample.total_seconds = max(ends) - began_wall
     sample.wire_bytes = link.wire_bytes(watched.pid) - wire
     sample.downtime_seconds = await target.when("RESUME") - await source.when("STOP")
     sample.stall_seconds = await watched.stall_seconds(sample.downtime_seconds)
     sample.operations_during = watched.console.operations_per_second(began, switched)
     sample.cpu_seconds = meter.cpu_seconds
     sample.extra_memory_bytes = meter.peak_memory_bytes
+    if watched.guest.memory == "private":  # where the meter counts the guest's own memory on the target as well
+        sample.extra_memory_bytes -= sample.memory_bytes
     sample.details = {key: report.get(key) for key in ("total-time", "downtime", "setup-time", "ram")}
     sample.verified = await watched.verify()
 
 
-async def _follow(sample: Sample, source: Machine, began: float, limit_seconds: float) -> tuple[float, dict[str, Any]]:
+async def _follow(sample: Sample, source: Machine, limit_seconds: float) -> tuple[float, dict[str, Any]]:
     """Wait for the end, and start post-copy after the first pass if requested.
 
-    Returns the time at which pre-copy ended, and the last report.
+    Returns the time at which pre-copy ended, and QEMU's last report.
     """
     switched = 0.0
-    while True:
-        report: dict[str, Any] = await source.execute("query-migrate")
-        source.collect()
-        status = report.get("status")
-        if status in ("failed", "cancelled"):
-            raise MigratedError(f"QEMU's migration {status}: {report.get('error-desc', '')}")
-        passes = report.get("ram", {}).get("dirty-sync-count", 0)
-        if sample.system == "qemu-postcopy" and not switched and status == "active" and passes > 1:
-            await source.execute("migrate-start-postcopy")
-            switched = time.monotonic()
-        if status == "completed" or time.monotonic() - began > limit_seconds:
-            return switched or time.monotonic(), report
-        await asyncio.sleep(POLL_SECONDS)
-
-
-async def _completed(target: Machine, limit_seconds: float) -> None:
-    """Wait for the incoming side, which finishes slightly after the source."""
-    async with within(limit_seconds, "the incoming QEMU to complete"):
-        while True:
-            status = (await target.execute("query-migrate")).get("status")
-            if status == "completed":
-                return
-            if status == "failed":
-                raise MigratedError("the incoming QEMU failed")
-            await asyncio.sleep(POLL_SECONDS)
-
-
-__all__ = ["Machine", "TimeoutExceededError", "move"]
+    try:
+        async with asyncio.timeout(limit_seconds) as limit:
+            while source.status != "completed":
+                await source.follow()
+                if (
+                    sample.system == "qemu-postcopy"
+                    and not switched
+                    and source.status == "active"
+                    and source.passes > 1
+                ):
+                    await source.execute("migrate-start-postcopy")
+                    switched = time.monotonic()
+    except TimeoutError:
+        if not limit.expired():
+            raise
+    return switched or time.monotonic(), await source.execute("query-migrate")

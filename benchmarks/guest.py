@@ -22,7 +22,7 @@ from benchmarks.network import Link
 from migrated.demo.console import GuestConsole, Load
 from migrated.demo.pair import short_directory
 from migrated.demo.pool import huge_pages
-from migrated.demo.qemu_guest import QemuGuest, RunningQemu
+from migrated.demo.qemu_guest import Memory, QemuGuest, RunningQemu
 from migrated.demo.run import cache_directory
 
 MIB = 1 << 20
@@ -100,6 +100,7 @@ async def guest_at_work(
     load: str | dict[str, Any],
     *,
     memory_bytes: int,
+    memory: Memory = "memfd",
     page_bytes: int = 2 * MIB,
     target_page_bytes: int | None = None,
     extra: tuple[str, ...] = (),
@@ -115,6 +116,7 @@ async def guest_at_work(
             kind="boot",
             accel="kvm",
             memory_bytes=memory_bytes,
+            memory=memory,
             page_bytes=page_bytes,
             target_page_bytes=target_page_bytes,
             load=LOADS[load] if isinstance(load, str) else load,

@@ -1,4 +1,4 @@
-"""The huge pages of a benchmark, which are reserved and written once before anything is measured.
+"""The memory of a benchmark: huge pages are reserved, and all pages written once before anything is measured.
 
 The first touch of memory that a virtual machine has never used costs its hypervisor several milliseconds per huge page.
 Without this, the first system measured would pay for all of them.
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from migrated.demo.pool import huge_pages
 
 MFD_HUGE_SHIFT = 26
+SMALL_BYTES = 4096
 
 
 @contextlib.contextmanager
@@ -25,9 +26,9 @@ def warm_pages(size_bytes: int, page_bytes: int) -> Iterator[None]:
 
 
 def touch(size_bytes: int, page_bytes: int) -> None:
-    """Write to this much of the free memory in the pool."""
-    flags = os.MFD_CLOEXEC | os.MFD_HUGETLB | (page_bytes.bit_length() - 1) << MFD_HUGE_SHIFT
-    fd = os.memfd_create("bench-warm", flags)
+    """Write to this much of the free memory in the pool; pages of 4 KiB have none."""
+    huge = 0 if page_bytes == SMALL_BYTES else os.MFD_HUGETLB | (page_bytes.bit_length() - 1) << MFD_HUGE_SHIFT
+    fd = os.memfd_create("bench-warm", os.MFD_CLOEXEC | huge)
     try:
         os.ftruncate(fd, size_bytes)
         with mmap.mmap(fd, size_bytes, mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)) as memory:
