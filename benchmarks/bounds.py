@@ -138,12 +138,12 @@ async def _move_sparse(program: Path, used: int, within: int) -> dict[str, Any]:
                 raise MigratedError(f"sparse: {record['state']}: {record.get('error')}")
             await console.attach(arrival, LIMIT_SECONDS)
             swept = await console.sweep(LIMIT_SECONDS)
-            phases = external.phases(record["downtime_breakdown"])
             await console.command("quit")
         return {
             "seconds": took,
             "downtime": record["downtime_seconds"],
-            "scan": phases.get("scan"),
+            "scan": record["downtime_breakdown"].get("scan"),
+            "steps": record["downtime_breakdown"],
             "source_bytes": agents[0].peak_memory_bytes,
             "target_bytes": agents[1].peak_memory_bytes,
             "verified": swept.wrong == 0 and swept.errors == 0 and not console.corrupt,

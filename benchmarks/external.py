@@ -15,6 +15,7 @@ from benchmarks.meter import Meter
 from benchmarks.network import Link
 from benchmarks.sample import Sample
 from migrated.demo.pair import AgentPair
+from migrated.demo.qemu_guest import Memory
 from migrated.errors import MigratedError
 
 #: Fields of the source's record that are kept.
@@ -26,6 +27,7 @@ async def move(
     load: str,
     *,
     memory_bytes: int,
+    memory: Memory = "memfd",
     page_bytes: int = 2 * MIB,
     target_page_bytes: int | None = None,
     limit_seconds: float = 120,
@@ -40,6 +42,7 @@ async def move(
             link,
             guest_load or LOADS[load],
             memory_bytes=memory_bytes,
+            memory=memory,
             page_bytes=page_bytes,
             target_page_bytes=target_page_bytes,
         ) as watched,
@@ -69,13 +72,14 @@ async def _move(
     await watched.observe()
     sample.operations_before = watched.operations_before
     attach = asyncio.ensure_future(watched.console.attach(watched.guest.target_serial(), 60))
-    meter = Meter()
+    meter, agent = Meter(), Meter()
+    agent.watch(pair.source.pid)
     meter.watch(pair.source.pid)
     meter.watch(pair.target.pid)
     meter.watch(watched.pid)
     wire = link.wire_bytes(pair.source.pid)
     try:
-        async with meter:
+        async with meter, agent:
             identity = await pair.start(watched.guest.name, **options)
             await pair.source.wait(identity, "precopy", "switchover", "postcopy", limit_seconds=60)
             began = time.monotonic()
@@ -106,7 +110,8 @@ async def _move(
     sample.details |= {key: other[key] for key in ("faults", "fault_seconds", "faults_by_kind_us")}
     sample.details["precopy_seconds"] = at["switchover"] - at["precopy"]
     sample.details["rounds"] = rounds(pair.source.log_path)
-    sample.details["phases"] = phases(record["downtime_breakdown"])
+    sample.details["steps"] = record["downtime_breakdown"]
+    sample.details["source_agent_bytes"] = agent.peak_memory_bytes
     sample.details["transferred_bytes"] = record["transferred_bytes"]
     sample.verified = await watched.verify()
     with contextlib.suppress(MigratedError):
@@ -120,12 +125,6 @@ def rounds(log: Path) -> list[dict[str, Any]]:
         for entry in _entries(log)
         if entry.get("event") == "round"
     ]
-
-
-def phases(steps: dict[str, float]) -> dict[str, float]:
-    """Divide the downtime, in seconds: until the stale map was sent, guest state, and from there until the guest ran."""
-    state, commit = steps.get("load", 0.0), steps.get("commit", 0.0) + steps.get("run", 0.0)
-    return {"scan": sum(steps.values()) - state - commit, "state": state, "commit": commit}
 
 
 def _entries(log: Path) -> list[dict[str, Any]]:

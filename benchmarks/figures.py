@@ -18,12 +18,14 @@ from benchmarks.pool import warm_pages
 from benchmarks.report import Section, mebibytes, milliseconds, rate, ratio
 from benchmarks.sample import Sample, median, medians
 from benchmarks.settings import MIB, Settings
+from migrated.agent.record import SOURCE_STEPS
 from migrated.errors import HostError, PoolError
 from migrated.memory.engine import Histogram
 
 GIB = 1 << 30
 HERE = Path(__file__).parent
 BUILD_SECONDS = 180
+DOWNTIME_LIMIT_MS = 10  # of `downtime`
 
 
 async def downtime(settings: Settings) -> Section:
@@ -32,17 +34,30 @@ async def downtime(settings: Settings) -> Section:
         "downtime",
         "Downtime under constant writes, by size",
         (
-            *("memory", "downtime", "longest", "of it scan and stale map", "guest state", "commit to running"),
-            *("longest stall", "stale pages", "memory verified"),
+            "memory",
+            "downtime",
+            "longest",
+            *SOURCE_STEPS,
+            "longest stall",
+            "stale pages",
+            "source agent",
+            "memory verified",
         ),
-        notes=["Hybrid mode, loopback; the guest rewrites random blocks as fast as it can."],
+        notes=[
+            (
+                f"Hybrid mode, loopback, downtime limit {DOWNTIME_LIMIT_MS} ms; the guest rewrites random blocks as fast as it can. "
+                "Steps: medians, in milliseconds. Source agent: the growth of its memory during the migration."
+            )
+        ],
     )
     for size in (settings.memory_bytes, settings.large_bytes):
         samples = []
         with warm_pages(2 * size, 2 * MIB):
             for number in range(settings.runs):
                 with link("loopback") as made:
-                    sample = await external.move(made, "max", memory_bytes=size, mode="hybrid")
+                    sample = await external.move(
+                        made, "max", memory_bytes=size, mode="hybrid", downtime_limit_ms=DOWNTIME_LIMIT_MS
+                    )
                 settings.say("loopback", "max", f"migrated {size // MIB} MiB", number, sample)
                 samples.append(sample)
         result = medians(samples)
@@ -50,8 +65,9 @@ async def downtime(settings: Settings) -> Section:
         section.rows.append(
             (
                 *(mebibytes(size), milliseconds(result["downtime_seconds"]), milliseconds(longest)),
-                *(_phase(samples, name) for name in ("scan", "state", "commit")),
+                *(_step(samples, name) for name in SOURCE_STEPS),
                 *(milliseconds(result["stall_seconds"]), _detail(samples, "stale_pages")),
+                mebibytes(median(s.details.get("source_agent_bytes") for s in samples)),
                 f"{result['verified']} of {result['runs']}",
             )
         )
@@ -65,12 +81,12 @@ async def throughput(settings: Settings) -> Section:
     section = Section(
         "throughput",
         "Pre-copy throughput against iperf3",
-        ("path", "streams", "iperf3", "migrated", "of iperf3", "QEMU pre-copy", "memory verified"),
+        ("path", "streams", "iperf3", "migrated", "of iperf3", "QEMU multifd", "memory verified"),
         notes=[
             (
-                "First round of an idle guest (all of its memory is non-zero), wire bytes divided by its time; the guest's "
-                "virtual processor spins on one of the cores in all three. QEMU: bytes divided by total time; two streams: "
-                "multifd."
+                f"QEMU {settings.host['qemu']}. First round of an idle guest (all of its memory is non-zero), wire bytes divided by "
+                "its time; the guest's virtual processor spins on one of the cores in all three. QEMU: pre-copy with as many "
+                "multifd channels, wire bytes divided by the total time without setup and downtime, as QEMU reports them."
             )
         ],
     )
@@ -94,14 +110,15 @@ async def throughput(settings: Settings) -> Section:
                         other = await builtin.move(
                             made, "idle", system="qemu-precopy", memory_bytes=settings.memory_bytes, streams=streams
                         )
-                        settings.say(path, "idle", f"qemu-precopy x{streams}", number, other)
+                        settings.say(path, "idle", f"qemu-multifd x{streams}", number, other)
                     limits.append(limit)
                     first = next(iter(sample.details.get("rounds", [])), None)
                     if first is not None and first["seconds"]:
-                        ours.append(sample.details["transferred_bytes"] / first["seconds"])
+                        ours.append(first["sent"] / first["seconds"])
                         ratios.append(ours[-1] / limit)
-                    if other.total_seconds and other.wire_bytes:
-                        theirs.append(other.wire_bytes / other.total_seconds)
+                    if other.outcome == "completed" and other.wire_bytes:
+                        total, setup, down = (other.details[key] for key in ("total-time", "setup-time", "downtime"))
+                        theirs.append(other.wire_bytes / (total - setup - down) * 1e3)
                 section.rows.append(
                     (
                         *(path, str(streams), rate(median(limits)), rate(median(ours)), ratio(median(ratios))),
@@ -116,6 +133,8 @@ async def throughput(settings: Settings) -> Section:
                         "migrated": ours,
                         "qemu": theirs,
                         "ratio": ratios,
+                        "verified": sum(s.verified for s in samples),
+                        "runs": len(samples),
                     }
                 )
                 settings.save(section)
@@ -407,8 +426,9 @@ def _build(output: Path) -> Path:
     return build / "fault_limit"
 
 
-def _phase(samples: list[Sample], name: str) -> str:
-    return milliseconds(median(s.details.get("phases", {}).get(name) for s in samples))
+def _step(samples: list[Sample], name: str) -> str:
+    value = median(s.details.get("steps", {}).get(name) for s in samples)
+    return "-" if value is None else f"{value * 1e3:.1f}"
 
 
 def _detail(samples: list[Sample], name: str) -> str:
