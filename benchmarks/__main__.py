@@ -1,10 +1,11 @@
-"""``python -m benchmarks``: measure, print the tables, and write build/bench/{results.json,results.md,comparison.svg}."""
+"""``python -m benchmarks``: measure, print the tables, and write build/bench/results.json, results.md and plots."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from benchmarks.guest import LOADS
 from benchmarks.network import RATES
 from benchmarks.report import Section
 from benchmarks.settings import MIB, Settings
+from migrated.demo.qemu_guest import QEMU
 from migrated.errors import MigratedError
 from migrated.units import parse_size
 
@@ -51,15 +53,24 @@ def _choice(allowed: tuple[str, ...], text: str, what: str) -> tuple[str, ...]:
 
 
 @click.command()
-@click.option("--quick", is_flag=True, help="small guests, one run, fewer paths and loads: under five minutes")
+@click.option(
+    "--quick", is_flag=True, help="small guests, one run, fewer paths, loads and kinds of memory: under five minutes"
+)
 @click.option("--only", default="", help=f"comma-separated sections: {', '.join(SECTIONS)}")
 @click.option("--runs", type=click.IntRange(1, 100), help="migrations per figure (default: BENCH_RUNS, or 5)")
+@click.option("--slow-runs", type=click.IntRange(1, 100), help="the same on the 1 Gbit/s link (default: as --runs)")
 @click.option("--memory", default="", help="memory of the guest (default 1G)")
 @click.option("--large", default="", help="memory of the larger guest of `downtime` (default 4G)")
 @click.option("--paths", default="", help=f"comma-separated: {', '.join(RATES)}")
 @click.option("--loads", default="", help=f"comma-separated: {', '.join(COMPARED)}")
+@click.option("--memories", default="", help=f"comma-separated, of `comparison`: {', '.join(comparison.MEMORIES)}")
 @click.option("--migrations", type=click.IntRange(1, 10000), help="per case of `switchover` (default 200; --quick: 10)")
 @click.option("--cases", default="", help=f"comma-separated cases of `switchover`: {', '.join(switchover.CASES)}")
+@click.option(
+    "--switchover-memory",
+    default="256M",
+    help="comma-separated sizes of the guests of `switchover`; larger ones migrate fewer times, in proportion",
+)
 @click.option("--limit", default=60.0, help="seconds after which a migration is aborted")
 @click.option("--output", type=click.Path(path_type=Path), default=OUTPUT, help="directory for the results")
 def main(
@@ -67,12 +78,15 @@ def main(
     quick: bool,
     only: str,
     runs: int | None,
+    slow_runs: int | None,
     memory: str,
     large: str,
     paths: str,
     loads: str,
+    memories: str,
     migrations: int | None,
     cases: str,
+    switchover_memory: str,
     limit: float,
     output: Path,
 ) -> None:
@@ -80,15 +94,21 @@ def main(
     lacking = [what for what, there in _needs() if not there]
     if lacking:
         raise click.ClickException(f"cannot run the benchmarks: this machine lacks {', '.join(lacking)}")
+    runs = runs or int(os.environ.get("BENCH_RUNS", "1" if quick else "5"))
     settings = Settings(
-        runs=runs or int(os.environ.get("BENCH_RUNS", "1" if quick else "5")),
+        runs=runs,
+        slow_runs=slow_runs or runs,
         memory_bytes=parse_size(memory or ("512M" if quick else "1G")),
         large_bytes=parse_size(large or ("2G" if quick else "4G")),
         paths=_choice(tuple(RATES), paths or ("loopback,10g" if quick else ",".join(RATES)), "path"),
         loads=_choice(COMPARED, loads or ("sparse" if quick else ",".join(COMPARED)), "load"),
+        memories=_choice(
+            tuple(comparison.MEMORIES), memories or ("memfd" if quick else ",".join(comparison.MEMORIES)), "memory"
+        ),
         quick=quick,
         migrations=migrations or (10 if quick else 200),
         cases=_choice(tuple(switchover.CASES), cases, "case") or tuple(switchover.CASES),
+        switchover_bytes=tuple(parse_size(size) for size in switchover_memory.split(",")),
         limit_seconds=limit,
         output=output,
         host=_host(),
@@ -133,8 +153,18 @@ def _host() -> dict[str, str | int]:
         "machine": platform.machine(),
         "cores": os.cpu_count() or 0,
         "memory_mib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // MIB,
+        "qemu": _qemu_version(),
         "loads": str(LOADS),
     }
+
+
+def _qemu_version() -> str:
+    try:
+        said = subprocess.run([QEMU, "--version"], check=False, capture_output=True, text=True, timeout=30).stdout
+    except OSError:
+        said = ""
+    found = re.search(r"version ([\d.]+)", said)
+    return found[1] if found else "unknown"
 
 
 if __name__ == "__main__":

@@ -63,12 +63,12 @@ def ratio(value: float | None) -> str:
 
 _COLOURS = {"migrated": "#1b7f5c", "qemu-precopy": "#b0b7c3", "qemu-postcopy": "#6c7a93"}
 _PANELS = (("total_seconds", "total time, s"), ("stall_seconds", "longest stall, s"), ("wire_bytes", "bytes, MiB"))
-_PANEL_WIDTH, _BAR, _GAP, _LEFT, _TOP = 300, 11, 10, 120, 64
+_PANEL_WIDTH, _BAR, _GAP, _LEFT, _TOP = 300, 11, 10, 160, 64
 
 
 def svg(rows: list[dict[str, Any]]) -> str:
-    """Draw the comparison as bars: one panel per figure, one group per path and load, one bar per system."""
-    groups: list[tuple[str, str]] = list(dict.fromkeys((row["path"], row["load"]) for row in rows))
+    """Draw the comparison as bars: one panel per figure, one group per memory, path and load, one bar per system."""
+    groups = list(dict.fromkeys(_group(row) for row in rows))
     systems = [name for name in _COLOURS if any(row["system"] == name for row in rows)]
     group_height = _BAR * len(systems) + _GAP
     width, height = _LEFT + _PANEL_WIDTH * len(_PANELS) + 20, _TOP + group_height * len(groups) + 20
@@ -83,14 +83,14 @@ def svg(rows: list[dict[str, Any]]) -> str:
         x = _LEFT + 130 * number
         out.append(f'<rect x="{x}" y="12" width="11" height="11" fill="{_COLOURS[system]}"/>')
         out.append(f'<text x="{x + 16}" y="22">{system}</text>')
-    for number, (path, load) in enumerate(groups):
+    for number, group in enumerate(groups):
         y = _TOP + group_height * number
-        out.append(f'<text x="8" y="{y + group_height / 2}">{path}, {load}</text>')
+        out.append(f'<text x="8" y="{y + group_height / 2}">{", ".join(group)}</text>')
     for panel, (figure, label) in enumerate(_PANELS):
         left = _LEFT + _PANEL_WIDTH * panel
         out.append(f'<text x="{left}" y="48" font-weight="bold">{label}</text>')
-        for number, (path, load) in enumerate(groups):
-            found = {row["system"]: row for row in rows if (row["path"], row["load"]) == (path, load)}
+        for number, group in enumerate(groups):
+            found = {row["system"]: row for row in rows if _group(row) == group}
             # Every group has its own scale, because links differ by a factor of a hundred and only adjacent bars are compared.
             largest = max((row[figure] or 0 for row in found.values()), default=0) or 1
             for bar, system in enumerate(systems):
@@ -103,6 +103,10 @@ def svg(rows: list[dict[str, Any]]) -> str:
                 )
                 out.append(f'<text x="{left + length + 4:.1f}" y="{y + _BAR - 3}" font-size="9">{text}</text>')
     return "\n".join([*out, "</svg>"]) + "\n"
+
+
+def _group(row: dict[str, Any]) -> tuple[str, ...]:
+    return row["memory"], row["path"], row["load"]
 
 
 def _bar_text(figure: str, value: float) -> str:

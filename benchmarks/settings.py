@@ -20,17 +20,24 @@ class Settings:
 
     quick: bool
     runs: int
+    slow_runs: int  # on the 1 Gbit/s link
     memory_bytes: int
     paths: tuple[str, ...]
     loads: tuple[str, ...]
+    memories: tuple[str, ...]  # of `comparison`
     limit_seconds: float  # of one migration
     large_bytes: int  # the larger guest of `downtime`
     migrations: int  # of each case of `switchover`
     cases: tuple[str, ...]  # of `switchover`
+    switchover_bytes: tuple[int, ...]  # sizes of its guests
     output: Path
     host: dict[str, str | int]
     sections: dict[str, Section] = dataclasses.field(default_factory=dict)
     started: float = dataclasses.field(default_factory=time.monotonic)
+
+    def runs_on(self, path: str) -> int:
+        """Return the number of migrations per figure on this path."""
+        return self.slow_runs if path == "1g" else self.runs
 
     def say(self, path: str, load: str, system: str, number: int, sample: Sample) -> None:
         """Print one line per migration."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime as dt
+import itertools
 import os
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -21,7 +22,7 @@ from benchmarks import builtin
 from benchmarks.guest import LOADS, Watched
 from benchmarks.network import Link, link
 from benchmarks.pool import touch
-from benchmarks.report import Section
+from benchmarks.report import Section, mebibytes
 from benchmarks.sample import Sample, median, percentile
 from benchmarks.settings import MIB, Settings
 from migrated.agent.record import SOURCE_STEPS
@@ -33,11 +34,12 @@ from tests.rig import supervisor
 from tests.rig.guest import Move, MovingGuest, fill_video_memory, moving_guest
 from tests.rig.pages import PagesUnavailableError, more_pages
 
-MEMORY_BYTES = 256 * MIB
 PATH, LOAD = "loopback", "max"
 DOWNTIME_LIMIT_MS = 10
-#: Memory of the guests, including devices, on both hosts.
-POOL_BYTES = 3 * MEMORY_BYTES
+#: A larger guest migrates fewer times, in proportion, because each migration takes as much longer.
+USUAL_BYTES = 256 * MIB
+#: Memory of a guest's devices, on both hosts.
+DEVICES_BYTES = 256 * MIB
 STEPS = SOURCE_STEPS
 #: Goals in seconds; a migration whose downtime exceeds the second is listed with its steps.
 P50_GOAL, P99_GOAL, VGA_GOAL = 0.010, 0.025, 0.002
@@ -72,9 +74,10 @@ class Case:
         """Whether one guest migrates back and forth; otherwise each migration has its own."""
         return self.system == "migrated" and self.memory == "memfd"
 
-    def count(self, migrations: int) -> int:
-        """Return the number of migrations of this case."""
-        return migrations if self.goes_back else -(-migrations // FRESH_SHARE)
+    def count(self, migrations: int, memory_bytes: int) -> int:
+        """Return the number of migrations of this case, for a guest of this size."""
+        share = max(1, memory_bytes // USUAL_BYTES) * (1 if self.goes_back else FRESH_SHARE)
+        return -(-migrations // share)
 
 
 def _cases() -> Iterator[tuple[str, Case]]:
@@ -97,16 +100,16 @@ CASES = dict(_cases())
 
 
 async def run(settings: Settings) -> Section:
-    """Measure every case, ``settings.migrations`` times."""
+    """Measure every case and size, ``settings.migrations`` times."""
     # A tmpfs, as /run/migrated is: the journal is written twice while the guest is paused.
     os.environ.setdefault("TMPDIR", "/dev/shm")
     section = Section(
         "switchover",
         "Downtime, migration by migration",
-        ("case", "migrations", "p50", "p99", "longest", *STEPS, "memory verified"),
+        ("case", "memory", "migrations", "p50", "p99", "longest", *STEPS, "memory verified"),
         notes=[
             (
-                f"{MEMORY_BYTES // MIB} MiB, one virtual processor under KVM that rewrites random blocks as fast as it can, "
+                f"QEMU {settings.host['qemu']}, one virtual processor under KVM that rewrites random blocks as fast as it can, "
                 f"{PATH}, hybrid mode, downtime limit {DOWNTIME_LIMIT_MS} ms. Memory verified after each migration. "
                 f"Steps: medians. State directories are in {short_directory()}."
             ),
@@ -118,16 +121,22 @@ async def run(settings: Settings) -> Section:
     )
     supervisor.start()
     medians: dict[str, float] = {}
-    for name in settings.cases:
+    for size, name in itertools.product(settings.switchover_bytes, settings.cases):
         case = CASES[name]
-        samples = await _case(settings, case)
-        downtimes = [sample.downtime_seconds for sample in samples]
-        section.rows.append(row(case.title, samples))
-        section.notes += explanations(case.title, samples)
+        samples = await _case(settings, case, size)
+        title = case.title if size == USUAL_BYTES else f"{case.title}, {size // MIB} MiB"
+        section.rows.append(row(case.title, size, samples))
+        section.notes += explanations(title, samples)
         section.data.append(
-            {"case": name, "title": case.title, "samples": [msgspec.to_builtins(sample) for sample in samples]}
+            {
+                "case": name,
+                "size": size,
+                "title": title,
+                "samples": [msgspec.to_builtins(sample) for sample in samples],
+            }
         )
-        if (half := median(downtimes)) is not None:
+        half = median(sample.downtime_seconds for sample in samples)
+        if half is not None and size == settings.switchover_bytes[0]:
             medians[name] = half
         settings.save(section)
     section.notes += [
@@ -147,18 +156,20 @@ async def run(settings: Settings) -> Section:
 # ---------------------------------------------------------------- migrations
 
 
-async def _case(settings: Settings, case: Case) -> list[Sample]:
+async def _case(settings: Settings, case: Case, memory_bytes: int) -> list[Sample]:
     samples: list[Sample] = []
+    pool_bytes = 2 * memory_bytes + DEVICES_BYTES
     with contextlib.ExitStack() as held:
         if 2 * MIB in (case.page_bytes, case.target_page_bytes):
             try:
-                held.enter_context(more_pages(POOL_BYTES // (2 * MIB), 2 * MIB))
+                held.enter_context(more_pages(pool_bytes // (2 * MIB), 2 * MIB))
             except PagesUnavailableError as error:
                 raise PoolError(str(error)) from error
-            touch(POOL_BYTES, 2 * MIB)
+            touch(pool_bytes, 2 * MIB)
         made = held.enter_context(link(PATH))
         tls = held.enter_context(_certificates(made)) if case.tls else None
-        moves = _ours(case, made, settings, tls) if case.system == "migrated" else _theirs(case, made, settings, tls)
+        migrate = _ours if case.system == "migrated" else _theirs
+        moves = migrate(case, memory_bytes, made, settings, tls)
         async for sample in moves:
             settings.say(PATH, LOAD, case.title, len(samples), sample)
             samples.append(sample)
@@ -174,9 +185,11 @@ def _certificates(made: Link) -> Iterator[Path]:
         yield Path(directory)
 
 
-async def _ours(case: Case, made: Link, settings: Settings, tls: Path | None) -> AsyncIterator[Sample]:
+async def _ours(
+    case: Case, memory_bytes: int, made: Link, settings: Settings, tls: Path | None
+) -> AsyncIterator[Sample]:
     """Migrate with `migrated`.  A guest is discarded after its first failed migration: later figures would mean nothing."""
-    count = case.count(settings.migrations)
+    count = case.count(settings.migrations, memory_bytes)
     guests, each = (1, count) if case.goes_back else (count, 1)
     sides: dict[str, Any] = {}
     if tls is not None:
@@ -191,18 +204,18 @@ async def _ours(case: Case, made: Link, settings: Settings, tls: Path | None) ->
                 kind="boot",
                 accel="kvm",
                 memory=case.memory,
-                memory_bytes=MEMORY_BYTES,
+                memory_bytes=memory_bytes,
                 load=LOADS[LOAD],
                 extra=case.extra,
             ) as guest:
                 if case.vga:
                     await guest.fill_video_memory()
                 for _ in range(each):
-                    sample = _sample(case)
+                    sample = _sample(case, memory_bytes)
                     await _migrate(sample, guest, case)
                     yield sample
         except (AssertionError, MigratedError, OSError, TimeoutError) as error:
-            failed = _sample(case)
+            failed = _sample(case, memory_bytes)
             failed.outcome = f"{type(error).__name__}: {error}"
             yield failed
 
@@ -221,17 +234,19 @@ async def _migrate(sample: Sample, guest: MovingGuest, case: Case) -> None:
     }
 
 
-async def _theirs(case: Case, made: Link, settings: Settings, tls: Path | None) -> AsyncIterator[Sample]:
+async def _theirs(
+    case: Case, memory_bytes: int, made: Link, settings: Settings, tls: Path | None
+) -> AsyncIterator[Sample]:
     async def fill(watched: Watched) -> None:
         await fill_video_memory(watched.guest.name, watched.guest.source_qmp)
 
     endless = 0
-    for number in range(case.count(settings.migrations)):
+    for number in range(case.count(settings.migrations, memory_bytes)):
         sample = await builtin.move(
             made,
             LOAD,
             system=case.system,
-            memory_bytes=MEMORY_BYTES,
+            memory_bytes=memory_bytes,
             page_bytes=case.page_bytes,
             limit_seconds=min(ENDLESS_SECONDS, settings.limit_seconds),
             downtime_limit_ms=DOWNTIME_LIMIT_MS,
@@ -245,19 +260,20 @@ async def _theirs(case: Case, made: Link, settings: Settings, tls: Path | None) 
             return
 
 
-def _sample(case: Case) -> Sample:
-    return Sample(system=case.system, path=PATH, load=LOAD, memory_bytes=MEMORY_BYTES)
+def _sample(case: Case, memory_bytes: int) -> Sample:
+    return Sample(system=case.system, path=PATH, load=LOAD, memory_bytes=memory_bytes)
 
 
 # ---------------------------------------------------------------- figures
 
 
-def row(title: str, samples: Sequence[Sample]) -> tuple[str, ...]:
+def row(title: str, memory_bytes: int, samples: Sequence[Sample]) -> tuple[str, ...]:
     """Return a row of the table, over the completed migrations, and how many there were."""
     ended = [sample for sample in samples if sample.outcome == "completed"]
     downtimes = [sample.downtime_seconds for sample in ended]
     return (
         title,
+        mebibytes(memory_bytes),
         str(len(ended)) if len(ended) == len(samples) else f"{len(ended)} of {len(samples)} ended",
         *(tenths(percentile(downtimes, share)) for share in (0.5, 0.99, 1.0)),
         *(tenths(median(sample.details.get("steps", {}).get(step) for sample in ended)) for step in STEPS),

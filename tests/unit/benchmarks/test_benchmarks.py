@@ -66,11 +66,18 @@ def switched(downtime: float, **more: object) -> Sample:
 def test_the_row_of_a_case_is_of_the_migrations_that_ended() -> None:
     moves = [switched(0.010 + n / 1000, details={"steps": {"stop": 0.001, "load": n / 1000}}) for n in range(3)]
     moves.append(sample("migrated", None, outcome="failed", verified=False))
-    title, count, *figures, verified = switchover.row("memfd", moves)
-    assert (title, count, verified) == ("memfd", "3 of 4 ended", "3 of 3")
+    title, memory, count, *figures, verified = switchover.row("memfd", 256 * MIB, moves)
+    assert (title, memory, count, verified) == ("memfd", "256 MiB", "3 of 4 ended", "3 of 3")
     by_column = dict(zip(("p50", "p99", "longest", *switchover.STEPS), figures, strict=True))
     assert (by_column["p50"], by_column["p99"], by_column["longest"]) == ("11.0", "12.0", "12.0")
     assert (by_column["stop"], by_column["load"], by_column["send"]) == ("1.0", "1.0", "-")
+
+
+def test_larger_guests_and_those_that_boot_anew_migrate_fewer_times() -> None:
+    assert switchover.CASES["4k"].count(200, 256 * MIB) == 200
+    assert switchover.CASES["4k"].count(200, 4096 * MIB) == 13
+    assert switchover.CASES["private"].count(200, 256 * MIB) == 50
+    assert switchover.CASES["private"].count(1, 4096 * MIB) == 1
 
 
 def test_every_long_migration_is_explained_by_its_own_steps() -> None:
@@ -112,6 +119,7 @@ def test_a_table_keeps_its_columns_below_each_other() -> None:
 def test_the_plot_is_an_image_even_of_a_system_that_never_ended() -> None:
     rows: list[dict[str, Any]] = [
         {
+            "memory": "memfd",
             "path": "1g",
             "load": "dense",
             "system": "migrated",
@@ -120,6 +128,7 @@ def test_the_plot_is_an_image_even_of_a_system_that_never_ended() -> None:
             "wire_bytes": 9,
         },
         {
+            "memory": "memfd",
             "path": "1g",
             "load": "dense",
             "system": "qemu-precopy",
@@ -137,13 +146,16 @@ def test_results_are_on_disk_after_every_section(tmp_path: Path) -> None:
     settings = Settings(
         quick=True,
         runs=1,
+        slow_runs=1,
         memory_bytes=MIB,
         paths=(),
         loads=(),
+        memories=(),
         limit_seconds=1,
         large_bytes=MIB,
         migrations=1,
         cases=(),
+        switchover_bytes=(),
         output=tmp_path,
         host={},
     )
