@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: measure, print the tables, and write build/bench/results.json, results.md and plots."""
+"""``python -m benchmarks``: measure, print the tables and the goals, and write build/bench/results.json, results.md and plots."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 import uvloop
 
-from benchmarks import bounds, comparison, domains, figures, stall, switchover, tls
+from benchmarks import bounds, comparison, domains, figures, goals, stall, switchover, tls
 from benchmarks.guest import LOADS
 from benchmarks.network import RATES
 from benchmarks.report import Section
@@ -135,6 +135,7 @@ async def _measure(settings: Settings, chosen: tuple[str, ...]) -> int:
             failed = 1
             continue
         print(section.markdown(), flush=True)
+    print(goals.table({name: section.data for name, section in settings.sections.items()}).markdown())
     print(f"results: {settings.output}/results.json")
     return failed
 
