@@ -167,6 +167,14 @@ def test_a_fault_on_a_huge_page_is_the_longest_of_each_migration() -> None:
     assert result(data, "fault on a 1 GiB page, source on 2 MiB pages") == ("45.0 ms, 1.0% changed", "**missed**")
 
 
+def test_a_demanded_page_by_threads_has_its_goal_on_two() -> None:
+    rows = [{"threads": threads, "demand": [seconds]} for threads, seconds in ((1, 0.06), (2, 0.035))]
+    figure = "demanded page of 1 GiB, 1 % changed, source's engine alone"
+    assert result({"search": rows}, figure) == ("60.0 ms (1 thread); 35.0 ms (2 threads)", "reached")
+    rows[1]["demand"] = [0.045]
+    assert result({"search": rows}, figure)[1] == "**missed**"
+
+
 def test_faults_on_current_pages() -> None:
     rates = {"threads": 1, "bare": {"per_second": 100}, "alone": {"per_second": 89}, "around": {"faults": 10}}
     data = {"limit": [{"touches": 1000, "rates": [rates]}]}
