@@ -87,4 +87,5 @@ async def tls(settings: Settings) -> Section:
                 )
             )
             section.data.append({"streams": streams, "openssl speed": speeds, "plain": plain, "tls": secured})
+            settings.save(section)
     return section
