@@ -37,7 +37,7 @@ IDENTITY = (
     "threads",
 )
 
-MEMORIES = {"private": "private 4 KiB", "memfd": "memfd 2 MiB"}
+MEMORIES = {"private": "private memory", "memfd": "memfd 2 MiB"}
 CASES = {"private": "private → 2 MiB", "4k": "memfd 4 KiB", "2m": "memfd 2 MiB"}
 PATHS = {"loopback": "loopback", "10g": "10 Gbit/s", "1g": "1 Gbit/s"}
 LOADS = ("idle", "sparse", "hot", "dense")
