@@ -318,9 +318,10 @@ def _converge(data: Data) -> Iterator[Figure]:
 def _gigantic(data: Data) -> Iterator[Figure]:
     row = _find(data, "faults", page="2 MiB to 1024 MiB")
     parts = []
-    if row is not None and (ended := _completed(row["samples"])):
-        longest = median(sample["details"]["fault_seconds"]["max"] for sample in ended) or 0.0
-        blocks = median(_stale_blocks(sample["details"]) for sample in ended) or 0.0
+    faulted = [one for one in _completed(row["samples"] if row else ()) if one["details"]["fault_seconds"]["max"]]
+    if faulted:
+        longest = median(sample["details"]["fault_seconds"]["max"] for sample in faulted) or 0.0
+        blocks = median(_stale_blocks(sample["details"]) for sample in faulted) or 0.0
         parts.append(Part(f"{_short(longest)}, {blocks * 4096 / GIB:.1%} changed", longest <= GIGANTIC_SECONDS))
     goal = f"≤ {GIGANTIC_SECONDS * 1e3:g} ms"
     yield Figure("fault on a 1 GiB page, source on 2 MiB pages", goal, tuple(parts))
