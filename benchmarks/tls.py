@@ -6,6 +6,7 @@ import asyncio
 import re
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from benchmarks import plane
 from benchmarks.pool import warm_pages
@@ -61,7 +62,9 @@ async def tls(settings: Settings) -> Section:
     with warm_pages(2 * size, 2 * MIB), tempfile.TemporaryDirectory() as directory:
         authority = Authority(Path(directory))
         for streams in (1, 2):
-            speeds, plain, secured = [], [], []
+            speeds: list[dict[str, float]] = []
+            plain: list[dict[str, Any]] = []
+            secured: list[dict[str, Any]] = []
             for _ in range(settings.runs):
                 speeds.append({cipher: await speed(cipher) for cipher in CIPHERS})
                 for results, signer in ((plain, None), (secured, authority)):
