@@ -56,6 +56,8 @@ SITE_SHUTDOWN_SECONDS: Final = 2.0
 #: A burst of connections must not use up the kernel's queue, or everybody else connects 1 s late.
 BACKLOG: Final = 1024
 _READY_POLL_SECONDS: Final = 0.05
+#: More than there ever are: a call would rather start one more thread than wait for another call.
+_THREADS_MAX: Final = 1 << 16
 
 logger = structlog.get_logger("migrated.daemon")
 
@@ -90,7 +92,7 @@ async def _main(settings: AgentConfig) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _on_signal, number, stop)
-    loop.set_default_executor(blocking_calls(settings))
+    loop.set_default_executor(blocking_calls())
     agent = build_agent(settings)
     # A collection that scans everything imported takes tens of milliseconds, and may come while a guest is paused.
     gc.collect()
@@ -100,13 +102,13 @@ async def _main(settings: AgentConfig) -> None:
     await serve(settings, agent, stop, reload)
 
 
-def blocking_calls(settings: AgentConfig) -> ThreadPoolExecutor:
-    """Return threads for everything that blocks, started on demand: enough that no migration waits for another's.
+def blocking_calls() -> ThreadPoolExecutor:
+    """Return threads for everything that blocks, started on demand and used again: no call ever waits for another.
 
     asyncio's own pool has 6 threads on a host with 2 processors.  The journal entry before COMMIT, written while a
-    guest is paused, would queue behind work that reserves or releases other guests' memory.
+    guest is paused, would queue behind work that reserves or releases other guests' memory, or behind a disk that hangs.
     """
-    return ThreadPoolExecutor(min(256, 16 + 4 * settings.limits.max_migrations), thread_name_prefix="blocking")
+    return ThreadPoolExecutor(_THREADS_MAX, thread_name_prefix="blocking")
 
 
 def build_agent(settings: AgentConfig) -> HostAgent[Any]:
