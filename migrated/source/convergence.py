@@ -33,8 +33,9 @@ class RoundResult:
     changed_bytes: int  # of these, changed: estimated from a sample
 
 
-#: Part of the downtime that sending cannot use: pausing, guest state and commit take this long.
-SWITCHOVER_SECONDS = 0.03
+#: Part of the downtime that sending cannot use: pausing, guest state and commit take this long.  Measured with QEMU: 7 to
+#: 12 ms, 16 to 18 as the 99th percentile (docs/benchmarks.md).  While they begin, the guest still writes a few ms.
+SWITCHOVER_SECONDS = 0.02
 #: Time to read and hash, until a round has measured it: a conservative 4 GB/s.
 EXAMINE_SECONDS_PER_BYTE = 0.25e-9
 #: A round that sends less than this part of what it examines measures examining rather than sending.
@@ -91,7 +92,10 @@ class Convergence:
             self._examine = max(result.seconds - sending, 0.0) / result.examined_bytes
 
     def after(self, result: RoundResult) -> Verdict:
-        """Decide what to do after this round."""
+        """Decide what to do after this round.
+
+        After FINISH it may be asked again about the same round, with what is marked later.
+        """
         self._learn(result)
         allowed = max(self.downtime_limit_seconds - SWITCHOVER_SECONDS, self.downtime_limit_seconds / 5)
         ahead = self.next_seconds(result)

@@ -86,13 +86,18 @@ class PreCopy:
             number += 1
             result = await self.round(number)
             verdict = self._judge(policy, result)
-            if verdict is not Verdict.ROUND and not settled:
+            if verdict is Verdict.ROUND:
+                continue
+            if not settled:
                 settled = True
                 async with self._quiesced():
                     await self.scan(quiesced=True)
                 self.log.info("quiesced scan", rounds=number)
                 verdict = Verdict.ROUND
-        await self.barrier()
+                continue
+            await self.barrier()
+            if verdict is Verdict.FINISH:  # the guest has gone on writing: what is marked by now must fit, too
+                verdict = self._judge(policy, await self._later(result))
         self.log.info("pre-copy finished", rounds=number, verdict=verdict.value)
         return verdict is Verdict.FINISH
 
@@ -123,10 +128,7 @@ class PreCopy:
         await self.send_marked(number)
         seconds = time.monotonic() - started
         sent = self.engine.stats().wire_bytes - before.wire_bytes
-        written = await self.scan(quiesced=not self.guest.needs_quiesced_scans)
-        self.rates.dirty(written, time.monotonic())
-        left = self.engine.stats().dirty_bytes
-        changed = int(left * await in_thread(self.engine.sample, SAMPLE_BLOCKS))
+        written, left, changed = await self._look()
         self.log.info(
             "round",
             number=number,
@@ -140,6 +142,26 @@ class PreCopy:
         return RoundResult(
             number, seconds, examined_bytes=marked, sent_bytes=sent, marked_bytes=left, changed_bytes=changed
         )
+
+    async def _look(self) -> tuple[int, int, int]:
+        """Scan, and compare a sample; return the bytes that were written, that are marked, and that have changed.
+
+        One thread does both: until the next round begins, the guest goes on writing.
+        """
+
+        def scan_and_sample() -> tuple[int, float]:
+            written = self.engine.scan(self.tracker, quiesced=not self.guest.needs_quiesced_scans)
+            return written, self.engine.sample(SAMPLE_BLOCKS)
+
+        written, share = await in_thread(scan_and_sample)
+        self.rates.dirty(written, time.monotonic())
+        left = self.engine.stats().dirty_bytes
+        return written, left, int(left * share)
+
+    async def _later(self, result: RoundResult) -> RoundResult:
+        """Return the result of the last round with what is marked by now."""
+        _, left, changed = await self._look()
+        return dataclasses.replace(result, marked_bytes=left, changed_bytes=changed)
 
     async def send_marked(self, number: int) -> None:
         """Run one round of the engine."""
