@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 import uvloop
 
-from benchmarks import bounds, comparison, domains, figures, goals, stall, switchover, tls
+from benchmarks import bounds, comparison, converge, domains, figures, goals, stall, switchover, tls
 from benchmarks.guest import LOADS
 from benchmarks.network import RATES
 from benchmarks.report import Section
@@ -37,6 +37,7 @@ SECTIONS: dict[str, Callable[[Settings], Awaitable[Section]]] = {
     "limits": bounds.limits,
     "sparse": bounds.sparse,
     "stall": stall.stall,
+    "converge": converge.run,
     "comparison": comparison.run,
     "libvirt": domains.run,
 }
