@@ -86,7 +86,7 @@ struct source_region {
 	uint64_t *since_quiesced; /* per page: reported since the last quiesced scan */
 	uint64_t *stale; /* per host page: stale at the freeze, or missing after a reconnect */
 	uint64_t *unclaimed; /* per host page */
-	uint64_t *urgent; /* per host page: demanded while another thread was sending it */
+	uint64_t *urgent; /* per host page: demanded after another thread had claimed it, or written out */
 };
 
 /* Host pages that a thread has claimed and is sending in post-copy. */
@@ -171,7 +171,8 @@ struct mgd_source {
 	_Atomic uint64_t marked_blocks;
 	_Atomic uint64_t unclaimed_pages, unclaimed_bytes; /* bytes: used only by _stats */
 	_Atomic uint64_t unfinished_pages; /* unclaimed, or claimed and not yet written out */
-	_Atomic uint64_t urgent_count; /* number of bits set in the regions' `urgent` */
+	_Atomic uint64_t urgent_count; /* demands so far for pages that other threads were sending */
+	_Atomic uint64_t urgent_pages; /* such pages that are not written out yet */
 	_Atomic uint64_t cursor; /* host page (global number) at which the drain continues */
 	struct source_counters counters;
 };
@@ -192,9 +193,13 @@ int source_require_precopy(const struct mgd_source *source, const char *what, st
 /* source_batch.c */
 int source_batch_create(struct source_stream *stream, struct mgd_error *err);
 void source_batch_destroy(struct source_stream *stream);
+/* Report that the guest waits for a page that another thread has claimed. */
+void source_batch_hurry(struct mgd_source *source, struct source_region *region, uint64_t page);
+/* The connection has ended: nothing waits for the pages in its batch any longer. */
+void source_batch_abandon(struct source_stream *stream);
 /* Open a claim: the frames of these host pages follow.  The pages are done when the batch with their last frame is
  * written. */
-int source_batch_open_claim(struct source_stream *stream, const struct source_claim *claim, struct mgd_error *err);
+void source_batch_open_claim(struct source_stream *stream, const struct source_claim *claim);
 void source_batch_close_claim(struct source_stream *stream);
 /* Add a frame whose payload (payload_bytes of present blocks) is at the end of batch.copy.  Writes the batch out
  * when it is full, so that one more chunk always fits. */

@@ -30,12 +30,53 @@ void source_batch_destroy(struct source_stream *stream)
 	mgd_packer_fini(&stream->packer);
 }
 
+/* ---- pages that the guest waits for */
+
+void source_batch_hurry(struct mgd_source *source, struct source_region *region, uint64_t page)
+{
+	/* Count first: whoever writes the page out sees the bit, and counts it down. */
+	atomic_fetch_add(&source->urgent_pages, 1);
+	if (mgd_bit_set_atomic(region->urgent, page)) {
+		atomic_fetch_sub(&source->urgent_pages, 1);
+		return; /* written out meanwhile, or demanded before */
+	}
+	atomic_fetch_add(&source->urgent_count, 1);
+	mgd_bucket_wake(&source->drain);
+	mgd_bucket_wake(&source->common);
+}
+
+/* The first claims of the batch are no longer in the way of a demand.  Returns the number of their pages. */
+static uint64_t close_claims(struct source_stream *stream, uint32_t claims)
+{
+	uint64_t pages = 0;
+
+	for (uint32_t i = 0; i < claims; i++) {
+		const struct source_claim *claim = &stream->batch.claims[i];
+
+		for (uint64_t page = claim->page; page < claim->page + claim->count; page++)
+			if (mgd_bit_set_atomic(claim->region->urgent, page))
+				atomic_fetch_sub(&stream->source->urgent_pages, 1);
+		pages += claim->count;
+	}
+	return pages;
+}
+
+void source_batch_abandon(struct source_stream *stream)
+{
+	(void)close_claims(stream, stream->batch.claim_count);
+	stream->batch.claim_count = 0;
+}
+
 /* ---- limits */
 
+/* Whether the guest waits for a page in the batch of this stream. */
 static bool urgent_in_batch(void *context)
 {
-	const struct source_batch *batch = context;
+	const struct source_stream *stream = context;
+	const struct source_batch *batch = &stream->batch;
 
+	if (!stream->source->urgent_pages)
+		return false;
 	for (uint32_t i = 0; i < batch->claim_count; i++)
 		for (uint64_t page = 0; page < batch->claims[i].count; page++)
 			if (mgd_bit_test_atomic(batch->claims[i].region->urgent, batch->claims[i].page + page))
@@ -57,22 +98,28 @@ static bool overdue(struct source_stream *stream)
 	if (urgent_count == batch->urgent_seen)
 		return false;
 	batch->urgent_seen = urgent_count;
-	return urgent_in_batch(batch);
+	return urgent_in_batch(stream);
 }
 
-/* Demanded pages go first: they and the drain share a link, and a page of 2 MiB takes 17 ms of 1 Gbit/s even alone. */
+/*
+ * Demanded pages go first: they and the drain share a link, and a page of 2 MiB takes 17 ms of 1 Gbit/s even alone.
+ * Wait while such a page is on the urgent connection, or in the batch of a bulk connection that had claimed it before
+ * and is not this one.
+ */
 static void give_way(struct source_stream *stream)
 {
 	struct mgd_source *source = stream->source;
-	struct mgd_channel *urgent;
 
-	while ((urgent = source->urgent) && mgd_channel_queued(urgent) > SOURCE_GIVE_WAY_BYTES && !source->stopping &&
-	       !urgent_in_batch(&stream->batch)) {
-		uint64_t began = mgd_now_ns(), before = mgd_channel_acknowledged(urgent), bytes;
+	while (!source->stopping && !urgent_in_batch(stream)) {
+		struct mgd_channel *urgent = source->urgent;
+		bool claimed = source->urgent_pages;
+		uint64_t began = mgd_now_ns(), before;
 
+		if (!claimed && (!urgent || mgd_channel_queued(urgent) <= SOURCE_GIVE_WAY_BYTES))
+			return;
+		before = urgent ? mgd_channel_acknowledged(urgent) : 0;
 		mgd_pause_ns(SOURCE_GIVE_WAY_NS);
-		bytes = mgd_channel_acknowledged(urgent) - before;
-		if (bytes > mgd_now_ns() - began)
+		if (!claimed && mgd_channel_acknowledged(urgent) - before > mgd_now_ns() - began)
 			return; /* more than 1 GB/s: a page takes 2 ms, and one connection may be slower than the link */
 	}
 }
@@ -93,9 +140,9 @@ static uint64_t throttle(struct source_stream *stream, uint64_t bytes)
 		bytes = mgd_min(bytes, SOURCE_DRAIN_PIECE_BYTES);
 		piece = mgd_bucket_piece_bytes(&source->drain);
 		bytes = mgd_min(bytes, piece);
-		waited += mgd_bucket_take(&source->drain, bytes, urgent_in_batch, &stream->batch);
+		waited += mgd_bucket_take(&source->drain, bytes, urgent_in_batch, stream);
 	}
-	waited += mgd_bucket_take(&source->common, bytes, urgent_in_batch, &stream->batch);
+	waited += mgd_bucket_take(&source->common, bytes, urgent_in_batch, stream);
 	if (waited)
 		source_count(source, throttled_ns, waited);
 	return bytes;
@@ -144,10 +191,8 @@ static void finish_claims(struct source_stream *stream)
 {
 	struct source_batch *batch = &stream->batch;
 	uint32_t closed = batch->claim_count - batch->claim_open;
-	uint64_t pages = 0;
+	uint64_t pages = close_claims(stream, closed);
 
-	for (uint32_t i = 0; i < closed; i++)
-		pages += batch->claims[i].count;
 	if (batch->claim_open)
 		batch->claims[0] = batch->claims[closed];
 	batch->claim_count = batch->claim_open;
@@ -182,15 +227,13 @@ int source_batch_flush(struct source_stream *stream, struct mgd_error *err)
 
 /* ---- adding */
 
-int source_batch_open_claim(struct source_stream *stream, const struct source_claim *claim, struct mgd_error *err)
+void source_batch_open_claim(struct source_stream *stream, const struct source_claim *claim)
 {
 	struct source_batch *batch = &stream->batch;
 
-	if (batch->claim_count == SOURCE_BATCH_FRAMES && source_batch_flush(stream, err))
-		return -1;
+	/* There is room: every claim in the batch has a frame there, and a batch with its last frame is written at once. */
 	batch->claims[batch->claim_count++] = *claim;
 	batch->claim_open = true;
-	return 0;
 }
 
 void source_batch_close_claim(struct source_stream *stream)

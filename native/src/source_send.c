@@ -229,8 +229,7 @@ int source_send_pages(struct source_stream *stream, const struct source_claim *c
 	struct source_search *search = NULL;
 	int failed;
 
-	if (source_batch_open_claim(stream, claim, err))
-		return -1;
+	source_batch_open_claim(stream, claim);
 	if (claim->region->host_page_blocks > MGD_CHUNK_BLOCKS)
 		search = source_search_begin(stream->source, claim);
 	failed = send_claim(stream, claim, search, err);

@@ -16,6 +16,7 @@ static void stream_ended(struct source_stream *stream, const struct mgd_error *e
 	struct mgd_source *source = stream->source;
 	bool stopping;
 
+	source_batch_abandon(stream);
 	MGD_LOCKED (&source->lock) {
 		if (stream->number == MGD_STREAM_URGENT)
 			source->urgent = NULL; /* the drain waits for it no longer */
@@ -164,11 +165,7 @@ static int serve_demand(struct source_stream *stream, const struct mgd_frame *de
 	if (!mgd_bit_test_atomic(region->stale, page))
 		return mgd_violation(err, "demand: page %" PRIu64 " of region %u: not stale", page, demand->region);
 	if (!source_claim(source, region, page, DEMAND_WINDOW_BLOCKS, &claim)) {
-		/* Another connection is sending it: make sure that no limit delays it there. */
-		mgd_bit_set_atomic(region->urgent, page);
-		atomic_fetch_add(&source->urgent_count, 1);
-		mgd_bucket_wake(&source->drain);
-		mgd_bucket_wake(&source->common);
+		source_batch_hurry(source, region, page);
 		return 0;
 	}
 	source->cursor = (region->first_host_page + claim.page + claim.count) % source->host_page_count;

@@ -483,36 +483,179 @@ static int readable(int fd)
 	return bytes;
 }
 
-/* While the guest waits for more than the urgent connection takes at once, the drain sends nothing. */
-static void test_the_drain_gives_way_to_demands(void)
+/* Connect a stream that nobody reads yet, with a short queue; return the peer's descriptor. */
+static int connect_unread(struct peer *peer, uint32_t number)
 {
-	struct peer *peer = peer_create(8 * MIB, 2 * MIB, 2 * MIB, 1);
-	struct peer_stream *urgent = peer_slot(peer, MGD_STREAM_URGENT);
+	struct peer_stream *stream = peer_slot(peer, number);
 	struct mgd_error err;
-	uint64_t stale;
 	int pair[2];
 
-	peer->cut = false;
-	peer_connect_one(peer, 0);
 	CHECK(!socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair));
-	CHECK_OK(mgd_source_add_stream(peer->source, MGD_STREAM_URGENT, plain_channel(pair[0]), &err), err);
-	*urgent = (struct peer_stream){.peer = peer, .number = MGD_STREAM_URGENT, .channel = plain_channel(pair[1])};
+	CHECK(!setsockopt(pair[0], SOL_SOCKET, SO_SNDBUF, &(int){96 * 1024}, sizeof(int)));
+	*stream = (struct peer_stream){.peer = peer, .number = number, .channel = plain_channel(pair[1])};
+	CHECK_OK(mgd_source_add_stream(peer->source, number, plain_channel(pair[0]), &err), err);
+	return pair[1];
+}
+
+static void read_from_now_on(struct peer_stream *stream)
+{
+	CHECK(!pthread_create(&stream->thread, NULL, peer_main, stream));
+	stream->running = true;
+}
+
+/* Make every page stale, all of it changed. */
+static uint64_t freeze_all(struct peer *peer)
+{
+	struct mgd_error err;
+	uint64_t stale;
+
 	for (uint64_t block = 0; block < peer_block_count(peer); block++)
 		guest_write(peer, block, 1);
 	peer_scan(peer, 1);
 	CHECK_OK(mgd_source_freeze(peer->source, &stale, &err), err);
+	return stale;
+}
+
+/* While the guest waits for more than the urgent connection takes at once, the drain sends nothing. */
+static void test_the_drain_gives_way_to_demands(void)
+{
+	struct peer *peer = peer_create(8 * MIB, 2 * MIB, 2 * MIB, 1);
+	uint64_t stale;
+	int fd;
+
+	peer_connect_one(peer, 0);
+	fd = connect_unread(peer, MGD_STREAM_URGENT);
+	stale = freeze_all(peer);
 	serve(peer, 0);
 	peer_demand(peer, 1);
-	while (readable(pair[1]) <= 128 * 1024)
+	while (readable(fd) <= 128 * 1024)
 		usleep(1000);
 	serve(peer, 1);
 	usleep(20000); /* what it would send would be on its way */
 	CHECK_EQUAL(peer_stats(peer).drain_bytes, 0);
-	CHECK(!pthread_create(&urgent->thread, NULL, peer_main, urgent));
-	urgent->running = true;
+	read_from_now_on(peer_slot(peer, MGD_STREAM_URGENT));
 	peer_event(peer, MGD_EVENT_ALL_SENT);
 	peer_wait(peer, &peer->final_pages, stale);
 	peer_check_same(peer);
+	peer_destroy(peer);
+}
+
+#define PIECE (256 * KIB) /* what the drain writes at once */
+
+/* Return the page that the peer can read next on a connection. */
+static uint64_t page_on(const struct peer *peer, int fd)
+{
+	uint8_t header[MGD_FRAME_HEADER_BYTES];
+	struct mgd_frame frame;
+	struct mgd_error err;
+
+	CHECK_EQUAL(recv(fd, header, sizeof(header), MSG_PEEK | MSG_WAITALL), sizeof(header));
+	CHECK_OK(mgd_frame_decode_header(header, &peer->bounds, 1, &frame, &err), err);
+	return frame.first_block / MGD_CHUNK_BLOCKS;
+}
+
+/*
+ * Four pages, all changed, and two bulk connections that nobody reads: each has claimed a page, which are returned, and
+ * is stuck in its first piece.
+ */
+static struct peer *two_stuck_drains(uint64_t pages[2])
+{
+	struct peer *peer = peer_create(8 * MIB, 2 * MIB, 2 * MIB, 2);
+
+	for (uint32_t i = 0; i < 2; i++)
+		connect_unread(peer, i);
+	peer_connect_one(peer, MGD_STREAM_URGENT);
+	CHECK_EQUAL(freeze_all(peer), 4);
+	serve(peer, 1);
+	for (uint32_t i = 0; i < 2; i++)
+		pages[i] = page_on(peer, mgd_channel_fd(peer->streams[i].channel));
+	CHECK_EQUAL(peer_stats(peer).drain_bytes, 2 * PIECE);
+	return peer;
+}
+
+/* Demand the page, and then one that no connection has claimed: once that arrives, both demands have been handled. */
+static void demand_and_wait(struct peer *peer, uint64_t page, const uint64_t claimed[2])
+{
+	uint64_t other = 0;
+
+	while (other == claimed[0] || other == claimed[1])
+		other++;
+	peer_demand(peer, page);
+	peer_demand(peer, other);
+	peer_wait(peer, &peer->urgent_pages, 1);
+}
+
+/* The page that the guest waits for was claimed before: what else the drain has to send waits for its connection. */
+static void test_the_drain_gives_way_to_a_demanded_page_on_another_connection(void)
+{
+	for (uint32_t holder = 0; holder < 2; holder++) {
+		uint64_t pages[2];
+		struct peer *peer = two_stuck_drains(pages);
+
+		demand_and_wait(peer, pages[holder], pages);
+		read_from_now_on(&peer->streams[!holder]);
+		usleep(20000); /* what it would send would be on its way */
+		CHECK_EQUAL(peer_stats(peer).drain_bytes, 2 * PIECE);
+		read_from_now_on(&peer->streams[holder]);
+		peer_event(peer, MGD_EVENT_ALL_SENT);
+		peer_wait(peer, &peer->final_pages, 4);
+		CHECK_EQUAL(peer->final_pages, 4);
+		peer_check_same(peer);
+		peer_destroy(peer);
+	}
+}
+
+/* The guest waits for a page on both: neither waits for the other. */
+static void test_connections_with_demanded_pages_do_not_wait_for_each_other(void)
+{
+	uint64_t pages[2];
+	struct peer *peer = two_stuck_drains(pages);
+
+	peer_demand(peer, pages[0]);
+	peer_demand(peer, pages[0]); /* again */
+	demand_and_wait(peer, pages[1], pages);
+	read_from_now_on(&peer->streams[1]);
+	peer_wait(peer, &peer->final_pages, 2);
+	read_from_now_on(&peer->streams[0]);
+	peer_event(peer, MGD_EVENT_ALL_SENT);
+	peer_wait(peer, &peer->final_pages, 4);
+	peer_check_same(peer);
+	peer_destroy(peer);
+}
+
+/* A demand that crosses its page makes nobody wait. */
+static void test_a_page_demanded_after_it_was_written_stops_nothing(void)
+{
+	uint64_t pages[2];
+	struct peer *peer = two_stuck_drains(pages);
+	struct mgd_error err;
+	struct iovec iov = {"garbage garbage garbage garbage garbage!", MGD_FRAME_HEADER_BYTES};
+
+	read_from_now_on(&peer->streams[0]);
+	peer_wait(peer, &peer->final_pages, 3);
+	peer_demand(peer, pages[0]);
+	CHECK_OK(mgd_channel_send(peer_slot(peer, MGD_STREAM_URGENT)->channel, &iov, 1, &err), err);
+	CHECK_EQUAL(peer_event(peer, MGD_EVENT_STREAM_LOST).stream, MGD_STREAM_URGENT); /* after the demand */
+	read_from_now_on(&peer->streams[1]);
+	peer_event(peer, MGD_EVENT_ALL_SENT);
+	peer_wait(peer, &peer->final_pages, 4);
+	peer_check_same(peer);
+	peer_destroy(peer);
+}
+
+/* The connection with the demanded page fails: the other one waits for it no longer. */
+static void test_the_drain_does_not_wait_for_a_connection_that_has_failed(void)
+{
+	uint64_t pages[2];
+	struct peer *peer = two_stuck_drains(pages);
+
+	demand_and_wait(peer, pages[0], pages);
+	mgd_channel_shutdown(peer->streams[0].channel);
+	CHECK_EQUAL(peer_event(peer, MGD_EVENT_STREAM_LOST).stream, 0);
+	read_from_now_on(&peer->streams[1]);
+	peer_wait(peer, &peer->final_pages, 3); /* all but the lost one */
+	CHECK_EQUAL(peer->finals[pages[0]], 0);
+	read_from_now_on(&peer->streams[0]);
 	peer_destroy(peer);
 }
 
@@ -526,6 +669,10 @@ int main(void)
 	RUN(test_a_demanded_page_is_exempt_from_the_limits);
 	RUN(test_demanded_pages_in_a_batch_hurry);
 	RUN(test_the_drain_gives_way_to_demands);
+	RUN(test_the_drain_gives_way_to_a_demanded_page_on_another_connection);
+	RUN(test_connections_with_demanded_pages_do_not_wait_for_each_other);
+	RUN(test_a_page_demanded_after_it_was_written_stops_nothing);
+	RUN(test_the_drain_does_not_wait_for_a_connection_that_has_failed);
 	RUN(test_a_large_page_is_searched_for_its_changes);
 	RUN(test_helpers_stop_where_the_sender_is);
 	RUN(test_a_limit_is_lifted_live);
