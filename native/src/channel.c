@@ -22,9 +22,9 @@
 #include "tls.h"
 #include "uapi.h"
 
-/* How much a bulk sender may have written that the network has not taken yet.  Small, so that late decisions (a
- * demand, a limit) take effect soon; large enough to keep a 10 Gbit/s link busy while the sender hashes its next 2
- * MiB. */
+/* How much a bulk sender may have written that the network has not taken yet, unless it asks for less.  Small, so that
+ * late decisions (a demand, a limit) take effect soon; large enough to keep a 10 Gbit/s link busy while the sender
+ * hashes its next 2 MiB. */
 #define NOTSENT_LOWAT_BYTES (512 * 1024)
 
 /* Retransmit the lost last packet of a page after this long instead of the kernel's 200 ms: a guest thread waits for
@@ -277,6 +277,11 @@ uint64_t mgd_channel_acknowledged(const struct mgd_channel *channel)
 
 	_Static_assert(offsetof(struct mgd_tcp_info, bytes_acked) == 120, "the kernel's layout");
 	return getsockopt(channel->fd, IPPROTO_TCP, TCP_INFO, &info, &length) ? 0 : info.bytes_acked;
+}
+
+void mgd_channel_limit_unsent(struct mgd_channel *channel, int bytes)
+{
+	set_option(channel->fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, bytes);
 }
 
 void mgd_channel_push(struct mgd_channel *channel)

@@ -32,6 +32,8 @@ void mgd_channel_push(struct mgd_channel *channel);
 int mgd_channel_queued(const struct mgd_channel *channel);
 /* Return how many bytes the peer has acknowledged so far; 0 if that is unknown.  Any thread may call this. */
 uint64_t mgd_channel_acknowledged(const struct mgd_channel *channel);
+/* From now on, have mgd_channel_send wait while TCP holds this much that it has not sent yet. */
+void mgd_channel_limit_unsent(struct mgd_channel *channel, int bytes);
 /* Make every blocked call of every thread on the channel fail.  Any thread may call this. */
 void mgd_channel_shutdown(struct mgd_channel *channel);
 /* For tests, before the first byte: change the keys of a TLS connection's sending direction after every so many

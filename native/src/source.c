@@ -249,6 +249,7 @@ int mgd_source_add_stream(struct mgd_source *source, uint32_t number, struct mgd
 		return mgd_misuse(err, "source: stream %u: %s", number, known ? "already connected" : "no such stream");
 	}
 	stream->ended = stream->memory_failed = false;
+	stream->looked_ns = stream->drain_piece_bytes = 0;
 	/* Orders given before this stream existed are not for it. */
 	stream->round_seen = source->round_generation;
 	stream->barrier_seen = source->barrier_generation;

@@ -58,8 +58,11 @@
  * than that leaves a link idle, as seen from the drain. */
 #define SOURCE_GIVE_WAY_BYTES (128 * 1024)
 #define SOURCE_GIVE_WAY_NS 500000
-/* Write at most this much of the drain at once, so that it gives way soon. */
-#define SOURCE_DRAIN_PIECE_BYTES (256 * 1024)
+/* The drain writes at once what its connection carries in this time, within these bounds, and TCP holds twice as much
+ * that it has not sent yet.  So much is ahead of a demanded page on each connection, besides what is in flight. */
+#define SOURCE_DRAIN_PIECE_NS 1000000
+#define SOURCE_DRAIN_PIECE_MIN_BYTES (16 * 1024)
+#define SOURCE_DRAIN_PIECE_MAX_BYTES (256 * 1024)
 /* The longest time that a claimed page waits in a batch. */
 #define SOURCE_CLAIM_WAIT_NS 1000000
 /* Read and hash in pieces of this size. */
@@ -125,6 +128,8 @@ struct source_stream {
 	uint64_t round_seen, barrier_seen; /* generations, under source->lock */
 	/* The rest belongs to the stream's thread. */
 	bool memory_failed; /* the error comes from guest memory, not from the connection */
+	uint64_t looked_ns, acknowledged; /* when the connection's rate was last looked at, and what it had carried */
+	uint64_t drain_piece_bytes; /* 0: not known yet */
 	struct source_batch batch;
 	struct mgd_packer packer;
 	uint64_t hashes[MGD_CHUNK_BLOCKS]; /* of the present blocks of a frame, in order */
@@ -197,6 +202,8 @@ void source_batch_destroy(struct source_stream *stream);
 void source_batch_hurry(struct mgd_source *source, struct source_region *region, uint64_t page);
 /* The connection has ended: nothing waits for the pages in its batch any longer. */
 void source_batch_abandon(struct source_stream *stream);
+/* Return how much of the drain to write at once on a connection that has carried so many bytes in this time. */
+uint64_t source_drain_piece(uint64_t bytes, uint64_t ns);
 /* Open a claim: the frames of these host pages follow.  The pages are done when the batch with their last frame is
  * written. */
 void source_batch_open_claim(struct source_stream *stream, const struct source_claim *claim);

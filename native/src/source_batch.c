@@ -124,6 +124,36 @@ static void give_way(struct source_stream *stream)
 	}
 }
 
+uint64_t source_drain_piece(uint64_t bytes, uint64_t ns)
+{
+	uint64_t carried = (uint64_t)((unsigned __int128)bytes * SOURCE_DRAIN_PIECE_NS / ns);
+	uint64_t piece = SOURCE_DRAIN_PIECE_MAX_BYTES;
+
+	while (piece > carried && piece > SOURCE_DRAIN_PIECE_MIN_BYTES)
+		piece /= 2;
+	return piece;
+}
+
+/* Look at the connection's rate now and then, and have TCP hold little ahead.  It begins with the least: where the link
+ * is fast, that takes nothing from it for the first millisecond. */
+static uint64_t drain_piece(struct source_stream *stream)
+{
+	uint64_t now = mgd_now_ns(), acknowledged, piece = SOURCE_DRAIN_PIECE_MIN_BYTES;
+
+	if (now - stream->looked_ns < SOURCE_DRAIN_PIECE_NS)
+		return stream->drain_piece_bytes;
+	acknowledged = mgd_channel_acknowledged(stream->channel);
+	if (!acknowledged) /* not TCP */
+		piece = SOURCE_DRAIN_PIECE_MAX_BYTES;
+	else if (stream->drain_piece_bytes)
+		piece = source_drain_piece(acknowledged - stream->acknowledged, now - stream->looked_ns);
+	if (piece != stream->drain_piece_bytes)
+		mgd_channel_limit_unsent(stream->channel, (int)(2 * piece));
+	stream->looked_ns = now;
+	stream->acknowledged = acknowledged;
+	return stream->drain_piece_bytes = piece;
+}
+
 /* Wait until data may be sent, and return how much of `bytes` may be sent at once. */
 static uint64_t throttle(struct source_stream *stream, uint64_t bytes)
 {
@@ -137,7 +167,8 @@ static uint64_t throttle(struct source_stream *stream, uint64_t bytes)
 	bytes = mgd_min(bytes, piece);
 	if (draining) {
 		give_way(stream);
-		bytes = mgd_min(bytes, SOURCE_DRAIN_PIECE_BYTES);
+		piece = drain_piece(stream);
+		bytes = mgd_min(bytes, piece);
 		piece = mgd_bucket_piece_bytes(&source->drain);
 		bytes = mgd_min(bytes, piece);
 		waited += mgd_bucket_take(&source->drain, bytes, urgent_in_batch, stream);

@@ -1,8 +1,12 @@
 /* SPDX-License-Identifier: MIT */
 /* Tests of the source engine after the freeze.  They cover the stale map, demands, drain, claims and reconnect. */
+#include <arpa/inet.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <sys/ioctl.h>
 
 #include "processors.h"
+#include "source.h"
 #include "source_peer.h"
 
 /* Replaces the core's function: start as many helpers as on a large machine, whatever this one has. */
@@ -659,6 +663,64 @@ static void test_the_drain_does_not_wait_for_a_connection_that_has_failed(void)
 	peer_destroy(peer);
 }
 
+/* Connect bulk stream 0 over TCP; return the source's descriptor. */
+static int connect_tcp(struct peer *peer)
+{
+	struct peer_stream *stream = peer_slot(peer, 0);
+	struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr = {htonl(INADDR_LOOPBACK)}};
+	socklen_t length = sizeof(address);
+	int server = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	struct mgd_error err;
+
+	CHECK(!bind(server, (struct sockaddr *)&address, sizeof(address)) && !listen(server, 1));
+	CHECK(!getsockname(server, (struct sockaddr *)&address, &length));
+	CHECK(!connect(fd, (struct sockaddr *)&address, sizeof(address)));
+	*stream = (struct peer_stream){.peer = peer};
+	stream->channel = plain_channel(accept4(server, NULL, NULL, SOCK_CLOEXEC));
+	close(server);
+	CHECK_OK(mgd_source_add_stream(peer->source, 0, plain_channel(fd), &err), err);
+	read_from_now_on(stream);
+	return fd;
+}
+
+static int unsent_limit(int fd)
+{
+	socklen_t length = sizeof(int);
+	int bytes = 0;
+
+	CHECK(!getsockopt(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &bytes, &length));
+	return bytes;
+}
+
+/* What a slow link takes in a millisecond, and no more, is between a demanded page and the link. */
+static void test_the_drain_keeps_little_ahead_of_a_demand(void)
+{
+	struct peer *peer = peer_create(2 * MIB, 2 * MIB, 2 * MIB, 1);
+	int fd = connect_tcp(peer);
+	struct mgd_error err;
+	uint64_t stale;
+
+	CHECK_EQUAL(source_drain_piece(0, 1), 16 * KIB);
+	CHECK_EQUAL(source_drain_piece(125000, 1000000), 64 * KIB);
+	CHECK_EQUAL(source_drain_piece(62500, 2000000), 16 * KIB);
+	CHECK_EQUAL(source_drain_piece(1250000, 1000000), 256 * KIB);
+	CHECK_EQUAL(source_drain_piece(UINT64_MAX, 1), 256 * KIB);
+	peer_connect_one(peer, MGD_STREAM_URGENT);
+	guest_write(peer, 5, 1);
+	peer_scan(peer, 1);
+	peer_round(peer, 1);
+	CHECK_EQUAL(unsent_limit(fd), 512 * KIB);
+	guest_write(peer, 5, 2);
+	peer_scan(peer, 1);
+	CHECK_OK(mgd_source_freeze(peer->source, &stale, &err), err);
+	serve(peer, 1);
+	peer_wait(peer, &peer->final_pages, 1);
+	CHECK_EQUAL(unsent_limit(fd), 2 * 16 * KIB); /* its rate is not known yet */
+	peer_check_same(peer);
+	peer_destroy(peer);
+}
+
 int main(void)
 {
 	RUN(test_the_drain_brings_each_stale_page_once);
@@ -673,6 +735,7 @@ int main(void)
 	RUN(test_connections_with_demanded_pages_do_not_wait_for_each_other);
 	RUN(test_a_page_demanded_after_it_was_written_stops_nothing);
 	RUN(test_the_drain_does_not_wait_for_a_connection_that_has_failed);
+	RUN(test_the_drain_keeps_little_ahead_of_a_demand);
 	RUN(test_a_large_page_is_searched_for_its_changes);
 	RUN(test_helpers_stop_where_the_sender_is);
 	RUN(test_a_limit_is_lifted_live);
