@@ -38,7 +38,7 @@ struct bitmap_place {
 	uint64_t **words;
 	uint64_t bits;
 };
-#define BITMAP_COUNT 9
+#define BITMAP_COUNT 10
 
 static void bitmap_places(struct source_region *region, struct bitmap_place places[BITMAP_COUNT])
 {
@@ -46,6 +46,7 @@ static void bitmap_places(struct source_region *region, struct bitmap_place plac
 		{&region->marks, region->chunk_count * MGD_CHUNK_BLOCKS}, /* whole chunks, even at the region's end */
 		{&region->marked_chunks, region->chunk_count},
 		{&region->seen_chunks, region->chunk_count},
+		{&region->hot_chunks, region->chunk_count},
 		{&region->scanned, region->page_count},
 		{&region->unseen, region->page_count},
 		{&region->since_quiesced, region->page_count},

@@ -85,6 +85,7 @@ struct source_region {
 	uint64_t *marks; /* per block */
 	uint64_t *marked_chunks; /* per chunk */
 	uint64_t *seen_chunks; /* per chunk: marked at least once */
+	uint64_t *hot_chunks; /* per chunk: half of its blocks, or more, had changed when it was last examined */
 	uint64_t *scanned; /* per page; scratch for the tracker, empty between calls */
 	uint64_t *since_quiesced; /* per page: reported since the last quiesced scan */
 	uint64_t *stale; /* per host page: stale at the freeze, or missing after a reconnect */

@@ -14,6 +14,7 @@ struct piece {
 	uint64_t marks[SOURCE_CHUNK_WORDS]; /* blocks to examine; bit 0: first block of the chunk */
 	uint64_t present[SOURCE_CHUNK_WORDS], zero[SOURCE_CHUNK_WORDS]; /* blocks that have changed */
 	uint32_t present_count, zero_count;
+	uint32_t rewritten; /* blocks of the chunk that had been sent before, and have changed */
 };
 
 static uint8_t *end_of_copy(const struct piece *piece)
@@ -40,8 +41,10 @@ static void keep_changed(struct piece *piece, uint32_t first, uint32_t count)
 			unchanged++;
 			continue;
 		}
-		if (!piece->final)
+		if (!piece->final) {
+			piece->rewritten += table[block] != 0;
 			table[block] = hash;
+		}
 		if (hash) {
 			if (to != copy)
 				memcpy(to, copy, MGD_BLOCK_BYTES);
@@ -174,6 +177,10 @@ int source_send_chunk(struct source_stream *stream, struct source_region *region
 		if (send_changed(&piece, first, end - first < SOURCE_BATCH_BLOCKS ? end : first + SOURCE_BATCH_BLOCKS,
 				 err))
 			return -1;
+	if (piece.rewritten >= MGD_CHUNK_BLOCKS / 2)
+		mgd_bit_set_atomic(region->hot_chunks, chunk);
+	else
+		mgd_bit_clear_atomic(region->hot_chunks, chunk);
 	return 0;
 }
 

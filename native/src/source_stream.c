@@ -42,13 +42,15 @@ static uint32_t stream_of(const struct mgd_source *source, uint64_t chunk)
 	return (uint32_t)(spread * source->stream_count >> 32);
 }
 
-static int send_region(struct source_stream *stream, struct source_region *region, struct mgd_error *err)
+/* Send the marked chunks of this stream that are hot, or those that are not. */
+static int send_region(struct source_stream *stream, struct source_region *region, bool hot, struct mgd_error *err)
 {
 	struct mgd_source *source = stream->source;
 	uint64_t marks[SOURCE_CHUNK_WORDS];
 
 	mgd_bitmap_for_each_atomic (chunk, region->marked_chunks, 0, region->chunk_count) {
-		if (stream_of(source, chunk) != stream->number)
+		if (stream_of(source, chunk) != stream->number ||
+		    (!hot && mgd_bit_test_atomic(region->hot_chunks, chunk)))
 			continue;
 		if (source->stopping)
 			return mgd_fail(err, MGD_ERR_CLOSED, "page connection: dropped");
@@ -59,13 +61,16 @@ static int send_region(struct source_stream *stream, struct source_region *regio
 	return 0;
 }
 
+/* Memory that the guest keeps rewriting comes last: were it sent early in the last round, all of it would be stale
+ * again by the switchover. */
 static int send_round(struct source_stream *stream, struct mgd_error *err)
 {
 	struct mgd_source *source = stream->source;
 
-	for (uint32_t i = 0; i < source->region_count; i++)
-		if (send_region(stream, &source->regions[i], err))
-			return -1;
+	for (int hot = 0; hot <= 1; hot++)
+		for (uint32_t i = 0; i < source->region_count; i++)
+			if (send_region(stream, &source->regions[i], hot, err))
+				return -1;
 	return source_batch_flush(stream, err);
 }
 

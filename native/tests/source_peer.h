@@ -112,6 +112,7 @@ struct peer {
 	uint8_t *finals; /* per host page: how often it became current */
 	uint8_t *stream_of; /* per chunk: the number of its stream plus 1; 0: none yet */
 	uint64_t chunks_on[MGD_MAX_STREAMS];
+	uint64_t last_chunk; /* which came last before the freeze */
 	uint64_t final_pages, urgent_pages;
 	uint64_t frames, zero_blocks, present_blocks;
 	uint32_t barriers; /* number of streams on which it has arrived */
@@ -135,6 +136,7 @@ static inline void peer_check_stream(struct peer_stream *stream, uint64_t chunk)
 	else
 		CHECK_EQUAL(peer->stream_of[chunk], stream->number + 1);
 	peer->stream_of[chunk] = (uint8_t)(stream->number + 1);
+	peer->last_chunk = chunk;
 	pthread_mutex_unlock(&peer->lock);
 }
 

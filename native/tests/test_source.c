@@ -435,6 +435,29 @@ static void test_memory_that_ends_is_told(void)
 	peer_destroy(peer);
 }
 
+/* What the guest keeps rewriting is sent at the end of a round, wherever it is. */
+static void test_hot_memory_comes_last(void)
+{
+	struct peer *peer = peer_create(8 * MIB, 4 * KIB, 2 * MIB, 1);
+	static const uint64_t last[] = {3, 3, 1, 1,
+					3}; /* chunk 1 is hot in rounds 2 to 4: the source knows it in 3 to 5 */
+
+	peer_connect(peer);
+	for (uint64_t round = 1; round <= 5; round++) {
+		bool hot = round >= 2 && round <= 4;
+
+		for (uint64_t chunk = 0; chunk < 4; chunk++)
+			if (round < 5 || chunk != 1)
+				for (uint64_t block = 0; block < (round == 1 || (hot && chunk == 1) ? 512 : 2); block++)
+					guest_write(peer, chunk * 512 + block, round);
+		peer_scan(peer, 1);
+		peer_round(peer, round);
+		CHECK_EQUAL(peer->last_chunk, last[round - 1]);
+	}
+	peer_check_same(peer);
+	peer_destroy(peer);
+}
+
 int main(void)
 {
 	RUN(test_zero_and_absent_blocks_are_not_sent);
@@ -454,5 +477,6 @@ int main(void)
 	RUN(test_lost_connections_in_precopy_end_it);
 	RUN(test_a_lost_stream_is_told);
 	RUN(test_memory_that_ends_is_told);
+	RUN(test_hot_memory_comes_last);
 	return 0;
 }
