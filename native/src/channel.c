@@ -294,6 +294,11 @@ void mgd_channel_push(struct mgd_channel *channel)
 		set_option(channel->fd, IPPROTO_TCP, TCP_NODELAY, 1);
 }
 
+bool mgd_channel_is_plain(const struct mgd_channel *channel)
+{
+	return !channel->tls;
+}
+
 void mgd_channel_shutdown(struct mgd_channel *channel)
 {
 	shutdown(channel->fd, SHUT_RDWR);

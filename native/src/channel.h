@@ -17,6 +17,8 @@ int mgd_iov_add(struct iovec *iov, int count, void *at, size_t bytes);
 void mgd_iov_advance(struct iovec **iov, int *count, size_t bytes);
 /* Write all of it.  Modifies iov.  Errors: OS, CLOSED, TLS. */
 int mgd_channel_send(struct mgd_channel *channel, struct iovec *iov, int count, struct mgd_error *err);
+/* Return whether the kernel reads what is sent, so that a fault there is an error with EFAULT, and not a signal. */
+bool mgd_channel_is_plain(const struct mgd_channel *channel);
 /* Read exactly all of it, scattered in place.  Fails with CLOSED at a clean end before the first byte ("at a frame
  * boundary") and later ("in the middle of a frame").  It holds no lock while it writes to the memory of iov, so
  * mgd_guarded may abandon it. */

@@ -19,9 +19,10 @@
  * Threads gather frames in a batch (source_batch.c): small frames share a system call; large ones are read, hashed and
  * written while they are in the processor's cache.
  *
- * One rule keeps the guest safe: a thread hashes and sends a block from its own copy.  The guest keeps writing
- * meanwhile; what the table records as sent is what was sent.  A thread may compare a block in place to find that it
- * has not changed (source_memory.c).  Reading never fills a hole, and no fault on that memory can crash this process.
+ * One rule keeps the guest safe: while the guest runs, a thread hashes and sends a block from its own copy.  The guest
+ * keeps writing meanwhile; what the table records as sent is what was sent.  A thread may compare a block in place to
+ * find that it has not changed (source_memory.c), and may send it from there once the memory is frozen.  Reading never
+ * fills a hole, and no fault on that memory can crash this process.
  *
  * Locks: source->lock protects the orders to the threads; marks, claims and counters are atomic.  A thread holds no
  * lock while it reads memory or writes to a connection.
@@ -69,6 +70,11 @@
 #define SOURCE_READ_BLOCKS 64 /* the bits of a word */
 /* Room for one more frame, which may be a whole chunk. */
 #define SOURCE_COPY_BYTES (SOURCE_BATCH_BYTES + MGD_CHUNK_BLOCKS * MGD_BLOCK_BYTES)
+/* Frozen blocks in a row that are sent from where they are: to copy fewer costs less than an entry of a list. */
+#define SOURCE_IN_PLACE_BLOCKS 8
+/* The most runs of a payload: each is that long, or lies between two that are. */
+#define SOURCE_PAYLOAD_RUNS (2 * MGD_CHUNK_BLOCKS / SOURCE_IN_PLACE_BLOCKS + 1)
+#define SOURCE_BATCH_RUNS (2 * SOURCE_BATCH_FRAMES + 2 * SOURCE_PAYLOAD_RUNS)
 
 struct source_region {
 	int fd;
@@ -99,12 +105,20 @@ struct source_claim {
 	uint64_t page, count;
 };
 
+/* Where the present blocks of a frame are, in order. */
+struct source_payload {
+	struct iovec iov[SOURCE_PAYLOAD_RUNS];
+	int iov_count;
+	size_t copied_bytes; /* at the end of batch.copy; the rest is frozen memory */
+};
+
 /* Frames to be written next.  Belongs to the stream's thread. */
 struct source_batch {
 	uint8_t *copy; /* blocks as read and hashed; those to be sent are moved together */
 	size_t copy_bytes; /* of it in the batch */
 	uint8_t *packed; /* compressed payloads */
 	size_t packed_bytes;
+	size_t in_place_bytes; /* payload in frozen memory */
 	uint64_t raw_bytes; /* all payloads, before compression */
 	uint64_t packing_ns; /* time spent compressing */
 	uint8_t heads[SOURCE_BATCH_FRAMES * MGD_FRAME_HEAD_MAX_BYTES];
@@ -112,7 +126,7 @@ struct source_batch {
 	uint32_t frame_count;
 	uint64_t began_ns; /* when the first frame was added */
 	uint64_t urgent_seen;
-	struct iovec iov[2 * SOURCE_BATCH_FRAMES];
+	struct iovec iov[SOURCE_BATCH_RUNS];
 	int iov_count;
 	struct source_claim claims[SOURCE_BATCH_FRAMES];
 	uint32_t claim_count;
@@ -209,9 +223,10 @@ uint64_t source_drain_piece(uint64_t bytes, uint64_t ns);
  * written. */
 void source_batch_open_claim(struct source_stream *stream, const struct source_claim *claim);
 void source_batch_close_claim(struct source_stream *stream);
-/* Add a frame whose payload (payload_bytes of present blocks) is at the end of batch.copy.  Writes the batch out
- * when it is full, so that one more chunk always fits. */
-int source_batch_add(struct source_stream *stream, struct mgd_frame *frame, struct mgd_error *err);
+/* Add a frame; payload: NULL if it has none.  Writes the batch out when it is full, so that one more chunk always
+ * fits. */
+int source_batch_add(struct source_stream *stream, struct mgd_frame *frame, const struct source_payload *payload,
+		     struct mgd_error *err);
 int source_batch_flush(struct source_stream *stream, struct mgd_error *err);
 
 /* source_search.c */
@@ -242,6 +257,17 @@ static inline void source_count_unchanged(struct mgd_source *source, uint64_t bl
 	source_count(source, read_bytes, blocks * MGD_BLOCK_BYTES);
 	source_count(source, unchanged_blocks, blocks);
 }
+/* Hash blocks first … first+count-1 (at most SOURCE_READ_BLOCKS) of frozen memory where they are.  Returns false if
+ * that takes a copy. */
+bool source_hash_in_place(const struct mgd_source *source, const struct source_region *region, uint64_t first,
+			  uint32_t count, uint64_t *hashes);
+/* Return where a block of a region with a view is.  Only for the kernel to read: any other access is guarded. */
+static inline const uint8_t *source_in_view(const struct source_region *region, uint64_t block)
+{
+	return region->view + block * MGD_BLOCK_BYTES;
+}
+/* The kernel could not read some of these bytes.  Returns -1 and says why if nobody can; 0 if they are a hole now. */
+int source_explain_fault(struct mgd_source *source, const struct iovec *iov, int count, struct mgd_error *err);
 /* Return what the table holds for a block with these contents. */
 uint64_t source_hash(const struct mgd_source *source, const uint8_t *block);
 

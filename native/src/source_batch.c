@@ -181,12 +181,24 @@ static uint64_t throttle(struct source_stream *stream, uint64_t bytes)
 
 /* ---- writing */
 
+/* Memory that cannot be read ends the migration.  Memory that is gone has been hashed before: the connection must end
+ * in the middle of the frame, and what is there now is sent over the next one. */
+static int write_failed(struct source_stream *stream, const struct iovec *iov, int count, struct mgd_error *err)
+{
+	if (err->kind != MGD_ERR_OS || err->os_errno != EFAULT)
+		return -1;
+	stream->memory_failed = source_explain_fault(stream->source, iov, count, err);
+	if (stream->memory_failed)
+		return -1;
+	return mgd_fail(err, MGD_ERR_CLOSED, "page connection: dropped: guest memory was discarded while it was sent");
+}
+
 /* Write all of batch->iov, `left` bytes. */
 static int write_out(struct source_stream *stream, uint64_t left, struct mgd_error *err)
 {
 	struct mgd_source *source = stream->source;
 	struct source_batch *batch = &stream->batch;
-	struct iovec part[2 * SOURCE_BATCH_FRAMES];
+	struct iovec part[SOURCE_BATCH_RUNS];
 	int from = 0;
 
 	while (left) {
@@ -211,7 +223,7 @@ static int write_out(struct source_stream *stream, uint64_t left, struct mgd_err
 		else if (batch->claim_count)
 			source_count(source, drain_bytes, piece);
 		if (mgd_channel_send(stream->channel, part, count, err))
-			return -1;
+			return write_failed(stream, part, count, err);
 		left -= piece;
 	}
 	return 0;
@@ -237,7 +249,7 @@ static void finish_claims(struct source_stream *stream)
 int source_batch_flush(struct source_stream *stream, struct mgd_error *err)
 {
 	struct source_batch *batch = &stream->batch;
-	uint64_t payload = batch->copy_bytes + batch->packed_bytes;
+	uint64_t payload = batch->copy_bytes + batch->packed_bytes + batch->in_place_bytes;
 	uint64_t began = mgd_now_ns();
 
 	if (!batch->frame_count)
@@ -248,7 +260,7 @@ int source_batch_flush(struct source_stream *stream, struct mgd_error *err)
 		return -1;
 	if (stream->packer.level)
 		mgd_payoff_note(&stream->packer.payoff, batch->raw_bytes, batch->packing_ns + mgd_now_ns() - began);
-	batch->copy_bytes = batch->packed_bytes = batch->heads_bytes = 0;
+	batch->copy_bytes = batch->packed_bytes = batch->in_place_bytes = batch->heads_bytes = 0;
 	batch->raw_bytes = batch->packing_ns = 0;
 	batch->frame_count = 0;
 	batch->iov_count = 0;
@@ -272,7 +284,7 @@ void source_batch_close_claim(struct source_stream *stream)
 	stream->batch.claim_open = false;
 }
 
-/* Compress the payload if that makes it smaller; return where it is now. */
+/* Compress the payload if that makes it smaller; return where it is then. */
 static uint8_t *pack(struct source_stream *stream, struct mgd_frame *frame)
 {
 	struct source_batch *batch = &stream->batch;
@@ -289,10 +301,8 @@ static uint8_t *pack(struct source_stream *stream, struct mgd_frame *frame)
 		batch->packing_ns += mgd_now_ns() - began;
 	}
 	batch->raw_bytes += raw_bytes;
-	if (!bytes) {
-		batch->copy_bytes += raw_bytes;
-		return raw;
-	}
+	if (!bytes)
+		return NULL;
 	frame->flags |= MGD_FRAME_COMPRESSED;
 	frame->payload_bytes = (uint32_t)bytes;
 	batch->packed_bytes += bytes;
@@ -300,24 +310,33 @@ static uint8_t *pack(struct source_stream *stream, struct mgd_frame *frame)
 	return packed;
 }
 
-int source_batch_add(struct source_stream *stream, struct mgd_frame *frame, struct mgd_error *err)
+int source_batch_add(struct source_stream *stream, struct mgd_frame *frame, const struct source_payload *payload,
+		     struct mgd_error *err)
 {
 	struct source_batch *batch = &stream->batch;
-	uint8_t *head = batch->heads + batch->heads_bytes, *payload = NULL;
+	uint8_t *head = batch->heads + batch->heads_bytes, *packed = NULL;
 	size_t head_bytes;
 
-	if (frame->payload_bytes)
-		payload = pack(stream, frame);
+	if (frame->payload_bytes && frame->payload_bytes == payload->copied_bytes)
+		packed = pack(stream, frame);
 	if (!batch->frame_count)
 		batch->began_ns = mgd_now_ns();
 	head_bytes = mgd_frame_encode(frame, stream->hashes, stream->source->secret, head);
 	batch->heads_bytes += head_bytes;
 	batch->iov_count = mgd_iov_add(batch->iov, batch->iov_count, head, head_bytes);
-	if (payload)
-		batch->iov_count = mgd_iov_add(batch->iov, batch->iov_count, payload, frame->payload_bytes);
+	if (packed) {
+		batch->iov_count = mgd_iov_add(batch->iov, batch->iov_count, packed, frame->payload_bytes);
+	} else if (payload) {
+		for (int i = 0; i < payload->iov_count; i++)
+			batch->iov_count = mgd_iov_add(batch->iov, batch->iov_count, payload->iov[i].iov_base,
+						       payload->iov[i].iov_len);
+		batch->copy_bytes += payload->copied_bytes;
+		batch->in_place_bytes += frame->payload_bytes - payload->copied_bytes;
+	}
 	batch->frame_count++;
 	if (batch->frame_count == SOURCE_BATCH_FRAMES ||
-	    batch->copy_bytes + batch->packed_bytes >= SOURCE_BATCH_BYTES || overdue(stream))
+	    batch->iov_count > SOURCE_BATCH_RUNS - 1 - SOURCE_PAYLOAD_RUNS ||
+	    batch->copy_bytes + batch->packed_bytes + batch->in_place_bytes >= SOURCE_BATCH_BYTES || overdue(stream))
 		return source_batch_flush(stream, err);
 	return 0;
 }

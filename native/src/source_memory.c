@@ -3,8 +3,8 @@
  * Reading guest memory: through a mapping of our own if there is one, else with pread.  Comparing in place is four
  * times as fast as copying with pread.
  *
- * Memory on huge pages has such a mapping, the view: the same file, mapped for reading.  Nothing is ever written
- * through it, and nothing is allocated.  A hole stays a hole, because the view is registered with a userfaultfd of our
+ * Memory on huge pages has such a mapping, the view: the same file, mapped for reading.  Once it is frozen, the kernel
+ * sends from it.  Nothing is ever written through it, and nothing is allocated.  A hole stays a hole, because the view is registered with a userfaultfd of our
  * own that answers a missing page with SIGBUS.  Each access is guarded against that signal, which also means that the
  * file was truncated or that the memory is bad.  pread follows: it reads holes as zeros and reports the other two by
  * name.
@@ -70,11 +70,6 @@ void source_view_close(struct source_region *region)
 	region->view = NULL;
 }
 
-static const uint8_t *in_view(const struct source_region *region, uint64_t block)
-{
-	return region->view + block * MGD_BLOCK_BYTES;
-}
-
 /* A failed access costs a signal, and the next access to the same hole would fail too, so remember the page. */
 static bool try_look(const struct source_region *region, uint64_t first, void (*look)(void *), void *argument)
 {
@@ -101,7 +96,7 @@ static void copy(void *argument)
 {
 	const struct copying *copying = argument;
 
-	memcpy(copying->to, in_view(copying->region, copying->first), copying->bytes);
+	memcpy(copying->to, source_in_view(copying->region, copying->first), copying->bytes);
 }
 
 /* On failure *offset is where it failed; *out_reason is an errno, or 0 at the end of the file. */
@@ -177,7 +172,7 @@ static void compare(void *argument)
 	struct comparison *comparison = argument;
 
 	for (uint32_t i = 0; i < comparison->count; i++) {
-		const uint8_t *block = in_view(comparison->region, comparison->first + i);
+		const uint8_t *block = source_in_view(comparison->region, comparison->first + i);
 		uint64_t known = comparison->region->table[comparison->first + i];
 		bool same =
 			known ? mgd_block_hash(block, comparison->source->secret) == known : mgd_block_is_zero(block);
@@ -195,6 +190,61 @@ bool source_compare(const struct mgd_source *source, const struct source_region 
 		return false;
 	*out_differing = comparison.differing;
 	return true;
+}
+
+/* ---- frozen memory */
+
+struct hashing {
+	const struct mgd_source *source;
+	const struct source_region *region;
+	uint64_t first;
+	uint32_t count;
+	uint64_t *hashes;
+};
+
+static void hash(void *argument)
+{
+	const struct hashing *hashing = argument;
+
+	for (uint32_t i = 0; i < hashing->count; i++)
+		hashing->hashes[i] = source_hash(hashing->source, source_in_view(hashing->region, hashing->first + i));
+}
+
+bool source_hash_in_place(const struct mgd_source *source, const struct source_region *region, uint64_t first,
+			  uint32_t count, uint64_t *hashes)
+{
+	struct hashing hashing = {source, region, first, count, hashes};
+
+	return try_look(region, first, hash, &hashing);
+}
+
+static int explain_fault(struct mgd_source *source, struct source_region *region, uint64_t offset, size_t bytes,
+			 struct mgd_error *err)
+{
+	for (uint64_t block = offset / MGD_BLOCK_BYTES; block * MGD_BLOCK_BYTES < offset + bytes; block++) {
+		uint8_t copy[MGD_BLOCK_BYTES];
+
+		mgd_bit_set_atomic(region->unseen, block / region->page_blocks);
+		if (source_read(source, region, block, 1, copy, err))
+			return -1;
+	}
+	return 0;
+}
+
+int source_explain_fault(struct mgd_source *source, const struct iovec *iov, int count, struct mgd_error *err)
+{
+	for (uint32_t i = 0; i < source->region_count; i++) {
+		struct source_region *region = &source->regions[i];
+
+		for (int j = 0; j < count && region->view; j++) {
+			const uint8_t *at = iov[j].iov_base;
+
+			if (at >= region->view && at < region->view + region->size_bytes &&
+			    explain_fault(source, region, (uint64_t)(at - region->view), iov[j].iov_len, err))
+				return -1;
+		}
+	}
+	return 0;
 }
 
 /* ---- digests, for tests and the final sweep: equal digests mean equal bytes, wherever holes are */

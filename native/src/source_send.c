@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * From guest memory to frames: copy blocks, hash them, compare them with the table, and send them from the copy.  This
- * file makes every frame of a stream.
+ * From guest memory to frames: copy blocks, hash them, compare them with the table, and send them from the copy.  After
+ * the freeze, blocks that are mapped need no copy.  This file makes every frame of a stream.
  */
 #include "source.h"
 
@@ -10,64 +10,123 @@ struct piece {
 	struct source_stream *stream;
 	struct source_region *region;
 	uint64_t chunk;
-	bool final;
+	bool final, in_place; /* in_place: frozen, and sent from where it is */
 	uint64_t marks[SOURCE_CHUNK_WORDS]; /* blocks to examine; bit 0: first block of the chunk */
 	uint64_t present[SOURCE_CHUNK_WORDS], zero[SOURCE_CHUNK_WORDS]; /* blocks that have changed */
-	uint32_t present_count, zero_count;
+	uint32_t present_count, zero_count, unchanged_count;
 	uint32_t rewritten; /* blocks of the chunk that had been sent before, and have changed */
+	struct source_payload payload; /* the present blocks, in order */
 };
 
 static uint8_t *end_of_copy(const struct piece *piece)
 {
 	const struct source_batch *batch = &piece->stream->batch;
 
-	return batch->copy + batch->copy_bytes + (size_t)piece->present_count * MGD_BLOCK_BYTES;
+	return batch->copy + batch->copy_bytes + piece->payload.copied_bytes;
 }
 
-/* Blocks first … first+count-1 have been read to the end of the copy: keep those to be sent.  In pre-copy, record
- * them in the table.  After the freeze the table is only read, so that a page sent again is the same page. */
-static void keep_changed(struct piece *piece, uint32_t first, uint32_t count)
+static void add_payload(struct piece *piece, const uint8_t *at, size_t bytes)
 {
-	struct mgd_source *source = piece->stream->source;
-	uint64_t *table = piece->region->table + piece->chunk * MGD_CHUNK_BLOCKS;
-	const uint8_t *copy = end_of_copy(piece);
-	uint32_t unchanged = 0;
+	struct source_payload *payload = &piece->payload;
 
-	for (uint32_t block = first; block < first + count; block++, copy += MGD_BLOCK_BYTES) {
-		uint64_t hash = source_hash(source, copy);
-		uint8_t *to = end_of_copy(piece);
+	payload->iov_count = mgd_iov_add(payload->iov, payload->iov_count, (uint8_t *)at, bytes);
+}
 
-		if (!source->whole && hash == table[block]) {
-			unchanged++;
-			continue;
-		}
-		if (!piece->final) {
-			piece->rewritten += table[block] != 0;
-			table[block] = hash;
-		}
-		if (hash) {
-			if (to != copy)
-				memcpy(to, copy, MGD_BLOCK_BYTES);
-			piece->present[block / 64] |= 1ull << (block % 64);
-			piece->stream->hashes[piece->present_count++] = hash;
-		} else {
-			piece->zero[block / 64] |= 1ull << (block % 64);
-			piece->zero_count++;
-		}
+static void add_copied(struct piece *piece, size_t bytes)
+{
+	add_payload(piece, end_of_copy(piece), bytes);
+	piece->payload.copied_bytes += bytes;
+}
+
+/* Return whether the contents of a block with this hash must be sent.  In pre-copy, record them in the table.  After
+ * the freeze the table is only read, so that a page sent again is the same page. */
+static bool take_block(struct piece *piece, uint32_t block, uint64_t hash)
+{
+	uint64_t *known = &piece->region->table[piece->chunk * MGD_CHUNK_BLOCKS + block];
+
+	if (!piece->stream->source->whole && hash == *known) {
+		piece->unchanged_count++;
+		return false;
 	}
-	if (unchanged)
-		source_count(source, unchanged_blocks, unchanged);
+	if (!piece->final) {
+		piece->rewritten += *known != 0;
+		*known = hash;
+	}
+	if (!hash) {
+		piece->zero[block / 64] |= 1ull << (block % 64);
+		piece->zero_count++;
+		return false;
+	}
+	piece->present[block / 64] |= 1ull << (block % 64);
+	piece->stream->hashes[piece->present_count++] = hash;
+	return true;
+}
+
+static int read_run(struct piece *piece, uint32_t first, uint32_t count, struct mgd_error *err)
+{
+	if (!source_read(piece->stream->source, piece->region, piece->chunk * MGD_CHUNK_BLOCKS + first, count,
+			 end_of_copy(piece), err))
+		return 0;
+	piece->stream->memory_failed = true;
+	return -1;
 }
 
 static int copy_run(struct piece *piece, uint32_t first, uint32_t count, struct mgd_error *err)
 {
-	if (source_read(piece->stream->source, piece->region, piece->chunk * MGD_CHUNK_BLOCKS + first, count,
-			end_of_copy(piece), err)) {
-		piece->stream->memory_failed = true;
+	const uint8_t *copy = end_of_copy(piece);
+
+	if (read_run(piece, first, count, err))
 		return -1;
+	for (uint32_t block = first; block < first + count; block++, copy += MGD_BLOCK_BYTES) {
+		uint8_t *to = end_of_copy(piece);
+
+		if (!take_block(piece, block, source_hash(piece->stream->source, copy)))
+			continue;
+		if (to != copy)
+			memcpy(to, copy, MGD_BLOCK_BYTES);
+		add_copied(piece, MGD_BLOCK_BYTES);
 	}
-	keep_changed(piece, first, count);
 	return 0;
+}
+
+/* Send blocks first … first+count-1, which are present, from where they are, or a few of them from a copy. */
+static int send_from_view(struct piece *piece, uint32_t first, uint32_t count, struct mgd_error *err)
+{
+	if (!count)
+		return 0;
+	if (count >= SOURCE_IN_PLACE_BLOCKS) {
+		source_count(piece->stream->source, read_bytes, (uint64_t)count * MGD_BLOCK_BYTES);
+		add_payload(piece, source_in_view(piece->region, piece->chunk * MGD_CHUNK_BLOCKS + first),
+			    (size_t)count * MGD_BLOCK_BYTES);
+		return 0;
+	}
+	if (read_run(piece, first, count, err))
+		return -1;
+	add_copied(piece, (size_t)count * MGD_BLOCK_BYTES);
+	return 0;
+}
+
+/* Examine marked blocks first … first+count-1 of frozen memory where they are. */
+static int look_at_frozen_run(struct piece *piece, uint32_t first, uint32_t count, struct mgd_error *err)
+{
+	uint64_t hashes[SOURCE_READ_BLOCKS];
+	uint32_t run = 0, present_before = piece->present_count;
+
+	if (!source_hash_in_place(piece->stream->source, piece->region, piece->chunk * MGD_CHUNK_BLOCKS + first, count,
+				  hashes))
+		return copy_run(piece, first, count, err);
+	for (uint32_t i = 0; i < count; i++) {
+		if (take_block(piece, first + i, hashes[i])) {
+			run++;
+			continue;
+		}
+		if (send_from_view(piece, first + i - run, run, err))
+			return -1;
+		run = 0;
+	}
+	source_count(piece->stream->source, read_bytes,
+		     (uint64_t)(count - (piece->present_count - present_before)) * MGD_BLOCK_BYTES);
+	return send_from_view(piece, first + count - run, run, err);
 }
 
 /* Examine marked blocks first … first+count-1: copy only those that differ in place. */
@@ -76,6 +135,8 @@ static int look_at_run(struct piece *piece, uint32_t first, uint32_t count, stru
 	struct mgd_source *source = piece->stream->source;
 	uint64_t differing;
 
+	if (piece->in_place)
+		return look_at_frozen_run(piece, first, count, err);
 	if (source->whole ||
 	    !source_compare(source, piece->region, piece->chunk * MGD_CHUNK_BLOCKS + first, count, &differing))
 		return copy_run(piece, first, count, err);
@@ -100,7 +161,9 @@ static int look_at(struct piece *piece, uint32_t first, uint32_t end, struct mgd
 
 	memset(piece->present, 0, sizeof(piece->present));
 	memset(piece->zero, 0, sizeof(piece->zero));
-	piece->present_count = piece->zero_count = 0;
+	piece->present_count = piece->zero_count = piece->unchanged_count = 0;
+	piece->payload.iov_count = 0;
+	piece->payload.copied_bytes = 0;
 	while (block < end) {
 		uint64_t set = piece->marks[block / 64] >> (block % 64);
 		uint32_t count = 0;
@@ -118,11 +181,13 @@ static int look_at(struct piece *piece, uint32_t first, uint32_t end, struct mgd
 			return -1;
 		block += count;
 	}
+	if (piece->unchanged_count)
+		source_count(piece->stream->source, unchanged_blocks, piece->unchanged_count);
 	return 0;
 }
 
 /* Send a frame over blocks first … first+count-1. */
-static int send_frame(const struct piece *piece, uint32_t first, uint32_t count, uint16_t flags, uint32_t sequence,
+static int send_frame(struct piece *piece, uint32_t first, uint32_t count, uint16_t flags, uint32_t sequence,
 		      struct mgd_error *err)
 {
 	struct mgd_source *source = piece->stream->source;
@@ -144,7 +209,7 @@ static int send_frame(const struct piece *piece, uint32_t first, uint32_t count,
 		source_count(source, sent_blocks, piece->present_count);
 	if (piece->zero_count)
 		source_count(source, zero_blocks, piece->zero_count);
-	return source_batch_add(piece->stream, &frame, err);
+	return source_batch_add(piece->stream, &frame, &piece->payload, err);
 }
 
 /* ---- pre-copy */
@@ -198,6 +263,15 @@ static void frozen_marks(struct piece *piece, uint32_t first, uint32_t count)
 	}
 }
 
+/* Frozen memory stays as it is, and the kernel reports a page that it cannot read.  Compression needs a copy, and with
+ * TLS it is this process that reads. */
+static bool may_send_in_place(const struct source_stream *stream, const struct source_region *region)
+{
+	if (stream->number != MGD_STREAM_URGENT && stream->source->compression_level)
+		return false;
+	return region->view && mgd_channel_is_plain(stream->channel);
+}
+
 /* Send the frames of a claim. */
 static int send_claim(struct source_stream *stream, const struct source_claim *claim, struct source_search *search,
 		      struct mgd_error *err)
@@ -207,6 +281,7 @@ static int send_claim(struct source_stream *stream, const struct source_claim *c
 	uint64_t block = claim->page * page_blocks, end = block + claim->count * page_blocks;
 	bool many = page_blocks > MGD_CHUNK_BLOCKS;
 
+	piece.in_place = may_send_in_place(stream, claim->region);
 	for (uint32_t sequence = 0; block < end; sequence++) {
 		uint32_t first = block % MGD_CHUNK_BLOCKS;
 		uint32_t blocks = end - block < MGD_CHUNK_BLOCKS ? (uint32_t)(end - block) : MGD_CHUNK_BLOCKS;
@@ -248,7 +323,7 @@ int source_send_barrier(struct source_stream *stream, uint64_t barrier, struct m
 {
 	struct mgd_frame frame = {.kind = MGD_FRAME_BARRIER, .first_block = barrier};
 
-	if (source_batch_add(stream, &frame, err))
+	if (source_batch_add(stream, &frame, NULL, err))
 		return -1;
 	return source_batch_flush(stream, err);
 }

@@ -199,6 +199,135 @@ static void test_memory_that_ends_is_told(void)
 	peer_destroy(peer);
 }
 
+/* ---- frozen memory is sent from where it is */
+
+static void freeze_and_serve(struct peer *peer)
+{
+	struct mgd_error err;
+	uint64_t stale;
+
+	peer_scan(peer, 2);
+	CHECK_OK(mgd_source_freeze(peer->source, &stale, &err), err);
+	CHECK_EQUAL(stale, peer->bytes / peer->host_page_bytes);
+	CHECK_OK(mgd_source_serve(peer->source, 1, &err), err);
+}
+
+/* In every page runs of all lengths have changed, between blocks that are the same and blocks that are zero now. */
+static void test_runs_of_all_lengths_arrive(void)
+{
+	struct peer *peer = peer_create(8 * MIB, HUGE, HUGE, 1);
+	uint64_t changed = 0, zeroed = 0;
+
+	peer_connect(peer);
+	for (uint64_t block = 0; block < peer_block_count(peer); block++)
+		guest_write(peer, block, 1);
+	peer_scan(peer, 0);
+	peer_round(peer, 1);
+	peer->present_blocks = 0;
+	for (uint64_t block = 0, run = 1; block + run + 2 < peer_block_count(peer);
+	     block += run + 2, run = run % 70 + 1) {
+		for (uint64_t i = 0; i < run; i++, changed++)
+			guest_write(peer, block + i, 2);
+		if (run % 2) {
+			guest_zero(peer, block + run);
+			zeroed++;
+		}
+	}
+	freeze_and_serve(peer);
+	CHECK_EQUAL(peer_event(peer, MGD_EVENT_ALL_SENT).kind, MGD_EVENT_ALL_SENT);
+	peer_wait(peer, &peer->final_pages, peer->bytes / HUGE);
+	CHECK_EQUAL(peer->present_blocks, changed);
+	CHECK_EQUAL(peer->zero_blocks, zeroed);
+	CHECK_EQUAL(peer_stats(peer).sent_blocks, peer_block_count(peer) + changed);
+	peer_check_same(peer);
+	peer_destroy(peer);
+}
+
+/* Freeze, and read no more than the first bytes of the first page: the rest of it is hashed, and does not fit into the
+ * socket. */
+static struct peer *begin_a_page(int *out_socket)
+{
+	struct peer *peer = peer_create(8 * MIB, HUGE, HUGE, 1);
+	struct mgd_error err;
+	int pair[2], small = 64 * KIB;
+	char byte;
+
+	for (uint64_t block = 0; block < peer_block_count(peer); block++)
+		guest_write(peer, block, 1);
+	CHECK(!socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair));
+	CHECK(!setsockopt(pair[0], SOL_SOCKET, SO_SNDBUF, &small, sizeof(small)));
+	CHECK_OK(mgd_source_add_stream(peer->source, 0, plain_channel(pair[0]), &err), err);
+	freeze_and_serve(peer);
+	CHECK_EQUAL(recv(pair[1], &byte, 1, 0), 1);
+	*out_socket = pair[1];
+	return peer;
+}
+
+/* Return how much arrived until the source dropped the connection. */
+static uint64_t read_to_the_end(int fd)
+{
+	uint64_t bytes = 0;
+	char piece[4096];
+	ssize_t got;
+
+	while ((got = recv(fd, piece, sizeof(piece), 0)) > 0)
+		bytes += (uint64_t)got;
+	close(fd);
+	return bytes;
+}
+
+/* What was hashed is gone: no frame arrives whole, and the next connection takes what is there now. */
+static void test_memory_discarded_while_it_is_sent(void)
+{
+	const uint8_t all_pages = 0xf;
+	struct mgd_event event;
+	struct mgd_error err;
+	struct peer *peer;
+	int fd;
+
+	looks = 0;
+	peer = begin_a_page(&fd);
+	CHECK(!fallocate(peer->memory_fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, (off_t)peer->bytes));
+	if (looks) { /* otherwise we may not create a view: a copy is being sent */
+		CHECK(read_to_the_end(fd) < HUGE);
+		event = peer_event(peer, MGD_EVENT_STREAM_LOST);
+		CHECK_EQUAL(event.error.kind, MGD_ERR_CLOSED);
+		CHECK(strstr(event.error.message, "discarded"));
+	} else {
+		close(fd);
+	}
+	mgd_source_drop_streams(peer->source);
+	while (!looks && mgd_source_next_event(peer->source, &event))
+		;
+	CHECK_OK(mgd_source_lacking_begin(peer->source, &err), err);
+	CHECK_OK(mgd_source_lacking(peer->source, 0, 0, &all_pages, 1, &err), err);
+	peer_connect(peer);
+	CHECK_OK(mgd_source_serve(peer->source, 1, &err), err);
+	peer_wait(peer, &peer->final_pages, peer->bytes / HUGE);
+	CHECK_EQUAL(held_bytes(peer), 0);
+	peer_check_same(peer);
+	peer_destroy(peer);
+}
+
+static void test_memory_that_ends_while_it_is_sent_is_told(void)
+{
+	struct mgd_event event;
+	struct peer *peer;
+	int fd;
+
+	looks = 0;
+	peer = begin_a_page(&fd);
+	CHECK(!ftruncate(peer->memory_fd, 0));
+	if (looks)
+		CHECK(read_to_the_end(fd) < HUGE);
+	else
+		(void)read_to_the_end(fd);
+	event = peer_event(peer, MGD_EVENT_FAILED);
+	CHECK_EQUAL(event.error.kind, MGD_ERR_OS);
+	CHECK(strstr(event.error.message, "the file ends"));
+	peer_destroy(peer);
+}
+
 static sigjmp_buf elsewhere;
 static volatile sig_atomic_t theirs;
 
@@ -234,6 +363,9 @@ int main(void)
 	RUN(test_holes_stay_holes_on_huge_pages);
 	RUN(test_pages_may_go_while_they_are_read);
 	RUN(test_memory_that_ends_is_told);
+	RUN(test_runs_of_all_lengths_arrive);
+	RUN(test_memory_discarded_while_it_is_sent);
+	RUN(test_memory_that_ends_while_it_is_sent_is_told);
 	RUN(test_foreign_signals_go_where_they_went);
 	return 0;
 }
