@@ -528,6 +528,8 @@ async def test_what_has_ended_is_still_shown_and_the_oldest_forgotten(agent: Fak
         await agent.until(lambda: len(agent.active) == 1)
         agent.active[0].go(State.COMPLETED)
         await agent.until(lambda record=record: record.ended)  # type: ignore[misc]  # as above
+    written = agent.evacuations._journal
+    await agent.until(lambda: all(record.ended for record in written.load().values()))
     await agent.next_agent().take_up()
     assert [record.id for record in agent.evacuations.records()] == names[-evacuations._KEEP - 1 :]
     assert {record.state for record in agent.evacuations.records()} == {EvacuationState.COMPLETED}
