@@ -35,7 +35,8 @@ async def run(settings: Settings) -> Section:
         ),
         notes=[
             (
-                f"A guest that writes {LOAD['rate']} random blocks a second over {MEMORY_BYTES // MIB} MiB on 2 MiB pages, {PATH}; "
+                f"QEMU {settings.host['qemu']}. A guest that writes {LOAD['rate']} random blocks a second over "
+                f"{MEMORY_BYTES // MIB} MiB on 2 MiB pages, {PATH}; "
                 f"medians of {settings.runs} runs, the systems in turn, and the longest downtime. Longest `send`: the step of the "
                 "downtime in which the paused guest's marked pages are examined, and what has changed in them is sent."
             )
