@@ -147,14 +147,20 @@ def command(pid: int) -> str:
         return ""
 
 
-def open_area(pid: int, area: Area, *, writable: bool = False) -> int:
+def open_area(pid: int, area: Area) -> int:
     """Open the file behind an area, even one that has no name any more; the caller closes it.
+
+    It is opened for writing where that is allowed, although nobody writes: the kernel registers no mapping of a read-only
+    descriptor with a userfaultfd, and without that the engine cannot compare huge pages in place.
 
     Raises GuestError ``no-rights`` or ``guest-gone``.
     """
-    path = f"{PROC}/{pid}/map_files/{area.start:x}-{area.end:x}"
+    name = f"map_files/{area.start:x}-{area.end:x}"
+    path = f"{PROC}/{pid}/{name}"
     try:
-        return privileged.open_file(pid, f"map_files/{area.start:x}-{area.end:x}", writable=writable)
+        with contextlib.suppress(PermissionError):
+            return privileged.open_file(pid, name, writable=True)
+        return privileged.open_file(pid, name)
     except (FileNotFoundError, ProcessLookupError) as error:
         raise GuestError(f"cannot open {path}: process or mapping is gone", code="guest-gone") from error
     except OSError as error:

@@ -38,8 +38,8 @@ class Region:
 class SourceMemory:
     """Where the running guest's memory is.
 
-    ``memory_fds[i]`` is open for reading on the file of ``regions[i]``, which starts at ``file_offsets[i]``; the driver
-    closes the descriptors in `SourceGuest.close`.
+    ``memory_fds[i]`` is open on the file of ``regions[i]``, which starts at ``file_offsets[i]``; the driver closes the
+    descriptors in `SourceGuest.close`.  It is only read, but should be open for writing, too: see `maps.open_area`.
 
     ``private[i]``: the region is private memory of the process ``pid`` (anonymous, on huge pages, or a private mapping
     of a file).  Then ``memory_fds[i]`` is open for reading on ``/proc/PID/mem`` (several regions may share it), and

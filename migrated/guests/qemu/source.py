@@ -89,7 +89,7 @@ class RunningQemu(SourceGuest):
                 hint="each device with a ROM has one: leave ROMs out (romfile=) or unplug devices",
             )
         keys = frozenset(item.areas[0].key for item in located if item.shared)
-        for other in await asyncio.to_thread(mapped_elsewhere, keys, (pid,)):
+        for other in await asyncio.to_thread(mapped_elsewhere, keys, (pid, os.getpid())):
             raise GuestRefusedError(
                 f"guest {self.name}: its memory is also mapped by {other}, whose writes cannot be seen",
                 code="memory-mapped-elsewhere",

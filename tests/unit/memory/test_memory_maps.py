@@ -10,6 +10,8 @@ import pytest
 
 from migrated.errors import GuestError
 from migrated.memory import inspection, maps
+from migrated.memory.engine import SourceEngine
+from migrated.memory.regions import Region, SourceMemory
 from tests.unit.memory.child import Child
 
 MIB = 1 << 20
@@ -77,6 +79,22 @@ def test_the_file_behind_a_mapping_can_be_opened(
     fd = closing(maps.open_area(process.pid, area))
     assert os.fstat(fd).st_ino == os.fstat(memory).st_ino
     assert os.pread(fd, 1, 5) == b"\2"
+
+
+@pytest.mark.root
+def test_the_engine_compares_huge_pages_of_such_a_file_in_place(
+    memory: int, child: Callable[[int, int], Child], closing: Callable[[int], int]
+) -> None:
+    key = maps.file_key(memory)
+    process = child(memory, 4 * MIB)
+    fd = closing(maps.open_area(process.pid, next(area for area in maps.areas(process.pid) if area.key == key)))
+    region = Region("ram", 4 * MIB, 2 * MIB)
+    source = SourceMemory(process.pid, (region,), (), (fd,), (0,), (False,))
+    engine = SourceEngine(source, (2 * MIB,), 1, bytes(range(256)) * 16 + bytes(8))
+    try:
+        assert [area.permissions for area in maps.areas(os.getpid()) if area.key == key] == ["r--s"]
+    finally:
+        engine.destroy()
 
 
 def test_an_ended_process_is_told() -> None:
