@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 import uvloop
 
-from benchmarks import bounds, comparison, converge, domains, figures, goals, stall, switchover, tls
+from benchmarks import bounds, comparison, converge, domains, figures, goals, search, stall, switchover, tls
 from benchmarks.guest import LOADS
 from benchmarks.network import RATES
 from benchmarks.report import Section
@@ -33,6 +33,7 @@ SECTIONS: dict[str, Callable[[Settings], Awaitable[Section]]] = {
     "switchover": switchover.run,
     "throughput": figures.throughput,
     "faults": figures.faults,
+    "search": search.run,
     "pace": figures.pace,
     "limits": bounds.limits,
     "sparse": bounds.sparse,

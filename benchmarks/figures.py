@@ -385,7 +385,7 @@ async def limit(settings: Settings) -> Section:
             )
         ],
     )
-    program = await asyncio.to_thread(_build, settings.output)
+    program = await asyncio.to_thread(build, settings.output, "fault_limit")
     pages, turns = 64, max(5, settings.runs)
     with warm_pages(pages * 2 * MIB, 2 * MIB):
         process = await asyncio.create_subprocess_exec(
@@ -413,17 +413,18 @@ async def limit(settings: Settings) -> Section:
     return section
 
 
-def _build(output: Path) -> Path:
-    build = output / "native"
-    build.mkdir(parents=True, exist_ok=True)
+def build(output: Path, target: str) -> Path:
+    """Build a program of this directory's CMakeLists.txt, and return it."""
+    directory = output / "native"
+    directory.mkdir(parents=True, exist_ok=True)
     for command in (
-        ["cmake", "-S", str(HERE), "-B", str(build), "-G", "Ninja", "--log-level=WARNING"],
-        ["cmake", "--build", str(build), "--target", "fault_limit"],
+        ["cmake", "-S", str(HERE), "-B", str(directory), "-G", "Ninja", "--log-level=WARNING"],
+        ["cmake", "--build", str(directory), "--target", target],
     ):
         done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=BUILD_SECONDS)
         if done.returncode:
             raise HostError(f"{' '.join(command[:3])} failed: {done.stdout[-1000:]}{done.stderr[-1000:]}")
-    return build / "fault_limit"
+    return directory / target
 
 
 def _step(samples: list[Sample], name: str) -> str:
