@@ -119,6 +119,9 @@ static void give_way(struct source_stream *stream)
 			return;
 		before = urgent ? mgd_channel_acknowledged(urgent) : 0;
 		mgd_pause_ns(SOURCE_GIVE_WAY_NS);
+		/* This says nothing about this connection's rate. */
+		stream->looked_ns = mgd_now_ns();
+		stream->acknowledged = mgd_channel_acknowledged(stream->channel);
 		if (!claimed && mgd_channel_acknowledged(urgent) - before > mgd_now_ns() - began)
 			return; /* more than 1 GB/s: a page takes 2 ms, and one connection may be slower than the link */
 	}
@@ -140,7 +143,7 @@ static uint64_t drain_piece(struct source_stream *stream)
 {
 	uint64_t now = mgd_now_ns(), acknowledged, piece = SOURCE_DRAIN_PIECE_MIN_BYTES;
 
-	if (now - stream->looked_ns < SOURCE_DRAIN_PIECE_NS)
+	if (stream->drain_piece_bytes && now - stream->looked_ns < SOURCE_DRAIN_PIECE_NS)
 		return stream->drain_piece_bytes;
 	acknowledged = mgd_channel_acknowledged(stream->channel);
 	if (!acknowledged) /* not TCP */
