@@ -40,6 +40,7 @@ def of_source(record: Record, stats: SourceStats, rates: Rates, *, frozen: bool)
         "zero": stats.zero_blocks * BLOCK_BYTES,
         "unchanged": stats.unchanged_blocks * BLOCK_BYTES,
         "compression_saved": stats.compression_saved_bytes,
+        "zero_copy": stats.lent_bytes,
         "demand": stats.demand_bytes,
         "drain": stats.drain_bytes,
     }

@@ -198,6 +198,7 @@ class SourceStats:
     demand_bytes: int
     drain_bytes: int
     table_bytes: int
+    lent_bytes: int
 
 
 class SourceEngine(_Engine):

@@ -238,6 +238,7 @@ struct mgd_source_stats {
 	uint64_t demand_bytes; /* wire bytes of those pages */
 	uint64_t drain_bytes; /* wire bytes of the drain after the switchover */
 	uint64_t throttled_ns; /* time that senders waited for the token bucket */
+	uint64_t lent_bytes; /* sent by the kernel without a copy (MSG_ZEROCOPY) */
 	uint64_t table_bytes; /* virtual size of hash tables and bitmaps */
 };
 

@@ -43,6 +43,7 @@
 struct mgd_channel {
 	int fd;
 	struct tls_stream *tls; /* NULL: plain */
+	struct mgd_loans loans; /* used by the sending thread */
 };
 
 static void set_option(int fd, int level, int option, int value)
@@ -159,19 +160,45 @@ void mgd_iov_advance(struct iovec **iov, int *count, size_t bytes)
 	}
 }
 
+void mgd_channel_lend(struct mgd_channel *channel)
+{
+	if (!channel->tls)
+		mgd_loans_open(&channel->loans, channel->fd);
+}
+
+uint32_t mgd_channel_free_loan(struct mgd_channel *channel, bool *out_lends)
+{
+	uint32_t number = mgd_loans_free(&channel->loans, channel->fd);
+
+	*out_lends = channel->loans.on;
+	return number;
+}
+
 int mgd_channel_send(struct mgd_channel *channel, struct iovec *iov, int count, struct mgd_error *err)
 {
+	uint64_t lent;
+
+	return mgd_channel_send_lent(channel, 0, iov, count, &lent, err);
+}
+
+int mgd_channel_send_lent(struct mgd_channel *channel, uint32_t number, struct iovec *iov, int count,
+			  uint64_t *out_lent_bytes, struct mgd_error *err)
+{
+	*out_lent_bytes = 0;
 	if (channel->tls)
 		return tls_stream_send(channel->tls, iov, count, err);
 	mgd_iov_advance(&iov, &count, 0);
 	while (count) {
 		struct msghdr message = {.msg_iov = iov, .msg_iovlen = (size_t)(count < IOV_MAX ? count : IOV_MAX)};
-		ssize_t sent = sendmsg(channel->fd, &message, MSG_NOSIGNAL);
+		bool lent;
+		ssize_t sent = mgd_loans_send(&channel->loans, channel->fd, number, &message, &lent);
 
 		if (sent < 0 && errno == EINTR)
 			continue;
 		if (sent < 0)
 			return mgd_channel_fail("send", errno, err);
+		if (lent && channel->loans.useful)
+			*out_lent_bytes += (uint64_t)sent;
 		mgd_iov_advance(&iov, &count, (size_t)sent);
 	}
 	return 0;

@@ -9,6 +9,7 @@
 #include <stdbool.h>
 #include <sys/uio.h>
 
+#include "loan.h"
 #include "migrated.h"
 
 /* Append `bytes` at `at` to the list, or extend its last entry if that ends there.  Returns the number of entries. */
@@ -17,6 +18,15 @@ int mgd_iov_add(struct iovec *iov, int count, void *at, size_t bytes);
 void mgd_iov_advance(struct iovec **iov, int *count, size_t bytes);
 /* Write all of it.  Modifies iov.  Errors: OS, CLOSED, TLS. */
 int mgd_channel_send(struct mgd_channel *channel, struct iovec *iov, int count, struct mgd_error *err);
+/* Lend to the kernel what is sent from the sender's numbered buffers (loan.h), where that is possible. */
+void mgd_channel_lend(struct mgd_channel *channel);
+/* Return the number of a buffer, 1 to MGD_LOANS, that nothing is lent of; 0 if there is none or the connection does not
+ * lend.  *out_lends: whether it does. */
+uint32_t mgd_channel_free_loan(struct mgd_channel *channel, bool *out_lends);
+/* Like mgd_channel_send, from the buffer with this number (0: from any memory, of which nothing is lent).
+ * *out_lent_bytes: sent without a copy, as far as the kernel has said. */
+int mgd_channel_send_lent(struct mgd_channel *channel, uint32_t number, struct iovec *iov, int count,
+			  uint64_t *out_lent_bytes, struct mgd_error *err);
 /* Return whether the kernel reads what is sent, so that a fault there is an error with EFAULT, and not a signal. */
 bool mgd_channel_is_plain(const struct mgd_channel *channel);
 /* Read exactly all of it, scattered in place.  Fails with CLOSED at a clean end before the first byte ("at a frame

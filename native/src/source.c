@@ -202,6 +202,7 @@ void mgd_source_stats(const struct mgd_source *source, struct mgd_source_stats *
 		.demand_bytes = counters->demand_bytes,
 		.drain_bytes = counters->drain_bytes,
 		.throttled_ns = counters->throttled_ns,
+		.lent_bytes = counters->lent_bytes,
 		.table_bytes = counters->table_bytes,
 	};
 }

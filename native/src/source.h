@@ -112,16 +112,22 @@ struct source_payload {
 	size_t copied_bytes; /* at the end of batch.copy; the rest is frozen memory */
 };
 
+/* A batch is written from one of these.  Number 0 is never lent to the kernel (loan.h). */
+struct source_buffer {
+	uint8_t copy[SOURCE_COPY_BYTES]; /* blocks as read and hashed; those to be sent are moved together */
+	uint8_t packed[SOURCE_COPY_BYTES]; /* compressed payloads */
+	uint8_t heads[SOURCE_BATCH_FRAMES * MGD_FRAME_HEAD_MAX_BYTES];
+};
+
 /* Frames to be written next.  Belongs to the stream's thread. */
 struct source_batch {
-	uint8_t *copy; /* blocks as read and hashed; those to be sent are moved together */
-	size_t copy_bytes; /* of it in the batch */
-	uint8_t *packed; /* compressed payloads */
-	size_t packed_bytes;
+	struct source_buffer *buffers[MGD_LOANS + 1]; /* NULL: not needed so far, or not any more */
+	uint32_t loan; /* the number of the buffer in use */
+	uint8_t *copy, *packed, *heads; /* in that buffer */
+	size_t copy_bytes, packed_bytes; /* of it in the batch */
 	size_t in_place_bytes; /* payload in frozen memory */
 	uint64_t raw_bytes; /* all payloads, before compression */
 	uint64_t packing_ns; /* time spent compressing */
-	uint8_t heads[SOURCE_BATCH_FRAMES * MGD_FRAME_HEAD_MAX_BYTES];
 	size_t heads_bytes;
 	uint32_t frame_count;
 	uint64_t began_ns; /* when the first frame was added */
@@ -154,7 +160,7 @@ struct source_stream {
 struct source_counters {
 	_Atomic uint64_t wire_bytes, payload_bytes, header_bytes, read_bytes, table_bytes;
 	_Atomic uint64_t zero_blocks, unchanged_blocks, sent_blocks, compression_saved_bytes;
-	_Atomic uint64_t demanded_pages, demand_bytes, drain_bytes, throttled_ns;
+	_Atomic uint64_t demanded_pages, demand_bytes, drain_bytes, throttled_ns, lent_bytes;
 };
 
 enum source_phase { SOURCE_PRECOPY, SOURCE_FROZEN };

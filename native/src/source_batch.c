@@ -9,24 +9,58 @@
  */
 #include "source.h"
 
-int source_batch_create(struct source_stream *stream, struct mgd_error *err)
+static bool use_buffer(struct source_batch *batch, uint32_t number, struct mgd_error *err)
+{
+	struct source_buffer **buffer = &batch->buffers[number];
+
+	if (!*buffer)
+		*buffer = mgd_map_zeros(sizeof(**buffer), err);
+	if (!*buffer)
+		return false;
+	batch->loan = number;
+	batch->copy = (*buffer)->copy;
+	batch->packed = (*buffer)->packed;
+	batch->heads = (*buffer)->heads;
+	return true;
+}
+
+/* The kernel may still read what was lent: it keeps the pages, and nobody writes to them any more. */
+static void drop_buffers(struct source_batch *batch, uint32_t from)
+{
+	for (uint32_t i = from; i <= MGD_LOANS; i++) {
+		mgd_unmap(batch->buffers[i], sizeof(**batch->buffers));
+		batch->buffers[i] = NULL;
+	}
+}
+
+/* Take a buffer for the next batch: one that can be lent, or else number 0. */
+static void next_buffer(struct source_stream *stream)
 {
 	struct source_batch *batch = &stream->batch;
+	bool lends;
+	uint32_t number = mgd_channel_free_loan(stream->channel, &lends);
 
-	memset(batch, 0, sizeof(*batch));
-	batch->copy = mgd_map_zeros(SOURCE_COPY_BYTES, err);
-	batch->packed = mgd_map_zeros(SOURCE_COPY_BYTES, err);
-	if (!batch->copy || !batch->packed)
-		return -1; /* source_batch_destroy frees what was allocated */
+	if (!number || !use_buffer(batch, number, NULL))
+		(void)use_buffer(batch, 0, NULL); /* it exists */
+	if (!lends && batch->buffers[1])
+		drop_buffers(batch, 1);
+}
+
+int source_batch_create(struct source_stream *stream, struct mgd_error *err)
+{
+	memset(&stream->batch, 0, sizeof(stream->batch));
+	if (!use_buffer(&stream->batch, 0, err))
+		return -1;
 	mgd_packer_init(&stream->packer);
+	/* Demanded pages are few. */
+	if (stream->number != MGD_STREAM_URGENT)
+		mgd_channel_lend(stream->channel);
 	return 0;
 }
 
 void source_batch_destroy(struct source_stream *stream)
 {
-	mgd_unmap(stream->batch.copy, SOURCE_COPY_BYTES);
-	mgd_unmap(stream->batch.packed, SOURCE_COPY_BYTES);
-	stream->batch.copy = stream->batch.packed = NULL;
+	drop_buffers(&stream->batch, 0);
 	mgd_packer_fini(&stream->packer);
 }
 
@@ -205,7 +239,7 @@ static int write_out(struct source_stream *stream, uint64_t left, struct mgd_err
 	int from = 0;
 
 	while (left) {
-		uint64_t piece = throttle(stream, left), taken = 0;
+		uint64_t piece = throttle(stream, left), taken = 0, lent;
 		int count = 0;
 
 		while (taken < piece) {
@@ -225,8 +259,10 @@ static int write_out(struct source_stream *stream, uint64_t left, struct mgd_err
 			source_count(source, demand_bytes, piece);
 		else if (batch->claim_count)
 			source_count(source, drain_bytes, piece);
-		if (mgd_channel_send(stream->channel, part, count, err))
+		if (mgd_channel_send_lent(stream->channel, batch->loan, part, count, &lent, err))
 			return write_failed(stream, part, count, err);
+		if (lent)
+			source_count(source, lent_bytes, lent);
 		left -= piece;
 	}
 	return 0;
@@ -268,6 +304,7 @@ int source_batch_flush(struct source_stream *stream, struct mgd_error *err)
 	batch->frame_count = 0;
 	batch->iov_count = 0;
 	finish_claims(stream);
+	next_buffer(stream);
 	return 0;
 }
 
