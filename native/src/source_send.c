@@ -5,7 +5,7 @@
  */
 #include "source.h"
 
-/* A frame under construction over a piece of a chunk.  Its present blocks are at the end of batch.copy. */
+/* A frame under construction over a piece of a chunk. */
 struct piece {
 	struct source_stream *stream;
 	struct source_region *region;
