@@ -315,7 +315,6 @@ class TargetMigration(Migration):
                 case StaleMapEnd():
                     engine = self._require_engine()
                     engine.switchover()
-                    engine.background()  # while the guest state is loaded: from here on what is current stays so
                     self._mapped.set()
                     self.record.stale_bytes = engine.stats().stale_bytes
                     self.set_state(State.SWITCHOVER)  # only now: the guest, which is paused, waits for the map
@@ -405,9 +404,17 @@ class TargetMigration(Migration):
         self._runs.set()
         self._changed.set()
         self.log.info("the guest runs here")
+        self._map_ahead()
         await self._noted.wait()
         if not self._ran_before:
             await log_errors(self._write("running"), self.log, "write the journal")
+
+    def _map_ahead(self) -> None:
+        """Start the background CONTINUE.  Not before the guest runs: loading and resuming it need the processors."""
+        try:
+            self._require_engine().background()
+        except MigratedError as problem:  # then current pages are mapped when they are touched
+            self.log.warning("cannot map pages ahead", error=str(problem))
 
     async def _note_commit(self) -> None:
         """Record in the journal that the guest is ours.
@@ -516,7 +523,6 @@ class TargetMigration(Migration):
         try:
             engine = self._make_engine(recover=True)
             engine.arm(recovered.faults.uffd, recovered.faults.mappings, recovered=True)
-            engine.background()
         except Exception as error:
             problem = as_migrated_error(error)
             if isinstance(problem, GuestError) and problem.code in GUEST_OVER:

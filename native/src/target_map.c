@@ -9,9 +9,7 @@
 
 #include "uapi.h"
 
-/* The most that one background call covers: a lock of the guest's address space is held meanwhile, by a thread that
- * gives way to every other. */
-#define RANGE_BYTES (1ull << 20)
+#define RANGE_BYTES (1ull << 20) /* the most that one background call covers, so that faults get their turn */
 
 uint64_t target_guest_address(const struct mgd_target *target, const struct target_region *region, uint64_t page,
 			      uint64_t *out_count)
@@ -168,8 +166,6 @@ static void *run(void *argument)
 	struct mgd_ledger *ledger = &target->ledger;
 	uint64_t page = 0;
 
-	/* QEMU is loading the guest, or running it: it and the kernel's workers need the processors first. */
-	mgd_thread_idle();
 	while (!stopping(target)) {
 		struct target_region *region;
 		uint64_t run = 0, limit;
@@ -210,7 +206,6 @@ void target_background_stop(struct mgd_target *target)
 	if (!target->background_running)
 		return;
 	target->background_stop = true;
-	mgd_thread_hurry(target->background_thread);
 	pthread_join(target->background_thread, NULL);
 	target->background_running = false;
 }

@@ -59,17 +59,3 @@ void mgd_thread_low_latency(void)
 	attributes.nice = nice;
 	(void)syscall(SYS_sched_setattr, 0, &attributes, 0);
 }
-
-void mgd_thread_idle(void)
-{
-	struct sched_param none = {0};
-
-	(void)pthread_setschedparam(pthread_self(), SCHED_IDLE, &none);
-}
-
-void mgd_thread_hurry(pthread_t thread)
-{
-	struct sched_param none = {0};
-
-	(void)pthread_setschedparam(thread, SCHED_OTHER, &none);
-}

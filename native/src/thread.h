@@ -22,14 +22,6 @@ int mgd_thread_start(pthread_t *thread, const char *name, void *(*run)(void *), 
  */
 void mgd_thread_low_latency(void);
 
-/*
- * Called by a thread whose work can wait: it runs when a processor has nothing else to do, and gives way to whatever
- * wakes up.  It must hold no lock that others wait for.  mgd_thread_hurry gives it a normal share again, if permitted:
- * before joining it, since it may have no processor.
- */
-void mgd_thread_idle(void);
-void mgd_thread_hurry(pthread_t thread);
-
 static inline pthread_mutex_t *mgd_lock(pthread_mutex_t *lock)
 {
 	pthread_mutex_lock(lock);
