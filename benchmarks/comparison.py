@@ -34,7 +34,8 @@ NOTES = (
         "it to pages of 2 MiB, QEMU to private memory again. `memfd` is a memory-backend-memfd of 2 MiB pages on both sides."
     ),
     (
-        "Total: from the moment both sides are ready (the incoming QEMU has started and waits) to the end on both. Downtime of "
+        "Total: from the moment both sides are ready (the incoming QEMU has started and waits) until the target has everything. "
+        "`migrated` then ends the old QEMU, which QEMU's own migration leaves to somebody else. Downtime of "
         "migrated: from the stop command until the source is notified that the guest runs. Downtime of QEMU: from STOP on the "
         "source to RESUME on the target. Longest stall: the longest gap between two iterations of the guest's loop by its time "
         "stamp counter, or the downtime if that is longer (the counter stops while QEMU migrates it)."

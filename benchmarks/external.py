@@ -99,7 +99,10 @@ async def _move(
     finally:
         attach.cancel()
     at = {change["state"]: change["at"] for change in reversed(record["timeline"])}  # the first of each
-    sample.total_seconds = at["completed"] - at["precopy"]
+    arrived = next(change["at"] for change in other["timeline"] if change["state"] == "completed")
+    sample.total_seconds = (
+        arrived - at["precopy"]
+    )  # the source then ends the old QEMU, which QEMU's own migration leaves
     sample.setup_seconds = at["precopy"] - at["setup"]
     sample.downtime_seconds = record["downtime_seconds"]
     sample.stall_seconds = await watched.stall_seconds(sample.downtime_seconds)
@@ -109,6 +112,7 @@ async def _move(
     sample.details = {key: record[key] for key in _KEPT if key in record}
     sample.details |= {key: other[key] for key in ("faults", "fault_seconds", "faults_by_kind_us")}
     sample.details["precopy_seconds"] = at["switchover"] - at["precopy"]
+    sample.details["end_seconds"] = at["completed"] - arrived
     sample.details["rounds"] = rounds(pair.source.log_path)
     sample.details["steps"] = record["downtime_breakdown"]
     sample.details["source_agent_bytes"] = agent.peak_memory_bytes
