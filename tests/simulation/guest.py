@@ -276,7 +276,9 @@ class SourceDriver(SourceGuest):
             current().close(fd)
 
     async def died(self) -> str:
-        return await self._guest.died()
+        if self._process is None:
+            raise GuestError(f"{self._name} is not open", code="guest-not-open")
+        return await self._process.died()
 
 
 class TargetDriver(TargetGuest):
@@ -358,7 +360,9 @@ class TargetDriver(TargetGuest):
             current().close(fd)
 
     async def died(self) -> str:
-        return await self._guest.died()
+        if self._process is None:
+            raise GuestError(f"{self._name} is not open", code="guest-not-open")
+        return await self._process.died()
 
 
 class SimGuestRegistry:
