@@ -36,6 +36,8 @@ class RoundResult:
 #: Part of the downtime that sending cannot use: pausing, guest state and commit take this long.  Measured with QEMU: 7 to
 #: 12 ms, 16 to 18 as the 99th percentile (docs/benchmarks.md).  While they begin, the guest still writes a few ms.
 SWITCHOVER_SECONDS = 0.02
+#: In hybrid mode the guest would rather run on, and get the rest afterwards: only this part of the limit is for sending.
+HYBRID_SHARE = 0.2
 #: Time to read and hash, until a round has measured it: a conservative 4 GB/s.
 EXAMINE_SECONDS_PER_BYTE = 0.25e-9
 #: A round that sends less than this part of what it examines measures examining rather than sending.
@@ -97,7 +99,9 @@ class Convergence:
         After FINISH it may be asked again about the same round, with what is marked later.
         """
         self._learn(result)
-        allowed = max(self.downtime_limit_seconds - SWITCHOVER_SECONDS, self.downtime_limit_seconds / 5)
+        allowed = self.downtime_limit_seconds * HYBRID_SHARE
+        if self.mode == "precopy":
+            allowed = max(self.downtime_limit_seconds - SWITCHOVER_SECONDS, allowed)
         ahead = self.next_seconds(result)
         if (self._send is not None or result.changed_bytes == 0) and ahead <= allowed:
             return Verdict.FINISH
