@@ -146,12 +146,9 @@ def pages_for(memory_bytes: int, *sides: int) -> Iterator[None]:
 
 
 def arrived_pids(directory: Path) -> list[int]:
-    """Return the guest processes that a target agent has started below ``directory``."""
-    pids = []
-    for path in directory.glob("target/guests/*/*.pid"):
-        with contextlib.suppress(OSError, ValueError):
-            pids.append(int(path.read_text()))
-    return pids
+    """Return the guest processes that a target agent has started below ``directory``, which is of this benchmark alone."""
+    pids = (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
+    return [pid for pid in pids if _belongs(pid, directory)]
 
 
 async def end_arrived(directory: Path) -> None:
@@ -173,7 +170,10 @@ async def end_arrived(directory: Path) -> None:
 
 def _belongs(pid: int, directory: Path) -> bool:
     """Return whether the process is a guest of this benchmark, and not another process that reuses the pid."""
-    return str(directory).encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+    try:
+        return f"{directory}/target/guests/".encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 async def _gone(pidfd: int) -> None:
