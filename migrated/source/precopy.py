@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 #: Marked blocks to compare before deciding on the next round: gives the changed part within 3 % of the whole.
 SAMPLE_BLOCKS = 1024
-#: A scan of so many pages takes less than a millisecond.
-SMALL_PAGES = 1 << 17
+#: A scan of so many pages, and marks and hashes of so much memory, take less than a millisecond.
+SMALL_PAGES, SMALL_BYTES = 1 << 17, 8 << 30
 
 T = TypeVar("T")
 
@@ -193,7 +193,8 @@ class PreCopy:
 
     async def _while_paused(self, work: Callable[[], T]) -> T:
         """Run ``work``, in a thread unless it takes no longer than the hand-over to one and back."""
-        return work() if self.tracker.page_count <= SMALL_PAGES else await in_thread(work)
+        small = self.tracker.page_count <= SMALL_PAGES and self.record.total_bytes <= SMALL_BYTES
+        return work() if small else await in_thread(work)
 
     async def barrier(self) -> None:
         """Wait until everything sent so far is in the target's memory."""
