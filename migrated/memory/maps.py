@@ -158,7 +158,7 @@ def open_area(pid: int, area: Area) -> int:
     name = f"map_files/{area.start:x}-{area.end:x}"
     path = f"{PROC}/{pid}/{name}"
     try:
-        with contextlib.suppress(PermissionError):
+        with contextlib.suppress(OSError):  # the next call reports what fails for reading, too
             return privileged.open_file(pid, name, writable=True)
         return privileged.open_file(pid, name)
     except (FileNotFoundError, ProcessLookupError) as error:

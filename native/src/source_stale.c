@@ -239,7 +239,7 @@ int mgd_source_lacking_begin(struct mgd_source *source, struct mgd_error *err)
 				mgd_word_take_atomic(&region->unclaimed[word]);
 		memset(region->urgent, 0, bytes);
 	}
-	source->unclaimed_pages = source->unclaimed_bytes = source->unfinished_pages = 0;
+	source->unclaimed_pages = source->unclaimed_bytes = source->unfinished_pages = source->urgent_pages = 0;
 	source->all_sent_told = false;
 	return 0;
 }
