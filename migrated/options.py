@@ -22,7 +22,7 @@ class Limits(Table):
     """Options that may be changed while a migration runs."""
 
     downtime_limit_ms: Annotated[float, Field(gt=0, le=60_000)] = Field(
-        default=50.0, description="switch over when the rest takes no longer than this"
+        default=50.0, description="switch over when the pause, with the rest, should take no longer than this"
     )
     max_rounds: Annotated[int, Field(ge=1, le=1000)] = Field(default=8, description="maximum number of pre-copy rounds")
     max_bandwidth: Rate = Field(default=0, description="limit over all streams; demanded pages are exempt")

@@ -3,11 +3,11 @@
  * Reading guest memory: through a mapping of our own if there is one, else with pread.  Comparing in place is four
  * times as fast as copying with pread.
  *
- * Memory on huge pages has such a mapping, the view: the same file, mapped for reading.  Once it is frozen, the kernel
- * sends from it.  Nothing is ever written through it, and nothing is allocated.  A hole stays a hole, because the view is registered with a userfaultfd of our
- * own that answers a missing page with SIGBUS.  Each access is guarded against that signal, which also means that the
- * file was truncated or that the memory is bad.  pread follows: it reads holes as zeros and reports the other two by
- * name.
+ * Memory on huge pages has such a mapping, the view: the same file, mapped for reading.  Once the memory is frozen, the
+ * kernel sends from the view.  Nothing is ever written through it, and nothing is allocated.  A hole stays a hole,
+ * because the view is registered with a userfaultfd of our own that answers a missing page with SIGBUS.  Each access is
+ * guarded against that signal, which also means that the file was truncated or that the memory is bad.  pread follows:
+ * it reads holes as zeros and reports the other two by name.
  *
  * Memory on 4 KiB pages is not mapped: page tables would cost another 0.2 % of it, and the kernel's dirty report is
  * exact there.  Nobody else can map private memory.
